@@ -1,0 +1,1 @@
+"""bqnn: what reduced precision does to Bayesian neural networks."""

@@ -1,0 +1,50 @@
+"""Saves the run at epoch ends."""
+
+import time
+from pathlib import Path
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
+
+from bqnn.files import written_beside
+
+
+class SaveCheckpoint(Checkpoint):
+    """Keeps `<folder>/checkpoint.ckpt` at the last epoch, and `best.ckpt` where it is asked for.
+
+    Checkpoints are taken at epoch ends alone, after validation, at least `save_every` seconds
+    apart and always at the last epoch. `best.ckpt` is the epoch with the lowest val/nll, among
+    those that were validated.
+    """
+
+    def __init__(self, folder: Path, save_every: float, save_best: bool) -> None:
+        if save_every < 0:
+            raise ValueError(f"trainer.save_every={save_every}: seconds, 0 saves every epoch")
+        self.path = folder / "checkpoint.ckpt"
+        self.best_path = folder / "best.ckpt"
+        self.save_every = save_every
+        self.save_best = save_best
+        self.best_nll = float("inf")
+        self._saved_at = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        is_last = trainer.current_epoch + 1 == trainer.max_epochs
+        if is_last or time.monotonic() - self._saved_at >= self.save_every:
+            self._save(trainer, self.path)
+            self._saved_at = time.monotonic()
+        was_validated = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
+        if self.save_best and was_validated and "val/nll" in trainer.callback_metrics:
+            nll = float(trainer.callback_metrics["val/nll"])
+            if nll < self.best_nll:
+                self.best_nll = nll
+                self._save(trainer, self.best_path)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"best_nll": self.best_nll}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.best_nll = state_dict["best_nll"]
+
+    def _save(self, trainer: pl.Trainer, path: Path) -> None:
+        with written_beside(path) as beside:
+            trainer.save_checkpoint(beside)

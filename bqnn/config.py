@@ -1,0 +1,79 @@
+"""The command line: Hydra in front, plain dictionaries behind; only here is OmegaConf known."""
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from bqnn.run import Job, record_refusal
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def launch(task: Callable[[dict[str, Any], Job], None], verb: str) -> None:
+    """Run `task(config, job)` once, or for every job of a multirun, and exit.
+
+    `conf/<verb>.yaml` is the configuration. What fails says so in one line and in its
+    status.json; a multirun goes on with the next job. The exit code is 0 when every job succeeded.
+    """
+    OmegaConf.register_new_resolver("fresh_folder", fresh_folder, use_cache=True, replace=True)
+    # Hydra then hands its errors to us, and we say them in one line.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    states = []
+
+    def run(cfg: DictConfig) -> float:
+        job = Job(plain(cfg), Path(HydraConfig.get().runtime.output_dir), verb)
+        with job:
+            job.claim()
+            task(job.config, job)
+        states.append(job.state)
+        return 0.0 if job.state == "DONE" else float("nan")
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)(run)()
+    except Exception as error:  # only Hydra's own can get here: a job keeps its errors to itself
+        message = _one_line(error)
+        record_refusal(_refused_folder(verb, sys.argv[1:]), message)
+        sys.exit(f"{verb}.py: {message}")
+    if any(state != "DONE" for state in states):
+        sys.exit(1)
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration, in plain types alone."""
+    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(config, dict)
+    return config  # type: ignore[return-value]
+
+
+def fresh_folder(name: str) -> str:
+    """Make a folder of this name that did not exist before; `name_2` and so on where it did."""
+    number = 1
+    while True:
+        folder = Path(name if number == 1 else f"{name}_{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return str(folder)
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).partition("Config search path")[0]
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _refused_folder(verb: str, arguments: list[str]) -> Path:
+    """Where the refusal of a command line is recorded: the folder it asked for, or a new one."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in ("hydra.run.dir", "hydra.sweep.dir") and value:
+            return Path(value)
+    return Path(fresh_folder(f"outputs/{verb}/{datetime.now():%Y-%m-%d_%H-%M-%S}_refused"))

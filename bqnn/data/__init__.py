@@ -1,0 +1,48 @@
+"""Data sets in memory, built by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import signature
+
+from bqnn.data.base import Rows, TensorData
+from bqnn.data.cifar10 import CIFAR10Data
+from bqnn.data.digits import DigitsData
+from bqnn.data.folder import ImageFolderData
+from bqnn.data.loader import TensorLoader
+from bqnn.data.mnist import MNISTData
+from bqnn.data.synthetic import SyntheticData
+from bqnn.data.uci import UCIData
+
+__all__ = ["DATASETS", "Rows", "TensorData", "TensorLoader", "build_data"]
+
+DATASETS: dict[str, Callable[..., TensorData]] = {
+    "synthetic": SyntheticData,
+    "uci": UCIData,
+    "digits": DigitsData,
+    "mnist": MNISTData,
+    "cifar10": CIFAR10Data,
+    "images": ImageFolderData,
+}
+
+
+def build_data(dataset: str, *, data_dir: str, seed: int, options: dict[str, object]) -> TensorData:
+    """The data set of that name, not read yet; `options` are its own keywords.
+
+    Raises ValueError for an unknown data set or option, listing the known ones.
+    """
+    if dataset not in DATASETS:
+        raise ValueError(
+            f"dataset={dataset!r}: no such data set; choose one of {', '.join(DATASETS)}"
+        )
+    parameters = signature(DATASETS[dataset]).parameters.values()
+    known = {p.name: p for p in parameters if p.name not in ("data_dir", "seed")}
+    unknown = sorted(options.keys() - known.keys())
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)}: no option of data set {dataset}; it has {', '.join(known)}"
+        )
+    missing = sorted(n for n, p in known.items() if p.default is p.empty and n not in options)
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: data set {dataset} needs this option; add it")
+    return DATASETS[dataset](data_dir=data_dir, seed=seed, **options)

@@ -1,0 +1,89 @@
+"""CIFAR10Data: 60,000 photographs of 32x32 pixels in ten classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from bqnn.data.base import Rows
+from bqnn.data.folder import read_image_folder
+from bqnn.data.images import ImageData
+
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10
+
+
+class CIFAR10Data(ImageData):
+    """Images [3, 32, 32], normalized per channel, cropped and mirrored at random in training.
+
+    `source` is "torchvision", the original in `<data_dir>/cifar-10-batches-py`, downloaded where
+    it is missing, or "folder", image files `train/<class>/*` and `test/<class>/*` below `root`
+    (`<data_dir>/cifar10` unless given). Raises FileNotFoundError, with the folder, for missing
+    files.
+    """
+
+    def __init__(
+        self,
+        source: str = "torchvision",
+        root: str | None = None,
+        *,
+        crop_padding: int = 4,
+        flip: bool = True,
+        data_dir: str = "data",
+        seed: int = 0,
+        batch_size: int = 256,
+        validation_share: float = 0.1,
+    ) -> None:
+        super().__init__(
+            data_dir=data_dir,
+            seed=seed,
+            batch_size=batch_size,
+            validation_share=validation_share,
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.2023, 0.1994, 0.2010),
+            crop_padding=crop_padding,
+            flip=flip,
+        )
+        if source not in ("torchvision", "folder"):
+            raise ValueError(
+                f"source={source!r}: CIFAR-10 is read from torchvision's files or from a folder of "
+                "images; choose torchvision or folder"
+            )
+        self.source = source
+        self.root = self.data_dir / "cifar10" if root is None else Path(root).expanduser()
+
+    def prepare_data(self) -> None:
+        """Download the files that are missing, unless images come from a folder."""
+        if self.is_set_up or self.source == "folder":
+            return
+        try:
+            self._part(train=True)
+        except FileNotFoundError:
+            self._part(train=True, download=True)
+
+    def _read(self) -> tuple[Rows, Rows]:
+        if self.source == "folder":
+            train, test, self.class_names = read_image_folder(self.root)
+            return train, test
+        part = self._part(train=True)
+        self.class_names = list(part.classes)
+        return _rows(part), _rows(self._part(train=False))
+
+    def _part(self, *, train: bool, download: bool = False) -> CIFAR10:
+        from torchvision.datasets import CIFAR10
+
+        try:
+            return CIFAR10(str(self.data_dir), train=train, download=download)
+        except (RuntimeError, OSError) as error:  # RuntimeError: missing or altered files
+            raise FileNotFoundError(
+                f"CIFAR-10 is not complete in {self.data_dir / CIFAR10.base_folder} and was not "
+                f"downloaded from {CIFAR10.url} ({error}); unpack it there, set data_dir to the "
+                "folder that has it, or read image files with source=folder"
+            ) from error
+
+
+def _rows(part: CIFAR10) -> Rows:
+    images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+    return Rows(images, torch.tensor(part.targets))

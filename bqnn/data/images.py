@@ -1,0 +1,104 @@
+"""ImageData: classification of images kept as uint8, augmented in whole batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bqnn.data.base import TensorData
+
+
+class ImageData(TensorData):
+    """A classification data set with images [N, C, H, W], uint8, and targets [N], int64.
+
+    `normalize` scales pixels to [0, 1] and, where `mean` and `std` are given, one number per
+    channel, shifts and scales them on. `augment` crops at random from images padded with
+    `crop_padding` black pixels on each side, and mirrors half of them where `flip` is set.
+    """
+
+    white = 255  # the pixel value that becomes 1
+    class_names: list[str]
+
+    def __init__(
+        self,
+        *,
+        data_dir: str,
+        seed: int,
+        batch_size: int,
+        validation_share: float,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        crop_padding: int = 0,
+        flip: bool = False,
+    ) -> None:
+        super().__init__(
+            data_dir=data_dir,
+            seed=seed,
+            batch_size=batch_size,
+            validation_share=validation_share,
+        )
+        if (mean is None) != (std is None) or len(mean or ()) != len(std or ()):
+            raise ValueError(
+                f"mean={mean}, std={std}: images are normalized with both, one number per channel; "
+                "give both or neither"
+            )
+        if not all(value > 0 for value in std or ()):
+            raise ValueError(f"std={std}: pixels are divided by it; choose numbers above 0")
+        if crop_padding < 0:
+            raise ValueError(f"crop_padding={crop_padding}: pixels to pad with; choose 0 or more")
+        self.mean = mean
+        self.std = std
+        self.crop_padding = crop_padding
+        self.flip = flip
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        channels = self.train.inputs.shape[1]
+        if self.mean is not None and len(self.mean) != channels:
+            raise ValueError(
+                f"mean={self.mean}: {len(self.mean)} numbers for images of {channels} channels; "
+                "give one per channel"
+            )
+
+    def facts(self) -> dict[str, object]:
+        return {
+            "likelihood": "classification",
+            "class_names": list(self.class_names),
+            "input_shape": list(self.train.inputs.shape[1:]),
+            "num_train": len(self.train),
+        }
+
+    def normalize(self, inputs: Tensor) -> Tensor:
+        """Images [..., C, H, W] as the network reads them: float32.
+
+        uint8 images are scaled to [0, 1] first; float images are taken to be in [0, 1] already.
+        """
+        images = inputs if inputs.is_floating_point() else inputs.float() / self.white
+        if self.mean is None or self.std is None:
+            return images
+        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        return (images - mean) / std
+
+    def augment(self, inputs: Tensor) -> Tensor:
+        if self.crop_padding:
+            inputs = random_crop(inputs, self.crop_padding)
+        return random_flip(inputs) if self.flip else inputs
+
+
+def random_crop(images: Tensor, padding: int) -> Tensor:
+    """Each image [B, C, H, W] shifted by up to `padding` pixels, with black where it came from."""
+    count, _, height, width = images.shape
+    padded = F.pad(images, [padding] * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [B, C, top, left, H, W], a view
+    top, left = torch.randint(2 * padding + 1, (2, count), device=images.device)
+    return windows[torch.arange(count, device=images.device), :, top, left]
+
+
+def random_flip(images: Tensor) -> Tensor:
+    """Each image [B, C, H, W] mirrored left to right with probability one half."""
+    coins = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(coins, images.flip(-1), images)

@@ -1,0 +1,103 @@
+"""TensorLoader: batches cut by index from tensors in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import ceil
+
+import torch
+from torch import Tensor
+
+
+class TensorLoader:
+    """Batches `(inputs[rows], targets[rows])` of one epoch; Lightning takes it as a dataloader.
+
+    Shuffled, the order depends on (seed, epoch) alone; unshuffled, batches are views. With several
+    ranks every rank sees the same order and takes its own part of each global batch of
+    `batch_size * world_size` rows. All ranks get equally many rows, so the first ones come again
+    at the end where the ranks do not divide them.
+
+    Raises ValueError for tensors of different lengths, without rows, or a batch size below 1.
+    """
+
+    batch_sampler: None = None  # Lightning reads it of whatever has a sampler
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if len(inputs) != len(targets):
+            raise ValueError(
+                f"inputs have {len(inputs)} rows and targets {len(targets)}: a batch pairs them "
+                "row by row; pass as many of one as of the other"
+            )
+        if len(inputs) == 0:
+            raise ValueError("inputs have 0 rows: there is no batch to make; pass at least one row")
+        if batch_size < 1:
+            raise ValueError(
+                f"batch_size={batch_size}: a batch holds at least one row; choose 1 or more"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(
+                f"rank={rank} with world_size={world_size}: ranks count from 0; "
+                f"choose 0 to {world_size - 1}"
+            )
+        self.inputs = inputs
+        self.targets = targets
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+        self.rank = rank
+        self.world_size = world_size
+
+    batch_sampler = None  # Lightning looks for it wherever there is a sampler
+
+    @property
+    def sampler(self) -> TensorLoader:
+        """Where Lightning looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order that the next iteration follows."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return ceil(ceil(len(self.inputs) / self.world_size) / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if not self.shuffle and self.world_size == 1:
+            yield from zip(
+                self.inputs.split(self.batch_size),
+                self.targets.split(self.batch_size),
+                strict=True,
+            )
+            return
+        for rows in self._rows().split(self.batch_size):
+            yield self.inputs.index_select(0, rows), self.targets.index_select(0, rows)
+
+    def _rows(self) -> Tensor:
+        num_rows = len(self.inputs)
+        if self.shuffle:
+            order = permutation(num_rows, self.seed, self.epoch)
+        else:
+            order = torch.arange(num_rows)
+        if self.world_size > 1:
+            wrapped = torch.arange(ceil(num_rows / self.world_size) * self.world_size) % num_rows
+            order = order[wrapped[self.rank :: self.world_size]]
+        return order.to(self.inputs.device)
+
+
+def permutation(num_rows: int, seed: int, epoch: int = 0) -> Tensor:
+    """A random order of `range(num_rows)` that depends on (seed, epoch) alone: int64 [N]."""
+    generator = torch.Generator()
+    # The CPU generator reads 32 bits of its seed; the factor keeps (seed, epoch) pairs apart.
+    generator.manual_seed((seed * 1_000_003 + epoch) % 2**32)
+    return torch.randperm(num_rows, generator=generator)

@@ -1,0 +1,56 @@
+"""TableData: regression tables, standardized by the rows that are trained on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bqnn.data.base import Rows, TensorData
+
+
+class TableData(TensorData):
+    """A regression data set with inputs [N, F] and targets [N], float32 and standardized.
+
+    Means and standard deviations (population) come from the training rows alone, after the
+    validation rows are out, in float64. A constant column, or target, has a standard deviation
+    of 1.
+    """
+
+    input_mean: Tensor  # [F]
+    input_std: Tensor  # [F]
+    target_mean: Tensor  # []
+    target_std: Tensor  # []
+
+    def standardize(self, inputs: Tensor) -> Tensor:
+        """Inputs [N, F] in original units, as the network reads them: float32."""
+        return ((inputs - self.input_mean) / self.input_std).float()
+
+    def facts(self) -> dict[str, object]:
+        return {
+            "likelihood": "regression",
+            "target_mean": self.target_mean.item(),
+            "target_std": self.target_std.item(),
+            "input_shape": list(self.train.inputs.shape[1:]),
+            "num_train": len(self.train),
+        }
+
+    def _arrange(self, part: Rows, test: Rows) -> tuple[Rows, Rows | None, Rows]:
+        train, val, test = super()._arrange(part, test)
+        self.input_mean, self.input_std = _moments(train.inputs)
+        self.target_mean, self.target_std = _moments(train.targets)
+        return (
+            self._standardized(train),
+            None if val is None else self._standardized(val),
+            self._standardized(test),
+        )
+
+    def _standardized(self, rows: Rows) -> Rows:
+        targets = (rows.targets - self.target_mean) / self.target_std
+        return Rows(self.standardize(rows.inputs), targets.float())
+
+
+def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    mean, std = values.mean(0), values.std(0, correction=0)
+    # Rounding can leave a constant column with a tiny spread, which must not be blown up.
+    constant = (values == values[0]).all(0) | (std == 0)
+    return torch.where(constant, values[0], mean), torch.where(constant, 1.0, std)

@@ -1,0 +1,1 @@
+"""Layers and conversions of layers; nothing here knows of tasks or training."""

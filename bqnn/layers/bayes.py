@@ -1,0 +1,199 @@
+"""Linear and convolutional layers whose weights have a Gaussian posterior."""
+
+import math
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from bqnn.layers.draws import Drawn
+from bqnn.layers.swap import swap
+
+
+class GaussianWeight(Drawn):
+    """A layer with weights w ~ N(mean, sigma^2), sigma = softplus(rho), and a point bias.
+
+    In training the output is drawn, by local reparametrization (Kingma et al., 2015, eq. 6):
+    for a layer f that is linear in its weights,
+
+        f(x; mean) + sqrt(f(x^2; sigma^2)) * eps,    eps ~ N(0, 1) for every output.
+
+    In evaluation the weights are drawn (Blundell et al., 2015), one draw per call, or one for
+    all calls while a draw is held. The prior is N(0, prior_std^2).
+    """
+
+    mean: nn.Parameter
+    rho: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, *, prior_std: float, init_rho: float
+    ) -> None:
+        super().__init__()
+        if prior_std <= 0:
+            raise ValueError(f"method.prior_std={prior_std}: a standard deviation is positive")
+        self.mean = nn.Parameter(weight.detach().clone())
+        self.rho = nn.Parameter(torch.full_like(self.mean, init_rho))
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.prior_std = prior_std
+        self._held: Tensor | None = None
+
+    @property
+    def sigma(self) -> Tensor:
+        """The posterior's standard deviation, shaped like the weights."""
+        return F.softplus(self.rho)
+
+    @torch.no_grad()
+    def set_sigma(self, sigma: Tensor) -> None:
+        """Make `sigma` (positive, shaped like the weights) the posterior's standard deviation."""
+        self.rho.copy_(sigma + torch.log(-torch.expm1(-sigma)))
+
+    def kl(self) -> Tensor:
+        """KL(posterior || prior) in nats, in closed form, summed over the weights."""
+        return _GaussianKL.apply(self.mean, self.sigma, self.prior_std)
+
+    def draw(self) -> Tensor:
+        """One draw of the weights."""
+        return torch.addcmul(self.mean, self.sigma, noise_like(self.mean))
+
+    def hold_draw(self, index: int) -> None:
+        self._held = self.draw()
+
+    def release_draw(self) -> None:
+        self._held = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return self.apply_weight(x, self.draw() if self._held is None else self._held)
+        mean = self.apply_weight(x, self.mean)
+        variance = self.apply_weight(x.square(), self.sigma.square(), with_bias=False)
+        return _GaussianDraw.apply(mean, variance, noise_like(mean))
+
+    def apply_weight(self, x: Tensor, weight: Tensor, with_bias: bool = True) -> Tensor:
+        """The layer's linear map of `x` at these weights."""
+        raise NotImplementedError
+
+
+class BayesLinear(GaussianWeight):
+    """nn.Linear with Gaussian weights: [B, in_features] -> [B, out_features]."""
+
+    @classmethod
+    def like(cls, layer: nn.Linear, *, prior_std: float, init_rho: float) -> Self:
+        """A Bayesian version of `layer`, with its weights as means and its bias."""
+        return cls(layer.weight, layer.bias, prior_std=prior_std, init_rho=init_rho)
+
+    def apply_weight(self, x: Tensor, weight: Tensor, with_bias: bool = True) -> Tensor:
+        return F.linear(x, weight, self.bias if with_bias else None)
+
+    def extra_repr(self) -> str:
+        return f"{self.mean.shape[1]}, {self.mean.shape[0]}, prior_std={self.prior_std}"
+
+
+class BayesConv2d(GaussianWeight):
+    """nn.Conv2d with Gaussian weights: [B, C, H, W] -> [B, C', H', W']."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, **options: Any) -> None:
+        super().__init__(weight, bias, **options)
+        self.geometry: dict[str, Any] = {}
+
+    @classmethod
+    def like(cls, layer: nn.Conv2d, *, prior_std: float, init_rho: float) -> Self:
+        """A Bayesian version of `layer`, with its weights as means, its bias and geometry."""
+        if layer.padding_mode != "zeros":
+            raise TypeError(f"padding_mode={layer.padding_mode!r}: only 'zeros' can be Bayesian")
+        bayes = cls(layer.weight, layer.bias, prior_std=prior_std, init_rho=init_rho)
+        bayes.geometry = {
+            "stride": layer.stride,
+            "padding": layer.padding,
+            "dilation": layer.dilation,
+            "groups": layer.groups,
+        }
+        return bayes
+
+    def apply_weight(self, x: Tensor, weight: Tensor, with_bias: bool = True) -> Tensor:
+        return F.conv2d(x, weight, self.bias if with_bias else None, **self.geometry)
+
+    def extra_repr(self) -> str:
+        geometry = ", ".join(f"{key}={value}" for key, value in self.geometry.items())
+        return f"{tuple(self.mean.shape)}, {geometry}, prior_std={self.prior_std}"
+
+
+def to_bayes(net: nn.Module, prior_std: float, init_rho: float) -> nn.Module:
+    """Give every linear and convolution of a network Gaussian weights, in place."""
+    options = {"prior_std": prior_std, "init_rho": init_rho}
+    count = swap(
+        net,
+        {
+            nn.Linear: partial(BayesLinear.like, **options),
+            nn.Conv2d: partial(BayesConv2d.like, **options),
+        },
+        keep=(nn.BatchNorm2d,),
+    )
+    if count == 0:
+        raise ValueError("to_bayes: no Linear or Conv2d left to convert")
+    return net
+
+
+def kl_divergence(net: nn.Module) -> Tensor:
+    """KL from prior to posterior, in nats, summed over all weights."""
+    terms = [module.kl() for module in net.modules() if isinstance(module, GaussianWeight)]
+    if not terms:
+        raise TypeError("kl_divergence: this network has no Gaussian weights")
+    return torch.stack(terms).sum()
+
+
+def noise_like(x: Tensor) -> Tensor:
+    """Standard normal noise of the shape and memory layout of `x`.
+
+    The numbers are drawn into memory in order and then seen in the layout of `x`, since
+    `normal_` on channels_last memory takes a path on the CPU that is many times slower.
+    """
+    eps = torch.empty_like(x)
+    if eps.dim() == 4 and eps.is_contiguous(memory_format=torch.channels_last):
+        eps.permute(0, 2, 3, 1).normal_()
+    else:
+        eps.normal_()
+    return eps
+
+
+class _GaussianDraw(torch.autograd.Function):
+    """mean + sqrt(variance) * eps, with gradient 0 where the variance is 0.
+
+    Where all inputs of an output are zero (the black border of a picture) its variance is
+    zero too, and the derivative of the square root would be infinite.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, variance: Tensor, eps: Tensor) -> Tensor:
+        std = variance.clamp_min(0).sqrt_()  # fast convolutions can round below 0
+        ctx.save_for_backward(std, eps)
+        return torch.addcmul(mean, std, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        std, eps = ctx.saved_tensors
+        slope = (eps / std).mul_(0.5).masked_fill_(std == 0, 0)
+        return grad, slope.mul_(grad), None
+
+
+class _GaussianKL(torch.autograd.Function):
+    """Sum of log(prior_std / sigma) + (sigma^2 + mean^2) / (2 prior_std^2) - 1/2."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, sigma: Tensor, prior_std: float) -> Tensor:
+        ctx.save_for_backward(mean, sigma)
+        ctx.prior_std = prior_std
+        squares = sigma.square().sum() + mean.square().sum()
+        constant = mean.numel() * (math.log(prior_std) - 0.5)
+        return squares / (2 * prior_std**2) - sigma.log().sum() + constant
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        mean, sigma = ctx.saved_tensors
+        scale = grad / ctx.prior_std**2
+        return mean * scale, (sigma * scale).sub_(grad / sigma), None

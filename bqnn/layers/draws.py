@@ -1,0 +1,33 @@
+"""Random modules that can hold one draw while it passes over many batches."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+class Drawn(nn.Module):
+    """A module that is one of many possible functions, such as a layer with random weights.
+
+    Left alone it makes a draw per call. While a draw is held, every call uses that one.
+    """
+
+    def hold_draw(self, index: int) -> None:
+        """Make draw number `index` and use it until `release_draw`."""
+        raise NotImplementedError
+
+    def release_draw(self) -> None:
+        raise NotImplementedError
+
+
+@contextmanager
+def held_draw(net: nn.Module, index: int) -> Iterator[None]:
+    """Hold draw number `index` of every random module of `net`."""
+    drawn = [module for module in net.modules() if isinstance(module, Drawn)]
+    try:
+        for module in drawn:
+            module.hold_draw(index)
+        yield
+    finally:
+        for module in drawn:
+            module.release_draw()

@@ -1,0 +1,52 @@
+"""Monte-Carlo dropout: dropout that stays on at evaluation."""
+
+from torch import Tensor, nn
+
+from bqnn.layers.markers import DropoutSite
+
+
+class MCDropout(nn.Module):
+    """Drop whole channels of [B, C, H, W], or single features of [B, F], in training and after.
+
+    Each row has a mask of its own; what is kept is scaled by 1 / (1 - rate) (Gal &
+    Ghahramani, 2016). The module has its own switch, `active`, so that evaluation never has
+    to leave eval mode, which would disturb batch norm.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(
+                f"method.rate={rate}: the share of dropped values must be at least 0 and "
+                "less than 1"
+            )
+        self.rate = rate
+        self.active = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.active or self.rate == 0:
+            return x
+        return x * self.mask(x).mul_(1 / (1 - self.rate))
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Ones for what is kept, zeros for what is dropped: [B, C, 1, 1] or [B, F]."""
+        return x.new_empty(x.shape[:2] + (1,) * (x.dim() - 2)).bernoulli_(1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+def to_mcdropout(net: nn.Module, rate: float, before_output: bool = True) -> nn.Module:
+    """Make the marked sites of a network drop, in place.
+
+    `before_output` says whether the site before the output layer drops too.
+    """
+    count = 0
+    for parent in list(net.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, DropoutSite) and (before_output or not child.before_output):
+                setattr(parent, name, MCDropout(rate))
+                count += 1
+    if count == 0:
+        raise ValueError("to_mcdropout: the network has no DropoutSite to convert")
+    return net

@@ -1,0 +1,78 @@
+"""An ensemble of networks of one shape, collected while one of them is being sampled."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bqnn.layers.draws import Drawn
+
+
+class Ensemble(Drawn):
+    """The network that is being sampled, and the last `num_members` copies taken of it.
+
+    In training the current network answers. In evaluation draw number i is member i, and
+    outside a held draw the members take turns; as long as there is none, the current
+    network answers.
+    """
+
+    collected: Tensor
+
+    def __init__(self, net: nn.Module, num_members: int) -> None:
+        super().__init__()
+        if num_members < 1:
+            raise ValueError(f"num_members={num_members}: an ensemble keeps at least one member")
+        self.current = net
+        self.num_members = num_members
+        self.members = nn.ModuleList()
+        self.register_buffer("collected", torch.zeros((), dtype=torch.int64))
+        self.register_load_state_dict_pre_hook(_make_room)
+        self._held: int | None = None
+        self._turn = 0
+
+    def __len__(self) -> int:
+        """How many members there are to draw from."""
+        return len(self.members)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Take a copy of the current network; it replaces the oldest once all places are taken."""
+        slot = int(self.collected) % self.num_members
+        if slot == len(self.members):
+            self._add_member()
+        self.members[slot].load_state_dict(self.current.state_dict())
+        self.collected += 1
+
+    def hold_draw(self, index: int) -> None:
+        if self.members and index >= len(self.members):
+            raise ValueError(
+                f"draw {index} of an ensemble with {len(self.members)} members: "
+                f"ask for at most {len(self.members)} samples"
+            )
+        self._held = index
+
+    def release_draw(self) -> None:
+        self._held = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or not self.members:
+            return self.current(x)
+        if self._held is not None:
+            return self.members[self._held](x)
+        self._turn += 1
+        return self.members[self._turn % len(self.members)](x)
+
+    def _add_member(self) -> None:
+        member = copy.deepcopy(self.current).requires_grad_(False)
+        self.members.append(member.train(self.training))
+
+
+def _make_room(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Give the ensemble as many members as the state that is about to be loaded."""
+    assert isinstance(module, Ensemble)
+    collected = state.get(f"{prefix}collected")
+    count = 0 if collected is None else min(int(collected), module.num_members)
+    while len(module.members) < count:
+        module._add_member()
+    del module.members[count:]

@@ -1,0 +1,199 @@
+"""Classification and Regression: how outputs meet targets, in training and in evaluation."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from bqnn.metrics import (
+    brier_score,
+    entropy,
+    expected_calibration_error,
+    gaussian_mixture_nll,
+    gaussian_nll,
+    interval_coverage,
+    log_mean_exp,
+    moments,
+    mutual_information,
+)
+
+
+class Likelihood(ABC):
+    """p(target | output): the loss of one draw, and the predictive distribution of many.
+
+    Samples are [S, N, num_outputs]; S may be 1. `metrics` and `summary` compute in float64, on
+    the samples' device, and raise ValueError where a sample is not finite.
+    """
+
+    heads: tuple[int, ...]  # the number of outputs of each output layer
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of all heads together: one per class, or a mean and a log variance."""
+        return sum(self.heads)
+
+    @abstractmethod
+    def loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        """Mean negative log-likelihood of one draw [B, num_outputs], in nats and float32."""
+
+    @abstractmethod
+    def metrics(self, samples: Tensor, targets: Tensor) -> dict[str, float]:
+        """Every metric of the predictive distribution; docs/metrics.md defines each key."""
+
+    @abstractmethod
+    def summary(self, samples: Tensor) -> dict[str, Tensor]:
+        """The predictive distribution of each row, in the units that a reader wants."""
+
+
+class Classification(Likelihood):
+    """A categorical over named classes; outputs are logits, targets int64 class indices."""
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        if len(class_names) < 2:
+            raise ValueError(f"class_names={list(class_names)}: give at least two classes")
+        self.class_names = tuple(class_names)
+        self.heads = (len(self.class_names),)
+
+    def loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        """-log softmax(output)[target], averaged over the batch."""
+        _require_one_target_per_row(output, targets)
+        return cross_entropy(output.float(), targets)
+
+    def metrics(self, samples: Tensor, targets: Tensor) -> dict[str, float]:
+        """error, nll, brier, ape, mi, ece (15 bins) and ece10 of the mean probability."""
+        samples = _checked(samples, self.num_outputs)
+        _require_one_target_per_row(samples[0], targets)
+        summary = self.summary(samples)
+        probabilities = summary["probabilities"]
+        log_probabilities = log_mean_exp(samples.log_softmax(-1))
+        confidences, predictions = probabilities.max(-1)
+        correct = predictions == targets
+        return {
+            "error": _mean("error", ~correct),
+            "nll": _mean("nll", -log_probabilities.gather(-1, targets[:, None])),
+            "brier": _mean("brier", brier_score(probabilities, targets)),
+            "ape": _mean("ape", summary["entropy"]),
+            "mi": _mean("mi", summary["mutual_information"]),
+            "ece": expected_calibration_error(confidences, correct, num_bins=15).item(),
+            "ece10": expected_calibration_error(confidences, correct, num_bins=10).item(),
+        }
+
+    def summary(self, samples: Tensor) -> dict[str, Tensor]:
+        """Mean probabilities [N, C]; entropy and mutual_information [N], in nats."""
+        probabilities = _checked(samples, self.num_outputs).softmax(-1)
+        mean = probabilities.mean(0)
+        return {
+            "probabilities": mean,
+            "entropy": entropy(mean),
+            "mutual_information": mutual_information(probabilities),
+        }
+
+
+class Regression(Likelihood):
+    """A Gaussian; outputs are its mean and log variance, and targets are standardized.
+
+    `target_mean` and `target_std` lead back to original units: y = target_mean + target_std * t.
+    """
+
+    heads = (1, 1)
+
+    def __init__(self, target_mean: float, target_std: float) -> None:
+        if not (math.isfinite(target_std) and target_std > 0):
+            raise ValueError(
+                f"target_std={target_std}: standardizing needs a finite, positive standard "
+                "deviation; is the target column constant?"
+            )
+        if not math.isfinite(target_mean):
+            raise ValueError(f"target_mean={target_mean}: is there a gap in the target column?")
+        self.target_mean = target_mean
+        self.target_std = target_std
+
+    def loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        """-log N(target; mean, variance) in standardized units, averaged over the batch."""
+        _require_one_target_per_row(output, targets)
+        mean, log_variance = output.float().unbind(-1)
+        return gaussian_nll(mean, log_variance, targets).mean()
+
+    def metrics(self, samples: Tensor, targets: Tensor) -> dict[str, float]:
+        """rmse, nll, nll_mixture and coverage95, in original units, and two standardized.
+
+        A density of y = m + s t is the density of t divided by s: nll gains log s.
+        """
+        samples = _checked(samples, self.num_outputs)
+        _require_one_target_per_row(samples[0], targets)
+        targets = targets.double()
+        means, log_variances = samples.unbind(-1)
+        matched = moments(means, log_variances)
+        rmse = math.sqrt(_mean("rmse", (targets - matched.mean).square()))
+        nll = _mean("nll", gaussian_nll(matched.mean, matched.variance.log(), targets))
+        mixture = _mean("nll_mixture", gaussian_mixture_nll(means, log_variances, targets))
+        coverage = interval_coverage(matched.mean, matched.variance.sqrt(), targets, [0.95])
+        log_std = math.log(self.target_std)
+        return {
+            "rmse": rmse * self.target_std,
+            "nll": nll + log_std,
+            "nll_mixture": mixture + log_std,
+            "coverage95": coverage.item(),
+            "rmse_standardized": rmse,
+            "nll_standardized": nll,
+        }
+
+    def summary(self, samples: Tensor) -> dict[str, Tensor]:
+        """mean, aleatoric_std, epistemic_std and their total std, each [N], in original units."""
+        matched = moments(*_checked(samples, self.num_outputs).unbind(-1))
+        return {
+            "mean": self.target_mean + self.target_std * matched.mean,
+            "aleatoric_std": self.target_std * matched.aleatoric.sqrt(),
+            "epistemic_std": self.target_std * matched.epistemic.sqrt(),
+            "std": self.target_std * matched.variance.sqrt(),
+        }
+
+
+def likelihood_from(facts: Mapping[str, Any]) -> Likelihood:
+    """The likelihood that a data set's facts call for; keys it does not need are ignored."""
+    match facts:
+        case {"likelihood": "classification", "class_names": [*class_names]}:
+            return Classification(class_names)
+        case {"likelihood": "regression", "target_mean": mean, "target_std": std}:
+            return Regression(float(mean), float(std))
+    raise ValueError(
+        f"facts={dict(facts)}: expected likelihood 'classification' with a list class_names, or "
+        "'regression' with target_mean and target_std"
+    )
+
+
+def _checked(samples: Tensor, num_outputs: int) -> Tensor:
+    """The samples in float64, once their shape and their values are known to be sound."""
+    if samples.ndim != 3 or samples.shape[-1] != num_outputs or samples.numel() == 0:
+        raise ValueError(
+            f"samples of shape {list(samples.shape)}: expected [S, N, {num_outputs}], "
+            "with at least one draw of at least one row"
+        )
+    if bad := int((~samples.isfinite()).any(-1).any(0).sum()):
+        raise ValueError(
+            f"nll and every other metric: {bad} of {samples.shape[1]} rows have a non-finite "
+            "sample; did training diverge, or a quantizer see no data?"
+        )
+    return samples.double()
+
+
+def _require_one_target_per_row(output: Tensor, targets: Tensor) -> None:
+    """Refuse shapes that would broadcast [B] against [B, 1] to [B, B] in silence."""
+    if targets.shape != output.shape[:-1]:
+        raise ValueError(
+            f"targets of shape {list(targets.shape)}: expected {list(output.shape[:-1])}, "
+            "one per row of the output"
+        )
+
+
+def _mean(metric: str, rows: Tensor) -> float:
+    """The average of one metric over its rows; ValueError names it if a row is not finite."""
+    if bad := int((~rows.isfinite()).sum()):
+        raise ValueError(
+            f"{metric}: {bad} of {len(rows)} rows are not finite, although the samples are; "
+            "look for a log variance so large or small that exp() leaves the range of float64"
+        )
+    return rows.double().mean().item()

@@ -1,0 +1,116 @@
+"""Where metrics, configuration and pictures go while a job runs."""
+
+import csv
+import netrc
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
+
+from bqnn.run import Job
+
+
+class MetricsCsv(Logger):
+    """Writes metrics.csv: one header, one row per logged epoch, on disk as soon as it is known.
+
+    The metrics of an epoch's validation come first and wait for those of its training.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self._columns: list[str] = []
+        self._rows: list[dict[str, float]] = []
+        self._waiting: dict[str, float] = {}
+
+    @property
+    def name(self) -> str:
+        return "metrics.csv"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._waiting.update(metrics)
+        if not any(name.startswith("train/") for name in metrics):
+            return
+        row, self._waiting = {"step": step or 0, **self._waiting}, {}
+        row["epoch"] = int(row["epoch"])
+        self._rows.append(row)
+        new = sorted(row.keys() - set(self._columns) - {"epoch", "step"})
+        if new:  # the first row, or the first with a validation
+            self._columns = ["epoch", "step", *sorted({*self._columns[2:], *new})]
+            self._write(self._rows, "w")
+        else:
+            self._write([row], "a")
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any) -> None:
+        """Nothing: config.yaml has them."""
+
+    def _write(self, rows: list[dict[str, float]], mode: str) -> None:
+        with self.path.open(mode, newline="") as file:
+            writer = csv.DictWriter(file, self._columns, restval="")
+            if mode == "w":
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+def make_loggers(job: Job) -> list[Logger]:
+    """metrics.csv, and the logger that the configuration names; they are closed with the job."""
+    loggers: list[Logger] = [MetricsCsv(job.folder / "metrics.csv")]
+    kind = job.config["logger"]["name"]
+    if kind == "wandb":
+        loggers.append(_wandb_logger(job))
+    elif kind == "csv":
+        loggers.append(CSVLogger(job.folder, name="csv", version=""))
+    elif kind != "none":
+        raise ValueError(f"logger.name={kind!r}: unknown; choose wandb, csv or none")
+    for logger in loggers:
+        logger.log_hyperparams(job.config)
+    return loggers
+
+
+def log_pictures(loggers: list[Logger], paths: list[Path]) -> None:
+    """Show pictures in Weights & Biases, under their file names."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            for path in paths:
+                logger.log_image(f"plots/{path.stem}", [str(path)])
+
+
+def _wandb_logger(job: Job) -> WandbLogger:
+    import wandb
+
+    config, options = job.config, job.config["logger"]
+    method, task, seed = config["method"]["name"], config["task"]["name"], config["seed"]
+    mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+    logger = WandbLogger(
+        name=f"{method}-{task}-float-s{seed}",
+        project=options["project"],
+        entity=options["entity"],
+        group=options["group"],
+        job_type="float",
+        tags=[method, task, *options["tags"]],
+        save_dir=job.folder,
+        offline=mode == "offline",
+        settings=wandb.Settings(mode=mode, silent=True, console="off"),
+    )
+    # Without this, the next job of the process would go on in this job's run.
+    job.at_end(lambda exit_code: wandb.finish(exit_code=exit_code))
+    return logger
+
+
+def _has_wandb_key() -> bool:
+    """Whether a key is at hand; without one wandb would stop and ask."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,14 @@
+"""The methods; a new one is a file here, a line below, and conf/method/<name>.yaml."""
+
+from bqnn.methods.base import Method
+from bqnn.methods.bbb import BayesByBackprop
+from bqnn.methods.mcdropout import MCDropoutMethod
+from bqnn.methods.pointwise import Pointwise
+from bqnn.methods.sghmc import SGHMCEnsemble
+
+METHODS: dict[str, type[Method]] = {
+    "pointwise": Pointwise,
+    "bbb": BayesByBackprop,
+    "mcdropout": MCDropoutMethod,
+    "sghmc": SGHMCEnsemble,
+}

@@ -1,0 +1,175 @@
+"""What every method shares: the training step, evaluation by Monte-Carlo draws, logging."""
+
+import logging
+from collections import defaultdict
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from bqnn.likelihoods import Likelihood
+from bqnn.optim import make_optimizer
+from bqnn.predict import predictive
+
+log = logging.getLogger(__name__)
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Method(pl.LightningModule):
+    """A way to learn a distribution over the weights of `net`.
+
+    Subclasses convert the network in `__init__` and may change the loss (`loss_terms`), the
+    optimizer and how many draws there are to evaluate with.
+
+    num_samples: draws in test and in the final validation; val_samples: draws in the validations
+    while it trains, which only draw curves. num_train: rows in the training set, the N of the
+    loss. seed: training is reseeded from it at the start of each epoch, and evaluation makes
+    its draws from it.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        likelihood: Likelihood,
+        *,
+        num_train: int,
+        seed: int,
+        optimizer: dict[str, Any],
+        schedule: str = "cosine",
+        num_samples: int = 20,
+        val_samples: int = 4,
+    ) -> None:
+        super().__init__()
+        if min(num_samples, val_samples) < 1:
+            raise ValueError(
+                f"method.num_samples={num_samples}, method.val_samples={val_samples}: "
+                "at least one draw is needed"
+            )
+        if schedule not in ("cosine", "constant"):
+            raise ValueError(f"method.schedule={schedule!r}: choose cosine or constant")
+        self.net = net.to(memory_format=torch.channels_last)
+        self.likelihood = likelihood
+        self.num_train = num_train
+        self.seed = seed
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.num_samples = num_samples
+        self.val_samples = val_samples
+        self.recipe: dict[str, Any] | None = None
+        self._epoch_terms: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self._epoch_rows: list[int] = []
+        self._evaluated: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One draw of the network's output: logits [B, C], or mean and log variance [B, 2]."""
+        return self.net(_channels_last(x))
+
+    def predictive(self, x: Tensor, num_samples: int | None = None) -> Tensor:
+        """Stack independent draws of the output for normalized inputs: [S, B, ...]."""
+        return predictive(
+            self.net, _channels_last(x), num_samples or self.available_samples, seed=self.seed
+        )
+
+    @property
+    def available_samples(self) -> int:
+        """How many draws an evaluation makes."""
+        return self.num_samples
+
+    def loss_terms(self, output: Tensor, targets: Tensor) -> dict[str, Tensor | float]:
+        """The loss of a training batch under `loss`, and the terms it is made of."""
+        nll = self.likelihood.loss(output, targets)
+        return {"loss": nll, "nll": nll}
+
+    def configure_optimizers(self) -> Any:
+        optimizer = make_optimizer(self.trained_parameters(), **self.optimizer)
+        if self.schedule == "constant":
+            return optimizer
+        epochs = self.trainer.max_epochs
+        assert epochs is not None
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(epochs, 1))
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [param for param in self.parameters() if param.requires_grad]
+
+    def on_train_epoch_start(self) -> None:
+        # From (seed, epoch) alone, so that a resumed run makes the same draws.
+        torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
+        self._epoch_terms.clear()
+        self._epoch_rows.clear()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        terms = self.loss_terms(self(inputs), targets)
+        for name, value in terms.items():
+            self._epoch_terms[name].append(torch.as_tensor(value).detach())
+        self._epoch_rows.append(len(targets))
+        # Looking at the loss waits for the device, which costs nothing on the CPU.
+        if self.device.type == "cpu" or batch_idx % 50 == 0:
+            self._refuse_non_finite_loss()
+        loss = terms["loss"]
+        assert isinstance(loss, Tensor)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self._refuse_non_finite_loss()
+        if not self._is_logged_epoch():
+            return
+        rows = torch.tensor(self._epoch_rows, dtype=torch.float64)
+        for name, values in self._epoch_terms.items():
+            mean = torch.dot(torch.stack(values).double().cpu(), rows) / rows.sum()
+            self.log(f"train/{name}", mean.float())
+        self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        fitting = self.trainer.state.fn == "fit"
+        available = self.available_samples
+        return self._draw(batch, min(self.val_samples, available) if fitting else available)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        return self._draw(batch, self.available_samples)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["recipe"] = self.recipe
+
+    def _draw(self, batch: Batch, num_samples: int) -> dict[str, Tensor]:
+        inputs, targets = batch
+        samples = self.predictive(inputs, num_samples)
+        self._evaluated.append((samples, targets))
+        return {"samples": samples, "targets": targets}
+
+    def _log_metrics(self, split: str) -> None:
+        samples, targets = zip(*self._evaluated, strict=True)
+        self._evaluated.clear()
+        metrics = self.likelihood.metrics(torch.cat(samples, dim=1), torch.cat(targets))
+        self.log_dict({f"{split}/{name}": value for name, value in metrics.items()})
+
+    def _is_logged_epoch(self) -> bool:
+        every = self.trainer.check_val_every_n_epoch
+        last = self.current_epoch + 1 == self.trainer.max_epochs
+        return last or every is None or (self.current_epoch + 1) % every == 0
+
+    def _refuse_non_finite_loss(self) -> None:
+        losses = self._epoch_terms["loss"]
+        if not losses or losses[-1].isfinite():
+            return
+        bad = int((~torch.stack(losses).isfinite()).nonzero()[0])
+        step = self.global_step + 1 - (len(losses) - bad)
+        raise FloatingPointError(
+            f"the loss is {losses[bad].item()} at step {step} (epoch {self.current_epoch}, batch "
+            f"{bad}); likely causes: method.optimizer.lr is too high, or inputs are far outside "
+            "the range of the others"
+        )
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Pictures in the layout that convolutions are fastest in; anything else as it is."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x

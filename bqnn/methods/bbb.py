@@ -1,0 +1,80 @@
+"""Bayes-by-backprop: a Gaussian per weight, learned by variational inference."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bqnn.layers.bayes import GaussianWeight, kl_divergence, to_bayes
+from bqnn.likelihoods import Likelihood
+from bqnn.methods.base import Method
+
+
+class BayesByBackprop(Method):
+    """Blundell et al. (2015): minimizes mean NLL + beta * KL / N, N the rows trained on.
+
+    beta grows linearly from 0 over the first `warmup_epochs` epochs. `init_from` is a pointwise
+    checkpoint of the same network: its weights become the means and sigma = init_delta * |mean|
+    (but at least 1e-4, so that a weight of zero can still learn its sigma).
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        likelihood: Likelihood,
+        *,
+        prior_std: float,
+        init_rho: float,
+        beta: float,
+        warmup_epochs: int = 0,
+        init_from: str | None = None,
+        init_delta: float = 0.1,
+        **options: Any,
+    ) -> None:
+        if beta < 0 or warmup_epochs < 0:
+            raise ValueError(
+                f"method.beta={beta}, method.warmup_epochs={warmup_epochs}: neither is negative"
+            )
+        if init_delta <= 0:
+            raise ValueError(f"method.init_delta={init_delta}: sigma has to be positive")
+        super().__init__(to_bayes(net, prior_std, init_rho), likelihood, **options)
+        self.beta = beta
+        self.warmup_epochs = warmup_epochs
+        self.init_from = init_from
+        self.init_delta = init_delta
+
+    def setup(self, stage: str) -> None:
+        # A resumed or loaded run overwrites this with its checkpoint later.
+        if stage == "fit" and self.init_from is not None:
+            self.initialize_from(self.init_from)
+            self.init_from = None
+
+    def loss_terms(self, output: Tensor, targets: Tensor) -> dict[str, Tensor | float]:
+        nll = self.likelihood.loss(output, targets)
+        kl = kl_divergence(self.net)
+        beta = self.current_beta()
+        loss = nll + beta * kl / self.num_train
+        return {"loss": loss, "nll": nll, "kl": kl, "beta": beta}
+
+    def current_beta(self) -> float:
+        """beta at this step of the warm-up."""
+        if self.current_epoch >= self.warmup_epochs:
+            return self.beta
+        steps = self.warmup_epochs * int(self.trainer.num_training_batches)
+        return self.beta * self.global_step / steps
+
+    @torch.no_grad()
+    def initialize_from(self, path: str) -> None:
+        """Take the means, point parameters and buffers of the pointwise checkpoint at `path`."""
+        checkpoint = torch.load(path, map_location=self.device, weights_only=True)
+        method = checkpoint["recipe"]["method"]["name"]
+        if method != "pointwise":
+            raise ValueError(f"method.init_from={path}: a {method} checkpoint; give a pointwise one")
+        weights = dict(checkpoint["state_dict"])
+        state = self.state_dict()
+        for name, layer in self.named_modules():
+            if isinstance(layer, GaussianWeight):
+                weights[f"{name}.mean"] = mean = weights.pop(f"{name}.weight")
+                layer.set_sigma((self.init_delta * mean.abs()).clamp_min(1e-4))
+                weights[f"{name}.rho"] = layer.rho
+        self.load_state_dict(weights)

@@ -1,0 +1,42 @@
+"""The multi-layer perceptron for tables."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from bqnn.layers.markers import DropoutSite, Enter
+from bqnn.nets.heads import Heads
+
+
+class MLP(nn.Module):
+    """Inputs -> hidden layers with ReLU -> heads: [B, ...] -> [B, sum(heads)].
+
+    Three hidden layers of 100 and two heads are the regression network of Ferianc et al.
+    (2021).
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        heads: Sequence[int],
+        *,
+        hidden_features: Sequence[int] = (100, 100, 100),
+    ) -> None:
+        super().__init__()
+        if not hidden_features:
+            raise ValueError("net.hidden_features is empty: give at least one hidden layer")
+        in_features = 1
+        for size in input_shape:
+            in_features *= size
+        layers: list[nn.Module] = [nn.Flatten(), Enter()]
+        for index, width in enumerate(hidden_features):
+            if index > 0:
+                layers.append(DropoutSite())
+            layers += [nn.Linear(in_features, width), nn.ReLU()]
+            in_features = width
+        self.features = nn.Sequential(*layers)
+        self.site = DropoutSite(before_output=True)
+        self.output = Heads(in_features, heads, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.site(self.features(x)))

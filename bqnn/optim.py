@@ -1,0 +1,188 @@
+"""Optimizers and samplers, and the table that names them."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Gamma
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+
+class SGHMC(Optimizer):
+    """Scale-adapted stochastic gradient Hamiltonian Monte Carlo (Springenberg et al., 2016).
+
+    Samples from exp(-U / temperature) with U(theta) = num_train * (mean NLL) + precision / 2 *
+    |theta|^2; the gradients it is given are those of the mean NLL. With M = V^(-1/2) a step is
+
+        v <- (1 - friction) v - lr^2 M grad U + N(0, 2 temperature friction lr^2 M - lr^4)
+        theta <- theta + v.
+
+    In the first `num_burn_in_steps` steps V, an average of squared gradients over a window of
+    1 + tau steps, adapts per parameter (their eq. 7 to 9); afterwards it is fixed. It is kept at or
+    above the precision, the mean square of the prior's own gradient: a weight that the data
+    says nothing of would get an unstable step otherwise. Every
+    `resample_momentum` steps v is drawn anew from N(0, temperature lr^2 M). The prior's
+    precision, one per tensor, has a Gamma(prior_shape, prior_rate) prior of its own and is
+    drawn from its conditional Gamma(prior_shape + n / 2, prior_rate + |theta|^2 / 2) every
+    `resample_prior` steps. 0 turns either of them off.
+
+    Steps, burn-in, tau, g, V, momentum and precision are in the `state_dict`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-2,
+        *,
+        num_train: int,
+        num_burn_in_steps: int,
+        friction: float = 0.05,
+        temperature: float = 1.0,
+        resample_momentum: int = 50,
+        resample_prior: int = 15,
+        prior_shape: float = 10.0,
+        prior_rate: float = 10.0,
+    ) -> None:
+        if lr <= 0:
+            raise ValueError(f"lr={lr}: the step size of SGHMC is positive")
+        if not 0 < friction <= 1:
+            raise ValueError(
+                f"friction={friction}: it is the share of momentum lost in a step, above 0 and "
+                "at most 1"
+            )
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature}: choose 0 (no noise) or more, 1 is exact")
+        if num_train < 1 or num_burn_in_steps < 0:
+            raise ValueError(
+                f"num_train={num_train}, num_burn_in_steps={num_burn_in_steps}: sampling needs a "
+                "row to train on and no negative number of steps"
+            )
+        if min(resample_momentum, resample_prior) < 0 or min(prior_shape, prior_rate) <= 0:
+            raise ValueError(
+                f"resample_momentum={resample_momentum}, resample_prior={resample_prior}: steps, "
+                f"0 for never; prior_shape={prior_shape}, prior_rate={prior_rate}: positive"
+            )
+        defaults = {
+            "lr": lr,
+            "num_train": num_train,
+            "num_burn_in_steps": num_burn_in_steps,
+            "friction": friction,
+            "temperature": temperature,
+            "resample_momentum": resample_momentum,
+            "resample_prior": resample_prior,
+            "prior_shape": prior_shape,
+            "prior_rate": prior_rate,
+            "step": 0,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        params = [param for param in group["params"] if param.grad is not None]
+        if not params:
+            return
+        states = [self._state_of(param, group) for param in params]
+        velocity = [state["velocity"] for state in states]
+        v_hat = [state["V"] for state in states]
+        lr, step = group["lr"], group["step"]
+
+        force = torch._foreach_mul(params, [state["precision"] for state in states])
+        torch._foreach_add_(force, [param.grad for param in params], alpha=group["num_train"])
+        if step < group["num_burn_in_steps"]:
+            _adapt([s["tau"] for s in states], [s["g"] for s in states], v_hat, force)
+            torch._foreach_clamp_min_(v_hat, [state["precision"] for state in states])
+
+        inverse_mass = torch._foreach_sqrt(v_hat)
+        torch._foreach_reciprocal_(inverse_mass)
+
+        every = group["resample_momentum"]
+        if every and step % every == 0:
+            std = torch._foreach_sqrt(inverse_mass)
+            torch._foreach_mul_(std, lr * math.sqrt(group["temperature"]))
+            torch._foreach_copy_(velocity, torch._foreach_mul(std, _noise(params)))
+        every = group["resample_prior"]
+        if every and step % every == 0:
+            squares = torch.stack(torch._foreach_norm(params)).double().square().tolist()
+            if not all(map(math.isfinite, squares)):
+                raise FloatingPointError(
+                    f"a weight is not finite at step {step} of SGHMC; choose a smaller lr"
+                )
+            for state, param, square in zip(states, params, squares, strict=True):
+                shape = group["prior_shape"] + param.numel() / 2
+                rate = group["prior_rate"] + square / 2
+                state["precision"] = _gamma(shape, rate)
+
+        torch._foreach_mul_(velocity, 1 - group["friction"])
+        torch._foreach_addcmul_(velocity, inverse_mass, force, value=-(lr**2))
+        torch._foreach_mul_(inverse_mass, 2 * group["temperature"] * group["friction"] * lr**2)
+        torch._foreach_sub_(inverse_mass, lr**4)
+        torch._foreach_clamp_min_(inverse_mass, 0)
+        torch._foreach_sqrt_(inverse_mass)  # now the standard deviation of the noise
+        torch._foreach_addcmul_(velocity, inverse_mass, _noise(params))
+        torch._foreach_add_(params, velocity)
+        group["step"] = step + 1
+
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[param]
+        if not state:
+            state["velocity"] = torch.zeros_like(param)
+            for name in ("tau", "g", "V"):
+                state[name] = torch.ones_like(param)
+            state["precision"] = _gamma(group["prior_shape"], group["prior_rate"])
+        return state
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD, "sghmc": SGHMC}
+
+
+def make_optimizer(params: Iterable[Tensor], name: str, **options: Any) -> Optimizer:
+    """The optimizer of that name, with torch's fused kernels where it has them."""
+    if name not in OPTIMIZERS:
+        raise ValueError(
+            f"method.optimizer.name={name!r}: unknown; choose one of {', '.join(OPTIMIZERS)}"
+        )
+    if name != "sghmc":
+        options["fused"] = True
+    try:
+        return OPTIMIZERS[name](params, **options)
+    except TypeError as error:
+        raise ValueError(f"method.optimizer: {name} does not take these options: {error}") from error
+
+
+def _adapt(tau: list[Tensor], g: list[Tensor], v_hat: list[Tensor], force: Any) -> None:
+    """One step of the averages g of the gradient and V of its square, over 1 + tau steps."""
+    weight = torch._foreach_add(tau, 1)
+    torch._foreach_reciprocal_(weight)
+    torch._foreach_lerp_(g, force, weight)
+    torch._foreach_lerp_(v_hat, torch._foreach_mul(force, force), weight)
+    # tau <- 1 + tau (1 - g^2 / V): shorter where the gradient keeps its sign.
+    change = torch._foreach_mul(g, g)
+    torch._foreach_div_(change, v_hat)
+    torch._foreach_mul_(change, tau)
+    torch._foreach_sub_(tau, change)
+    torch._foreach_add_(tau, 1)
+
+
+def _noise(params: list[Tensor]) -> list[Tensor]:
+    """Standard normal noise shaped and laid out like each parameter, drawn in one call."""
+    sizes = [param.numel() for param in params]
+    flat = torch.randn(sum(sizes), dtype=params[0].dtype, device=params[0].device)
+    return [
+        part.as_strided(param.shape, param.stride())
+        for part, param in zip(flat.split(sizes), params, strict=True)
+    ]
+
+
+def _gamma(shape: float, rate: float) -> float:
+    return float(Gamma(shape, rate).sample())

@@ -1,0 +1,258 @@
+"""Figures of curves, calibration and fits; each function returns a Figure, `save` writes it.
+
+Matplotlib is imported when a figure is drawn, without pyplot: no backend, no global state.
+Tensors may lie on any device. Colours are those of Okabe and Ito, apart for every eye.
+"""
+
+import csv
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bqnn.files import written_beside
+from bqnn.metrics import calibration_bins, expected_calibration_error, interval_coverage
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
+
+BLUE, ORANGE, VERMILION = "#0072B2", "#E69F00", "#D55E00"
+INK, GREY = "#222222", "#8A8A8A"
+
+
+def curves(csv_path: str | Path) -> "Figure":
+    """Training and validation curves over epochs, one panel for each metric of metrics.csv.
+
+    The file has a column `epoch` and columns such as train/nll and val/nll, which share the
+    panel nll. Empty cells are skipped. ValueError: there is nothing to draw.
+    """
+    with open(csv_path, newline="") as file:
+        reader = csv.DictReader(file)
+        header, rows = reader.fieldnames or [], list(reader)
+    columns = [name for name in header if name.startswith(("train/", "val/"))]
+    if not (rows and columns and "epoch" in header):
+        raise ValueError(f"{csv_path}: no rows with an epoch and train/ or val/ columns to draw")
+    panels = list(dict.fromkeys(name.partition("/")[2] for name in columns))
+    across = 2 if len(panels) == 4 else min(3, len(panels))
+    down = math.ceil(len(panels) / across)
+    with _style():
+        figure = _figure(3.4 * across, 2.5 * down)
+        grid = figure.subplots(down, across, squeeze=False, sharex=True).flat
+        for panel, axes in zip(panels, grid, strict=False):
+            for split, color in (("train", BLUE), ("val", VERMILION)):
+                cells = [(row["epoch"], row.get(f"{split}/{panel}")) for row in rows]
+                points = [(float(epoch), float(cell)) for epoch, cell in cells if epoch and cell]
+                if points:
+                    dot = "o" if len(points) == 1 else None
+                    axes.plot(*zip(*points, strict=True), color=color, label=split, marker=dot)
+            axes.set_title(panel)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_tick_params(labelbottom=True)
+            axes.set_xlabel("epoch")
+            axes.legend()
+        for axes in list(grid):  # what the panels left of the last row
+            axes.remove()
+    return figure
+
+
+def reliability_diagram(probabilities: Tensor, targets: Tensor, num_bins: int = 15) -> "Figure":
+    """Accuracy against confidence per bin, the gap between them shaded, and the bins' counts."""
+    confidences, correct = _confidence(probabilities, targets)
+    bins = calibration_bins(confidences, correct, num_bins)
+    ece = expected_calibration_error(confidences, correct, num_bins).item()
+    filled = _array(bins.counts) > 0
+    centers = ((_array(torch.arange(num_bins)) + 0.5) / num_bins)[filled]
+    counts, confidence, accuracy = (_array(values)[filled] for values in bins)
+    bar: dict[str, Any] = {"width": 1 / num_bins, "edgecolor": "white", "linewidth": 0.8}
+    with _style():
+        figure = _figure(4.2, 5.0)
+        axes, histogram = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+        axes.bar(centers, accuracy, color=BLUE + "B0", label="accuracy", **bar)
+        gap = bar | {"edgecolor": VERMILION}
+        axes.bar(
+            centers, confidence - accuracy, bottom=accuracy, label="gap to confidence",
+            facecolor=VERMILION + "50", hatch="////", **gap,
+        )  # fmt: skip
+        axes.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1, label="calibrated")
+        axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
+        axes.set_title(f"ECE {100 * ece:.2f} %")
+        axes.legend(loc="upper left", frameon=True, framealpha=0.9, edgecolor="none")
+        histogram.bar(centers, counts, color=GREY, **bar)
+        histogram.set(xlabel="confidence", ylabel="rows", yscale="log", ylim=(0.7, None))
+    return figure
+
+
+def confidence_histogram(probabilities: Tensor, targets: Tensor, num_bins: int = 20) -> "Figure":
+    """How sure the predictions are, in shares of the right ones and of the wrong ones."""
+    confidences, correct = _confidence(probabilities, targets)
+    with _style():
+        figure = _figure(4.8, 3.2)
+        axes = figure.subplots()
+        groups = (("correct", correct, BLUE, ""), ("wrong", ~correct, VERMILION, "////"))
+        for name, mask, color, hatch in groups:
+            values = _array(confidences[mask])
+            share = [1 / max(1, len(values))] * len(values)
+            axes.hist(
+                values, weights=share, bins=num_bins, range=(0, 1),
+                label=f"{name} ({len(values):,})", histtype="stepfilled", facecolor=color + "40",
+                edgecolor=color, linewidth=1.4, hatch=hatch,
+            )  # fmt: skip
+        axes.set(xlim=(0, 1), xlabel="confidence", ylabel="share of the group")
+        axes.legend(loc="upper left")
+    return figure
+
+
+def interval_calibration(mean: Tensor, std: Tensor, targets: Tensor) -> "Figure":
+    """Nominal against empirical coverage of the central intervals from 5 to 95 percent."""
+    levels = [step / 20 for step in range(1, 20)]
+    coverage = _array(interval_coverage(mean, std, targets, levels))
+    with _style():
+        figure = _figure(4.0, 4.0)
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1, label="calibrated")
+        axes.fill_between(levels, levels, coverage, color=VERMILION, alpha=0.2, linewidth=0)
+        axes.plot(levels, coverage, color=BLUE, marker="o", markersize=4, label="model")
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="nominal coverage", ylabel="empirical coverage")
+        axes.set_title(f"{100 * coverage[-1]:.1f} % of targets in the 95 % interval")
+        axes.text(0.05, 0.75, "above: too wide", color=GREY)
+        axes.text(0.95, 0.05, "below: too narrow", color=GREY, ha="right")
+        axes.legend(loc="upper left")
+    return figure
+
+
+def regression_fit(mean: Tensor, std: Tensor, targets: Tensor) -> "Figure":
+    """Prediction against target with 95 percent intervals, for at most 500 rows spread evenly."""
+    rows = torch.linspace(0, len(targets) - 1, min(500, len(targets))).round().long()
+    mean, std, targets = (values.detach().cpu()[rows] for values in (mean, std, targets))
+    inside = (targets - mean).abs() <= 1.96 * std
+    with _style():
+        figure = _figure(4.4, 4.2)
+        axes = figure.subplots()
+        groups = (("inside", inside, BLUE, "o"), ("outside", ~inside, VERMILION, "D"))
+        for name, mask, color, marker in groups:
+            axes.errorbar(
+                _array(targets[mask]), _array(mean[mask]), yerr=_array(1.96 * std[mask]),
+                fmt=marker, color=color, ecolor=color + "50", markersize=3, elinewidth=1,
+                label=f"target {name} 95 % ({int(mask.sum())})",
+            )  # fmt: skip
+        ends = [float(targets.min()), float(targets.max())]
+        axes.plot(ends, ends, color=INK, linestyle="--", linewidth=1, zorder=3)
+        axes.set(xlabel="target", ylabel="prediction")
+        axes.legend(loc="upper left")
+    return figure
+
+
+def synthetic_fit(
+    x: Tensor,
+    summary: Mapping[str, Tensor],
+    truth_mean: Tensor,
+    truth_std: Tensor,
+    train_x: Tensor,
+    train_y: Tensor,
+) -> "Figure":
+    """A one-dimensional fit above the parts of its uncertainty, both against the truth.
+
+    `summary` is that of `Regression.summary` at the inputs `x`, in increasing order; the truth
+    is given at the same inputs. Bands reach two standard deviations to either side.
+    """
+    inputs = _array(x).ravel()
+    mean, aleatoric, epistemic, total = (
+        _array(summary[name]) for name in ("mean", "aleatoric_std", "epistemic_std", "std")
+    )
+    truth, noise = _array(truth_mean).ravel(), _array(truth_std).ravel()
+    with _style():
+        figure = _figure(7.2, 5.4)
+        fit, parts = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 1])
+        above: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
+
+        bands = (("total", total, "#DFE4E9"), ("epistemic", epistemic, BLUE + "60"))
+        for name, std, color in bands:
+            fit.fill_between(
+                inputs, mean - 2 * std, mean + 2 * std,
+                facecolor=color, linewidth=0, label=f"{name}, ±2 std",
+            )  # fmt: skip
+        for sign in (-2, 2):
+            fit.plot(
+                inputs, mean + sign * aleatoric, color=ORANGE, linewidth=1.4,
+                label="aleatoric, ±2 std" if sign > 0 else None,
+            )  # fmt: skip
+        fit.plot(inputs, truth, color=INK, linestyle="--", linewidth=1.3, label="truth")
+        fit.plot(inputs, mean, color=BLUE, linewidth=2, label="predictive mean")
+        fit.scatter(
+            _array(train_x).ravel(), _array(train_y).ravel(),
+            s=9, color=INK, alpha=0.45, linewidth=0, label="training data",
+        )  # fmt: skip
+        fit.set(ylabel="y", xlim=(inputs[0], inputs[-1]))
+        fit.legend(ncols=3, **above)
+
+        parts.plot(inputs, noise, color=INK, linestyle="--", linewidth=1.3, label="true noise")
+        parts.plot(inputs, total, color=GREY, linewidth=3, alpha=0.5, label="total")
+        parts.plot(inputs, aleatoric, color=ORANGE, label="aleatoric")
+        parts.plot(inputs, epistemic, color=BLUE, linestyle="-.", label="epistemic")
+        parts.set(xlabel="x", ylabel="std", ylim=(0, None))
+        parts.legend(ncols=4, **above)
+    return figure
+
+
+def save(figure: "Figure", path: str | Path) -> Path:
+    """Write the figure in the format of the path's suffix, whole or not at all; returns the path.
+
+    It is written beside and renamed: if drawing fails, an older file stays as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(path) as beside:
+        figure.savefig(beside, format=path.suffix.removeprefix("."), dpi=160)
+    return path
+
+
+_STYLE: "dict[RcKeyType, Any]" = {
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "grid.color": "#E9E9E9",
+    "grid.linewidth": 0.7,
+    "hatch.linewidth": 0.6,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.7,
+    "lines.solid_capstyle": "round",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+def _style() -> AbstractContextManager[None]:
+    import matplotlib
+
+    return matplotlib.rc_context(_STYLE)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height))
+
+
+def _confidence(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest probability of each row [N], and whether its class is the target [N]."""
+    confidences, predictions = probabilities.max(-1)
+    return confidences, predictions == targets
+
+
+def _array(values: Tensor) -> "np.ndarray":
+    return values.detach().double().cpu().numpy()

@@ -1,0 +1,95 @@
+"""From a plain dictionary to a model, and from a checkpoint file to the model it describes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bqnn.data import TensorData, build_data
+from bqnn.likelihoods import likelihood_from
+from bqnn.methods import METHODS, Method
+from bqnn.nets import NETS
+
+Recipe = dict[str, Any]
+
+# What a task says of training; all else in it is an option of its data set.
+TRAINING_KEYS = ("name", "dataset", "max_epochs", "check_val_every_n_epoch", "save_every")
+
+
+def make_data(config: Mapping[str, Any]) -> TensorData:
+    """The data set of a job's task, downloaded where it has to be, read and split."""
+    task = config["task"]
+    options = {key: value for key, value in task.items() if key not in TRAINING_KEYS}
+    data = build_data(
+        task["dataset"], data_dir=config["data_dir"], seed=config["seed"], options=options
+    )
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def make_recipe(config: Mapping[str, Any], facts: Mapping[str, Any]) -> Recipe:
+    """All that a model is rebuilt from, in plain JSON types.
+
+    config: the resolved configuration of a job; facts: what the data set says of itself
+    (`TensorData.facts`).
+    """
+    return {
+        "version": 1,
+        "stage": "float",
+        "seed": config["seed"],
+        "method": config["method"],
+        "net": config["net"],
+        "task": config["task"],
+        "facts": dict(facts),
+    }
+
+
+def build(recipe: Recipe) -> Method:
+    """The untrained model that a recipe describes. A ValueError says what is wrong with it."""
+    facts = recipe["facts"]
+    likelihood = likelihood_from(facts)
+    torch.manual_seed(recipe["seed"])
+    net = _construct(NETS, "net", recipe["net"], facts["input_shape"], likelihood.heads)
+    extra = {"num_train": facts["num_train"], "seed": recipe["seed"]}
+    model: Method = _construct(METHODS, "method", {**recipe["method"], **extra}, net, likelihood)
+    model.recipe = recipe
+    return model
+
+
+def load(path: str | Path) -> Method:
+    """The model in a checkpoint, in eval mode.
+
+    ValueError: the file is not a checkpoint of this package. Weights load strictly.
+    """
+    checkpoint = read_checkpoint(path)
+    model = build(checkpoint["recipe"])
+    model.load_state_dict(checkpoint["state_dict"])
+    return model.eval()
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint file, on the CPU. Opening it runs no code from the file."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .ckpt file") from None
+    except Exception as error:  # what a foreign or cut file raises is anybody's guess
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    if not isinstance(checkpoint, dict) or not {"recipe", "state_dict"} <= checkpoint.keys():
+        raise ValueError(f"{path} holds no recipe and state_dict: it is not a checkpoint of bqnn")
+    return checkpoint
+
+
+def _construct(table: Mapping[str, Any], group: str, options: Mapping[str, Any], *args: Any) -> Any:
+    """Look `options["name"]` up in a table and call it with the other options."""
+    rest = dict(options)
+    name = rest.pop("name")
+    if name not in table:
+        raise ValueError(f"{group}.name={name!r}: unknown; choose one of {', '.join(table)}")
+    try:
+        return table[name](*args, **rest)
+    except TypeError as error:
+        raise ValueError(f"{group}={name} cannot be built from these options: {error}") from error

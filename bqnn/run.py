@@ -1,0 +1,164 @@
+"""One job's life: its folder, its status.json, how it ended."""
+
+import logging
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+
+from bqnn.files import write_json, write_text
+
+traceback_log = logging.getLogger("bqnn.traceback")  # conf/hydra sends it to the log file alone
+
+PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-core")
+PROCESS_STARTED = time.perf_counter()
+
+
+class Job:
+    """A context in which one job runs, in a folder of its own.
+
+    The folder gets config.yaml and status.json, whose state is RUNNING, then DONE, FAILED or
+    INTERRUPTED. An exception ends here: its traceback goes to the log, one line of it to the
+    terminal and to status.json; only an interruption goes on, as SystemExit(130).
+    """
+
+    def __init__(self, config: dict[str, Any], folder: Path, verb: str) -> None:
+        self.config = config
+        self.folder = folder
+        self.verb = verb
+        self.state = "RUNNING"
+        self.error: str | None = None
+        self.started = datetime.now().astimezone()
+        self._claimed = False
+        self._at_end: list[Callable[[int], None]] = []
+        global _num_jobs
+        self._clock = time.perf_counter() if _num_jobs else PROCESS_STARTED
+        _num_jobs += 1
+
+    def claim(self) -> None:
+        """Take the folder; FileExistsError, and nothing is touched, where a job has it already."""
+        status = self.folder / "status.json"
+        try:
+            status.touch(exist_ok=False)
+        except FileExistsError:
+            raise FileExistsError(
+                f"{self.folder} holds a job already (status.json is there); give another "
+                "hydra.run.dir, or none to get a new folder"
+            ) from None
+        self._claimed = True
+        self._write_status()
+        write_text(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+
+    def at_end(self, action: Callable[[int], None]) -> None:
+        """Have `action(exit_code)` called when the job ends, however it ends."""
+        self._at_end.append(action)
+
+    def seconds(self) -> float:
+        """Seconds since the job started; for the first job since the process did."""
+        return time.perf_counter() - self._clock
+
+    def __enter__(self) -> "Job":
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if error is None:
+            self.state = "DONE"
+        elif _is_interruption(error):
+            self.state, self.error = "INTERRUPTED", "interrupted"
+        else:
+            self.state, self.error = "FAILED", one_line(error)
+            # The log file has the traceback; the terminal is told in one line.
+            traceback_log.error("%s failed", self.verb, exc_info=(type(error), error, trace))
+            print(f"{self.verb}.py: {self.error}", file=sys.stderr)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it by now
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self._claimed:
+            self._write_status()
+        for action in self._at_end:
+            action(0 if self.state == "DONE" else 1)
+        if self.state == "INTERRUPTED":
+            raise SystemExit(130) from error
+        return isinstance(error, Exception)
+
+    def _write_status(self) -> None:
+        ended = None if self.state == "RUNNING" else datetime.now().astimezone().isoformat()
+        status = {
+            "state": self.state,
+            "start": self.started.isoformat(),
+            "end": ended,
+            "error": self.error,
+            "versions": versions(),
+            "cpu_capability": _cpu_capability(),
+            "git_commit": _git_commit(),
+        }
+        write_json(self.folder / "status.json", status)
+
+
+def record_refusal(folder: Path, error: str) -> None:
+    """Leave a status.json about a command line that could not become a job."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "status.json").exists():
+        now = datetime.now().astimezone().isoformat()
+        write_json(
+            folder / "status.json",
+            {"state": "FAILED", "start": now, "end": now, "error": error, "versions": versions()},
+        )
+
+
+def versions() -> dict[str, str]:
+    """The versions of this package, Python and what results depend on."""
+    return {
+        "bqnn": version("bqnn"),
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line, after its kind where that is a surprise."""
+    text = " ".join(str(error).split())
+    expected = (ValueError, TypeError, FloatingPointError, OSError)
+    return text if text and isinstance(error, expected) else f"{type(error).__name__}: {text}"
+
+
+def _is_interruption(error: BaseException) -> bool:
+    # Lightning turns Ctrl-C in the middle of a fit into SystemExit.
+    return isinstance(error, KeyboardInterrupt) or (
+        isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
+    )
+
+
+def _cpu_capability() -> str | None:
+    # Asked only where torch is there already: importing it takes seconds.
+    torch = sys.modules.get("torch")
+    return None if torch is None else torch.backends.cpu.get_cpu_capability()
+
+
+def _git_commit() -> str | None:
+    """The commit of the code, where it runs from a checkout and git is installed."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+_num_jobs = 0

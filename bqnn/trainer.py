@@ -1,0 +1,82 @@
+"""The Lightning Trainer of a job."""
+
+import logging
+import statistics
+import sys
+import time
+import warnings
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.loggers import Logger
+
+from bqnn.checkpoint import SaveCheckpoint
+from bqnn.run import Job
+
+
+class EpochTimer(pl.Callback):
+    """Seconds until the first training step was done, and seconds of each training epoch."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.startup: float | None = None
+        self.epochs: list[float] = []
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._epoch_started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.startup is None:
+            self.startup = self.job.seconds()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.epochs.append(time.perf_counter() - self._epoch_started)
+
+    def metrics(self) -> dict[str, float]:
+        """What was measured, in seconds: until the first step, and per epoch (the median)."""
+        assert self.startup is not None, "no training step was made"
+        return {"time/startup_s": self.startup, "time/epoch_s": statistics.median(self.epochs)}
+
+    def __str__(self) -> str:
+        times = self.metrics()
+        return (
+            f"first step after {times['time/startup_s']:.1f} s, "
+            f"{len(self.epochs)} epochs of {times['time/epoch_s']:.3g} s (median)"
+        )
+
+
+def make_trainer(job: Job, loggers: list[Logger], callbacks: list[pl.Callback]) -> pl.Trainer:
+    """A Trainer as `trainer` of the configuration says, saving to the job's folder."""
+    options = dict(job.config["trainer"])
+    threads = options.pop("threads")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    save = SaveCheckpoint(job.folder, options.pop("save_every"), options.pop("save_best"))
+    show_progress = options.pop("progress_bar") and sys.stderr.isatty()
+    progress: list[pl.Callback] = [TQDMProgressBar()] if show_progress else []
+    _silence_known_warnings()
+    # Lightning's remarks on the hardware it found are in status.json already.
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    return pl.Trainer(
+        **options,
+        callbacks=[*callbacks, *progress, save],
+        logger=loggers,
+        log_every_n_steps=0,  # metrics are logged once an epoch
+        enable_progress_bar=show_progress,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        inference_mode=False,
+        use_distributed_sampler=False,
+        default_root_dir=job.folder,
+    )
+
+
+def _silence_known_warnings() -> None:
+    """The upstream deprecations that we knowingly depend on."""
+    warnings.filterwarnings(
+        "ignore",
+        message=r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6, torch 2.14
+        category=FutureWarning,
+    )

@@ -1,0 +1,282 @@
+"""Image data: reading, normalization, and augmentation in batches."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bqnn.data.base import TensorData
+from bqnn.data.cifar10 import CIFAR10Data
+from bqnn.data.digits import DigitsData
+from bqnn.data.folder import ImageFolderData
+from bqnn.data.images import random_crop, random_flip
+from bqnn.data.mnist import MNISTData
+
+DATA_DIR = os.environ.get("BQNN_DATA_DIR", "")
+
+
+def ready(data: TensorData) -> TensorData:
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def test_crop_shifts_each_image_by_its_own_offset():
+    image = torch.arange(1, 28, dtype=torch.uint8).view(3, 3, 3)
+    padded = torch.nn.functional.pad(image, [1] * 4)
+    windows = {
+        tuple(padded[:, top : top + 3, left : left + 3].flatten().tolist())
+        for top in range(3)
+        for left in range(3)
+    }
+    torch.manual_seed(0)
+    crops = random_crop(image.expand(500, 3, 3, 3), padding=1)
+    assert crops.dtype == torch.uint8
+    assert crops.shape == (500, 3, 3, 3)
+    assert {tuple(crop.flatten().tolist()) for crop in crops} == windows
+
+
+def test_crop_takes_every_image_from_itself():
+    images = torch.arange(1, 65, dtype=torch.uint8).view(-1, 1, 1, 1).expand(64, 2, 4, 5)
+    crops = random_crop(images, padding=1)  # at least one pixel of each image stays inside
+    assert torch.equal(crops.amax((1, 2, 3)), images[:, 0, 0, 0])
+
+
+def test_flip_mirrors_about_half_of_the_images_whole():
+    images = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.uint8).expand(1000, 1, 2, 3)
+    torch.manual_seed(0)
+    flipped = random_flip(images)
+    mirrored = (flipped == images.flip(-1)).all((1, 2, 3))
+    assert (mirrored | (flipped == images).all((1, 2, 3))).all()
+    assert 400 < mirrored.sum() < 600
+
+
+def test_augmentation_follows_the_global_generator():
+    data = CIFAR10Data()
+    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    torch.manual_seed(1)
+    first = data.augment(images)
+    torch.manual_seed(1)
+    assert torch.equal(data.augment(images), first)
+    assert not torch.equal(data.augment(images), first)
+
+
+def test_cifar10_is_normalized_per_channel():
+    images = torch.full((2, 3, 1, 1), 255, dtype=torch.uint8)
+    expected = (1 - np.array([0.4914, 0.4822, 0.4465])) / np.array([0.2023, 0.1994, 0.2010])
+    normalized = CIFAR10Data().normalize(images)
+    np.testing.assert_allclose(normalized[1].flatten(), expected, rtol=1e-5)
+    torch.testing.assert_close(CIFAR10Data().normalize(images.float() / 255), normalized)
+
+
+def test_digits_are_split_by_class_whatever_the_seed():
+    data = ready(DigitsData(seed=0, validation_share=0.0))
+    assert len(data.train) + len(data.test) == 1797
+    assert data.train.inputs.shape[1:] == (1, 8, 8)
+    assert data.test.targets.dtype == torch.int64
+    all_targets = torch.cat([data.train.targets, data.test.targets])
+    counts = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert all_targets.bincount().tolist() == counts
+    assert data.test.targets.bincount().tolist() == [-(-count // 5) for count in counts]
+    assert data.normalize(data.train.inputs).max() == 1
+    other = ready(DigitsData(seed=1))
+    assert torch.equal(other.test.inputs, data.test.inputs)
+    facts = other.facts()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts == {
+        "likelihood": "classification",
+        "class_names": [str(digit) for digit in range(10)],
+        "input_shape": [1, 8, 8],
+        "num_train": len(other.train),
+    }
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    header = bytes([0, 0, 8, values.ndim]) + b"".join(n.to_bytes(4, "big") for n in values.shape)
+    path.write_bytes(header + values.astype(np.uint8).tobytes())
+
+
+def write_mnist(data_dir: Path) -> Path:
+    folder = data_dir / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part, count in (("train", 20), ("t10k", 5)):
+        images = np.arange(count * 784).reshape(count, 28, 28) % 256
+        write_idx(folder / f"{part}-images-idx3-ubyte", images)
+        write_idx(folder / f"{part}-labels-idx1-ubyte", np.arange(count) % 10)
+    return folder
+
+
+def test_mnist_is_read_and_scaled_without_a_download(tmp_path):
+    write_mnist(tmp_path)
+    data = ready(MNISTData(data_dir=str(tmp_path), validation_share=0.0))
+    assert data.train.inputs.shape == (20, 1, 28, 28)
+    assert data.test.targets.tolist() == [0, 1, 2, 3, 4]
+    assert data.test.targets.dtype == torch.int64
+    expected = torch.arange(784).remainder(256).float() / 255
+    torch.testing.assert_close(data.normalize(data.train.inputs)[0].flatten(), expected)
+
+
+def test_missing_mnist_says_where_to_put_it(tmp_path, monkeypatch):
+    from torchvision.datasets import MNIST
+
+    def fail(self: MNIST) -> None:
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(MNIST, "download", fail)
+    with pytest.raises(FileNotFoundError, match="no route to host") as error:
+        ready(MNISTData(data_dir=str(tmp_path)))
+    for part in ("https://", str(tmp_path / "MNIST" / "raw"), "data_dir"):
+        assert part in str(error.value)
+
+
+def test_truncated_mnist_is_refused(tmp_path):
+    path = write_mnist(tmp_path) / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="MNIST"):
+        ready(MNISTData(data_dir=str(tmp_path)))
+
+
+def write_images(root: Path, size: tuple[int, int] = (4, 3), mode: str = "RGB") -> None:
+    """Three train and two test images for each of two classes; red tells class and number."""
+    for part, count in (("train", 3), ("test", 2)):
+        for label, name in enumerate(["cat", "dog"]):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                color = 100 * label + i
+                fill = color if mode == "L" else (color, 7, 9)
+                Image.new(mode, size, fill).save(folder / f"{i}.png")
+
+
+def test_a_folder_of_images_is_read_by_class(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "train" / "cat" / ".DS_Store").write_text("x")
+    (tmp_path / "train" / ".DS_Store").write_text("x")
+    (tmp_path / "test" / "dog" / "notes.txt").write_text("x")
+    data = ready(ImageFolderData(str(tmp_path), validation_share=0.0))
+    assert data.train.inputs.shape == (6, 3, 3, 4)
+    assert data.train.targets.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.test.targets.dtype == torch.int64
+    assert data.train.inputs[:, 0, 2, 3].tolist() == [0, 1, 2, 100, 101, 102]
+    assert data.test.inputs[3, :, 0, 0].tolist() == [101, 7, 9]
+    facts = data.facts()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["class_names"] == ["cat", "dog"]
+    assert torch.equal(data.augment(data.train.inputs), data.train.inputs)
+    assert data.normalize(data.train.inputs)[5, 0, 0, 0].item() == pytest.approx(102 / 255)
+
+
+def test_grey_images_have_one_channel(tmp_path):
+    write_images(tmp_path, mode="L")
+    options = {"mean": [0.5], "std": [0.25], "validation_share": 0.0}
+    data = ready(ImageFolderData(str(tmp_path), **options))
+    assert data.train.inputs.shape == (6, 1, 3, 4)
+    expected = (102 / 255 - 0.5) / 0.25
+    assert data.normalize(data.train.inputs)[5, 0, 0, 0].item() == pytest.approx(expected)
+
+
+def test_palette_images_are_read_in_their_colors(tmp_path):
+    write_images(tmp_path)
+    path = tmp_path / "train" / "cat" / "0.png"
+    Image.new("RGB", (4, 3), (255, 0, 0)).convert("P").save(path)
+    data = ready(ImageFolderData(str(tmp_path), validation_share=0.0))
+    assert data.train.inputs[0, :, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_cifar10_reads_a_folder(tmp_path):
+    write_images(tmp_path / "cifar10", size=(32, 32))
+    data = ready(CIFAR10Data("folder", data_dir=str(tmp_path)))
+    assert data.train.inputs.shape == (5, 3, 32, 32)
+    assert data.class_names == ["cat", "dog"]
+
+
+def test_missing_cifar10_says_where_to_put_it(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    def fail(self: CIFAR10) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(CIFAR10, "download", fail)
+    with pytest.raises(FileNotFoundError, match="no route to host") as error:
+        ready(CIFAR10Data(data_dir=str(tmp_path)))
+    for part in ("https://", str(tmp_path / "cifar-10-batches-py"), "data_dir", "source=folder"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (Image.new("RGB", (5, 3)), "5x3 with 3 channels, but .* is 4x3 with 3 channels"),
+        (Image.new("L", (4, 3)), "4x3 with 1 channel, but"),
+        (Image.new("RGBA", (4, 3)), "mode RGBA"),
+    ],
+)
+def test_the_first_image_that_differs_is_named(tmp_path, image, message):
+    write_images(tmp_path)
+    odd = tmp_path / "test" / "cat" / "1.png"
+    image.save(odd)
+    image.save(tmp_path / "test" / "dog" / "1.png")
+    with pytest.raises(ValueError, match=f"{odd} .*{message}"):
+        ready(ImageFolderData(str(tmp_path)))
+
+
+@pytest.mark.parametrize("keep", [0, 20, 45])
+def test_a_corrupt_image_is_named(tmp_path, keep):
+    write_images(tmp_path)
+    path = tmp_path / "train" / "dog" / "1.png"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=f"{path} cannot be read as an image"):
+        ready(ImageFolderData(str(tmp_path)))
+
+
+def test_classes_must_be_the_same_in_both_parts(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "test" / "emu").mkdir()
+    with pytest.raises(ValueError, match="'emu' is in one of train and test only"):
+        ready(ImageFolderData(str(tmp_path)))
+
+
+def test_empty_and_missing_folders_are_named(tmp_path):
+    data = ImageFolderData(data_dir=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f"no folder {tmp_path}/images/train"):
+        ready(data)
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds no class folders"):
+        ready(data)
+    for part in ("train", "test"):
+        (tmp_path / "images" / part / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"{tmp_path}/images/train/cat holds no images"):
+        ready(data)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mean": [0.5]}, "give both or neither"),
+        ({"mean": [0.5], "std": [0.0]}, "std="),
+        ({"mean": [0.5, 0.5], "std": [1.0, 1.0]}, "2 numbers for images of 3 channels"),
+        ({"crop_padding": -1}, "crop_padding=-1"),
+    ],
+)
+def test_impossible_image_options_are_refused(tmp_path, options, message):
+    write_images(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        ready(ImageFolderData(str(tmp_path), **options))
+
+
+def test_an_unknown_source_is_refused():
+    with pytest.raises(ValueError, match="source='web'"):
+        CIFAR10Data("web")
+
+
+@pytest.mark.skipif(not DATA_DIR, reason="BQNN_DATA_DIR is not set: no copy of the real data")
+def test_the_real_mnist_has_its_published_sizes():
+    data = ready(MNISTData(data_dir=DATA_DIR))
+    assert (len(data.train), len(data.val), len(data.test)) == (54_000, 6_000, 10_000)
+    assert data.test.targets.bincount().tolist() == [
+        *(980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009)
+    ]

@@ -1,0 +1,37 @@
+"""Train a network: python train.py method=bbb task=digits"""
+
+from typing import Any
+
+from bqnn.config import launch
+from bqnn.run import Job
+
+
+def train(config: dict[str, Any], job: Job) -> None:
+    # Imported here, so that a mistake on the command line is answered at once.
+    from bqnn.loggers import log_pictures, make_loggers
+    from bqnn.recipe import build, make_data, make_recipe
+    from bqnn.results import Evaluation, draw_pictures, table, write_metrics, write_predictions
+    from bqnn.trainer import EpochTimer, make_trainer
+
+    data = make_data(config)
+    model = build(make_recipe(config, data.facts()))
+    loggers = make_loggers(job)
+    timer, evaluation = EpochTimer(job), Evaluation()
+    trainer = make_trainer(job, loggers, [timer, evaluation])
+
+    trainer.fit(model, datamodule=data)
+    metrics = {"num_samples": model.available_samples}
+    if data.val is not None:
+        metrics |= trainer.validate(model, datamodule=data, verbose=False)[0]
+    metrics |= trainer.test(model, datamodule=data, verbose=False)[0]
+
+    write_metrics(job.folder, metrics | timer.metrics())
+    write_predictions(job.folder, evaluation)
+    if config["plots"]:
+        log_pictures(loggers, draw_pictures(job.folder, model, data, evaluation))
+    print(table(metrics))
+    print(f"\n{timer}\n{job.folder}")
+
+
+if __name__ == "__main__":
+    launch(train, "train")
