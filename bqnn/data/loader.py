@@ -75,12 +75,12 @@ class TensorLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.shuffle and self.world_size == 1:
             yield from zip(
-                self.inputs.split(self.batch_size),
-                self.targets.split(self.batch_size),
+                torch.split(self.inputs, self.batch_size),
+                torch.split(self.targets, self.batch_size),
                 strict=True,
             )
             return
-        for rows in self._rows().split(self.batch_size):
+        for rows in torch.split(self._rows(), self.batch_size):
             yield self.inputs.index_select(0, rows), self.targets.index_select(0, rows)
 
     def _rows(self) -> Tensor:
