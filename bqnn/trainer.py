@@ -1,5 +1,6 @@
 """The Lightning Trainer of a job."""
 
+import ctypes
 import logging
 import statistics
 import sys
@@ -57,6 +58,7 @@ def make_trainer(job: Job, loggers: list[Logger], callbacks: list[pl.Callback]) 
     show_progress = options.pop("progress_bar") and sys.stderr.isatty()
     progress: list[pl.Callback] = [TQDMProgressBar()] if show_progress else []
     _silence_known_warnings()
+    _keep_freed_memory()
     # Lightning's remarks on the hardware it found are in status.json already.
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     return pl.Trainer(
@@ -71,6 +73,19 @@ def make_trainer(job: Job, loggers: list[Logger], callbacks: list[pl.Callback]) 
         use_distributed_sampler=False,
         default_root_dir=job.folder,
     )
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library reuse the memory of a step in the next one.
+
+    By default glibc returns large blocks to the system and gets them back page by page, which
+    took an eighth of a Bayes-by-backprop step on LeNet. It costs nothing over the peak.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 32 * 2**20)
 
 
 def _silence_known_warnings() -> None:

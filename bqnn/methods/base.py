@@ -172,4 +172,4 @@ class Method(pl.LightningModule):
 
 def _channels_last(x: Tensor) -> Tensor:
     """Pictures in the layout that convolutions are fastest in; anything else as it is."""
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
