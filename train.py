@@ -1,18 +1,17 @@
 """Train a network: python train.py method=bbb task=digits"""
 
-from typing import Any
-
 from bqnn.config import launch
 from bqnn.run import Job
 
 
-def train(config: dict[str, Any], job: Job) -> None:
+def train(job: Job) -> None:
     # Imported here, so that a mistake on the command line is answered at once.
     from bqnn.loggers import log_pictures, make_loggers
     from bqnn.recipe import build, make_data, make_recipe
     from bqnn.results import Evaluation, draw_pictures, table, write_metrics, write_predictions
     from bqnn.trainer import EpochTimer, make_trainer
 
+    config = job.config
     data = make_data(config)
     model = build(make_recipe(config, data.facts()))
     loggers = make_loggers(job)
@@ -30,7 +29,7 @@ def train(config: dict[str, Any], job: Job) -> None:
     if config["plots"]:
         log_pictures(loggers, draw_pictures(job.folder, model, data, evaluation))
     print(table(metrics))
-    print(f"\n{timer}\n{job.folder}")
+    print(f"\n{timer}\nresults in {job.folder}")
 
 
 if __name__ == "__main__":

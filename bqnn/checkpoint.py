@@ -1,9 +1,11 @@
-"""Saves the run at epoch ends."""
+"""Checkpoint files: saved at epoch ends, and opened without trusting them."""
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Checkpoint
 
 from bqnn.files import written_beside
@@ -47,4 +49,18 @@ class SaveCheckpoint(Checkpoint):
 
     def _save(self, trainer: pl.Trainer, path: Path) -> None:
         with written_beside(path) as beside:
-            trainer.save_checkpoint(beside)
+            trainer.save_checkpoint(beside, weights_only=False)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint file, on the CPU. Opening it runs no code from the file."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .ckpt file") from None
+    except Exception as error:  # what a foreign or cut file raises is anybody's guess
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    if not isinstance(checkpoint, dict) or not {"recipe", "state_dict"} <= checkpoint.keys():
+        raise ValueError(f"{path} holds no recipe and state_dict: it is not a checkpoint of bqnn")
+    return checkpoint

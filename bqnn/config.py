@@ -10,14 +10,15 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from bqnn.run import Job, record_refusal
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
-def launch(task: Callable[[dict[str, Any], Job], None], verb: str) -> None:
-    """Run `task(config, job)` once, or for every job of a multirun, and exit.
+def launch(task: Callable[[Job], None], verb: str) -> None:
+    """Run `task(job)` once, or for every job of a multirun, and exit.
 
     `conf/<verb>.yaml` is the configuration. What fails says so in one line and in its
     status.json; a multirun goes on with the next job. The exit code is 0 when every job succeeded.
@@ -28,10 +29,11 @@ def launch(task: Callable[[dict[str, Any], Job], None], verb: str) -> None:
     states = []
 
     def run(cfg: DictConfig) -> float:
-        job = Job(plain(cfg), Path(HydraConfig.get().runtime.output_dir), verb)
+        job = Job(Path(HydraConfig.get().runtime.output_dir), verb)
         with job:
             job.claim()
-            task(job.config, job)
+            job.configure(plain(cfg))
+            task(job)
         states.append(job.state)
         return 0.0 if job.state == "DONE" else float("nan")
 
@@ -46,8 +48,12 @@ def launch(task: Callable[[dict[str, Any], Job], None], verb: str) -> None:
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration, in plain types alone."""
-    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    """The resolved configuration, in plain types alone. ValueError: a value is missing."""
+    try:
+        config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{reason}; give it on the command line") from error
     assert isinstance(config, dict)
     return config  # type: ignore[return-value]
 
@@ -66,8 +72,11 @@ def fresh_folder(name: str) -> str:
 
 
 def _one_line(error: Exception) -> str:
+    """What Hydra says, and what OmegaConf said to it, without the list of where it looked."""
     text = str(error).partition("Config search path")[0]
-    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+    if error.__cause__ is not None:
+        text += " " + str(error.__cause__).partition("\n")[0]
+    return " ".join(text.split())
 
 
 def _refused_folder(verb: str, arguments: list[str]) -> Path:

@@ -69,10 +69,9 @@ def make_loggers(job: Job) -> list[Logger]:
         loggers.append(_wandb_logger(job))
     elif kind == "csv":
         loggers.append(CSVLogger(job.folder, name="csv", version=""))
+        loggers[-1].log_hyperparams(job.config)
     elif kind != "none":
         raise ValueError(f"logger.name={kind!r}: unknown; choose wandb, csv or none")
-    for logger in loggers:
-        logger.log_hyperparams(job.config)
     return loggers
 
 
@@ -89,21 +88,25 @@ def _wandb_logger(job: Job) -> WandbLogger:
 
     config, options = job.config, job.config["logger"]
     method, task, seed = config["method"]["name"], config["task"]["name"], config["seed"]
-    mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
-    logger = WandbLogger(
+    # A mode in the environment is the user's word; without a key a run online would ask for one.
+    settings = wandb.Settings(silent=True, console="off")
+    if "WANDB_MODE" not in os.environ:
+        settings.mode = "online" if _has_wandb_key() else "offline"
+    run = wandb.init(
         name=f"{method}-{task}-float-s{seed}",
         project=options["project"],
         entity=options["entity"],
         group=options["group"],
         job_type="float",
         tags=[method, task, *options["tags"]],
-        save_dir=job.folder,
-        offline=mode == "offline",
-        settings=wandb.Settings(mode=mode, silent=True, console="off"),
+        config=config,
+        dir=job.folder,
+        settings=settings,
     )
+    run.define_metric("*", step_metric="epoch")
     # Without this, the next job of the process would go on in this job's run.
     job.at_end(lambda exit_code: wandb.finish(exit_code=exit_code))
-    return logger
+    return WandbLogger(experiment=run)
 
 
 def _has_wandb_key() -> bool:

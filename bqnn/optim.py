@@ -157,7 +157,9 @@ def make_optimizer(params: Iterable[Tensor], name: str, **options: Any) -> Optim
     try:
         return OPTIMIZERS[name](params, **options)
     except TypeError as error:
-        raise ValueError(f"method.optimizer: {name} does not take these options: {error}") from error
+        raise ValueError(
+            f"method.optimizer: no {name} can be made from {options}: {error}"
+        ) from error
 
 
 def _adapt(tau: list[Tensor], g: list[Tensor], v_hat: list[Tensor], force: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from bqnn.checkpoint import read_checkpoint
 from bqnn.data import TensorData, build_data
 from bqnn.likelihoods import likelihood_from
 from bqnn.methods import METHODS, Method
@@ -67,20 +68,6 @@ def load(path: str | Path) -> Method:
     model = build(checkpoint["recipe"])
     model.load_state_dict(checkpoint["state_dict"])
     return model.eval()
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint file, on the CPU. Opening it runs no code from the file."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .ckpt file") from None
-    except Exception as error:  # what a foreign or cut file raises is anybody's guess
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
-    if not isinstance(checkpoint, dict) or not {"recipe", "state_dict"} <= checkpoint.keys():
-        raise ValueError(f"{path} holds no recipe and state_dict: it is not a checkpoint of bqnn")
-    return checkpoint
 
 
 def _construct(table: Mapping[str, Any], group: str, options: Mapping[str, Any], *args: Any) -> Any:

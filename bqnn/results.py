@@ -60,7 +60,7 @@ def write_predictions(folder: Path, evaluation: Evaluation) -> None:
         is_logits = not targets.is_floating_point()
         arrays = {"mean": (samples.softmax(-1) if is_logits else samples).mean(0).numpy()}
     with written_beside(folder / "predictions.npz") as beside, beside.open("wb") as file:
-        np.savez_compressed(file, targets=targets.numpy(), **arrays)
+        np.savez_compressed(file, allow_pickle=False, targets=targets.numpy(), **arrays)
 
 
 def draw_pictures(

@@ -1,6 +1,7 @@
 """One job's life: its folder, its status.json, how it ended."""
 
 import logging
+import os
 import platform
 import signal
 import subprocess
@@ -32,8 +33,8 @@ class Job:
     terminal and to status.json; only an interruption goes on, as SystemExit(130).
     """
 
-    def __init__(self, config: dict[str, Any], folder: Path, verb: str) -> None:
-        self.config = config
+    def __init__(self, folder: Path, verb: str) -> None:
+        self.config: dict[str, Any] = {}
         self.folder = folder
         self.verb = verb
         self.state = "RUNNING"
@@ -57,7 +58,11 @@ class Job:
             ) from None
         self._claimed = True
         self._write_status()
-        write_text(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+
+    def configure(self, config: dict[str, Any]) -> None:
+        """Give the job its resolved configuration, and record it in config.yaml."""
+        self.config = config
+        write_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
     def at_end(self, action: Callable[[int], None]) -> None:
         """Have `action(exit_code)` called when the job ends, however it ends."""
@@ -86,7 +91,8 @@ class Job:
             self.state, self.error = "FAILED", one_line(error)
             # The log file has the traceback; the terminal is told in one line.
             traceback_log.error("%s failed", self.verb, exc_info=(type(error), error, trace))
-            print(f"{self.verb}.py: {self.error}", file=sys.stderr)
+            where = os.path.relpath(self.folder)
+            print(f"{self.verb}.py: {self.error} [folder: {where}]", file=sys.stderr)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it by now
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

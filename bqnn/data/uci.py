@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from bqnn.data.base import Rows
 from bqnn.data.download import download_table, known_tables
 from bqnn.data.tables import TableData
 
+log = logging.getLogger(__name__)
+
 _TABLE_FILES = ("data.txt", "index_features.txt", "index_target.txt", "n_splits.txt")
 
 
@@ -18,7 +21,7 @@ class UCIData(TableData):
     """One split of the table in `<data_dir>/uci/<table>/data`.
 
     The folder holds data.txt, index_features.txt, index_target.txt, n_splits.txt and, for each
-    split k, index_train_k.txt and index_test_k.txt, which share out all rows; columns and rows
+    split k, index_train_k.txt and index_test_k.txt, which share out the rows; columns and rows
     count from 0. The six standard tables are downloaded where the folder is missing.
 
     Raises ValueError, with the file and the row, for anything but such a table of finite numbers,
@@ -121,12 +124,11 @@ class UCIData(TableData):
                 f"{test_path}: row {shared[0]} is also listed in {train_path.name} ({len(shared)} "
                 "such rows); a row is for training or for the test"
             )
-        absent = np.setdiff1d(np.arange(num_rows), np.concatenate([train, test]))
-        if len(absent):
-            raise ValueError(
-                f"{train_path}: row {absent[0]} of data.txt is neither here nor in "
-                f"{test_path.name} ({len(absent)} such rows); a file is cut short, or data.txt "
-                "holds rows that belong to no part: fetch it again, or drop those rows"
+        num_absent = num_rows - len(train) - len(test)
+        if num_absent:
+            log.warning(
+                "%d of %d rows of %s are neither in %s nor in %s",
+                *(num_absent, num_rows, self.folder / "data.txt", train_path.name, test_path.name),
             )
         return train, test
 

@@ -129,12 +129,11 @@ class BayesConv2d(GaussianWeight):
 
 def to_bayes(net: nn.Module, prior_std: float, init_rho: float) -> nn.Module:
     """Give every linear and convolution of a network Gaussian weights, in place."""
-    options = {"prior_std": prior_std, "init_rho": init_rho}
     count = swap(
         net,
         {
-            nn.Linear: partial(BayesLinear.like, **options),
-            nn.Conv2d: partial(BayesConv2d.like, **options),
+            nn.Linear: partial(BayesLinear.like, prior_std=prior_std, init_rho=init_rho),
+            nn.Conv2d: partial(BayesConv2d.like, prior_std=prior_std, init_rho=init_rho),
         },
         keep=(nn.BatchNorm2d,),
     )

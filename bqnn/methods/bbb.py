@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bqnn.checkpoint import read_checkpoint
 from bqnn.layers.bayes import GaussianWeight, kl_divergence, to_bayes
 from bqnn.likelihoods import Likelihood
 from bqnn.methods.base import Method
@@ -66,15 +67,28 @@ class BayesByBackprop(Method):
     @torch.no_grad()
     def initialize_from(self, path: str) -> None:
         """Take the means, point parameters and buffers of the pointwise checkpoint at `path`."""
-        checkpoint = torch.load(path, map_location=self.device, weights_only=True)
+        checkpoint = read_checkpoint(path)
         method = checkpoint["recipe"]["method"]["name"]
         if method != "pointwise":
-            raise ValueError(f"method.init_from={path}: a {method} checkpoint; give a pointwise one")
-        weights = dict(checkpoint["state_dict"])
-        state = self.state_dict()
-        for name, layer in self.named_modules():
-            if isinstance(layer, GaussianWeight):
-                weights[f"{name}.mean"] = mean = weights.pop(f"{name}.weight")
-                layer.set_sigma((self.init_delta * mean.abs()).clamp_min(1e-4))
-                weights[f"{name}.rho"] = layer.rho
-        self.load_state_dict(weights)
+            raise ValueError(
+                f"method.init_from={path}: this is a {method} run, give a pointwise one"
+            )
+        state = dict(checkpoint["state_dict"])
+        layers = {n: m for n, m in self.named_modules() if isinstance(m, GaussianWeight)}
+        for name, layer in layers.items():
+            state[f"{name}.mean"] = state.pop(f"{name}.weight", None)
+            state[f"{name}.rho"] = layer.rho
+        own = self.state_dict()
+        differing = [
+            name
+            for name in own.keys() | state.keys()
+            if state.get(name) is None or name not in own or state[name].shape != own[name].shape
+        ]
+        if differing:
+            raise ValueError(
+                f"method.init_from={path}: its network is not this one, they differ in "
+                f"{', '.join(sorted(differing)[:3])}; train with the same net and task"
+            )
+        self.load_state_dict(state)
+        for layer in layers.values():
+            layer.set_sigma((self.init_delta * layer.mean.abs()).clamp_min(1e-4))

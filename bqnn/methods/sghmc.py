@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 import pytorch_lightning as pl
-from torch import Tensor, nn
+from torch import nn
 
 from bqnn.layers.ensemble import Ensemble
 from bqnn.likelihoods import Likelihood

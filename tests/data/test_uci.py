@@ -113,7 +113,6 @@ NUMBERS = "\n".join(" ".join(map(str, row)) for row in TABLE)
         ("index_train_0", "1 2 3 4 6 7 8 -1", "entry 7 .* is -1"),
         ("index_train_0", "1 2 3 4 6 7 8 8.5", "entry 7 .* is 8.5"),
         ("index_train_0", "1 2 3 4 6 7 8 nan", "entry 7 .* is nan"),
-        ("index_train_0", "1 2 3 4 6 7", "row 8 .* neither here"),
         ("index_test_0", "0 5 6", "row 6 is also listed in index_train_0.txt"),
         ("n_splits", "0", "one whole number"),
     ],

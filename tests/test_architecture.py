@@ -1,0 +1,81 @@
+"""Imports point one way, and heavy packages are imported only when they are needed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "bqnn"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# What a part of the package may import of ours.
+ALLOWED = {
+    "layers": {"layers"},
+    "nets": {"nets", "layers.markers"},
+    "methods": {"methods", "layers", "likelihoods", "predict", "optim", "checkpoint"},
+    "data": {"data"},
+    "optim": set(),
+    "metrics": set(),
+    "files": set(),
+    "likelihoods": {"metrics"},
+    "predict": {"layers"},
+    "plots": {"metrics", "files"},
+    "run": {"files"},
+    "config": {"run"},
+    "checkpoint": {"files"},
+}
+
+
+def imports(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.append(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    part = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if part not in ALLOWED:
+        return
+    for name in imports(path):
+        if name.startswith("bqnn."):
+            ours = name.removeprefix("bqnn.")
+            assert any(ours == ok or ours.startswith(f"{ok}.") for ok in ALLOWED[part]), (
+                f"{part} must not import {name}"
+            )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_some_packages_are_known_in_one_place_only(path: Path) -> None:
+    own = str(path.relative_to(PACKAGE))
+    for name in imports(path):
+        if name.split(".")[0] in ("hydra", "omegaconf"):
+            assert own == "config.py", f"{own} imports {name}"
+        if name.startswith("torch.ao"):
+            assert own == "quant/fbgemm.py", f"{own} imports {name}"
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"{statement}; import sys; print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return set(result.stdout.split())
+
+
+def test_a_mistake_on_the_command_line_does_not_wait_for_torch() -> None:
+    assert not loaded_by("import bqnn.config") & {"torch", "pytorch_lightning", "numpy"}
+
+
+def test_training_imports_heavy_packages_only_when_used() -> None:
+    loaded = loaded_by("import bqnn.recipe, bqnn.trainer, bqnn.results, bqnn.loggers")
+    assert "torch" in loaded
+    # matplotlib is not in the list: torchmetrics, which Lightning needs, imports it anyway.
+    assert not loaded & {"wandb", "sklearn", "pandas"}

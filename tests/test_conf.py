@@ -1,0 +1,78 @@
+"""Every cell of the configuration composes, and says what the scripts rely on."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from bqnn.config import CONF, plain
+from bqnn.data import DATASETS
+from bqnn.methods import METHODS
+from bqnn.nets import NETS
+
+
+def group(name: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / name).glob("*.yaml"))
+
+
+REQUIRED = {"uci": ["task.table=yacht"], "images": ["task.root=pictures"]}
+
+
+def composed(*overrides: str) -> dict:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return plain(compose("train", list(overrides)))
+
+
+@pytest.mark.parametrize("task", group("task"))
+@pytest.mark.parametrize("method", group("method"))
+def test_every_cell_composes(method: str, task: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for trainer in group("trainer"):
+            for logger in group("logger"):
+                overrides = [f"method={method}", f"task={task}", f"trainer={trainer}"]
+                overrides += [f"logger={logger}", *REQUIRED.get(task, [])]
+                config = plain(compose("train", overrides))
+                assert config["method"]["name"] == method
+                assert config["logger"]["name"] == logger
+                assert config["task"]["dataset"] in DATASETS
+                assert config["net"]["name"] in NETS
+                assert config["trainer"]["max_epochs"] > 0
+                for key in ("check_val_every_n_epoch", "save_every"):
+                    assert key in config["trainer"]
+
+
+def test_every_method_and_network_has_a_configuration() -> None:
+    assert group("method") == sorted(METHODS)
+    assert group("net") == sorted(NETS)
+
+
+def test_every_tuned_file_belongs_to_a_cell() -> None:
+    cells = {f"{method}_{task}" for method in group("method") for task in group("task")}
+    assert set(group("tuned")) <= cells
+
+
+def test_the_command_line_wins_over_tuned_values() -> None:
+    assert composed("method=bbb", "task=digits")["method"]["beta"] == 0.02  # conf/tuned
+    assert composed("method=bbb", "task=digits", "method.beta=0.7")["method"]["beta"] == 0.7
+
+
+def test_the_task_chooses_the_network_unless_told() -> None:
+    assert composed("task=cifar10")["net"]["name"] == "resnet"
+    assert composed("task=cifar10", "net=lenet")["net"]["name"] == "lenet"
+    assert composed("task=yacht")["net"]["name"] == "mlp"
+
+
+def test_data_dir_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BQNN_DATA_DIR", raising=False)
+    assert composed()["data_dir"] == "data"
+    monkeypatch.setenv("BQNN_DATA_DIR", "/elsewhere")
+    assert composed()["data_dir"] == "/elsewhere"
+    assert composed("data_dir=here")["data_dir"] == "here"
+
+
+@pytest.mark.parametrize("task", ["boston", "concrete", "energy", "power", "wine", "yacht"])
+def test_the_six_tables_are_short_files_on_top_of_uci(task: str) -> None:
+    config = composed(f"task={task}", "task.split=3")
+    assert config["task"]["dataset"] == "uci"
+    assert config["task"]["split"] == 3
+    assert len((Path(CONF) / "task" / f"{task}.yaml").read_text().splitlines()) <= 4

@@ -1,0 +1,330 @@
+"""train.py run for real: what it leaves behind, what it says of mistakes, how it ends."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from bqnn.checkpoint import read_checkpoint
+from bqnn.methods import METHODS
+from bqnn.recipe import load, make_data
+
+ROOT = Path(__file__).resolve().parents[1]
+Script = Callable[..., subprocess.CompletedProcess[str]]
+ScriptHere = Callable[..., tuple[int, str]]
+
+SHORT = ["method.num_samples=3", "method.val_samples=1", "logger=none"]
+
+
+def status(folder: Path) -> dict:
+    return json.loads((folder / "status.json").read_text())
+
+
+def short(method: str) -> list[str]:
+    """Overrides that make a run of this method short and still collect ensemble members."""
+    samples = {"pointwise": ["logger=none"]}.get(method, SHORT)
+    members = ["method.burn_in=1", "method.collect_every=1"] if method == "sghmc" else []
+    return [f"method={method}", "trainer.max_epochs=3", *samples, *members]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_on_digits_and_synthetic(
+    method: str, script: Script, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sweep"
+    arguments = [*short(method), "task=digits,synthetic", f"hydra.sweep.dir={folder}"]
+    result = script("train", "-m", *arguments)
+    assert result.returncode == 0, result.stderr
+    jobs = sorted(path for path in folder.iterdir() if path.is_dir())
+    assert len(jobs) == 2
+    for job in jobs:
+        metrics = json.loads((job / "metrics.json").read_text())
+        assert all(math.isfinite(value) for value in metrics.values())
+        assert status(job)["state"] == "DONE"
+        assert str(job) in result.stdout
+    digits, synthetic = jobs
+    quality = {"error", "nll", "brier", "ape", "mi", "ece", "ece10"}
+    assert _keys(digits, "test") == _keys(digits, "val") == quality
+    quality = {"rmse", "nll", "nll_mixture", "coverage95", "rmse_standardized", "nll_standardized"}
+    assert _keys(synthetic, "test") == _keys(synthetic, "val") == quality
+    pictures = {path.name for path in digits.glob("*.png")}
+    assert pictures == {"curves.png", "reliability.png", "confidence.png"}
+    pictures = {path.name for path in synthetic.glob("*.png")}
+    assert pictures == {"curves.png", "fit.png", "interval_calibration.png"}
+
+
+def test_a_run_is_described_by_its_folder(
+    script_here: ScriptHere, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, errors = script_here("train", *short("bbb"), "hydra.run.dir=run")
+    assert (code, errors) == (0, "")
+    run = tmp_path / "run"
+
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["method"]["name"] == "bbb"
+    assert config["trainer"]["max_epochs"] == 3
+    assert "${" not in (run / "config.yaml").read_text()
+
+    described = status(run)
+    assert described["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert described["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert described["start"] < described["end"]
+
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert {"train/loss", "train/nll", "train/kl", "train/beta", "val/nll"} <= rows[0].keys()
+    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+
+    predictions = np.load(run / "predictions.npz")
+    assert predictions["samples"].shape == (3, len(predictions["targets"]), 10)
+    error = np.mean(_softmax(predictions["samples"]).mean(0).argmax(-1) != predictions["targets"])
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["test/error"] == pytest.approx(error, abs=1e-6)
+
+    opened = torch.load(run / "checkpoint.ckpt", weights_only=True)
+    assert json.loads(json.dumps(opened["recipe"])) == opened["recipe"]
+    assert not list(run.glob(".*"))  # nothing half-written
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reloaded_checkpoint_predicts_bit_for_bit_the_same(
+    method: str, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    arguments = [*short(method), "task=digits", "plots=false"]
+    assert script_here("train", *arguments, "hydra.run.dir=run") == (0, "")
+    data = make_data(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
+    model = load(tmp_path / "run" / "checkpoint.ckpt")
+    samples = model.predictive(data.normalize(data.test.inputs))
+    kept = np.load(tmp_path / "run" / "predictions.npz")
+    assert np.array_equal(samples.numpy(), kept["samples"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_seeds_give_bit_equal_results_and_other_seeds_others(
+    method: str, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    arguments = [*short(method), "task=synthetic", "plots=false", "task.max_epochs=5"]
+    for name, seed in (("a", 1), ("b", 1), ("c", 0)):
+        run = [*arguments, f"seed={seed}", f"hydra.run.dir={name}"]
+        assert script_here("train", *run) == (0, "")
+    a, b, c = (_quality(tmp_path / name) for name in "abc")
+    assert a == b
+    assert a != c
+    first, second = (read_checkpoint(tmp_path / n / "checkpoint.ckpt") for n in "ab")
+    for name, value in first["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][name]), name
+
+
+def test_bbb_starts_from_a_pointwise_checkpoint(script_here: ScriptHere, tmp_path: Path) -> None:
+    assert script_here("train", *short("pointwise"), "hydra.run.dir=p", "plots=false") == (0, "")
+    path = tmp_path / "p" / "checkpoint.ckpt"
+    arguments = ["plots=false", f"method.init_from={path}", "trainer.max_epochs=1"]
+    arguments += ["method.optimizer.lr=1e-9", "hydra.run.dir=b"]
+    assert script_here("train", *short("bbb"), *arguments) == (0, "")
+    pointwise = read_checkpoint(path)["state_dict"]
+    bayes = read_checkpoint(tmp_path / "b" / "checkpoint.ckpt")["state_dict"]
+    for name, weight in pointwise.items():
+        mean = bayes[name.replace(".weight", ".mean")]
+        assert torch.allclose(mean, weight, atol=1e-6)
+    code, errors = script_here("train", *short("bbb"), *arguments[:-1], "net=mlp")
+    assert code == 1
+    assert "its network is not this one" in errors
+    path.unlink()  # a trained model does not need it any more
+    load(tmp_path / "b" / "checkpoint.ckpt")
+
+
+MISTAKES = [
+    (["method=nonsense"], "Could not find 'method/nonsense'"),
+    (["method.lr=1"], "Key 'lr' is not in struct"),
+    (["task=uci"], "task.table"),
+    (["method=mcdropout", "method.rate=1.5"], "method.rate=1.5"),
+    (["method.prior_std=0"], "method.prior_std=0"),
+    (["method.num_samples=0"], "method.num_samples=0"),
+    (["method=sghmc", "method.optimizer.lr=-1"], "lr=-1"),
+    (["method.optimizer.name=adamm"], "method.optimizer.name='adamm'"),
+    (["method.optimizer.lr=fast"], "lr"),
+    (["task.validation_share=1"], "validation_share=1"),
+    (["task.batch_size=0"], "batch_size=0"),
+    (["task=yacht", "data_dir=empty"], "uci/yacht/data"),
+    (["task=images", "task.root=empty"], "empty"),
+    (["trainer.save_every=-1"], "trainer.save_every=-1"),
+    (["net=resnet", "task=synthetic"], "are not pictures"),
+    (["method.init_from=missing.ckpt"], "no checkpoint at missing.ckpt"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), MISTAKES, ids=lambda x: str(x)[:40])
+def test_a_mistake_gives_one_line_and_a_failed_status(
+    arguments: list[str],
+    said: str,
+    script_here: ScriptHere,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr("urllib.request.urlopen", _no_network)
+    code, errors = script_here("train", "logger=none", *arguments, "hydra.run.dir=run")
+    assert code == 1
+    assert len(errors.strip().splitlines()) == 1, errors
+    assert said in errors
+    assert status(tmp_path / "run")["state"] == "FAILED"
+    assert said in status(tmp_path / "run")["error"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("1 2 3\n4 nan 6\n7 8 9\n", "nan"), ("1 2 3\n4 5\n7 8 9\n", "data.txt"), ("", "empty")],
+)
+def test_a_bad_table_is_refused_by_file(
+    content: str, said: str, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    folder = _write_table(tmp_path, content)
+    arguments = ["task=uci", "task.table=mine", f"data_dir={tmp_path}", "hydra.run.dir=run"]
+    code, errors = script_here("train", "logger=none", *arguments)
+    assert code == 1
+    assert said in errors
+    assert str(folder / "data.txt") in errors
+    assert status(tmp_path / "run")["state"] == "FAILED"
+
+
+def test_a_table_of_ones_own_trains(script_here: ScriptHere, tmp_path: Path) -> None:
+    rows = "\n".join(f"{x} 1 {2 * x}" for x in range(12))  # the second column is constant
+    _write_table(tmp_path, rows, num_rows=12)
+    arguments = [*short("bbb"), "task=uci", "task.table=mine", f"data_dir={tmp_path}"]
+    assert script_here("train", *arguments, "hydra.run.dir=run") == (0, "")
+    assert "rmse" in _keys(tmp_path / "run", "test")
+
+
+def test_a_given_folder_is_used_as_given_and_never_twice(
+    script_here: ScriptHere, tmp_path: Path
+) -> None:
+    arguments = ["logger=none", "trainer=smoke", "plots=false", "task=synthetic"]
+    (tmp_path / "mine").mkdir()
+    assert script_here("train", *arguments, "hydra.run.dir=mine") == (0, "")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    code, errors = script_here("train", *arguments, "hydra.run.dir=mine")
+    assert code == 1
+    assert "holds a job already" in errors
+    after = {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    assert before.items() <= after.items()
+    assert after.keys() - before.keys() <= {"train.log"}
+
+
+def test_runs_of_the_same_second_get_folders_of_their_own(
+    script_here: ScriptHere, tmp_path: Path
+) -> None:
+    arguments = ["logger=none", "trainer=smoke", "plots=false", "task=synthetic"]
+    for _ in range(3):
+        assert script_here("train", *arguments) == (0, "")
+    folders = sorted((tmp_path / "outputs" / "train").iterdir())
+    assert len(folders) == 3
+    assert all("bbb_synthetic_s0" in folder.name for folder in folders)
+    assert all(status(folder)["state"] == "DONE" for folder in folders)
+
+
+def test_a_sweep_goes_on_after_a_failed_job(script_here: ScriptHere, tmp_path: Path) -> None:
+    arguments = ["logger=none", "trainer=smoke", "plots=false", "task=synthetic"]
+    arguments += ["method=mcdropout", "method.rate=7,0.1", "hydra.sweep.dir=sweep"]
+    code, errors = script_here("train", "-m", *arguments)
+    assert code == 1
+    assert "method.rate=7" in errors
+    states = [status(tmp_path / "sweep" / f"{i}_mcdropout_synthetic_s0")["state"] for i in (0, 1)]
+    assert states == ["FAILED", "DONE"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_so_and_keeps_its_checkpoint(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    arguments = ["logger=none", "trainer.max_epochs=100000", "trainer.save_every=0"]
+    command = [sys.executable, str(ROOT / "train.py"), "task=synthetic", *arguments]
+    process = subprocess.Popen([*command, "hydra.run.dir=run"], cwd=tmp_path, env=dict(os.environ))
+    checkpoint = tmp_path / "run" / "checkpoint.ckpt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 130
+    assert status(tmp_path / "run")["state"] == "INTERRUPTED"
+    load(checkpoint)
+
+
+def test_an_offline_wandb_run_is_closed_with_its_job(
+    script_here: ScriptHere, tmp_path: Path
+) -> None:
+    arguments = ["logger=wandb", "trainer=smoke", "task=synthetic", "hydra.run.dir=run"]
+    code, errors = script_here("train", *arguments)
+    assert code == 0, errors
+    runs = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(runs) == 1
+    import wandb
+
+    assert wandb.run is None
+
+
+def test_bf16_trains_every_method(script_here: ScriptHere, tmp_path: Path) -> None:
+    for method in METHODS:
+        arguments = [*short(method), "trainer.precision=bf16-mixed", "plots=false"]
+        assert script_here("train", *arguments, f"hydra.run.dir={method}") == (0, "")
+        assert json.loads((tmp_path / method / "metrics.json").read_text())["test/nll"] < 3
+
+
+def test_best_is_the_epoch_with_the_lowest_validation_nll(
+    script_here: ScriptHere, tmp_path: Path
+) -> None:
+    arguments = [*short("bbb"), "trainer.save_best=true", "trainer.max_epochs=6"]
+    arguments += ["method.optimizer.lr=3e-2", "plots=false", "hydra.run.dir=run"]
+    assert script_here("train", *arguments) == (0, "")
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        nll = [float(row["val/nll"]) for row in csv.DictReader(file)]
+    assert read_checkpoint(tmp_path / "run" / "best.ckpt")["epoch"] == nll.index(min(nll))
+
+
+def _keys(folder: Path, split: str) -> set[str]:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return {key.partition("/")[2] for key in metrics if key.startswith(f"{split}/")}
+
+
+def _quality(folder: Path) -> dict[str, float]:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return {key: value for key, value in metrics.items() if not key.startswith("time/")}
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    exponents = np.exp(logits - logits.max(-1, keepdims=True))
+    return exponents / exponents.sum(-1, keepdims=True)
+
+
+def _no_network(*_: object, **__: object) -> None:
+    raise OSError("no network in tests")
+
+
+def _write_table(data_dir: Path, content: str, num_rows: int = 3) -> Path:
+    folder = data_dir / "uci" / "mine" / "data"
+    folder.mkdir(parents=True)
+    rows = [str(row) for row in range(num_rows)]
+    files = {
+        "data.txt": content,
+        "index_features.txt": "0\n1\n",
+        "index_target.txt": "2\n",
+        "n_splits.txt": "1\n",
+        "index_train_0.txt": "\n".join(rows[:-1]),
+        "index_test_0.txt": rows[-1],
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return folder
