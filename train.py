@@ -16,7 +16,7 @@ def train(job: Job) -> None:
     model = build(make_recipe(config, data.facts()))
     loggers = make_loggers(job)
     timer, evaluation = EpochTimer(job), Evaluation()
-    trainer = make_trainer(job, loggers, [timer, evaluation])
+    trainer = make_trainer(job, loggers, [timer, evaluation], validate=data.val is not None)
 
     trainer.fit(model, datamodule=data)
     metrics = {"num_samples": model.available_samples}

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.layers.draws import held_draw
+from bqnn.layers.noise import reseed
 
 
 @torch.no_grad()
@@ -25,7 +26,7 @@ def predictive(
     draws = []
     with torch.random.fork_rng(devices):
         for index in range(num_samples):
-            torch.manual_seed(seed + index)
+            reseed(seed + index, x.device)
             with held_draw(net, index):
                 draws.append(torch.cat([net(rows) for rows in x.split(batch_size)]))
     return torch.stack(draws)

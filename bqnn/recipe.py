@@ -8,6 +8,7 @@ import torch
 
 from bqnn.checkpoint import read_checkpoint
 from bqnn.data import TensorData, build_data
+from bqnn.layers.noise import reseed
 from bqnn.likelihoods import likelihood_from
 from bqnn.methods import METHODS, Method
 from bqnn.nets import NETS
@@ -51,7 +52,7 @@ def build(recipe: Recipe) -> Method:
     """The untrained model that a recipe describes. A ValueError says what is wrong with it."""
     facts = recipe["facts"]
     likelihood = likelihood_from(facts)
-    torch.manual_seed(recipe["seed"])
+    reseed(recipe["seed"], torch.device("cpu"))
     net = _construct(NETS, "net", recipe["net"], facts["input_shape"], likelihood.heads)
     extra = {"num_train": facts["num_train"], "seed": recipe["seed"]}
     model: Method = _construct(METHODS, "method", {**recipe["method"], **extra}, net, likelihood)

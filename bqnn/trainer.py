@@ -48,7 +48,9 @@ class EpochTimer(pl.Callback):
         )
 
 
-def make_trainer(job: Job, loggers: list[Logger], callbacks: list[pl.Callback]) -> pl.Trainer:
+def make_trainer(
+    job: Job, loggers: list[Logger], callbacks: list[pl.Callback], validate: bool
+) -> pl.Trainer:
     """A Trainer as `trainer` of the configuration says, saving to the job's folder."""
     options = dict(job.config["trainer"])
     threads = options.pop("threads")
@@ -69,6 +71,7 @@ def make_trainer(job: Job, loggers: list[Logger], callbacks: list[pl.Callback]) 
         enable_progress_bar=show_progress,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        limit_val_batches=1.0 if validate else 0,
         inference_mode=False,
         use_distributed_sampler=False,
         default_root_dir=job.folder,

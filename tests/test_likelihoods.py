@@ -52,7 +52,8 @@ def test_loss_is_float32_under_bfloat16_and_carries_gradients(likelihood, sample
     loss = likelihood.loss(output, targets)
     loss.backward()
     assert loss.dtype == torch.float32
-    assert output.grad is not None and output.grad.isfinite().all()
+    assert output.grad is not None
+    assert output.grad.isfinite().all()
     assert loss.item() == pytest.approx(likelihood.loss(samples[0], targets).item(), rel=0.02)
 
 

@@ -37,7 +37,7 @@ def regressed(num_rows: int = 300) -> tuple[Tensor, Tensor, Tensor]:
 
 def synthetic() -> Figure:
     x = torch.linspace(-1, 1, 50)
-    summary = {name: x**2 + 0.1 for name in ("mean", "aleatoric_std", "epistemic_std", "std")}
+    summary = dict.fromkeys(("mean", "aleatoric_std", "epistemic_std", "std"), x**2 + 0.1)
     return synthetic_fit(x[:, None], summary, x**2, 0.1 + 0 * x, x[::5], x[::5] ** 2)
 
 

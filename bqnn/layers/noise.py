@@ -1,4 +1,4 @@
-"""Gaussian noise, drawn as fast as the CPU can."""
+"""Gaussian noise, drawn as fast as the CPU can, and where its generators start."""
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +33,17 @@ def noise_like(x: Tensor, std: float = 1.0) -> Tensor:
     seeds = torch.randint(2**32, (NUM_STREAMS,)).tolist()
     list(_threads().map(draw, in_order.view(-1).chunk(NUM_STREAMS), seeds))
     return eps
+
+
+def reseed(seed: int, device: torch.device) -> None:
+    """Start torch's global generators of the CPU and of `device` from `seed`.
+
+    `torch.manual_seed` does this for every kind of device there might be, and for those that
+    are not in use it keeps the call and its stack for later: 0.8 ms and a leak each time.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from bqnn.layers.noise import reseed
 from bqnn.likelihoods import Likelihood
 from bqnn.optim import make_optimizer
 from bqnn.predict import predictive
@@ -96,7 +97,7 @@ class Method(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         # From (seed, epoch) alone, so that a resumed run makes the same draws.
-        torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
+        reseed((self.seed * 1_000_003 + self.current_epoch) % 2**32, self.device)
         self._epoch_terms.clear()
         self._epoch_rows.clear()
 

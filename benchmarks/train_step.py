@@ -1,0 +1,202 @@
+"""What a training step costs: python benchmarks/train_step.py
+
+Three comparisons, each within one run and pair by pair, so that a noisy machine slows both
+sides alike; ratios are medians of the pairs' ratios:
+
+1. an epoch of train.py's path (data, Lightning, forward, backward, optimizer; no validation, no
+   checkpoint) against the same steps in a hand-written loop over the same tensors;
+2. each method's step against the pointwise step, LeNet at batch 256;
+3. the start of `python train.py task=digits` to its first step, against importing Lightning.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+
+from bqnn.config import CONF, plain
+from bqnn.data import Rows, TensorData, TensorLoader
+from bqnn.data.images import ImageData
+from bqnn.data.tables import TableData
+from bqnn.methods import METHODS, Method
+from bqnn.optim import make_optimizer
+from bqnn.recipe import build, make_recipe
+from bqnn.run import Job, versions
+from bqnn.trainer import make_trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class RandomImages(ImageData):
+    """Pictures like MNIST's in shape and type; what they show does not change the time."""
+
+    class_names = [str(digit) for digit in range(10)]  # noqa: RUF012
+
+    def _read(self) -> tuple[Rows, Rows]:
+        inputs = torch.randint(256, (256 * 20, 1, 28, 28), dtype=torch.uint8)
+        rows = Rows(inputs, torch.randint(10, (len(inputs),)))
+        return rows, rows
+
+
+class RandomTable(TableData):
+    """A table of yacht's size: 277 rows to train on, 6 features."""
+
+    def _read(self) -> tuple[Rows, Rows]:
+        inputs = torch.randn(277, 6, dtype=torch.float64)
+        rows = Rows(inputs, inputs.sum(1))
+        return rows, rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--pairs", type=int, default=15, help="pairs per comparison")
+    parser.add_argument("--only", type=int, choices=(1, 2, 3), help="one comparison alone")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(_machine(arguments.threads))
+
+    print("\n1. train.py's path / hand-written loop, medians")
+    for label, task, kind in (
+        ("MNIST LeNet, batch 256", "mnist", RandomImages),
+        ("yacht MLP, one step an epoch", "yacht", RandomTable),
+    ):
+        for method in METHODS:
+            ours, by_hand = _lightning_and_hand(method, task, kind, arguments.pairs)
+            _print_pairs(f"{method:<10} {label}", ours, by_hand)
+
+    print("\n2. method / pointwise, LeNet, batch 256, one hand-written step, medians")
+    steps = {method: _hand_step(method) for method in METHODS}
+    times: dict[str, list[float]] = {method: [] for method in METHODS}
+    for pair in range(arguments.pairs + 3):
+        for method, step in steps.items():
+            seconds = _seconds(step)
+            if pair >= 3:  # the first ones warm up
+                times[method].append(seconds)
+    for method in METHODS:
+        _print_pairs(f"{method:<10}", times[method], times["pointwise"])
+
+    print("\n3. from the start of the process to the first step of train.py task=digits")
+    ours = [_first_step() for _ in range(3)]
+    imports = [_seconds(lambda: _python("import pytorch_lightning")) for _ in range(3)]
+    _print_pairs("train.py / import pytorch_lightning", ours, imports)
+
+
+def _lightning_and_hand(
+    method: str, task: str, kind: type[TensorData], pairs: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of epochs through Lightning, and of the same steps by hand right after each."""
+    config = _config(method, task, "trainer.save_every=1e9")
+    config["trainer"]["max_epochs"] = pairs + 3
+    options = {"batch_size": config["task"]["batch_size"] if task != "yacht" else 1000}
+    data = kind(data_dir="", seed=0, validation_share=0.0, **options)
+    data.setup()
+    model, twin = (build(make_recipe(config, data.facts())) for _ in range(2))
+    by_hand = _HandEpochs(twin, data)
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(Path(folder), "benchmark")
+        job.configure(config)
+        make_trainer(job, [], [by_hand], validate=False).fit(model, datamodule=data)
+    return by_hand.lightning_seconds[3:], by_hand.hand_seconds[3:]
+
+
+class _HandEpochs(pl.Callback):
+    """Times each epoch of the Trainer, then runs and times its steps by hand."""
+
+    def __init__(self, model: Method, data: TensorData) -> None:
+        self.model, self.data = model.train(), data
+        self.optimizer = _optimizer(model, steps_per_epoch=len(data.train_dataloader()))
+        self.loader: TensorLoader = data.train_dataloader()
+        self.lightning_seconds: list[float] = []
+        self.hand_seconds: list[float] = []
+        self._start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.lightning_seconds.append(time.perf_counter() - self._start)
+        self.hand_seconds.append(_seconds(self._epoch))
+        self._start = time.perf_counter()
+
+    def _epoch(self) -> None:
+        for inputs, targets in self.loader:
+            _step(self.model, self.optimizer, self.data.normalize(inputs), targets)
+
+
+def _step(model: Method, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor) -> None:
+    optimizer.zero_grad()
+    model.loss_terms(model(inputs), targets)["loss"].backward()
+    optimizer.step()
+
+
+def _hand_step(method: str) -> Callable[[], None]:
+    data = RandomImages(data_dir="", seed=0, batch_size=256, validation_share=0.0)
+    data.setup()
+    model = build(make_recipe(_config(method, "mnist"), data.facts())).train()
+    optimizer = _optimizer(model, steps_per_epoch=20)
+    inputs, targets = data.normalize(data.train.inputs[:256]), data.train.targets[:256]
+    return lambda: _step(model, optimizer, inputs, targets)
+
+
+def _optimizer(model: Method, steps_per_epoch: int) -> torch.optim.Optimizer:
+    options = dict(model.optimizer)
+    if options["name"] == "sghmc":
+        burn_in = model.burn_in * steps_per_epoch
+        options |= {"num_train": model.num_train, "num_burn_in_steps": burn_in}
+    return make_optimizer(model.trained_parameters(), **options)
+
+
+def _config(method: str, task: str, *overrides: str) -> dict[str, Any]:
+    arguments = [f"method={method}", f"task={task}", "logger=none", *overrides]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return plain(compose("train", arguments))
+
+
+def _first_step() -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "train.py"), "task=digits", "logger=none"]
+        command += ["trainer=smoke", "plots=false", f"hydra.run.dir={folder}"]
+        subprocess.run(command, check=True, capture_output=True)
+        metrics = json.loads((Path(folder) / "metrics.json").read_text())
+        return float(metrics["time/startup_s"])
+
+
+def _python(statement: str) -> None:
+    subprocess.run([sys.executable, "-c", statement], check=True)
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def _print_pairs(label: str, ours: list[float], theirs: list[float]) -> None:
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    a, b = statistics.median(ours) * 1e3, statistics.median(theirs) * 1e3
+    print(f"{label:<45} {a:9.2f} ms / {b:9.2f} ms = {ratio:.2f}")
+
+
+def _machine(threads: int) -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    cpu = " ".join(flag for flag in flags if flag.startswith(("avx", "amx", "fma")))
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return (
+        f"threads {threads}, float32, channels_last, capability "
+        f"{torch.backends.cpu.get_cpu_capability()}\nCPU flags: {cpu or 'unknown'}\n{packages}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Gaussian weights: KL and sigma against torch, output draws against their closed-form moments."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence as torch_kl
+from torch.nn import functional as F
+
+from bqnn.layers.bayes import BayesConv2d, BayesLinear, GaussianWeight, kl_divergence, to_bayes
+from bqnn.layers.noise import noise_like
+
+CONVOLUTIONS = {
+    "strided": {"stride": 2, "padding": 1},
+    "grouped": {"padding": 1, "groups": 2},
+    "dilated": {"padding": 2, "dilation": 2},
+}
+
+
+def bayes_linear(dtype: torch.dtype = torch.float32) -> BayesLinear:
+    torch.manual_seed(0)
+    layer = BayesLinear.like(nn.Linear(5, 3), prior_std=0.7, init_rho=-1.0).to(dtype)
+    nn.init.normal_(layer.rho, mean=-1)
+    return layer
+
+
+def bayes_conv(in_channels: int = 4, bias: bool = True, **geometry: int) -> BayesConv2d:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(in_channels, 6, 3, bias=bias, **geometry)
+    layer = BayesConv2d.like(plain, prior_std=0.7, init_rho=-1.0)
+    nn.init.normal_(layer.rho, mean=-1)
+    return layer
+
+
+def plain_map(layer: GaussianWeight, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What torch makes of `x` with these weights, by its own functions."""
+    if isinstance(layer, BayesConv2d):
+        return F.conv2d(x, weight, bias, **layer.geometry)
+    return F.linear(x, weight, bias)
+
+
+def assert_moments(draws: Tensor, mean: Tensor, variance: Tensor) -> None:
+    """Within 5 standard errors: the mean's is sigma / sqrt(n), the variance's sqrt(2 / n)."""
+    num_draws = len(draws)
+    scale = variance.sqrt().clamp_min(1e-6)
+    assert ((draws.mean(0) - mean) / scale).abs().max() < 5 / math.sqrt(num_draws)
+    assert (draws.var(0) / variance - 1).abs().max() < 5 * math.sqrt(2 / num_draws)
+
+
+def layers_and_inputs() -> list:
+    linear = pytest.param(bayes_linear(), (2, 5), id="linear")
+    convs = [
+        pytest.param(bayes_conv(**geometry), (2, 4, 7, 6), id=name)
+        for name, geometry in CONVOLUTIONS.items()
+    ]
+    return [linear, *convs]
+
+
+@pytest.mark.parametrize("prior_std", [0.1, 1.0, 3.0])
+def test_kl_is_that_of_torch_summed_over_the_weights(prior_std):
+    layer = BayesLinear.like(nn.Linear(7, 4), prior_std=prior_std, init_rho=-2.0).double()
+    nn.init.normal_(layer.rho, mean=-2)
+    posterior = Normal(layer.mean, F.softplus(layer.rho))
+    expected = torch_kl(posterior, Normal(0.0, prior_std)).sum()
+    torch.testing.assert_close(layer.kl(), expected, rtol=1e-12, atol=0)
+
+    parameters = [layer.mean, layer.rho]
+    gradients = torch.autograd.grad(layer.kl(), parameters)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, parameters))
+
+
+def test_kl_of_the_prior_is_zero_and_its_gradient_too():
+    layer = bayes_linear(torch.float64)
+    nn.init.zeros_(layer.mean)
+    layer.set_sigma(torch.full_like(layer.mean, layer.prior_std))
+    gradients = torch.autograd.grad(layer.kl(), [layer.mean, layer.rho])
+    torch.testing.assert_close(layer.kl(), torch.zeros((), dtype=torch.float64))
+    torch.testing.assert_close(gradients, tuple(map(torch.zeros_like, gradients)))
+
+
+def test_kl_of_a_network_is_the_sum_over_its_layers_whatever_the_layout():
+    net = to_bayes(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 2)), 1.0, -3.0)
+    expected = sum(
+        torch_kl(Normal(net[i].mean, F.softplus(net[i].rho)), Normal(0.0, 1.0)).sum()
+        for i in (0, 2)
+    )
+    torch.testing.assert_close(kl_divergence(net), expected)
+    torch.testing.assert_close(
+        kl_divergence(net.to(memory_format=torch.channels_last)), expected
+    )
+
+
+def test_kl_of_a_network_without_gaussian_weights_is_a_type_error():
+    with pytest.raises(TypeError, match="no Gaussian weights"):
+        kl_divergence(nn.Linear(2, 2))
+
+
+def test_sigma_is_softplus_to_the_last_digits_from_tiny_to_large():
+    rho = torch.linspace(-60, 60, 4801)
+    layer = BayesLinear(rho, None, prior_std=1.0, init_rho=0.0)
+    layer.rho = nn.Parameter(rho)
+    # softplus(r) = max(r, 0) + log1p(exp(-|r|)) loses no digit in float64
+    exact = rho.double().clamp_min(0) + torch.log1p(torch.exp(-rho.double().abs()))
+    assert (layer.sigma.double() / exact - 1).abs().max() < 1e-6
+
+    (gradient,) = torch.autograd.grad(layer.sigma.sum(), layer.rho)
+    exact_gradient = 1 / (1 + torch.exp(-rho.double()))
+    assert (gradient.double() / exact_gradient - 1).abs().max() < 1e-6
+
+
+def test_gradients_of_sigma_and_kl_pass_gradcheck():
+    layer = bayes_linear(torch.float64)
+    mean = layer.mean.detach().clone().requires_grad_()
+    rho = torch.linspace(-12, 45, 15, dtype=torch.float64).view(3, 5).requires_grad_()
+
+    def with_parameters(name: str):
+        def function(mean: Tensor, rho: Tensor) -> Tensor:
+            layer.__dict__.update(mean=mean, rho=rho)
+            return layer.kl() if name == "kl" else layer.sigma
+
+        return function
+
+    del layer.mean, layer.rho
+    assert torch.autograd.gradcheck(with_parameters("sigma"), (mean, rho))
+    rho = torch.linspace(-4, 4, 15, dtype=torch.float64).view(3, 5).requires_grad_()
+    assert torch.autograd.gradcheck(with_parameters("kl"), (mean, rho))
+
+
+@pytest.mark.parametrize("sigma", [1e-8, 1e-4, 0.3, 1.0, 50.0])
+def test_set_sigma_sets_sigma(sigma):
+    layer = bayes_linear()
+    wanted = sigma * torch.linspace(1, 2, 15).view(3, 5)
+    layer.set_sigma(wanted)
+    # rho is about log(sigma), whose last digit is worth |rho| * 6e-8 of sigma
+    torch.testing.assert_close(layer.sigma, wanted, rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize(("layer", "shape"), layers_and_inputs())
+def test_outputs_of_training_and_evaluation_have_the_exact_moments(layer, shape):
+    torch.manual_seed(1)
+    x = torch.randn(shape)
+    sigma = F.softplus(layer.rho)
+    with torch.no_grad():
+        mean = plain_map(layer, x, layer.mean, layer.bias)
+        variance = plain_map(layer, x.square(), sigma.square(), None)
+        layer.train()
+        # one call on many copies: each row has noise of its own
+        many = x.repeat(2000, *[1] * (x.dim() - 1))
+        assert_moments(layer(many).unflatten(0, (2000, -1)), mean, variance)
+        layer.eval()
+        assert_moments(torch.stack([layer(x) for _ in range(2000)]), mean, variance)
+
+
+@pytest.mark.parametrize(("layer", "shape"), layers_and_inputs())
+def test_gradients_of_a_training_draw_are_those_of_plain_autograd(layer, shape):
+    torch.manual_seed(1)
+    x = torch.randn(shape, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    layer.train()
+    torch.manual_seed(2)
+    out = layer(x)
+    upstream = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, inputs, upstream)
+
+    mean = plain_map(layer, x, layer.mean, layer.bias)
+    variance = plain_map(layer, x.square(), F.softplus(layer.rho).square(), None)
+    torch.manual_seed(2)
+    naive = mean + variance.sqrt() * 2 * noise_like(mean, std=0.5)
+    torch.testing.assert_close(out, naive)
+    torch.testing.assert_close(
+        gradients, torch.autograd.grad(naive, inputs, upstream), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("layer", [bayes_linear(), bayes_conv()], ids=["linear", "conv"])
+def test_an_input_of_zeros_gives_the_bias_and_no_gradient_to_sigma(layer):
+    x = torch.zeros((2, 5) if isinstance(layer, BayesLinear) else (2, 4, 5, 5), requires_grad=True)
+    out = layer.train()(x)
+    bias = layer.bias if out.dim() == 2 else layer.bias[:, None, None]
+    torch.testing.assert_close(out, bias.expand_as(out))
+    by_x, by_mean, by_rho = torch.autograd.grad(out.sum(), [x, layer.mean, layer.rho])
+    assert by_x.isfinite().all()
+    assert by_mean.count_nonzero() == 0
+    assert by_rho.count_nonzero() == 0
+
+
+def test_a_variance_rounded_below_zero_counts_as_zero(monkeypatch):
+    layer = bayes_linear()
+    plain = layer.apply_weight
+
+    def rounded(x: Tensor, weight: Tensor, with_bias: bool = True) -> Tensor:
+        out = plain(x, weight, with_bias)
+        return out if with_bias else out * torch.tensor([1.0, 0.0, -1e-9])
+
+    monkeypatch.setattr(layer, "apply_weight", rounded)
+    x = torch.ones(2, 5)
+    out = layer.train()(x)
+    expected = F.linear(x, layer.mean, layer.bias)
+    assert (out[:, 0] != expected[:, 0]).all()
+    torch.testing.assert_close(out[:, 1:], expected[:, 1:])
+
+
+@pytest.mark.parametrize("in_channels", [1, 4])
+def test_both_memory_layouts_give_the_same_moments_and_one_layout_of_outputs(in_channels):
+    torch.manual_seed(1)
+    x = torch.randn(1, in_channels, 6, 5)
+    layer = bayes_conv(in_channels, padding=1).train()
+    with torch.no_grad():
+        mean = F.conv2d(x, layer.mean, layer.bias, padding=1)
+        variance = F.conv2d(x.square(), F.softplus(layer.rho).square(), padding=1)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            layer.to(memory_format=layout)
+            many = x.repeat(4000, 1, 1, 1).to(memory_format=layout)
+            out = layer(many)
+            assert out.is_contiguous(memory_format=layout)
+            assert_moments(out, mean[0], variance[0])
+            scale = layer.apply_weight(many, layer.sigma.square(), with_bias=False)
+            assert scale.stride() == layer.apply_weight(many, layer.mean).stride()
+
+
+@pytest.mark.parametrize("layer", [bayes_linear(), bayes_conv()], ids=["linear", "conv"])
+def test_bfloat16_autocast_draws_and_learns_close_to_float32(layer):
+    torch.manual_seed(1)
+    x = torch.randn((512, 5) if isinstance(layer, BayesLinear) else (512, 4, 3, 3))
+    layer.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    variance = plain_map(layer, x.square(), F.softplus(layer.rho).square(), None)
+    scores = (out - plain_map(layer, x, layer.mean, layer.bias)) / variance.sqrt()
+    # 5 standard errors of a variance from n draws, and 2 % for eight bits of precision
+    assert abs(scores.var() - 1) < 5 * math.sqrt(2 / scores.numel()) + 0.02
+    for gradient in torch.autograd.grad(out.float().square().sum(), list(layer.parameters())):
+        assert gradient.dtype == torch.float32
+        assert gradient.isfinite().all()
+        assert gradient.count_nonzero() == gradient.numel()
+
+
+def test_conversion_keeps_weights_biases_and_geometry():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), nn.Flatten(), nn.Linear(16, 3)
+    )
+    x = torch.randn(5, 2, 4, 4)
+    expected = net(x)
+    to_bayes(net, prior_std=1.0, init_rho=-60.0)  # a sigma of 1e-26 draws nothing but the mean
+    assert isinstance(net[0], BayesConv2d)
+    assert isinstance(net[2], BayesLinear)
+    torch.testing.assert_close(net.eval()(x), expected)
+    torch.testing.assert_close(net.train()(x), expected)
+
+
+def test_conversion_refuses_what_it_cannot_convert():
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    to_bayes(net, 1.0, -5.0)
+    with pytest.raises(TypeError, match="0 is a BayesLinear"):
+        to_bayes(net, 1.0, -5.0)
+    with pytest.raises(ValueError, match="no Linear or Conv2d"):
+        to_bayes(nn.Sequential(nn.ReLU()), 1.0, -5.0)
+    with pytest.raises(TypeError, match="padding_mode='reflect'"):
+        to_bayes(nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")), 1.0, -5.0)
+    with pytest.raises(ValueError, match="prior_std=0"):
+        to_bayes(nn.Sequential(nn.Linear(2, 2)), 0.0, -5.0)
