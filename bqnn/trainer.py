@@ -57,7 +57,7 @@ def make_trainer(
     if threads is not None:
         torch.set_num_threads(threads)
     save = SaveCheckpoint(job.folder, options.pop("save_every"), options.pop("save_best"))
-    show_progress = options.pop("progress_bar") and sys.stderr.isatty()
+    show_progress = options.pop("progress_bar") and sys.stdout.isatty()
     progress: list[pl.Callback] = [TQDMProgressBar()] if show_progress else []
     _silence_known_warnings()
     _keep_freed_memory()

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import Normal, kl_divergence as torch_kl
+from torch.distributions import Normal
+from torch.distributions import kl_divergence as torch_kl
 from torch.nn import functional as F
 
 from bqnn.layers.bayes import BayesConv2d, BayesLinear, GaussianWeight, kl_divergence, to_bayes
@@ -59,10 +60,11 @@ def layers_and_inputs() -> list:
 
 @pytest.mark.parametrize("prior_std", [0.1, 1.0, 3.0])
 def test_kl_is_that_of_torch_summed_over_the_weights(prior_std):
-    layer = BayesLinear.like(nn.Linear(7, 4), prior_std=prior_std, init_rho=-2.0).double()
-    nn.init.normal_(layer.rho, mean=-2)
+    layer = bayes_linear(torch.float64)
+    layer.prior_std = prior_std
     posterior = Normal(layer.mean, F.softplus(layer.rho))
-    expected = torch_kl(posterior, Normal(0.0, prior_std)).sum()
+    prior = Normal(torch.zeros_like(layer.mean), torch.full_like(layer.mean, prior_std))
+    expected = torch_kl(posterior, prior).sum()
     torch.testing.assert_close(layer.kl(), expected, rtol=1e-12, atol=0)
 
     parameters = [layer.mean, layer.rho]
@@ -86,9 +88,7 @@ def test_kl_of_a_network_is_the_sum_over_its_layers_whatever_the_layout():
         for i in (0, 2)
     )
     torch.testing.assert_close(kl_divergence(net), expected)
-    torch.testing.assert_close(
-        kl_divergence(net.to(memory_format=torch.channels_last)), expected
-    )
+    torch.testing.assert_close(kl_divergence(net.to(memory_format=torch.channels_last)), expected)
 
 
 def test_kl_of_a_network_without_gaussian_weights_is_a_type_error():

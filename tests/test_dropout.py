@@ -1,0 +1,143 @@
+"""Monte-Carlo dropout: what is dropped, how the rest is scaled, where it happens."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from bqnn.layers.dropout import MCDropout, to_mcdropout
+from bqnn.layers.markers import DropoutSite
+from bqnn.nets import MLP, LeNet, ResNet
+
+
+def dropouts(net: nn.Module) -> list[MCDropout]:
+    return [module for module in net.modules() if isinstance(module, MCDropout)]
+
+
+def kinds_in_order(net: nn.Module) -> list[type[nn.Module]]:
+    """Dropouts and weight layers in the order in which the network calls them."""
+    called: list[type[nn.Module]] = []
+    hooks = [
+        module.register_forward_hook(lambda module, *_: called.append(type(module)))
+        for module in net.modules()
+        if isinstance(module, MCDropout | nn.Conv2d | nn.Linear)
+    ]
+    net.eval()(torch.zeros(2, 3, 16, 16))
+    for hook in hooks:
+        hook.remove()
+    return called
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.8])
+def test_what_is_kept_is_scaled_and_the_mean_is_preserved(rate):
+    torch.manual_seed(0)
+    out = MCDropout(rate)(torch.full((500, 200), 3.0))
+    kept = out != 0
+    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 3 / (1 - rate)))
+    # 5 standard errors of a Bernoulli mean over 100,000 values
+    assert abs(kept.float().mean() - (1 - rate)) < 5 * math.sqrt(rate * (1 - rate) / out.numel())
+
+
+def test_whole_channels_of_a_picture_are_dropped_and_each_row_has_its_own_mask():
+    torch.manual_seed(0)
+    out = MCDropout(0.5)(torch.ones(64, 32, 3, 5))
+    channels = out.flatten(2)
+    assert torch.equal(channels, channels[..., :1].expand_as(channels))
+    masks = channels[..., 0] != 0
+    # chance agreement of two fair masks is 1/2, over 63 * 32 pairs of neighbours
+    agreement = (masks[1:] == masks[:-1]).float().mean()
+    assert abs(agreement - 0.5) < 5 * 0.5 / math.sqrt(63 * 32)
+    assert len(masks.unique(dim=0)) == 64
+
+
+def test_single_features_of_a_table_are_dropped():
+    torch.manual_seed(0)
+    masks = MCDropout(0.5)(torch.ones(64, 32)) != 0
+    for share in (masks.float().mean(0), masks.float().mean(1)):
+        assert (share > 0).all()
+        assert (share < 1).all()
+
+
+def test_layout_and_dtype_are_kept():
+    x = torch.ones(2, 3, 4, 5, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    out = MCDropout(0.5)(x)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert out.dtype == torch.bfloat16
+
+
+def test_gradient_flows_through_what_is_kept_only():
+    torch.manual_seed(0)
+    x = torch.ones(10, 10, requires_grad=True)
+    out = MCDropout(0.75)(x)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(gradient, out)
+    assert set(gradient.unique().tolist()) == {0, 4}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_on_in_both_modes_until_it_is_switched_off(training):
+    torch.manual_seed(0)
+    x = torch.ones(20, 20)
+    dropout = MCDropout(0.5).train(training)
+    assert not torch.equal(dropout(x), dropout(x))
+    dropout.active = False
+    assert torch.equal(dropout(x), x)
+
+
+def test_rate_zero_is_the_identity():
+    x = torch.randn(4, 4)
+    assert torch.equal(MCDropout(0)(x), x)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, math.nan])
+def test_a_rate_outside_its_range_is_refused(rate):
+    with pytest.raises(ValueError, match=f"rate={rate}"):
+        MCDropout(rate)
+
+
+def test_draws_in_evaluation_differ_and_leave_batch_norm_as_it_was():
+    torch.manual_seed(0)
+    net = to_mcdropout(ResNet([3, 8, 8], [4], width=4), rate=0.3).eval()
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    x = torch.randn(5, 3, 8, 8)
+    assert not torch.equal(net(x), net(x))
+    assert len(before) == 3 * 20  # mean, variance and count of 20 batch norms
+    for name, buffer in net.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
+@pytest.mark.parametrize(
+    ("net", "num_sites"),
+    [
+        pytest.param(lambda: MLP([13], [1, 1]), 3, id="mlp"),
+        pytest.param(lambda: LeNet([1, 28, 28], [10]), 3, id="lenet"),
+        pytest.param(lambda: ResNet([3, 32, 32], [10], width=4), 20, id="resnet"),
+    ],
+)
+def test_every_site_drops_and_the_one_before_the_output_has_a_switch(net, num_sites):
+    everywhere = to_mcdropout(net(), rate=0.25)
+    assert [dropout.rate for dropout in dropouts(everywhere)] == [0.25] * num_sites
+    assert isinstance(everywhere.site, MCDropout)
+
+    inside = to_mcdropout(net(), rate=0.25, before_output=False)
+    assert len(dropouts(inside)) == num_sites - 1
+    assert isinstance(inside.site, DropoutSite)
+
+
+@pytest.mark.parametrize("kind", [LeNet, ResNet])
+def test_a_dropout_precedes_every_weight_layer_except_the_first(kind):
+    called = kinds_in_order(to_mcdropout(kind([3, 16, 16], [4]), rate=0.5))
+    assert called[0] is nn.Conv2d
+    rest = called[1:]
+    assert all(module is MCDropout for module in rest[::2])
+    assert not any(module is MCDropout for module in rest[1::2])
+    assert rest[-1] is nn.Linear
+
+
+def test_a_network_without_sites_is_refused():
+    with pytest.raises(ValueError, match="no DropoutSite"):
+        to_mcdropout(nn.Sequential(nn.Linear(2, 2)), rate=0.5)
+    net = to_mcdropout(MLP([2], [1]), rate=0.5)
+    with pytest.raises(ValueError, match="no DropoutSite"):
+        to_mcdropout(net, rate=0.5)

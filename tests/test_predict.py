@@ -1,0 +1,157 @@
+"""Prediction by draws: their values, their seeds, and what is left as it was."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bqnn.layers.bayes import to_bayes
+from bqnn.layers.draws import Drawn, held_draw
+from bqnn.layers.dropout import to_mcdropout
+from bqnn.layers.ensemble import Ensemble
+from bqnn.nets import MLP, LeNet, ResNet
+from bqnn.predict import predictive
+
+
+class Counter(Drawn):
+    """Multiplies by the index of the held draw, and counts how many were made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index: int | None = None
+        self.num_draws = 0
+
+    def hold_draw(self, index: int) -> None:
+        self.index = index
+        self.num_draws += 1
+
+    def release_draw(self) -> None:
+        self.index = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.index is not None
+        return x * self.index
+
+
+def bayes_net() -> nn.Module:
+    torch.manual_seed(0)
+    return to_bayes(LeNet([1, 8, 8], [3]), prior_std=1.0, init_rho=-3.0).eval()
+
+
+def dropout_net() -> nn.Module:
+    torch.manual_seed(0)
+    return to_mcdropout(MLP([4], [1, 1]), rate=0.3).eval()
+
+
+PICTURES = torch.linspace(-1, 1, 7 * 64).view(7, 1, 8, 8)
+TABLE = torch.linspace(-1, 1, 28).view(7, 4)
+RANDOM = [
+    pytest.param(bayes_net, PICTURES, id="bbb"),
+    pytest.param(dropout_net, TABLE, id="mcdropout"),
+]
+
+
+def test_draws_are_stacked_in_front_in_the_order_of_their_index():
+    x = torch.arange(6.0).view(3, 2)
+    draws = predictive(Counter().eval(), x, 4, batch_size=2)
+    assert torch.equal(draws, torch.stack([0 * x, 1 * x, 2 * x, 3 * x]))
+
+
+def test_a_draw_is_made_once_for_all_batches_and_released():
+    net = Counter().eval()
+    predictive(net, torch.ones(10, 1), 3, batch_size=2)
+    assert net.num_draws == 3
+    assert net.index is None
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_batches_share_the_weights_of_a_draw(batch_size):
+    whole = predictive(bayes_net(), PICTURES, 3)
+    parts = predictive(bayes_net(), PICTURES, 3, batch_size=batch_size)
+    torch.testing.assert_close(parts, whole)
+
+
+@pytest.mark.parametrize(("net", "x"), RANDOM)
+def test_draws_depend_on_the_seed_alone(net, x):
+    net = net()
+    first = predictive(net, x, 3, seed=4)
+    torch.randn(10)
+    net(x)
+    assert torch.equal(predictive(net, x, 3, seed=4), first)
+    assert torch.equal(predictive(net, x, 2, seed=4), first[:2])
+    assert not torch.equal(predictive(net, x, 3, seed=5), first)
+
+
+@pytest.mark.parametrize(("net", "x"), RANDOM)
+def test_draws_of_one_seed_differ(net, x):
+    draws = predictive(net(), x, 5)
+    for one in range(5):
+        for other in range(one):
+            assert not torch.equal(draws[one], draws[other])
+
+
+@pytest.mark.parametrize(("net", "x"), RANDOM)
+def test_the_global_random_state_is_left_as_it_was(net, x):
+    net = net()
+    before = torch.get_rng_state()
+    predictive(net, x, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_batch_norm_learns_nothing_from_a_prediction_and_no_gradient_is_kept():
+    net = to_bayes(ResNet([3, 8, 8], [2], width=4), 1.0, -3.0).eval()
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    draws = predictive(net, torch.randn(6, 3, 8, 8), 2)
+    assert not draws.requires_grad
+    assert before
+    for name, buffer in net.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
+def test_draws_of_an_ensemble_are_its_members_in_order():
+    net = nn.Linear(1, 1, bias=False)
+    ensemble = Ensemble(net, num_members=3)
+    for factor in (2.0, 3.0, 4.0):
+        nn.init.constant_(net.weight, factor)
+        ensemble.collect()
+    x = torch.tensor([[1.0], [10.0]])
+    draws = predictive(ensemble.eval(), x, 3, batch_size=1)
+    assert draws.squeeze(-1).tolist() == [[2, 20], [3, 30], [4, 40]]
+    with pytest.raises(ValueError, match="ask for at most 3 samples"):
+        predictive(ensemble, x, 4)
+
+
+def test_a_network_in_training_and_no_draws_are_refused():
+    with pytest.raises(ValueError, match="in training mode"):
+        predictive(bayes_net().train(), PICTURES, 1)
+    with pytest.raises(ValueError, match="num_samples=0"):
+        predictive(bayes_net(), PICTURES, 0)
+
+
+def test_passes_are_equal_while_a_draw_is_held_and_differ_after():
+    net = bayes_net()
+    with torch.no_grad():
+        with held_draw(net, 0):
+            held = net(PICTURES)
+            assert torch.equal(net(PICTURES), held)
+        assert not torch.equal(net(PICTURES), held)
+        with held_draw(net, 1):
+            assert not torch.equal(net(PICTURES), held)
+
+
+def test_a_draw_is_released_when_a_pass_fails():
+    net = bayes_net()
+    with pytest.raises(RuntimeError), held_draw(net, 0):
+        net(torch.ones(2, 5))
+    with torch.no_grad():
+        assert not torch.equal(net(PICTURES), net(PICTURES))
+
+
+def test_a_held_draw_is_the_mean_plus_sigma_times_noise():
+    net = to_bayes(nn.Sequential(nn.Linear(400, 300, bias=False)), 1.0, -1.0).eval()
+    layer = net[0]
+    with torch.no_grad(), held_draw(net, 0):
+        weights = net(torch.eye(400)).t()
+        scores = (weights - layer.mean) / nn.functional.softplus(layer.rho)
+    # 5 standard errors over 120,000 weights
+    assert abs(scores.mean()) < 5 / 120_000**0.5
+    assert abs(scores.var() - 1) < 5 * (2 / 120_000) ** 0.5
