@@ -148,11 +148,7 @@ def _hand_step(method: str) -> Callable[[], None]:
 
 
 def _optimizer(model: Method, steps_per_epoch: int) -> torch.optim.Optimizer:
-    options = dict(model.optimizer)
-    if options["name"] == "sghmc":
-        burn_in = model.burn_in * steps_per_epoch
-        options |= {"num_train": model.num_train, "num_burn_in_steps": burn_in}
-    return make_optimizer(model.trained_parameters(), **options)
+    return make_optimizer(model.trained_parameters(), **model.optimizer_options(steps_per_epoch))
 
 
 def _config(method: str, task: str, *overrides: str) -> dict[str, Any]:

@@ -20,13 +20,12 @@ class SaveCheckpoint(Checkpoint):
     """
 
     def __init__(self, folder: Path, save_every: float, save_best: bool) -> None:
-        if save_every < 0:
-            raise ValueError(f"trainer.save_every={save_every}: seconds, 0 saves every epoch")
         self.path = folder / "checkpoint.ckpt"
         self.best_path = folder / "best.ckpt"
         self.save_every = save_every
         self.save_best = save_best
         self.best_nll = float("inf")
+        self._was_validated = False
         self._saved_at = time.monotonic()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -34,12 +33,15 @@ class SaveCheckpoint(Checkpoint):
         if is_last or time.monotonic() - self._saved_at >= self.save_every:
             self._save(trainer, self.path)
             self._saved_at = time.monotonic()
-        was_validated = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
-        if self.save_best and was_validated and "val/nll" in trainer.callback_metrics:
+        if self.save_best and self._was_validated:
+            self._was_validated = False
             nll = float(trainer.callback_metrics["val/nll"])
             if nll < self.best_nll:
                 self.best_nll = nll
                 self._save(trainer, self.best_path)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._was_validated = True
 
     def state_dict(self) -> dict[str, float]:
         return {"best_nll": self.best_nll}

@@ -1,5 +1,6 @@
 """The command line: Hydra in front, plain dictionaries behind; only here is OmegaConf known."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -9,10 +10,25 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bqnn.run import Job, record_refusal
+
+# Keys with numbers that would otherwise fail far from here: their kind and the least value.
+NUMBERS: dict[str, tuple[type, int]] = {
+    "seed": (int, 0),
+    "task.batch_size": (int, 1),
+    "task.validation_share": (float, 0),
+    "trainer.max_epochs": (int, 1),
+    "trainer.check_val_every_n_epoch": (int, 1),
+    "trainer.save_every": (float, 0),
+    "trainer.threads": (int, 1),
+    "method.num_samples": (int, 1),
+    "method.val_samples": (int, 1),
+    "method.optimizer.lr": (float, 0),
+}
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -28,20 +44,25 @@ def launch(task: Callable[[Job], None], verb: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     states = []
 
-    def run(cfg: DictConfig) -> float:
-        job = Job(Path(HydraConfig.get().runtime.output_dir), verb)
+    def run(cfg: DictConfig) -> None:
+        hydra_config = HydraConfig.get()
+        is_sweep = hydra_config.mode == RunMode.MULTIRUN
+        sweep = Path(hydra_config.sweep.dir).name if is_sweep else None
+        job = Job(Path(hydra_config.runtime.output_dir), verb, sweep)
         with job:
             job.claim()
             job.configure(plain(cfg))
             task(job)
         states.append(job.state)
-        return 0.0 if job.state == "DONE" else float("nan")
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)(run)()
     except Exception as error:  # only Hydra's own can get here: a job keeps its errors to itself
         message = _one_line(error)
-        record_refusal(_refused_folder(verb, sys.argv[1:]), message)
+        asks_only = any(argument.startswith(("--cfg", "-c", "--info")) for argument in sys.argv[1:])
+        if not asks_only:
+            with contextlib.suppress(OSError):  # the folder may be what was wrong
+                record_refusal(_refused_folder(verb, sys.argv[1:]), message)
         sys.exit(f"{verb}.py: {message}")
     if any(state != "DONE" for state in states):
         sys.exit(1)
@@ -55,6 +76,12 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{reason}; give it on the command line") from error
     assert isinstance(config, dict)
+    for key, (kind, least) in NUMBERS.items():
+        value = OmegaConf.select(cfg, key)
+        number = isinstance(value, int | kind) and not isinstance(value, bool)
+        if value is not None and (not number or value < least):
+            what = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{key}={value}: give {what}, {least} or more")
     return config  # type: ignore[return-value]
 
 

@@ -96,7 +96,7 @@ def _wandb_logger(job: Job) -> WandbLogger:
         name=f"{method}-{task}-float-s{seed}",
         project=options["project"],
         entity=options["entity"],
-        group=options["group"],
+        group=options["group"] or job.sweep,
         job_type="float",
         tags=[method, task, *options["tags"]],
         config=config,

@@ -28,6 +28,8 @@ class SGHMC(Optimizer):
     drawn from its conditional Gamma(prior_shape + n / 2, prior_rate + |theta|^2 / 2) every
     `resample_prior` steps. 0 turns either of them off.
 
+    A weight that is not finite is a FloatingPointError when the precision is next drawn.
+
     Steps, burn-in, tau, g, V, momentum and precision are in the `state_dict`.
     """
 

@@ -52,7 +52,7 @@ def build(recipe: Recipe) -> Method:
     """The untrained model that a recipe describes. A ValueError says what is wrong with it."""
     facts = recipe["facts"]
     likelihood = likelihood_from(facts)
-    reseed(recipe["seed"], torch.device("cpu"))
+    reseed(torch.device("cpu"), recipe["seed"])
     net = _construct(NETS, "net", recipe["net"], facts["input_shape"], likelihood.heads)
     extra = {"num_train": facts["num_train"], "seed": recipe["seed"]}
     model: Method = _construct(METHODS, "method", {**recipe["method"], **extra}, net, likelihood)

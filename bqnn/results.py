@@ -53,9 +53,9 @@ def write_predictions(folder: Path, evaluation: Evaluation) -> None:
     Where the samples take more than 32 MiB, `mean` [N, ...] is there instead: the mean of the
     class probabilities, or of the predicted mean and log variance.
     """
-    samples, targets = evaluation.samples, evaluation.targets
+    samples, targets = evaluation.samples.float(), evaluation.targets
     if samples.numel() * samples.element_size() <= MAX_PREDICTION_BYTES:
-        arrays = {"samples": samples.float().numpy()}
+        arrays = {"samples": samples.numpy()}
     else:
         is_logits = not targets.is_floating_point()
         arrays = {"mean": (samples.softmax(-1) if is_logits else samples).mean(0).numpy()}

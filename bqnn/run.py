@@ -1,7 +1,6 @@
 """One job's life: its folder, its status.json, how it ended."""
 
 import logging
-import os
 import platform
 import signal
 import subprocess
@@ -19,6 +18,7 @@ import yaml
 
 from bqnn.files import write_json, write_text
 
+log = logging.getLogger(__name__)
 traceback_log = logging.getLogger("bqnn.traceback")  # conf/hydra sends it to the log file alone
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-core")
@@ -30,13 +30,15 @@ class Job:
 
     The folder gets config.yaml and status.json, whose state is RUNNING, then DONE, FAILED or
     INTERRUPTED. An exception ends here: its traceback goes to the log, one line of it to the
-    terminal and to status.json; only an interruption goes on, as SystemExit(130).
+    terminal and to status.json; only an interruption goes on, as SystemExit(130). `sweep` names
+    the multirun that the job is part of.
     """
 
-    def __init__(self, folder: Path, verb: str) -> None:
+    def __init__(self, folder: Path, verb: str, sweep: str | None = None) -> None:
         self.config: dict[str, Any] = {}
         self.folder = folder
         self.verb = verb
+        self.sweep = sweep
         self.state = "RUNNING"
         self.error: str | None = None
         self.started = datetime.now().astimezone()
@@ -73,8 +75,7 @@ class Job:
         return time.perf_counter() - self._clock
 
     def __enter__(self) -> "Job":
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        self._set_signals(signal.default_int_handler)
         return self
 
     def __exit__(
@@ -83,6 +84,7 @@ class Job:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
+        self._set_signals(signal.SIG_IGN)  # a second signal must not leave RUNNING behind
         if error is None:
             self.state = "DONE"
         elif _is_interruption(error):
@@ -90,19 +92,26 @@ class Job:
         else:
             self.state, self.error = "FAILED", one_line(error)
             # The log file has the traceback; the terminal is told in one line.
-            traceback_log.error("%s failed", self.verb, exc_info=(type(error), error, trace))
-            where = os.path.relpath(self.folder)
-            print(f"{self.verb}.py: {self.error} [folder: {where}]", file=sys.stderr)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it by now
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if self._claimed:
+                traceback_log.error("%s failed", self.verb, exc_info=(type(error), error, trace))
+            print(f"{self.verb}.py: {self.error} [{self.folder}]", file=sys.stderr)
         if self._claimed:
             self._write_status()
+        self._set_signals(signal.default_int_handler)
         for action in self._at_end:
-            action(0 if self.state == "DONE" else 1)
+            try:
+                action(0 if self.state == "DONE" else 1)
+            except Exception:  # the job has ended as its status says; the rest must still be done
+                log.warning("after the end of the job", exc_info=True)
         if self.state == "INTERRUPTED":
             raise SystemExit(130) from error
         return isinstance(error, Exception)
+
+    def _set_signals(self, handler: Any) -> None:
+        """Treat SIGTERM like Ctrl-C; Lightning may have left other handlers behind."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+            signal.signal(signal.SIGTERM, handler)
 
     def _write_status(self) -> None:
         ended = None if self.state == "RUNNING" else datetime.now().astimezone().isoformat()

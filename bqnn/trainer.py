@@ -53,9 +53,23 @@ def make_trainer(
 ) -> pl.Trainer:
     """A Trainer as `trainer` of the configuration says, saving to the job's folder."""
     options = dict(job.config["trainer"])
+    if options["accelerator"] == "auto":  # Lightning would take a device without float64
+        options["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if str(options["precision"]).startswith("16"):
+        raise ValueError(
+            f"trainer.precision={options['precision']}: variances underflow in 16-bit floats; "
+            "choose 32-true or bf16-mixed"
+        )
+    if options["save_best"] and not validate:
+        raise ValueError(
+            "trainer.save_best=true: there are no validation rows to choose by; set "
+            "task.validation_share above 0"
+        )
     threads = options.pop("threads")
     if threads is not None:
+        before = torch.get_num_threads()
         torch.set_num_threads(threads)
+        job.at_end(lambda _: torch.set_num_threads(before))
     save = SaveCheckpoint(job.folder, options.pop("save_every"), options.pop("save_best"))
     show_progress = options.pop("progress_bar") and sys.stdout.isatty()
     progress: list[pl.Callback] = [TQDMProgressBar()] if show_progress else []

@@ -199,6 +199,9 @@ def test_a_variance_rounded_below_zero_counts_as_zero(monkeypatch):
     expected = F.linear(x, layer.mean, layer.bias)
     assert (out[:, 0] != expected[:, 0]).all()
     torch.testing.assert_close(out[:, 1:], expected[:, 1:])
+    (slope,) = torch.autograd.grad(out[:, 1:].sum(), layer.rho, retain_graph=True)
+    assert not slope.any()
+    assert torch.autograd.grad(out[:, 0].sum(), layer.rho)[0][0].all()
 
 
 @pytest.mark.parametrize("in_channels", [1, 4])

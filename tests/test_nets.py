@@ -94,7 +94,7 @@ def test_every_output_of_a_resnet_depends_on_every_pixel():
         assert gradient.count_nonzero() == gradient.numel()
 
 
-def test_add_is_a_residual_sum_after_a_relu_and_pool_an_average():
+def test_add_is_a_sum_with_a_relu_and_pool_an_average():
     x, y = torch.tensor([1.0, -3.0]), torch.tensor([2.0, 1.0])
     assert Add()(x, y).tolist() == [3, 0]
     picture = torch.arange(8.0).view(1, 2, 2, 2)

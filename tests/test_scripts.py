@@ -157,7 +157,13 @@ MISTAKES = [
     (["method.optimizer.lr=fast"], "lr"),
     (["task.validation_share=1"], "validation_share=1"),
     (["task.batch_size=0"], "batch_size=0"),
-    (["task=yacht", "data_dir=empty"], "uci/yacht/data"),
+    (["seed=one"], "seed=one"),
+    (["trainer.max_epochs=0"], "trainer.max_epochs=0"),
+    (["task=yacht", "data_dir=empty"], "no network in tests"),
+    (["task.batch_size=many"], "task.batch_size=many"),
+    (["trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch=0"),
+    (["trainer.save_best=true", "task.validation_share=0"], "trainer.save_best=true"),
+    (["trainer.precision=16-mixed"], "trainer.precision=16-mixed"),
     (["task=images", "task.root=empty"], "empty"),
     (["trainer.save_every=-1"], "trainer.save_every=-1"),
     (["net=resnet", "task=synthetic"], "are not pictures"),
@@ -174,7 +180,7 @@ def test_a_mistake_gives_one_line_and_a_failed_status(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "empty").mkdir()
-    monkeypatch.setattr("urllib.request.urlopen", _no_network)
+    monkeypatch.setattr("bqnn.data.download.urlopen", _no_network)
     code, errors = script_here("train", "logger=none", *arguments, "hydra.run.dir=run")
     assert code == 1
     assert len(errors.strip().splitlines()) == 1, errors
@@ -218,8 +224,7 @@ def test_a_given_folder_is_used_as_given_and_never_twice(
     assert code == 1
     assert "holds a job already" in errors
     after = {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
-    assert before.items() <= after.items()
-    assert after.keys() - before.keys() <= {"train.log"}
+    assert before == after
 
 
 def test_runs_of_the_same_second_get_folders_of_their_own(
@@ -280,7 +285,8 @@ def test_bf16_trains_every_method(script_here: ScriptHere, tmp_path: Path) -> No
     for method in METHODS:
         arguments = [*short(method), "trainer.precision=bf16-mixed", "plots=false"]
         assert script_here("train", *arguments, f"hydra.run.dir={method}") == (0, "")
-        assert json.loads((tmp_path / method / "metrics.json").read_text())["test/nll"] < 3
+        # Ten classes at random have an NLL of 2.3.
+        assert json.loads((tmp_path / method / "metrics.json").read_text())["test/nll"] < 1.9
 
 
 def test_best_is_the_epoch_with_the_lowest_validation_nll(

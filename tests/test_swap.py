@@ -3,6 +3,7 @@
 import pytest
 from torch import nn
 
+from bqnn.layers.bayes import to_bayes
 from bqnn.layers.swap import swap
 
 
@@ -52,5 +53,13 @@ def test_an_unknown_layer_with_weights_is_refused_by_its_path(layer):
 
 
 def test_an_unknown_layer_at_the_top_is_refused_by_its_name():
-    with pytest.raises(TypeError, match="^0 is a Conv1d"):
+    with pytest.raises(TypeError, match=r"^0 is a Conv1d"):
         swap(nn.Sequential(nn.Conv1d(1, 1, 1)), {nn.Linear: to_identity})
+
+
+def test_a_layer_in_two_places_stays_one_layer():
+    shared = nn.Linear(2, 2)
+    net = nn.Sequential(shared, nn.ReLU(), shared)
+    to_bayes(net, prior_std=1.0, init_rho=-3.0)
+    assert type(net[0]).__name__ == "BayesLinear"
+    assert net[0] is net[2]

@@ -58,9 +58,9 @@ class CIFAR10Data(ImageData):
         """Download the files that are missing, unless images come from a folder."""
         if self.is_set_up or self.source == "folder":
             return
-        try:
-            self._part(train=True)
-        except FileNotFoundError:
+        from torchvision.datasets import CIFAR10
+
+        if not (self.data_dir / CIFAR10.base_folder).is_dir():  # reading it checks the files
             self._part(train=True, download=True)
 
     def _read(self) -> tuple[Rows, Rows]:

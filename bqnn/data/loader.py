@@ -58,8 +58,6 @@ class TensorLoader:
         self.rank = rank
         self.world_size = world_size
 
-    batch_sampler = None  # Lightning looks for it wherever there is a sampler
-
     @property
     def sampler(self) -> TensorLoader:
         """Where Lightning looks for `set_epoch`."""

@@ -28,6 +28,8 @@ class TableData(TensorData):
     def facts(self) -> dict[str, object]:
         return {
             "likelihood": "regression",
+            "input_mean": self.input_mean.tolist(),
+            "input_std": self.input_std.tolist(),
             "target_mean": self.target_mean.item(),
             "target_std": self.target_std.item(),
             "input_shape": list(self.train.inputs.shape[1:]),

@@ -34,8 +34,13 @@ class GaussianWeight(Drawn):
         self, weight: Tensor, bias: Tensor | None, *, prior_std: float, init_rho: float
     ) -> None:
         super().__init__()
-        if prior_std <= 0:
+        if not 0 < prior_std < math.inf:
             raise ValueError(f"method.prior_std={prior_std}: a standard deviation is positive")
+        if not -80 <= init_rho <= 80:
+            raise ValueError(
+                f"method.init_rho={init_rho}: sigma = softplus(rho) leaves the range of floats; "
+                "choose -80 to 80, -5 is usual"
+            )
         self.mean = nn.Parameter(weight.detach().clone())
         self.rho = nn.Parameter(torch.full_like(self.mean, init_rho))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
@@ -49,7 +54,9 @@ class GaussianWeight(Drawn):
 
     @torch.no_grad()
     def set_sigma(self, sigma: Tensor) -> None:
-        """Make `sigma` (positive, shaped like the weights) the posterior's standard deviation."""
+        """Make `sigma`, positive and shaped like the weights, the standard deviation."""
+        if not (sigma > 0).all():
+            raise ValueError("set_sigma: a standard deviation is positive")
         self.rho.copy_(sigma + torch.log(-torch.expm1(-sigma)))
 
     def kl(self) -> Tensor:
@@ -88,6 +95,10 @@ class BayesLinear(GaussianWeight):
         return cls(layer.weight, layer.bias, prior_std=prior_std, init_rho=init_rho)
 
     def apply_weight(self, x: Tensor, weight: Tensor, with_bias: bool = True) -> Tensor:
+        if x.dim() != 2:
+            raise ValueError(
+                f"BayesLinear: inputs {tuple(x.shape)}; flatten them to two dimensions"
+            )
         return F.linear(x, weight, self.bias if with_bias else None)
 
     def extra_repr(self) -> str:
@@ -97,23 +108,32 @@ class BayesLinear(GaussianWeight):
 class BayesConv2d(GaussianWeight):
     """nn.Conv2d with Gaussian weights: [B, C, H, W] -> [B, C', H', W']."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, **options: Any) -> None:
-        super().__init__(weight, bias, **options)
-        self.geometry: dict[str, Any] = {}
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        prior_std: float,
+        init_rho: float,
+        geometry: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(weight, bias, prior_std=prior_std, init_rho=init_rho)
+        self.geometry = geometry or {}  # stride, padding, dilation, groups
 
     @classmethod
     def like(cls, layer: nn.Conv2d, *, prior_std: float, init_rho: float) -> Self:
         """A Bayesian version of `layer`, with its weights as means, its bias and geometry."""
         if layer.padding_mode != "zeros":
             raise TypeError(f"padding_mode={layer.padding_mode!r}: only 'zeros' can be Bayesian")
-        bayes = cls(layer.weight, layer.bias, prior_std=prior_std, init_rho=init_rho)
-        bayes.geometry = {
+        geometry = {
             "stride": layer.stride,
             "padding": layer.padding,
             "dilation": layer.dilation,
             "groups": layer.groups,
         }
-        return bayes
+        return cls(
+            layer.weight, layer.bias, prior_std=prior_std, init_rho=init_rho, geometry=geometry
+        )
 
     def apply_weight(self, x: Tensor, weight: Tensor, with_bias: bool = True) -> Tensor:
         if self.mean.stride(1) == 1:
@@ -154,15 +174,17 @@ class _GaussianDraw(torch.autograd.Function):
     """mean + sqrt(variance) * eps, written over all three: new memory costs more than the sums.
 
     eps has a standard deviation of 1/2. Where all inputs of an output are zero (the black
-    border of a picture) its variance is zero too, and so are the slopes of that variance: the
-    floor keeps 0 * inf out of them. It also takes what fast convolutions round to below zero.
+    border of a picture) its variance is zero, and fast convolutions round some to below zero:
+    there the square root gets a floor, and no slope.
     """
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, variance: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        is_floored = variance <= 1e-30
         std = variance.clamp_min_(1e-30).sqrt_()
         out = mean.addcmul_(std, eps, value=2)
-        ctx.save_for_backward(eps.div_(std))  # the slope of the output by the variance
+        # The slope of the output by the variance.
+        ctx.save_for_backward(eps.div_(std).masked_fill_(is_floored, 0))
         ctx.mark_dirty(mean, variance)
         ctx.mark_non_differentiable(std)
         return out, std

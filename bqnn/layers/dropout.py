@@ -9,8 +9,8 @@ class MCDropout(nn.Module):
     """Drop whole channels of [B, C, H, W], or single features of [B, F], in training and after.
 
     Each row has a mask of its own; what is kept is scaled by 1 / (1 - rate) (Gal &
-    Ghahramani, 2016). The module has its own switch, `active`, so that evaluation never has
-    to leave eval mode, which would disturb batch norm.
+    Ghahramani, 2016). It drops in eval mode too, so that evaluation never has to leave it, which
+    would disturb batch norm.
     """
 
     def __init__(self, rate: float) -> None:
@@ -21,10 +21,9 @@ class MCDropout(nn.Module):
                 "less than 1"
             )
         self.rate = rate
-        self.active = True
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.active or self.rate == 0:
+        if self.rate == 0:
             return x
         return x * self.mask(x).mul_(1 / (1 - self.rate))
 

@@ -12,9 +12,9 @@ from bqnn.layers.draws import Drawn
 class Ensemble(Drawn):
     """The network that is being sampled, and the last `num_members` copies taken of it.
 
-    In training the current network answers. In evaluation draw number i is member i, and
-    outside a held draw the members take turns; as long as there is none, the current
-    network answers.
+    In training the current network answers. In evaluation draw number 0 is the newest member,
+    draw number 1 the one before it and so on, and outside a held draw the members take
+    turns; as long as there is none, the current network answers.
     """
 
     collected: Tensor
@@ -50,7 +50,8 @@ class Ensemble(Drawn):
                 f"draw {index} of an ensemble with {len(self.members)} members: "
                 f"ask for at most {len(self.members)} samples"
             )
-        self._held = index
+        newest = (int(self.collected) - 1) % self.num_members
+        self._held = (newest - index) % len(self.members) if self.members else None
 
     def release_draw(self) -> None:
         self._held = None

@@ -13,16 +13,20 @@ def swap(
 ) -> int:
     """Replace every layer whose exact type is a key by what its value makes of it, in place.
 
-    Returns how many layers were replaced. A layer that owns parameters and is neither a key
+    Returns how many layers were replaced; one that stands in several places stays one layer. One
+    that owns parameters and is neither a key
     nor one of the types in `keep` is a TypeError: it would stay as it is without anyone
     noticing.
     """
-    count = 0
+    made: dict[nn.Module, nn.Module] = {}
     for name, parent in list(net.named_modules()):
-        for child_name, child in list(parent.named_children()):
+        for child_name, child in list(parent._modules.items()):
+            if child is None:
+                continue
             if type(child) in replacements:
-                setattr(parent, child_name, replacements[type(child)](child))
-                count += 1
+                if child not in made:
+                    made[child] = replacements[type(child)](child)
+                setattr(parent, child_name, made[child])
             elif any(True for _ in child.parameters(recurse=False)) and not isinstance(child, keep):
                 path = f"{name}.{child_name}" if name else child_name
                 known = ", ".join(kind.__name__ for kind in (*replacements, *keep))
@@ -30,4 +34,4 @@ def swap(
                     f"{path} is a {type(child).__name__}, which this conversion does not know; "
                     f"it knows {known}"
                 )
-    return count
+    return len(made)

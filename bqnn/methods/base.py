@@ -1,6 +1,5 @@
 """What every method shares: the training step, evaluation by Monte-Carlo draws, logging."""
 
-import logging
 from collections import defaultdict
 from typing import Any
 
@@ -12,8 +11,6 @@ from bqnn.layers.noise import reseed
 from bqnn.likelihoods import Likelihood
 from bqnn.optim import make_optimizer
 from bqnn.predict import predictive
-
-log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
 
@@ -70,7 +67,10 @@ class Method(pl.LightningModule):
     def predictive(self, x: Tensor, num_samples: int | None = None) -> Tensor:
         """Stack independent draws of the output for normalized inputs: [S, B, ...]."""
         return predictive(
-            self.net, _channels_last(x), num_samples or self.available_samples, seed=self.seed
+            self.net,
+            _channels_last(x),
+            self.available_samples if num_samples is None else num_samples,
+            seed=self.seed,
         )
 
     @property
@@ -84,20 +84,34 @@ class Method(pl.LightningModule):
         return {"loss": nll, "nll": nll}
 
     def configure_optimizers(self) -> Any:
-        optimizer = make_optimizer(self.trained_parameters(), **self.optimizer)
-        if self.schedule == "constant":
-            return optimizer
         epochs = self.trainer.max_epochs
         assert epochs is not None
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(epochs, 1))
+        if epochs < 1:
+            raise ValueError(f"max_epochs={epochs}: train for a number of epochs, 1 or more")
+        steps_per_epoch = int(self.trainer.estimated_stepping_batches) // epochs
+        options = self.optimizer_options(steps_per_epoch)
+        optimizer = make_optimizer(self.trained_parameters(), **options)
+        if self.schedule == "constant":
+            return optimizer
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def optimizer_options(self, steps_per_epoch: int) -> dict[str, Any]:
+        """What `make_optimizer` is called with."""
+        return self.optimizer
 
     def trained_parameters(self) -> list[nn.Parameter]:
         return [param for param in self.parameters() if param.requires_grad]
 
+    def on_fit_start(self) -> None:
+        self.train()  # a loaded model is in eval mode, and Lightning would leave it there
+
     def on_train_epoch_start(self) -> None:
         # From (seed, epoch) alone, so that a resumed run makes the same draws.
-        reseed((self.seed * 1_000_003 + self.current_epoch) % 2**32, self.device)
+        reseed(self.device, self.seed, stream=self.current_epoch)
+        # Lightning sets the next epoch's rate before this one's metrics are logged.
+        self._epoch_lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        self._first_step = self.global_step
         self._epoch_terms.clear()
         self._epoch_rows.clear()
 
@@ -120,9 +134,12 @@ class Method(pl.LightningModule):
             return
         rows = torch.tensor(self._epoch_rows, dtype=torch.float64)
         for name, values in self._epoch_terms.items():
-            mean = torch.dot(torch.stack(values).double().cpu(), rows) / rows.sum()
+            mean = torch.dot(torch.stack(values).cpu().double(), rows) / rows.sum()
             self.log(f"train/{name}", mean.float())
-        self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        self.log("train/lr", self._epoch_lr)
+
+    def on_validation_epoch_start(self) -> None:
+        self._refuse_non_finite_loss()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         fitting = self.trainer.state.fn == "fit"
@@ -143,7 +160,7 @@ class Method(pl.LightningModule):
 
     def _draw(self, batch: Batch, num_samples: int) -> dict[str, Tensor]:
         inputs, targets = batch
-        samples = self.predictive(inputs, num_samples)
+        samples, targets = self.predictive(inputs, num_samples).cpu(), targets.cpu()
         self._evaluated.append((samples, targets))
         return {"samples": samples, "targets": targets}
 
@@ -163,11 +180,10 @@ class Method(pl.LightningModule):
         if not losses or losses[-1].isfinite():
             return
         bad = int((~torch.stack(losses).isfinite()).nonzero()[0])
-        step = self.global_step + 1 - (len(losses) - bad)
         raise FloatingPointError(
-            f"the loss is {losses[bad].item()} at step {step} (epoch {self.current_epoch}, batch "
-            f"{bad}); likely causes: method.optimizer.lr is too high, or inputs are far outside "
-            "the range of the others"
+            f"the loss is {losses[bad].item()} at step {self._first_step + bad} (epoch "
+            f"{self.current_epoch}, batch {bad}); likely causes: method.optimizer.lr is too high, "
+            "or inputs are far outside the range of the others"
         )
 
 

@@ -45,8 +45,8 @@ class BayesByBackprop(Method):
         self.init_delta = init_delta
 
     def setup(self, stage: str) -> None:
-        # A resumed or loaded run overwrites this with its checkpoint later.
-        if stage == "fit" and self.init_from is not None:
+        # A resumed run has its weights already, and the file may be gone.
+        if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
             self.initialize_from(self.init_from)
             self.init_from = None
 

@@ -40,46 +40,56 @@ class SGHMCEnsemble(Method):
         super().__init__(Ensemble(net, num_members), likelihood, **options)
         self.burn_in = burn_in
         self.collect_every = collect_every
+        self._said_empty = False
 
     @property
     def available_samples(self) -> int:
         return min(self.num_samples, max(len(self.net), 1))
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        return [CollectMembers(self.burn_in, self.collect_every)]
+        return [CollectMembers()]
 
-    def configure_optimizers(self) -> Any:
-        assert self.trainer.max_epochs is not None
-        steps_per_epoch = self.trainer.estimated_stepping_batches // self.trainer.max_epochs
-        self.optimizer = {
-            **self.optimizer,
-            "num_train": self.num_train,
-            "num_burn_in_steps": self.burn_in * int(steps_per_epoch),
-        }
-        return super().configure_optimizers()
+    def optimizer_options(self, steps_per_epoch: int) -> dict[str, Any]:
+        burn_in = self.burn_in * steps_per_epoch
+        return {**self.optimizer, "num_train": self.num_train, "num_burn_in_steps": burn_in}
 
     def trained_parameters(self) -> list[nn.Parameter]:
         return list(self.net.current.parameters())
 
-    def on_test_epoch_start(self) -> None:
-        if len(self.net) == 0:
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        first = self.burn_in + self.collect_every
+        if first > (self.trainer.max_epochs or 0):
             log.warning(
-                "the ensemble has no members yet (burn_in=%d epochs, then one every %d): "
-                "evaluating the current network",
+                "the ensemble stays empty: its first member comes after epoch %d (method.burn_in + "
+                "method.collect_every) and trainer.max_epochs is %d",
+                first,
+                self.trainer.max_epochs,
+            )
+
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        if not self._said_empty:
+            self._say_if_empty()
+
+    def on_test_epoch_start(self) -> None:
+        self._say_if_empty()
+
+    def _say_if_empty(self) -> None:
+        if len(self.net) == 0:
+            self._said_empty = True
+            log.warning(
+                "no member is collected yet (burn-in takes %d epochs): evaluating the current "
+                "network",
                 self.burn_in,
-                self.collect_every,
             )
 
 
 class CollectMembers(pl.Callback):
     """Adds the network to the ensemble every `collect_every` epochs after `burn_in` epochs."""
 
-    def __init__(self, burn_in: int, collect_every: int) -> None:
-        self.burn_in = burn_in
-        self.collect_every = collect_every
-
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, SGHMCEnsemble)
-        sampled = trainer.current_epoch + 1 - self.burn_in
-        if sampled > 0 and sampled % self.collect_every == 0:
+        sampled = trainer.current_epoch + 1 - pl_module.burn_in
+        if sampled > 0 and sampled % pl_module.collect_every == 0:
             pl_module.net.collect()

@@ -13,7 +13,8 @@ class LeNet(nn.Module):
     """Two 5x5 convolutions with max-pooling, one hidden layer: [B, C, H, W] -> [B, sum(heads)].
 
     At 1x28x28 this is the MNIST network of Ferianc et al. (2021); smaller pictures keep its
-    layers and get a smaller hidden layer's input. No biases.
+    layers and get a smaller hidden layer's input. No biases. Dropout takes whole channels before
+    the second convolution and single features before the linear layers.
     """
 
     def __init__(

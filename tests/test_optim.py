@@ -1,0 +1,315 @@
+"""SGHMC on Gaussians with known moments, its adaptation, its prior, its state."""
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bqnn.optim import OPTIMIZERS, SGHMC, make_optimizer
+
+NUM_CHAINS = 20_000
+# Chains run side by side as entries of one tensor, so a moment is taken over independent draws
+# and a variance has a relative standard error of sqrt(2 / NUM_CHAINS) = 1 %; five of them.
+VARIANCE_TOLERANCE = 5 * math.sqrt(2 / NUM_CHAINS)
+
+
+def sampler(shape: tuple[int, ...] = (NUM_CHAINS,), **options: Any) -> tuple[Tensor, SGHMC]:
+    """A tensor of zeros and its sampler: one row of data, V fixed at 1, the prior drawn once."""
+    weights = nn.Parameter(torch.zeros(shape))
+    defaults = {"num_train": 1, "num_burn_in_steps": 0, "resample_prior": 0}
+    return weights, SGHMC([weights], **{**defaults, **options})
+
+
+def run(
+    weights: Tensor, optimizer: SGHMC, gradient: Callable[[Tensor], Tensor], num_steps: int
+) -> dict[str, Any]:
+    """Take steps at these gradients of the mean NLL; the sampler's state afterwards."""
+    for _ in range(num_steps):
+        weights.grad = gradient(weights.detach())
+        optimizer.step()
+    return optimizer.state[weights]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+@pytest.mark.parametrize("resample_momentum", [0, 50])
+def test_a_correlated_gaussian_is_sampled_with_its_mean_and_covariance(
+    temperature, resample_momentum
+):
+    # U = (theta - m)' P (theta - m) / 2 + precision / 2 |theta|^2 is again a Gaussian.
+    torch.manual_seed(0)
+    p = torch.tensor([[2.0, 1.2], [1.2, 1.5]])
+    m = torch.tensor([[1.0], [-2.0]])
+    num_train = 10  # the mean NLL is U / num_train
+    weights, optimizer = sampler(
+        (2, NUM_CHAINS),
+        lr=0.02,
+        friction=0.1,
+        temperature=temperature,
+        num_train=num_train,
+        resample_momentum=resample_momentum,
+    )
+    # it forgets its start in friction / (lr^2 * eigenvalue) < 250 steps
+    state = run(weights, optimizer, lambda theta: p @ (theta - m) / num_train, 1500)
+
+    covariance = torch.linalg.inv(p + state["precision"] * torch.eye(2))
+    mean = (covariance @ p @ m).squeeze(1)
+    covariance *= temperature
+    scale = covariance.diag().sqrt()
+    sampled = weights.detach()
+    error = 5 / math.sqrt(NUM_CHAINS)
+    assert ((sampled.mean(1) - mean) / scale).abs().max() < error
+    # the term -lr^4 in the noise costs lr^2 / (2 friction temperature) = 0.2 % to 0.8 %
+    difference = (torch.cov(sampled) - covariance) / torch.outer(scale, scale)
+    assert difference.abs().max() < VARIANCE_TOLERANCE + 0.01
+
+
+def test_positions_and_momenta_have_the_exact_variances_of_the_discrete_chain():
+    # theta[t+1] = (2 - f - h) theta[t] - (1 - f) theta[t-1] + noise is an AR(2) process, whose
+    # stationary variances are textbook formulas; scales of 1 to 100 share one tensor.
+    torch.manual_seed(0)
+    curvature = torch.tensor([1.0, 10.0, 100.0])[:, None]
+    lr, friction = 0.05, 0.2
+    weights, optimizer = sampler((3, NUM_CHAINS), lr=lr, friction=friction, resample_momentum=0)
+    state = run(weights, optimizer, lambda theta: curvature * theta, 1500)
+
+    f = friction
+    h = lr**2 * (curvature.squeeze(1) + state["precision"])
+    noise = 2 * f * lr**2 - lr**4
+    position = noise * (2 - f) / (f * h * (4 - 2 * f - h))
+    momentum = 2 * noise / (f * (4 - 2 * f - h))
+    sampled = weights.detach()
+    assert (sampled.var(1) / position - 1).abs().max() < VARIANCE_TOLERANCE
+    assert (state["velocity"].var(1) / momentum - 1).abs().max() < VARIANCE_TOLERANCE
+    # and those are the wanted ones, up to the size of a step
+    assert (position * h / lr**2 - 1).abs().max() < 0.1
+    assert (momentum / lr**2 - 1).abs().max() < 0.2
+
+
+def test_adapted_scales_leave_the_target_as_it_is():
+    torch.manual_seed(0)
+    curvature = torch.tensor([1.0, 25.0, 400.0])[:, None]
+    weights, optimizer = sampler((3, NUM_CHAINS), lr=0.01, friction=0.1, num_burn_in_steps=500)
+    run(weights, optimizer, lambda theta: curvature * theta, 500)
+    # V is now its own for each chain and depends on it: the chains have to forget that
+    state = run(weights, optimizer, lambda theta: curvature * theta, 3000)
+    assert state["V"][2].median() > 10 * state["V"][0].median()
+    variance = 1 / (curvature.squeeze(1) + state["precision"])
+    # -lr^4 costs lr^2 V^(1/2) / (2 friction) = 1 % where V is 400
+    assert (weights.detach().var(1) / variance - 1).abs().max() < VARIANCE_TOLERANCE + 0.02
+
+
+def test_without_temperature_it_descends_to_the_mode_and_draws_nothing():
+    torch.manual_seed(0)
+    weights, optimizer = sampler((3,), lr=0.1, friction=0.2, temperature=0.0)
+    state = run(weights, optimizer, lambda theta: 4 * (theta - 1), 500)
+    mode = 4 / (4 + state["precision"])
+    torch.testing.assert_close(weights.detach(), torch.full((3,), mode))
+
+
+def test_a_momentum_draw_has_the_temperature_of_the_chain():
+    torch.manual_seed(0)
+    lr, friction, temperature = 0.1, 1.0, 0.5
+    weights, optimizer = sampler(
+        lr=lr, friction=friction, temperature=temperature, resample_momentum=1
+    )
+    # with friction 1 nothing of the draw is left; with a tiny friction it is all there is
+    optimizer.param_groups[0]["friction"] = 1e-6
+    state = run(weights, optimizer, torch.zeros_like, 1)
+    variance = temperature * lr**2
+    assert abs(state["velocity"].var() / variance - 1) < VARIANCE_TOLERANCE
+
+
+@pytest.mark.parametrize("seed_of_the_second", [0, 1])
+def test_equal_seeds_agree_bit_for_bit_and_others_do_not(seed_of_the_second):
+    chains = []
+    for seed in (0, seed_of_the_second):
+        torch.manual_seed(seed)
+        weights, optimizer = sampler((50,), num_burn_in_steps=10, resample_prior=3)
+        run(weights, optimizer, lambda theta: theta - 1, 30)
+        chains.append(weights.detach())
+    assert torch.equal(*chains) == (seed_of_the_second == 0)
+
+
+def test_precision_is_drawn_from_its_gamma_conditional_for_each_tensor():
+    torch.manual_seed(0)
+    tensors = [nn.Parameter(torch.full((6,), 2.0)), nn.Parameter(torch.full((4, 10), 0.1))]
+    optimizer = SGHMC(
+        tensors,
+        lr=1e-12,  # holds the weights
+        num_train=1,
+        num_burn_in_steps=0,
+        resample_prior=1,
+        prior_shape=3.0,
+        prior_rate=2.0,
+    )
+    num_draws = 2000
+    draws: list[list[float]] = [[], []]
+    for _ in range(num_draws):
+        for tensor in tensors:
+            tensor.grad = torch.zeros_like(tensor)
+        optimizer.step()
+        for index, tensor in enumerate(tensors):
+            draws[index].append(optimizer.state[tensor]["precision"])
+    # shape = 3 + n / 2, rate = 2 + |theta|^2 / 2
+    for drawn, shape, rate in zip(draws, (6, 23), (2 + 12, 2 + 0.2), strict=True):
+        precision = torch.tensor(drawn, dtype=torch.float64)
+        mean, variance = shape / rate, shape / rate**2
+        assert abs(precision.mean() - mean) < 5 * math.sqrt(variance / num_draws)
+        kurtosis = 3 + 6 / shape
+        assert abs(precision.var() / variance - 1) < 5 * math.sqrt((kurtosis - 1) / num_draws)
+
+
+def test_precision_starts_with_a_draw_from_its_prior():
+    torch.manual_seed(0)
+    tensors = [nn.Parameter(torch.zeros(1)) for _ in range(4000)]
+    optimizer = SGHMC(
+        tensors, num_train=1, num_burn_in_steps=0, resample_prior=0, prior_shape=4, prior_rate=8
+    )
+    for tensor in tensors:
+        tensor.grad = torch.zeros(1)
+    optimizer.step()
+    precision = torch.tensor([optimizer.state[tensor]["precision"] for tensor in tensors])
+    assert abs(precision.mean() - 4 / 8) < 5 * math.sqrt(4 / 8**2 / 4000)
+    assert abs(precision.var() / (4 / 8**2) - 1) < 5 * math.sqrt((2 + 6 / 4) / 4000)
+
+
+def test_v_adapts_to_the_mean_square_of_the_gradients_and_is_fixed_after_burn_in():
+    torch.manual_seed(0)
+    num_train, gradient_std = 5, torch.tensor([2.0, 20.0])[:, None]
+    weights, optimizer = sampler((2, 4000), lr=1e-12, num_train=num_train, num_burn_in_steps=300)
+
+    def noise(theta: Tensor) -> Tensor:
+        return gradient_std * torch.randn_like(theta)
+
+    state = run(weights, optimizer, noise, 300)
+    mean_square = (num_train * gradient_std.squeeze(1)).square()
+    # an average over some tens of steps, of 4000 weights: its start at 1 is forgotten
+    assert (state["V"].mean(1) / mean_square - 1).abs().max() < 0.05
+
+    adapted = {name: state[name].clone() for name in ("tau", "g", "V")}
+    state = run(weights, optimizer, noise, 5)
+    for name, value in adapted.items():
+        assert torch.equal(state[name], value)
+
+
+def test_v_of_a_weight_that_the_data_says_nothing_of_is_the_precision():
+    torch.manual_seed(0)
+    weights, optimizer = sampler((100,), lr=1e-12, num_burn_in_steps=500)
+    state = run(weights, optimizer, torch.zeros_like, 500)
+    torch.testing.assert_close(state["V"], torch.full((100,), state["precision"]))
+
+
+def test_a_saved_state_goes_on_bit_for_bit():
+    def gradient(theta: Tensor) -> Tensor:
+        return theta - torch.linspace(-1, 1, 24).view(2, 3, 2, 2)
+
+    torch.manual_seed(0)
+    weights = nn.Parameter(torch.zeros(2, 3, 2, 2).to(memory_format=torch.channels_last))
+    options = {"num_train": 7, "num_burn_in_steps": 20, "resample_momentum": 5, "resample_prior": 3}
+    optimizer = SGHMC([weights], **options)
+    run(weights, optimizer, gradient, 13)
+
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    restored = nn.Parameter(copy.deepcopy(weights.detach()))
+    resumed = SGHMC([restored], num_train=1, num_burn_in_steps=0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    random_state = torch.get_rng_state()
+    state = run(weights, optimizer, gradient, 17)
+    torch.set_rng_state(random_state)
+    resumed_state = run(restored, resumed, gradient, 17)
+
+    assert torch.equal(restored, weights)
+    assert resumed.param_groups[0]["step"] == 30
+    for name in ("velocity", "V", "tau", "g"):
+        assert torch.equal(resumed_state[name], state[name])
+    assert resumed_state["precision"] == state["precision"]
+
+
+def test_weights_in_channels_last_move_against_their_own_gradients():
+    weights = nn.Parameter(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last))
+    target = torch.linspace(-1, 1, 120).view(2, 3, 4, 5)
+    optimizer = SGHMC(
+        [weights], lr=0.1, num_train=1, num_burn_in_steps=0, temperature=0, resample_prior=0
+    )
+    torch.manual_seed(0)
+    state = run(weights, optimizer, lambda theta: 100 * (theta - target), 400)
+    mode = target * 100 / (100 + state["precision"])
+    torch.testing.assert_close(weights.detach(), mode, rtol=0, atol=1e-4)
+
+
+def test_closure_is_called_once_with_gradients_on_and_its_loss_returned():
+    weights, optimizer = sampler((1,))
+
+    def closure() -> Tensor:
+        loss = (weights - 3).square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 9
+    assert weights.grad == -6
+    assert weights != 0
+
+
+def test_weights_without_a_gradient_are_left_alone():
+    used, unused = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.ones(2))
+    optimizer = SGHMC([used, unused], num_train=1, num_burn_in_steps=0)
+    used.grad = torch.ones(2)
+    optimizer.step()
+    assert used.ne(0).all()
+    assert unused.eq(1).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_is_an_error_with_the_step(value):
+    weights, optimizer = sampler((3,), resample_prior=2)
+    run(weights, optimizer, torch.zeros_like, 2)
+    with torch.no_grad():
+        weights[1] = value
+    with pytest.raises(FloatingPointError, match="not finite at step 2"):
+        run(weights, optimizer, torch.zeros_like, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", 0.0),
+        ("lr", -1.0),
+        ("friction", 0.0),
+        ("friction", 1.1),
+        ("temperature", -0.1),
+        ("num_train", 0),
+        ("num_burn_in_steps", -1),
+        ("resample_momentum", -1),
+        ("resample_prior", -1),
+        ("prior_shape", 0.0),
+        ("prior_rate", -1.0),
+    ],
+)
+def test_a_bad_number_is_refused_by_its_name(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        sampler((1,), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_optimizers_of_torch_are_fused(name):
+    optimizer = make_optimizer([nn.Parameter(torch.zeros(1))], name, lr=0.5)
+    assert type(optimizer) is OPTIMIZERS[name]
+    assert optimizer.defaults["lr"] == 0.5
+    assert optimizer.defaults["fused"]
+
+
+def test_unknown_optimizers_and_options_are_refused_by_name():
+    weights = [nn.Parameter(torch.zeros(1))]
+    with pytest.raises(ValueError, match="name='lion': unknown; choose one of adam"):
+        make_optimizer(weights, "lion", lr=0.1)
+    with pytest.raises(ValueError, match="friction"):
+        make_optimizer(weights, "adam", friction=0.1)
+    with pytest.raises(ValueError, match="num_train"):
+        make_optimizer(weights, "sghmc", lr=0.1)
