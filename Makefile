@@ -10,7 +10,7 @@ demo: $(INSTALLED)  ## train a Bayesian network on real handwritten digits
 	$(BIN)/python train.py method=bbb task=digits
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
