@@ -213,6 +213,26 @@ def test_a_table_of_ones_own_trains(script_here: ScriptHere, tmp_path: Path) -> 
     assert "rmse" in _keys(tmp_path / "run", "test")
 
 
+def test_pictures_of_ones_own_train(script_here: ScriptHere, tmp_path: Path) -> None:
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "pictures" / part / name
+            folder.mkdir(parents=True)
+            for number in range(8):
+                pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    arguments = ["task=images", "task.root=pictures", "task.flip=true", "trainer=smoke"]
+    arguments += ["logger=csv", "net.width=4", "hydra.run.dir=run"]
+    assert script_here("train", *arguments)[0] == 0
+    recipe = read_checkpoint(tmp_path / "run" / "checkpoint.ckpt")["recipe"]
+    assert recipe["facts"]["class_names"] == ["cat", "dog"]
+    assert (tmp_path / "run" / "csv" / "metrics.csv").exists()  # Lightning's own
+    assert (tmp_path / "run" / "metrics.csv").exists()
+
+
 def test_a_given_folder_is_used_as_given_and_never_twice(
     script_here: ScriptHere, tmp_path: Path
 ) -> None:
