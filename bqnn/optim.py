@@ -13,17 +13,19 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 class SGHMC(Optimizer):
     """Scale-adapted stochastic gradient Hamiltonian Monte Carlo (Springenberg et al., 2016).
 
-    Samples from exp(-U / temperature) with U(theta) = num_train * (mean NLL) + precision / 2 *
-    |theta|^2; the gradients it is given are those of the mean NLL. With M = V^(-1/2) a step is
+    Samples from exp(-U) with U(theta) = num_train / temperature * (mean NLL) + precision / 2 *
+    |theta|^2; the gradients it is given are those of the mean NLL. The temperature is that of the
+    likelihood, so that the prior, and the Gibbs step of its precision, are exact at any
+    temperature. With M = V^(-1/2) a step is
 
-        v <- (1 - friction) v - lr^2 M grad U + N(0, 2 temperature friction lr^2 M - lr^4)
+        v <- (1 - friction) v - lr^2 M grad U + N(0, 2 friction lr^2 M - lr^4)
         theta <- theta + v.
 
     In the first `num_burn_in_steps` steps V, an average of squared gradients over a window of
     1 + tau steps, adapts per parameter (their eq. 7 to 9); afterwards it is fixed. It is kept at or
     above the precision, the mean square of the prior's own gradient: a weight that the data
     says nothing of would get an unstable step otherwise. Every
-    `resample_momentum` steps v is drawn anew from N(0, temperature lr^2 M). The prior's
+    `resample_momentum` steps v is drawn anew from N(0, lr^2 M). The prior's
     precision, one per tensor, has a Gamma(prior_shape, prior_rate) prior of its own and is
     drawn from its conditional Gamma(prior_shape + n / 2, prior_rate + |theta|^2 / 2) every
     `resample_prior` steps. 0 turns either of them off.
@@ -54,8 +56,8 @@ class SGHMC(Optimizer):
                 f"friction={friction}: it is the share of momentum lost in a step, above 0 and "
                 "at most 1"
             )
-        if temperature < 0:
-            raise ValueError(f"temperature={temperature}: choose 0 (no noise) or more, 1 is exact")
+        if temperature <= 0:
+            raise ValueError(f"temperature={temperature}: choose more than 0; 1 is the posterior")
         if num_train < 1 or num_burn_in_steps < 0:
             raise ValueError(
                 f"num_train={num_train}, num_burn_in_steps={num_burn_in_steps}: sampling needs a "
@@ -100,7 +102,8 @@ class SGHMC(Optimizer):
         lr, step = group["lr"], group["step"]
 
         force = torch._foreach_mul(params, [state["precision"] for state in states])
-        torch._foreach_add_(force, [param.grad for param in params], alpha=group["num_train"])
+        scale = group["num_train"] / group["temperature"]
+        torch._foreach_add_(force, [param.grad for param in params], alpha=scale)
         if step < group["num_burn_in_steps"]:
             _adapt([s["tau"] for s in states], [s["g"] for s in states], v_hat, force)
             torch._foreach_clamp_min_(v_hat, [state["precision"] for state in states])
@@ -111,7 +114,7 @@ class SGHMC(Optimizer):
         every = group["resample_momentum"]
         if every and step % every == 0:
             std = torch._foreach_sqrt(inverse_mass)
-            torch._foreach_mul_(std, lr * math.sqrt(group["temperature"]))
+            torch._foreach_mul_(std, lr)
             torch._foreach_copy_(velocity, torch._foreach_mul(std, _noise(params)))
         every = group["resample_prior"]
         if every and step % every == 0:
@@ -127,7 +130,7 @@ class SGHMC(Optimizer):
 
         torch._foreach_mul_(velocity, 1 - group["friction"])
         torch._foreach_addcmul_(velocity, inverse_mass, force, value=-(lr**2))
-        torch._foreach_mul_(inverse_mass, 2 * group["temperature"] * group["friction"] * lr**2)
+        torch._foreach_mul_(inverse_mass, 2 * group["friction"] * lr**2)
         torch._foreach_sub_(inverse_mass, lr**4)
         torch._foreach_clamp_min_(inverse_mass, 0)
         torch._foreach_sqrt_(inverse_mass)  # now the standard deviation of the noise
