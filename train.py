@@ -7,6 +7,7 @@ from bqnn.run import Job
 def train(job: Job) -> None:
     # Imported here, so that a mistake on the command line is answered at once.
     from bqnn.loggers import log_pictures, make_loggers
+    from bqnn.quant.callback import quantization_callbacks
     from bqnn.recipe import build, make_data, make_recipe
     from bqnn.results import Evaluation, draw_pictures, table, write_metrics, write_predictions
     from bqnn.trainer import EpochTimer, make_trainer
@@ -16,7 +17,8 @@ def train(job: Job) -> None:
     model = build(make_recipe(config, data.facts()))
     loggers = make_loggers(job)
     timer, evaluation = EpochTimer(job), Evaluation()
-    trainer = make_trainer(job, loggers, [timer, evaluation], validate=data.val is not None)
+    callbacks = [timer, evaluation, *quantization_callbacks(config["quant"])]
+    trainer = make_trainer(job, loggers, callbacks, validate=data.val is not None)
 
     trainer.fit(model, datamodule=data)
     metrics = {"num_samples": model.available_samples}
@@ -25,9 +27,9 @@ def train(job: Job) -> None:
     metrics |= trainer.test(model, datamodule=data, verbose=False)[0]
 
     write_metrics(job.folder, metrics | timer.metrics())
-    write_predictions(job.folder, evaluation)
+    write_predictions(job.folder, evaluation.predictions)
     if config["plots"]:
-        log_pictures(loggers, draw_pictures(job.folder, model, data, evaluation))
+        log_pictures(loggers, draw_pictures(job.folder, model, data, evaluation.predictions))
     print(table(metrics))
     print(f"\n{timer}\nresults in {job.folder}")
 

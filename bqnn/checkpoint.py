@@ -1,6 +1,9 @@
 """Checkpoint files: saved at epoch ends, and opened without trusting them."""
 
+import json
+import logging
 import time
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,8 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 
 from bqnn.files import written_beside
+
+log = logging.getLogger(__name__)
 
 
 class SaveCheckpoint(Checkpoint):
@@ -52,6 +57,58 @@ class SaveCheckpoint(Checkpoint):
     def _save(self, trainer: pl.Trainer, path: Path) -> None:
         with written_beside(path) as beside:
             trainer.save_checkpoint(beside, weights_only=False)
+
+
+def save_checkpoint(trainer: pl.Trainer, model: pl.LightningModule, path: Path) -> None:
+    """Save a model that no fit has trained, in the same format."""
+    trainer.strategy.connect(model)
+    with written_beside(path) as beside:
+        trainer.save_checkpoint(beside, weights_only=True)
+
+
+def find_float_checkpoints(pattern: str, select: str) -> list[Path]:
+    """The float checkpoints at a path or glob pattern, in order; ** stands for any folders.
+
+    select: `all`, or `best`, the one with the lowest val/nll in the metrics.json beside it, for
+    each method and task. What is quantized already is left out of a pattern's matches.
+    FileNotFoundError: there is none. ValueError: the one path given is quantized already.
+    """
+    if select not in ("all", "best"):
+        raise ValueError(f"select={select}: choose all or best")
+    paths = [Path(pattern)]
+    if not paths[0].exists():
+        paths = sorted(map(Path, glob(pattern, recursive=True)))
+        if not paths:
+            raise FileNotFoundError(
+                f"checkpoint={pattern}: no such file; train one (python train.py), or quote the "
+                "pattern, as in 'checkpoint=outputs/**/checkpoint.ckpt'"
+            )
+    recipes = {path: read_checkpoint(path)["recipe"] for path in paths}
+    floats = [path for path in paths if recipes[path]["stage"] == "float"]
+    if not floats:
+        raise ValueError(
+            f"checkpoint={pattern}: quantized already ({recipes[paths[0]]['quant']}); rounding it "
+            "again would round what is left. Start from the float checkpoint it was made of"
+        )
+    if len(floats) < len(paths):
+        log.info("left out: %d checkpoints that are quantized already", len(paths) - len(floats))
+    if select == "all":
+        return floats
+    best: dict[tuple[str, str], tuple[float, Path]] = {}
+    for path in floats:
+        key = (recipes[path]["method"]["name"], recipes[path]["task"]["name"])
+        nll = _validation_nll(path)
+        if key not in best or nll < best[key][0]:
+            best[key] = (nll, path)
+    return [path for _, path in best.values()]
+
+
+def _validation_nll(path: Path) -> float:
+    metrics = path.parent / "metrics.json"
+    if not metrics.exists():
+        log.warning("%s has no metrics.json beside it: not counted among the best", path)
+        return float("inf")
+    return float(json.loads(metrics.read_text()).get("val/nll", float("inf")))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -75,6 +75,13 @@ def make_loggers(job: Job) -> list[Logger]:
     return loggers
 
 
+def log_final(loggers: list[Logger], metrics: Mapping[str, float]) -> None:
+    """Log what is known at the end of a job, outside of any epoch."""
+    for logger in loggers:
+        if not isinstance(logger, MetricsCsv):
+            logger.log_metrics(dict(metrics))
+
+
 def log_pictures(loggers: list[Logger], paths: list[Path]) -> None:
     """Show pictures in Weights & Biases, under their file names."""
     for logger in loggers:
@@ -88,16 +95,21 @@ def _wandb_logger(job: Job) -> WandbLogger:
 
     config, options = job.config, job.config["logger"]
     method, task, seed = config["method"]["name"], config["task"]["name"], config["seed"]
+    quant = config["quant"]
+    if quant["name"] == "none":
+        stage = bits = "float"
+    else:
+        stage, bits = quant["mode"], f"w{quant['weight_bits']}a{quant['activation_bits']}"
     # A mode in the environment is the user's word; without a key a run online would ask for one.
     settings = wandb.Settings(silent=True, console="off")
     if "WANDB_MODE" not in os.environ:
         settings.mode = "online" if _has_wandb_key() else "offline"
     run = wandb.init(
-        name=f"{method}-{task}-float-s{seed}",
+        name=f"{method}-{task}-{bits}-s{seed}",
         project=options["project"],
         entity=options["entity"],
         group=options["group"] or job.sweep,
-        job_type="float",
+        job_type=stage,
         tags=[method, task, *options["tags"]],
         config=config,
         dir=job.folder,

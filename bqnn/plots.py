@@ -6,7 +6,7 @@ Tensors may lie on any device. Colours are those of Okabe and Ito, apart for eve
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +105,35 @@ def confidence_histogram(probabilities: Tensor, targets: Tensor, num_bins: int =
             )  # fmt: skip
         axes.set(xlim=(0, 1), xlabel="confidence", ylabel="share of the group")
         axes.legend(loc="upper left")
+    return figure
+
+
+def weight_grids(panels: Sequence[tuple[str, Tensor, Tensor]]) -> "Figure":
+    """Weights before rounding, as a density, on top of the share of them at each integer.
+
+    panels: a title, the weights in units of their grid's step, and their integers.
+    """
+    across = min(4, len(panels))
+    down = math.ceil(len(panels) / across)
+    with _style():
+        figure = _figure(3.0 * across, 2.2 * down)
+        grid = figure.subplots(down, across, squeeze=False).flat
+        for (title, steps, integers), axes in zip(panels, grid, strict=False):
+            levels, counts = integers.flatten().int().unique(return_counts=True)
+            share = _array(counts / integers.numel())
+            axes.bar(_array(levels), share, width=0.9, color=ORANGE + "80", label="integers")
+            low, high = int(levels.min()) - 1, int(levels.max()) + 1
+            bins = min(8 * (high - low), 200)
+            density = torch.histc(steps.float(), bins, low, high) / steps.numel()
+            width = (high - low) / bins
+            centers = torch.linspace(low + width / 2, high - width / 2, bins)
+            axes.plot(_array(centers), _array(density / width), color=BLUE, label="weights")
+            axes.set_title(title, fontsize=7)
+            axes.set_ylim(bottom=0)
+        for axes in list(grid):
+            axes.remove()
+        figure.axes[0].legend(fontsize=6)
+        figure.supxlabel("weight, in steps of its grid", fontsize=8)
     return figure
 
 

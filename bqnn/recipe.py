@@ -12,8 +12,13 @@ from bqnn.layers.noise import reseed
 from bqnn.likelihoods import likelihood_from
 from bqnn.methods import METHODS, Method
 from bqnn.nets import NETS
+from bqnn.quant.callback import quantize_module
+from bqnn.quant.integer import convert
+from bqnn.quant.simulated import enable
+from bqnn.quant.spec import QuantSpec
 
 Recipe = dict[str, Any]
+NUMERICS = ("unquantized", "simulated", "int8")
 
 # What a task says of training; all else in it is an option of its data set.
 TRAINING_KEYS = ("name", "dataset", "max_epochs", "check_val_every_n_epoch", "save_every")
@@ -60,15 +65,34 @@ def build(recipe: Recipe) -> Method:
     return model
 
 
-def load(path: str | Path) -> Method:
+def load(path: str | Path, numeric: str | None = None) -> Method:
     """The model in a checkpoint, in eval mode.
 
-    ValueError: the file is not a checkpoint of this package. Weights load strictly.
+    A quantized checkpoint can be had in three ways: `unquantized`, with its weights but without
+    rounding; `simulated`, in floats that lie on the integers' grids (this is the default); and
+    `int8`, executed in integers. ValueError: the file is not a checkpoint of this package, or was
+    not quantized. Weights load strictly.
     """
+    if numeric not in (None, *NUMERICS):
+        raise ValueError(f"numeric={numeric!r}: choose one of {', '.join(NUMERICS)}")
     checkpoint = read_checkpoint(path)
-    model = build(checkpoint["recipe"])
+    recipe = checkpoint["recipe"]
+    if numeric is not None and recipe["stage"] == "float":
+        raise ValueError(
+            f"numeric={numeric}: {path} is a float checkpoint; quantize it first "
+            f"(python quantize.py checkpoint={path})"
+        )
+    model = build(recipe)
+    if recipe["stage"] != "float":
+        spec = QuantSpec.from_dict(recipe["quant"])
+        quantize_module(model, spec)
     model.load_state_dict(checkpoint["state_dict"])
-    return model.eval()
+    model.eval()
+    if numeric == "unquantized":
+        enable(model.net, False)
+    elif numeric == "int8":
+        model.net = convert(model.net, spec.engine)
+    return model
 
 
 def _construct(table: Mapping[str, Any], group: str, options: Mapping[str, Any], *args: Any) -> Any:

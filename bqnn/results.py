@@ -1,5 +1,8 @@
 """What a finished run leaves in its folder: metrics.json, predictions.npz, pictures, a table."""
 
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +12,41 @@ import torch
 from torch import Tensor
 
 from bqnn import plots
-from bqnn.data import SyntheticData, TensorData
+from bqnn.data import Rows, SyntheticData, TensorData
 from bqnn.files import write_json, written_beside
+from bqnn.layers.ensemble import Ensemble
 from bqnn.likelihoods import Regression
 from bqnn.methods import Method
+from bqnn.quant.simulated import SimulatedLayer
+from bqnn.quant.summary import Disagreement, disagreements, layer_rows, sizes, weight_integers
 
+STAGES = ("float", "unquantized", "simulated", "int8")
+TABLE = ("error", "nll", "ape", "mi", "ece", "rmse")
 MAX_PREDICTION_BYTES = 32 * 2**20
 
 
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Draws of the outputs for a set of rows, [S, N, ...], and the rows' targets [N].
+
+    As the network gives and reads them: logits and classes, or means and log variances and
+    targets, both standardized.
+    """
+
+    samples: Tensor
+    targets: Tensor
+
+
+def evaluate(
+    model: Method, rows: Rows, data: TensorData, num_samples: int | None = None
+) -> tuple[Predictions, dict[str, float]]:
+    """Predict all rows, in as many draws as asked for or as the method makes, and score them."""
+    samples = model.predictive(data.normalize(rows.inputs), num_samples)
+    return Predictions(samples, rows.targets), model.likelihood.metrics(samples, rows.targets)
+
+
 class Evaluation(pl.Callback):
-    """Keeps the draws and targets of the evaluation that the Trainer runs."""
+    """Keeps the predictions of the evaluation that the Trainer runs."""
 
     def __init__(self) -> None:
         self._batches: list[dict[str, Tensor]] = []
@@ -32,14 +60,10 @@ class Evaluation(pl.Callback):
         self._batches.append({name: value.cpu() for name, value in outputs.items()})
 
     @property
-    def samples(self) -> Tensor:
-        """Draws of the outputs for all test rows: [S, N, ...]."""
-        return torch.cat([batch["samples"] for batch in self._batches], dim=1)
-
-    @property
-    def targets(self) -> Tensor:
-        """[N], standardized for regression."""
-        return torch.cat([batch["targets"] for batch in self._batches])
+    def predictions(self) -> Predictions:
+        """Those of all test rows."""
+        samples = torch.cat([batch["samples"] for batch in self._batches], dim=1)
+        return Predictions(samples, torch.cat([batch["targets"] for batch in self._batches]))
 
 
 def write_metrics(folder: Path, metrics: dict[str, float]) -> None:
@@ -47,13 +71,13 @@ def write_metrics(folder: Path, metrics: dict[str, float]) -> None:
     write_json(folder / "metrics.json", {name: float(value) for name, value in metrics.items()})
 
 
-def write_predictions(folder: Path, evaluation: Evaluation) -> None:
+def write_predictions(folder: Path, predictions: Predictions) -> None:
     """predictions.npz: `targets` [N] and `samples` [S, N, ...], as the network gives them.
 
     Where the samples take more than 32 MiB, `mean` [N, ...] is there instead: the mean of the
     class probabilities, or of the predicted mean and log variance.
     """
-    samples, targets = evaluation.samples.float(), evaluation.targets
+    samples, targets = predictions.samples.float(), predictions.targets
     if samples.numel() * samples.element_size() <= MAX_PREDICTION_BYTES:
         arrays = {"samples": samples.numpy()}
     else:
@@ -64,11 +88,13 @@ def write_predictions(folder: Path, evaluation: Evaluation) -> None:
 
 
 def draw_pictures(
-    folder: Path, model: Method, data: TensorData, evaluation: Evaluation
+    folder: Path, model: Method, data: TensorData, predictions: Predictions
 ) -> list[Path]:
-    """Curves, and how well calibrated the predictions are; returns the paths of the pictures."""
-    figures = {"curves": plots.curves(folder / "metrics.csv")}
-    summary, targets = model.likelihood.summary(evaluation.samples), evaluation.targets
+    """Curves, if there was a training, and how well calibrated the predictions are: the paths."""
+    figures = {}
+    if (folder / "metrics.csv").exists():
+        figures["curves"] = plots.curves(folder / "metrics.csv")
+    summary, targets = model.likelihood.summary(predictions.samples), predictions.targets
     if isinstance(model.likelihood, Regression):
         original = model.likelihood.target_mean + model.likelihood.target_std * targets.double()
         figures["interval_calibration"] = plots.interval_calibration(
@@ -81,6 +107,57 @@ def draw_pictures(
     if isinstance(data, SyntheticData):
         figures["fit"] = _synthetic_fit(model, data)
     return [plots.save(figure, folder / f"{name}.png") for name, figure in figures.items()]
+
+
+def write_layers(folder: Path, simulated: Method, integer: Method, data: TensorData) -> None:
+    """quantization.csv, a row per quantized tensor, and size.json, the bytes of the parameters."""
+    x = data.normalize(data.test.inputs[:256])
+    x = x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
+    found: dict[str, Disagreement] = {}
+    for index in range(len(simulated.net) if isinstance(simulated.net, Ensemble) else 1):
+        found |= disagreements(simulated.net, integer.net, x, index)
+    rows = layer_rows(simulated.net, found)
+    with (
+        written_beside(folder / "quantization.csv") as beside,
+        beside.open("w", newline="") as file,
+    ):
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    write_json(folder / "size.json", sizes(simulated.net))
+
+
+def draw_weights(folder: Path, simulated: Method) -> list[Path]:
+    """weights.png: a histogram of each layer's weights, and the integers that they become.
+
+    Of an ensemble, those of one member.
+    """
+    net = simulated.net
+    if isinstance(net, Ensemble):
+        net = net.members[0]
+    panels = [
+        (f"{name} {weights.name}".strip(), weights.steps, weights.values)
+        for name, layer in net.named_modules()
+        if isinstance(layer, SimulatedLayer)
+        for weights in weight_integers(layer)
+    ]
+    return [plots.save(plots.weight_grids(panels), folder / "weights.png")]
+
+
+def comparison_table(metrics: Mapping[str, float]) -> str:
+    """Float, unquantized, simulated and int8 side by side, and what made the difference."""
+    names = [n for n in TABLE if f"float/test/{n}" in metrics]
+    head = (*STAGES, "fine-tuning", "quantization")
+    lines = [f"{'test':<6}" + "".join(f"{title:>14}" for title in head)]
+    for name in names:
+        cells = [metrics[f"{stage}/test/{name}"] for stage in STAGES]
+        changes = (cells[1] - cells[0], cells[3] - cells[1])
+        lines.append(
+            f"{name:<6}"
+            + "".join(f"{cell:>14.4f}" for cell in cells)
+            + "".join(f"{change:>+14.4f}" for change in changes)
+        )
+    return "\n".join(lines)
 
 
 def table(metrics: dict[str, float], splits: tuple[str, ...] = ("val", "test")) -> str:

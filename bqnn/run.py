@@ -127,6 +127,29 @@ class Job:
         write_json(self.folder / "status.json", status)
 
 
+def run_parts(job: Job, configs: dict[str, dict[str, Any]], task: Callable[[Job], None]) -> None:
+    """Run `task` for each configuration, in a folder of that name below the job's.
+
+    A single one runs as the job itself. RuntimeError, once all have run: some failed.
+    """
+    if len(configs) == 1:
+        job.configure(*configs.values())
+        task(job)
+        return
+    failed = []
+    for name, config in configs.items():
+        part = Job(job.folder / name, job.verb, job.sweep or job.folder.name)
+        part.folder.mkdir()
+        with part:
+            part.claim()
+            part.configure(config)
+            task(part)
+        if part.state != "DONE":
+            failed.append(name)
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(configs)} failed: {', '.join(failed)}")
+
+
 def record_refusal(folder: Path, error: str) -> None:
     """Leave a status.json about a command line that could not become a job."""
     folder.mkdir(parents=True, exist_ok=True)

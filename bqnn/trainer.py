@@ -37,11 +37,14 @@ class EpochTimer(pl.Callback):
 
     def metrics(self) -> dict[str, float]:
         """What was measured, in seconds: until the first step, and per epoch (the median)."""
-        assert self.startup is not None, "no training step was made"
+        if self.startup is None:  # nothing was trained
+            return {}
         return {"time/startup_s": self.startup, "time/epoch_s": statistics.median(self.epochs)}
 
     def __str__(self) -> str:
         times = self.metrics()
+        if not times:
+            return "nothing was trained"
         return (
             f"first step after {times['time/startup_s']:.1f} s, "
             f"{len(self.epochs)} epochs of {times['time/epoch_s']:.3g} s (median)"
@@ -111,4 +114,11 @@ def _silence_known_warnings() -> None:
         "ignore",
         message=r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6, torch 2.14
         category=FutureWarning,
+    )
+    warnings.filterwarnings(
+        "ignore",
+        message=r"torch.quantize_per_tensor, torch.quantize_per_channel and other quantized tensor "
+        r"creation functions that produce tensors with dtype torch.quint8, torch.qint8, and "
+        r"torch.qint32 are deprecated",  # torch 2.14; bqnn/quant/fbgemm.py says what it would take
+        category=UserWarning,
     )

@@ -78,8 +78,7 @@ class GaussianWeight(Drawn):
             return self.apply_weight(x, self.draw() if self._held is None else self._held)
         mean = self.apply_weight(x, self.mean)
         variance = self.apply_weight(x.square(), self.sigma.square(), with_bias=False)
-        out, _ = _GaussianDraw.apply(mean, variance, noise_like(mean, std=0.5))
-        return out
+        return local_reparametrization(mean, variance)
 
     def apply_weight(self, x: Tensor, weight: Tensor, with_bias: bool = True) -> Tensor:
         """The layer's linear map of `x` at these weights."""
@@ -168,6 +167,12 @@ def kl_divergence(net: nn.Module) -> Tensor:
     if not terms:
         raise TypeError("kl_divergence: this network has no Gaussian weights")
     return torch.stack(terms).sum()
+
+
+def local_reparametrization(mean: Tensor, variance: Tensor) -> Tensor:
+    """A draw of N(mean, variance) for every output; both tensors are used up."""
+    out, _ = _GaussianDraw.apply(mean, variance, noise_like(mean, std=0.5))
+    return out
 
 
 class _GaussianDraw(torch.autograd.Function):

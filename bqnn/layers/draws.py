@@ -6,7 +6,11 @@ from contextlib import contextmanager
 from torch import nn
 
 
-class Drawn(nn.Module):
+class Stochastic(nn.Module):
+    """A module whose output is random in evaluation."""
+
+
+class Drawn(Stochastic):
     """A module that is one of many possible functions, such as a layer with random weights.
 
     Left alone it makes a draw per call. While a draw is held, every call uses that one.

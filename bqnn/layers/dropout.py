@@ -2,10 +2,11 @@
 
 from torch import Tensor, nn
 
+from bqnn.layers.draws import Stochastic
 from bqnn.layers.markers import DropoutSite
 
 
-class MCDropout(nn.Module):
+class MCDropout(Stochastic):
     """Drop whole channels of [B, C, H, W], or single features of [B, F], in training and after.
 
     Each row has a mask of its own; what is kept is scaled by 1 / (1 - rate) (Gal &

@@ -13,6 +13,7 @@ from bqnn.optim import make_optimizer
 from bqnn.predict import predictive
 
 Batch = tuple[Tensor, Tensor]
+Terms = dict[str, Tensor | float]
 
 
 class Method(pl.LightningModule):
@@ -78,10 +79,22 @@ class Method(pl.LightningModule):
         """How many draws an evaluation makes."""
         return self.num_samples
 
-    def loss_terms(self, output: Tensor, targets: Tensor) -> dict[str, Tensor | float]:
+    def loss_terms(self, output: Tensor, targets: Tensor) -> Terms:
         """The loss of a training batch under `loss`, and the terms it is made of."""
         nll = self.likelihood.loss(output, targets)
         return {"loss": nll, "nll": nll}
+
+    def fine_tune(self, optimizer: dict[str, Any], prior_weight: float) -> None:
+        """Train the trained network a little further: another optimizer, a cosine schedule.
+
+        prior_weight scales the part of the loss that comes from the prior; weight decay stays as
+        it was where the optimizer's options name none.
+        """
+        kept = {key: self.optimizer[key] for key in ("weight_decay",) if key in self.optimizer}
+        if "weight_decay" in kept:
+            kept["weight_decay"] *= prior_weight
+        self.optimizer = {**kept, **optimizer}
+        self.schedule = "cosine"
 
     def configure_optimizers(self) -> Any:
         epochs = self.trainer.max_epochs
@@ -115,15 +128,10 @@ class Method(pl.LightningModule):
         self._epoch_terms.clear()
         self._epoch_rows.clear()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         inputs, targets = batch
         terms = self.loss_terms(self(inputs), targets)
-        for name, value in terms.items():
-            self._epoch_terms[name].append(torch.as_tensor(value).detach())
-        self._epoch_rows.append(len(targets))
-        # Looking at the loss waits for the device, which costs nothing on the CPU.
-        if self.device.type == "cpu" or batch_idx % 50 == 0:
-            self._refuse_non_finite_loss()
+        self._record(terms, len(targets), batch_idx)
         loss = terms["loss"]
         assert isinstance(loss, Tensor)
         return loss
@@ -157,6 +165,15 @@ class Method(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = self.recipe
+
+    def _record(self, terms: Terms, num_rows: int, batch_idx: int) -> None:
+        """Keep the terms of a training batch for the epoch's means."""
+        for name, value in terms.items():
+            self._epoch_terms[name].append(torch.as_tensor(value).detach())
+        self._epoch_rows.append(num_rows)
+        # Looking at the loss waits for the device, which costs nothing on the CPU.
+        if self.device.type == "cpu" or batch_idx % 50 == 0:
+            self._refuse_non_finite_loss()
 
     def _draw(self, batch: Batch, num_samples: int) -> dict[str, Tensor]:
         inputs, targets = batch

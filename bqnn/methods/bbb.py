@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from bqnn.checkpoint import read_checkpoint
 from bqnn.layers.bayes import GaussianWeight, kl_divergence, to_bayes
 from bqnn.likelihoods import Likelihood
-from bqnn.methods.base import Method
+from bqnn.methods.base import Method, Terms
 
 
 class BayesByBackprop(Method):
@@ -50,12 +50,18 @@ class BayesByBackprop(Method):
             self.initialize_from(self.init_from)
             self.init_from = None
 
-    def loss_terms(self, output: Tensor, targets: Tensor) -> dict[str, Tensor | float]:
+    def loss_terms(self, output: Tensor, targets: Tensor) -> Terms:
         nll = self.likelihood.loss(output, targets)
         kl = kl_divergence(self.net)
         beta = self.current_beta()
         loss = nll + beta * kl / self.num_train
         return {"loss": loss, "nll": nll, "kl": kl, "beta": beta}
+
+    def fine_tune(self, optimizer: dict[str, Any], prior_weight: float) -> None:
+        super().fine_tune(optimizer, prior_weight)
+        self.beta *= prior_weight
+        self.warmup_epochs = 0
+        self.init_from = None
 
     def current_beta(self) -> float:
         """beta at this step of the warm-up."""

@@ -4,11 +4,14 @@ import logging
 from typing import Any
 
 import pytorch_lightning as pl
-from torch import nn
+import torch
+from pytorch_lightning.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from bqnn.layers.ensemble import Ensemble
 from bqnn.likelihoods import Likelihood
-from bqnn.methods.base import Method
+from bqnn.methods.base import Batch, Method, Terms
 
 log = logging.getLogger(__name__)
 
@@ -41,19 +44,81 @@ class SGHMCEnsemble(Method):
         self.burn_in = burn_in
         self.collect_every = collect_every
         self._said_empty = False
+        self._prior_weight: float | None = None  # while the members are fine-tuned
 
     @property
     def available_samples(self) -> int:
         return min(self.num_samples, max(len(self.net), 1))
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        return [CollectMembers()]
+        return [CollectMembers()] if self._prior_weight is None else []
+
+    def fine_tune(self, optimizer: dict[str, Any], prior_weight: float) -> None:
+        """Train the members, each on its own, towards the mode of the posterior it was drawn from.
+
+        They see the same batches. The prior's precision of each tensor is its expectation under
+        the Gamma posterior that the sampler draws it from, given the member's weights. An
+        ensemble without members gets the current network as its only one.
+        """
+        self._sampler = self.optimizer
+        self._prior_weight = prior_weight
+        self.automatic_optimization = False  # a step per member, so that memory does not grow
+        if len(self.net) == 0:
+            self._say_if_empty()
+            self.net.collect()
+        for member in self.net.members:
+            member.requires_grad_(True)
+        super().fine_tune(optimizer, prior_weight)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        if self._prior_weight is None:
+            return super().training_step(batch, batch_idx)
+        inputs, targets = batch
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        optimizer.zero_grad()
+        all_terms = []
+        for member in self.net.members:
+            nll = self.likelihood.loss(member(inputs), targets)
+            prior = self._prior_energy(member)
+            scale = self._prior_weight * self._sampler["temperature"] / self.num_train
+            loss = nll + scale * prior
+            self.manual_backward(loss)
+            all_terms.append({"loss": loss.detach(), "nll": nll.detach(), "prior": prior.detach()})
+        optimizer.step()
+        means: Terms = {
+            name: torch.stack([terms[name] for terms in all_terms]).mean() for name in all_terms[0]
+        }
+        self._record(means, len(targets), batch_idx)
+        return None
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        if self._prior_weight is not None:
+            schedule = self.lr_schedulers()
+            assert isinstance(schedule, LRScheduler)
+            schedule.step()
+
+    def _prior_energy(self, member: nn.Module) -> Tensor:
+        """-log p(weights) up to a constant, in nats: sum of precision / 2 * |w|^2 over tensors."""
+        options = self._sampler
+        energies = []
+        for param in member.parameters():
+            square = param.square().sum()
+            shape = options["prior_shape"] + param.numel() / 2
+            precision = shape / (options["prior_rate"] + square.detach() / 2)
+            energies.append(precision * square / 2)
+        return torch.stack(energies).sum()
 
     def optimizer_options(self, steps_per_epoch: int) -> dict[str, Any]:
+        if self._prior_weight is not None:
+            return self.optimizer
         burn_in = self.burn_in * steps_per_epoch
         return {**self.optimizer, "num_train": self.num_train, "num_burn_in_steps": burn_in}
 
     def trained_parameters(self) -> list[nn.Parameter]:
+        if self._prior_weight is not None:
+            return list(self.net.members.parameters())
         return list(self.net.current.parameters())
 
     def on_fit_start(self) -> None:

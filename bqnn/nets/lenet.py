@@ -1,15 +1,16 @@
 """The LeNet for MNIST and other small pictures."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from bqnn.layers.markers import DropoutSite, Enter
 from bqnn.nets.heads import Heads
 from bqnn.nets.pictures import image_shape
 
 
-class LeNet(nn.Module):
+class LeNet(nn.Sequential):
     """Two 5x5 convolutions with max-pooling, one hidden layer: [B, C, H, W] -> [B, sum(heads)].
 
     At 1x28x28 this is the MNIST network of Ferianc et al. (2021); smaller pictures keep its
@@ -25,10 +26,9 @@ class LeNet(nn.Module):
         channels: Sequence[int] = (20, 50),
         hidden_features: int = 500,
     ) -> None:
-        super().__init__()
         in_channels, height, width = image_shape(input_shape, smallest=4)
         first, second = channels
-        self.features = nn.Sequential(
+        features = nn.Sequential(
             Enter(),
             nn.Conv2d(in_channels, first, 5, padding=2, bias=False),
             nn.MaxPool2d(2),
@@ -40,8 +40,6 @@ class LeNet(nn.Module):
             nn.Linear(second * (height // 4) * (width // 4), hidden_features, bias=False),
             nn.ReLU(),
         )
-        self.site = DropoutSite(before_output=True)
-        self.output = Heads(hidden_features, heads, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.output(self.site(self.features(x)))
+        site = DropoutSite(before_output=True)
+        output = Heads(hidden_features, heads, bias=False)
+        super().__init__(OrderedDict(features=features, site=site, output=output))

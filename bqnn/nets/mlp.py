@@ -1,14 +1,15 @@
 """The multi-layer perceptron for tables."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from bqnn.layers.markers import DropoutSite, Enter
 from bqnn.nets.heads import Heads
 
 
-class MLP(nn.Module):
+class MLP(nn.Sequential):
     """Inputs -> hidden layers with ReLU -> heads: [B, ...] -> [B, sum(heads)].
 
     Three hidden layers of 100 and two heads are the regression network of Ferianc et al.
@@ -22,7 +23,6 @@ class MLP(nn.Module):
         *,
         hidden_features: Sequence[int] = (100, 100, 100),
     ) -> None:
-        super().__init__()
         if not hidden_features:
             raise ValueError("net.hidden_features is empty: give at least one hidden layer")
         in_features = 1
@@ -34,9 +34,7 @@ class MLP(nn.Module):
                 layers.append(DropoutSite())
             layers += [nn.Linear(in_features, width), nn.ReLU()]
             in_features = width
-        self.features = nn.Sequential(*layers)
-        self.site = DropoutSite(before_output=True)
-        self.output = Heads(in_features, heads, bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.output(self.site(self.features(x)))
+        features = nn.Sequential(*layers)
+        site = DropoutSite(before_output=True)
+        output = Heads(in_features, heads, bias=True)
+        super().__init__(OrderedDict(features=features, site=site, output=output))

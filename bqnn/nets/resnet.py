@@ -1,5 +1,6 @@
 """The ResNet-18 for CIFAR-10."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from bqnn.nets.heads import Heads
 from bqnn.nets.pictures import image_shape
 
 
-class ResNet(nn.Module):
+class ResNet(nn.Sequential):
     """Four stages of basic blocks on small pictures: [B, C, H, W] -> [B, sum(heads)].
 
     `width` is the number of channels of the first stage; each stage doubles it. 24 is the
@@ -24,9 +25,8 @@ class ResNet(nn.Module):
         width: int = 24,
         blocks_per_stage: Sequence[int] = (2, 2, 2, 2),
     ) -> None:
-        super().__init__()
         in_channels, _, _ = image_shape(input_shape, smallest=8)
-        self.stem = nn.Sequential(
+        stem = nn.Sequential(
             Enter(),
             nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
             nn.BatchNorm2d(width),
@@ -40,13 +40,15 @@ class ResNet(nn.Module):
                 stride = 2 if stage > 0 and index == 0 else 1
                 blocks.append(BasicBlock(channels, out_channels, stride))
                 channels = out_channels
-        self.blocks = nn.Sequential(*blocks)
-        self.pool = Pool()
-        self.site = DropoutSite(before_output=True)
-        self.output = Heads(channels, heads, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.output(self.site(self.pool(self.blocks(self.stem(x)))))
+        super().__init__(
+            OrderedDict(
+                stem=stem,
+                blocks=nn.Sequential(*blocks),
+                pool=Pool(),
+                site=DropoutSite(before_output=True),
+                output=Heads(channels, heads, bias=False),
+            )
+        )
 
 
 class BasicBlock(nn.Module):

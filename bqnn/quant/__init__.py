@@ -1,0 +1,1 @@
+"""Quantization: fuse -> prepare -> train or calibrate -> convert."""

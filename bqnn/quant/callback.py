@@ -1,0 +1,100 @@
+"""QuantizationCallback: quantization-aware training in any Lightning Trainer."""
+
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any, Protocol
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from bqnn.layers.noise import reseed
+from bqnn.quant.fuse import fuse
+from bqnn.quant.simulated import calibrate, freeze, is_prepared, prepare
+from bqnn.quant.spec import QuantSpec
+
+
+class Data(Protocol):
+    """A data module as bqnn's are: batches of inputs and targets, and how to normalize inputs."""
+
+    def train_dataloader(self) -> Iterable[tuple[Tensor, Tensor]]: ...
+
+    def normalize(self, inputs: Tensor) -> Tensor: ...
+
+
+class QuantizationCallback(pl.Callback):
+    """Swaps fake-quantized modules into `pl_module.net` before anything else looks at it.
+
+    In the last `freeze_epochs` epochs of a fit (but never in its only one) ranges and batch norm's
+    statistics stay as they are. The network stays fake-quantized: `bqnn.quant.integer.convert`,
+    or `bqnn.recipe.load(path, numeric="int8")`, makes integers of it. A module that keeps a
+    recipe, as bqnn's do, has the spec written there, so that its checkpoints describe themselves.
+    """
+
+    def __init__(self, spec: QuantSpec, freeze_epochs: int = 2) -> None:
+        if freeze_epochs < 0:
+            raise ValueError(f"quant.freeze_epochs={freeze_epochs}: 0 or more")
+        if spec.activation_observer == "histogram":
+            raise ValueError(
+                "quant.activation_observer=histogram only calibrates (quant.mode=ptq); train with "
+                "moving_average or minmax"
+            )
+        self.spec = spec
+        self.freeze_epochs = freeze_epochs
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Before optimizers exist and before a checkpoint is restored, whatever stage comes first.
+        if trainer.precision not in ("32-true", "64-true"):
+            raise ValueError(
+                f"trainer.precision={trainer.precision}: fake quantization needs 32-true, since "
+                "grids of 8 bits are finer than half-precision floats"
+            )
+        quantize_module(pl_module, self.spec)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        epochs = trainer.max_epochs or 1
+        first_frozen = epochs - min(self.freeze_epochs, epochs - 1)
+        freeze(_net(pl_module), trainer.current_epoch >= first_frozen)
+
+
+def quantization_callbacks(options: Mapping[str, Any]) -> list[pl.Callback]:
+    """The callback that a group `quant` of the configuration asks for, if it asks for one."""
+    if options["name"] == "none":
+        return []
+    return [QuantizationCallback(QuantSpec.from_config(options), options["freeze_epochs"])]
+
+
+def calibrate_module(
+    model: pl.LightningModule, spec: QuantSpec, data: Data, num_batches: int
+) -> None:
+    """Quantize `model.net` without training, its ranges set by batches of the training rows."""
+    if num_batches < 1:
+        raise ValueError(f"quant.fine_tuning.calibration_batches={num_batches}: 1 or more")
+    quantize_module(model, spec)
+    batches = islice(data.train_dataloader(), num_batches)
+    reseed(torch.device("cpu"), 0)  # stochastic layers are drawn on the way
+    calibrate(_net(model), (data.normalize(inputs) for inputs, _ in batches))
+
+
+def quantize_module(pl_module: pl.LightningModule, spec: QuantSpec) -> None:
+    """Fuse and prepare `pl_module.net`, unless that was done before, and record it."""
+    net = _net(pl_module)
+    if not is_prepared(net):
+        prepare(fuse(net), spec)
+    recipe: dict[str, Any] | None = getattr(pl_module, "recipe", None)
+    if recipe is not None:
+        pl_module.recipe = {  # type: ignore[assignment]
+            **recipe,
+            "stage": "quantized",
+            "quant": spec.to_dict(),
+        }
+
+
+def _net(pl_module: pl.LightningModule) -> nn.Module:
+    net = getattr(pl_module, "net", None)
+    if not isinstance(net, nn.Module):
+        raise TypeError(
+            f"{type(pl_module).__name__} has no network under the name `net`; that is what is "
+            "quantized"
+        )
+    return net

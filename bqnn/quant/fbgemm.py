@@ -1,0 +1,273 @@
+"""The backend: fake quantizers that choose ranges, and torch's int8 operators.
+
+Nothing else in the package touches torch.ao or torch.ops.quantized. Upstream calls torch.ao
+deprecated and has no other int8 convolution for the CPU. To do without it, replace in this file
+the three observers of `_observer` (a running minimum and maximum, and the search of a histogram's
+best range) and the calls of torch.ops.quantized in `pack` and `PackedWeight`; the rounding in
+`FakeQuant` uses core operators already.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization.observer import (
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    ObserverBase,
+)
+
+SMALLEST_SCALE = 2.0**-60  # torch's own floor, 2**-23, rounds small standard deviations to zero
+
+
+class FakeQuant(nn.Module):
+    """Rounds to a grid of integers times a scale, and gives back floats.
+
+        x_q = scale * (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point)
+
+    The gradient passes where x is inside the range (straight-through). In training mode its
+    observer watches what comes by and sets scale and zero point, until it is `frozen`. While it is
+    not `enabled` it rounds nothing. scale and zero_point are [1], or [C] with a grid for each
+    channel of dimension 0.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    observer: ObserverBase | None
+
+    def __init__(
+        self, observer: ObserverBase | None, quant_min: int, quant_max: int, channels: int | None
+    ) -> None:
+        super().__init__()
+        self.observer = observer
+        self.quant_min = quant_min
+        self.quant_max = quant_max
+        self.channels = channels
+        self.register_buffer("scale", torch.zeros(channels or 1))
+        self.register_buffer("zero_point", torch.zeros(channels or 1, dtype=torch.int32))
+        self.enabled = True
+        self.frozen = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.watch(x)
+        return self.round(x)
+
+    @torch.no_grad()
+    def watch(self, x: Tensor) -> None:
+        """Take what comes by into account, in training mode."""
+        if not self.training or self.frozen or self.observer is None:
+            return
+        self.observer(x.detach())
+        if not isinstance(self.observer, HistogramObserver):  # its search takes long: see settle
+            self.settle()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Set scale and zero point from what was watched."""
+        assert self.observer is not None
+        scale, zero_point = self.observer.calculate_qparams()
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    def round(self, x: Tensor) -> Tensor:
+        """The nearest point of the grid, or x itself while this is not enabled."""
+        if not self.enabled:
+            return x
+        if self.channels is None:
+            return torch.fake_quantize_per_tensor_affine(
+                x, self.scale, self.zero_point, self.quant_min, self.quant_max
+            )
+        return torch.fake_quantize_per_channel_affine(
+            x, self.scale, self.zero_point, 0, self.quant_min, self.quant_max
+        )
+
+    @torch.no_grad()
+    def integers(self, x: Tensor) -> Tensor:
+        """The integer of each point of `x`, shaped like it, in an 8-bit type."""
+        integers = (self.round(x) / self.along(x, self.scale)).round_()
+        integers += self.along(x, self.zero_point)
+        return integers.to(torch.int8 if self.quant_min < 0 else torch.uint8)
+
+    def dequantize(self, integers: Tensor) -> Tensor:
+        """The floats that integers stand for, bit for bit those that `round` gives."""
+        offset = integers.to(self.scale.dtype).sub_(self.along(integers, self.zero_point))
+        return offset.mul_(self.along(integers, self.scale))
+
+    @property
+    def has_range(self) -> bool:
+        """Whether any data was seen (or the grid was given)."""
+        return bool((self.scale > 0).all())
+
+    def along(self, x: Tensor, values: Tensor) -> Tensor:
+        """[C] values in the shape that broadcasts over dimension 0 of x."""
+        return values.reshape(-1, *[1] * (x.dim() - 1))
+
+    def extra_repr(self) -> str:
+        return f"{self.quant_min} to {self.quant_max}, channels={self.channels}"
+
+
+def make_fake_quant(
+    bits: int,
+    *,
+    signed: bool,
+    symmetric: bool = False,
+    channels: int | None = None,
+    observer: str = "minmax",
+) -> FakeQuant:
+    """A fake quantizer to `bits` bits, for all of a tensor or for each of its `channels`.
+
+    observer: `minmax` of the newest tensor, `running_minmax` of all, `moving_average` of the
+    minimum and maximum of tensors, or `histogram`, the range with the least squared error.
+    """
+    low = -(2 ** (bits - 1)) if signed else 0
+    high = low + 2**bits - 1
+    options = {
+        "dtype": torch.qint8 if signed else torch.quint8,
+        "quant_min": low,
+        "quant_max": high,
+        "eps": SMALLEST_SCALE,
+    }
+    return FakeQuant(_observer(observer, symmetric, channels, options), low, high, channels)
+
+
+def make_fixed_fake_quant(bits: int, largest: float) -> FakeQuant:
+    """A symmetric fake quantizer whose largest integer stands for `largest`; it never watches."""
+    high = 2 ** (bits - 1) - 1
+    quant = FakeQuant(None, -high, high, None)
+    quant.scale.fill_(largest / high)
+    return quant
+
+
+def _observer(
+    kind: str, symmetric: bool, channels: int | None, options: dict[str, Any]
+) -> ObserverBase:
+    scheme = "symmetric" if symmetric else "affine"
+    if channels is not None:
+        options = {**options, "qscheme": getattr(torch, f"per_channel_{scheme}")}
+        constants = {"minmax": 1.0, "moving_average": 0.01}
+        return MovingAveragePerChannelMinMaxObserver(constants[kind], **options)
+    options = {**options, "qscheme": getattr(torch, f"per_tensor_{scheme}")}
+    match kind:
+        case "minmax":
+            return MovingAverageMinMaxObserver(1.0, **options)
+        case "moving_average":
+            return MovingAverageMinMaxObserver(0.01, **options)
+        case "running_minmax":
+            return MinMaxObserver(**options)
+        case "histogram":
+            observer = HistogramObserver(**options)
+            # It would minimize the error of 256 levels, however few there are.
+            observer.dst_nbins = options["quant_max"] - options["quant_min"] + 1
+            return observer
+    raise ValueError(f"observer={kind!r}: unknown")
+
+
+def has_vnni() -> bool:
+    """Whether this CPU multiplies 8-bit integers without saturating in between."""
+    return torch.cpu._is_vnni_supported()
+
+
+def can_saturate(weight_bits: int, activation_bits: int) -> bool:
+    """Whether sums of two products can leave 16 bits, which matters on CPUs without VNNI."""
+    return 2 * (2**activation_bits - 1) * 2 ** (weight_bits - 1) > 32_767
+
+
+def check_engine(engine: str) -> None:
+    """ValueError where this torch was built without the engine."""
+    supported = torch.backends.quantized.supported_engines
+    if engine not in supported:
+        raise ValueError(
+            f"quant.engine={engine}: this torch has {', '.join(supported)}; choose one of these"
+        )
+
+
+class PackedWeight:
+    """An integer weight and a float bias, packed for an engine's linear map or convolution."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, geometry: dict[str, Any] | None, engine: str
+    ) -> None:
+        ops = torch.ops.quantized
+        self._is_conv = geometry is not None
+        with _using(engine):
+            if geometry is None:
+                self._packed = ops.linear_prepack(weight, bias)
+            else:
+                self._packed = ops.conv2d_prepack(weight, bias, *_four(geometry))
+
+    def __call__(self, x: Tensor, relu: bool, scale: float, zero_point: int) -> Tensor:
+        """The quantized output for a quantized input, at the scale and zero point given."""
+        ops = torch.ops.quantized
+        if self._is_conv:
+            run = ops.conv2d_relu if relu else ops.conv2d
+        else:
+            run = ops.linear_relu if relu else ops.linear
+        return run(x, self._packed, scale, zero_point)
+
+
+def quantized_weight(weight: Tensor, quant: FakeQuant) -> Tensor:
+    """A weight that lies on the grid of `quant`, as a quantized tensor."""
+    if quant.channels is None:
+        scale, zero_point = float(quant.scale), int(quant.zero_point)
+        return torch.quantize_per_tensor(weight, scale, zero_point, torch.qint8)
+    scales, zero_points = quant.scale.double(), quant.zero_point.long()
+    return torch.quantize_per_channel(weight, scales, zero_points, 0, torch.qint8)
+
+
+class ActivationGrid:
+    """The grid of an activation, in numbers that cost nothing to look up."""
+
+    def __init__(self, quant: FakeQuant) -> None:
+        self.scale = float(quant.scale)
+        self.zero_point = int(quant.zero_point)
+        self.quant_max = quant.quant_max
+        self._largest = self.scale * (self.quant_max - self.zero_point)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Floats as a quantized tensor."""
+        return self.clamp(torch.quantize_per_tensor(x, self.scale, self.zero_point, torch.quint8))
+
+    def clamp(self, x: Tensor) -> Tensor:
+        """A quantized tensor on this grid, cut to its bits: the operators fill the container."""
+        if self.quant_max == 255:
+            return x
+        return torch.clamp(x, max=self._largest)
+
+
+def with_integers(x: Tensor, integers: Tensor, scale: float) -> Tensor:
+    """A quantized tensor with the zero point of `x`, other integers and another scale."""
+    return torch._make_per_tensor_quantized_tensor(integers, scale, x.q_zero_point())
+
+
+def quantized_like(x: Tensor, like: Tensor) -> Tensor:
+    """Floats on the grid, and in the memory layout, of a quantized activation."""
+    is_last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if is_last else torch.contiguous_format
+    x = x.to(memory_format=layout)
+    return torch.quantize_per_tensor(x, like.q_scale(), like.q_zero_point(), torch.quint8)
+
+
+def _four(geometry: dict[str, Any]) -> list[Any]:
+    pairs = [geometry.get(name, default) for name, default in _GEOMETRY]
+    return [
+        value if name == "groups" or isinstance(value, tuple | list) else (value, value)
+        for value, (name, _) in zip(pairs, _GEOMETRY, strict=True)
+    ]
+
+
+_GEOMETRY = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))
+
+
+@contextmanager
+def _using(engine: str) -> Iterator[None]:
+    """Pack for an engine; running a packed weight needs no such setting."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = engine
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before

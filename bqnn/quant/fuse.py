@@ -1,0 +1,96 @@
+"""Fusion: each linear map, the batch norm and the ReLU behind it become one module."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from bqnn.layers.bayes import BayesConv2d, BayesLinear
+
+Layer = nn.Linear | nn.Conv2d | BayesLinear | BayesConv2d
+LAYERS = (nn.Linear, nn.Conv2d, BayesLinear, BayesConv2d)
+
+
+class Fused(nn.Module):
+    """relu(bn(layer(x))), where batch norm and ReLU may be missing.
+
+    The layer is point-valued or Bayesian, linear or a convolution. In float it computes what its
+    parts did; it is what `prepare` turns into a fake-quantized layer.
+    """
+
+    def __init__(self, layer: Layer, bn: nn.BatchNorm2d | None = None, relu: bool = False) -> None:
+        super().__init__()
+        self.layer = layer
+        self.bn = bn
+        self.relu = relu
+
+    @property
+    def geometry(self) -> dict[str, Any] | None:
+        """stride, padding, dilation and groups of a convolution; None for a linear layer."""
+        if isinstance(self.layer, BayesConv2d):
+            return self.layer.geometry
+        if isinstance(self.layer, nn.Conv2d):
+            names = ("stride", "padding", "dilation", "groups")
+            return {name: getattr(self.layer, name) for name in names}
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        if self.bn is not None:
+            x = self.bn(x)
+        return x.relu() if self.relu else x
+
+    def extra_repr(self) -> str:
+        return f"relu={self.relu}"
+
+
+def fuse(net: nn.Module) -> nn.Module:
+    """Fuse a network by its structure, in place: neighbours in a Sequential become one module.
+
+    Names stay: what moved into the layer before it leaves an identity behind. A TypeError names a
+    module with parameters that is none of the layers known here, such as a batch norm that
+    follows no convolution; a ValueError says that there was nothing to fuse, or all was done
+    before.
+    """
+    if any(isinstance(module, Fused) for module in net.modules()):
+        raise ValueError("fuse: this network is fused already")
+    count = 0
+    for path, parent in list(net.named_modules()):
+        if isinstance(parent, LAYERS):
+            continue
+        chain = list(parent._modules) if _is_chain(parent) else []
+        for name, child in list(parent._modules.items()):
+            if type(child) in LAYERS:
+                followers = chain[chain.index(name) + 1 :] if chain else []
+                setattr(parent, name, _fused(parent, child, followers))
+                count += 1
+            else:
+                _refuse_unknown(f"{path}.{name}".lstrip("."), parent._modules[name])
+    if count == 0:
+        raise ValueError("fuse: this network has no linear layer or convolution")
+    return net
+
+
+def _is_chain(parent: nn.Module) -> bool:
+    """Whether the children of a module are called one after the other."""
+    return isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward
+
+
+def _fused(parent: nn.Module, layer: Any, followers: list[str]) -> Fused:
+    """The layer with what directly follows it, which is replaced by identities."""
+    bn, relu = None, False
+    if followers and type(parent._modules[followers[0]]) is nn.BatchNorm2d:
+        bn = parent._modules[followers[0]]
+        setattr(parent, followers.pop(0), nn.Identity())
+    if followers and type(parent._modules[followers[0]]) is nn.ReLU:
+        relu = True
+        setattr(parent, followers.pop(0), nn.Identity())
+    assert bn is None or isinstance(bn, nn.BatchNorm2d)
+    return Fused(layer, bn, relu).train(layer.training)
+
+
+def _refuse_unknown(path: str, module: nn.Module | None) -> None:
+    if module is not None and any(True for _ in module.parameters(recurse=False)):
+        raise TypeError(
+            f"{path} is a {type(module).__name__} that quantization does not know; it knows linear "
+            "layers and convolutions, and a batch norm right after a convolution in a Sequential"
+        )

@@ -1,0 +1,249 @@
+"""Fake-quantized modules: floats that lie on the grids of the integers to come."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bqnn.layers.bayes import GaussianWeight, local_reparametrization
+from bqnn.layers.ensemble import Ensemble
+from bqnn.layers.markers import Add, Enter, Pool
+from bqnn.layers.noise import noise_like
+from bqnn.quant.fbgemm import FakeQuant
+from bqnn.quant.fuse import Fused
+from bqnn.quant.spec import QuantSpec
+from bqnn.quant.stochastic import GaussianGrids, activation_fake_quant, weight_fake_quant
+
+
+class SimulatedLayer(nn.Module):
+    """A fused layer with its weights and its outputs on their grids.
+
+    Batch norm is folded into the weights before they are rounded, as it will be in integers.
+    While it learns its statistics, the output is divided by the folded factor and normalized as
+    ever, so that training sees the rounding and batch norm sees what it always did (Krishnamoorthi,
+    arXiv 1806.08342, figure 8). `frozen` ends that: statistics stay as they are.
+    """
+
+    def __init__(self, fused: Fused, spec: QuantSpec) -> None:
+        nn.Module.__init__(self)
+        self.bias: Any = fused.layer.bias
+        self.bn = fused.bn
+        self.relu = fused.relu
+        self.geometry = fused.geometry
+        self.output_quant = activation_fake_quant(spec)
+        self.frozen = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output_quant(self.before_rounding(x))
+
+    def before_rounding(self, x: Tensor) -> Tensor:
+        """The outputs that `output_quant` rounds."""
+        if self.bn is not None and self.training and not self.frozen:
+            factor = _nonzero(self.fold()[0])
+            out = self.apply_weights(x, factor, None) / _like_outputs(factor)
+            out = self.bn(out if self.bias is None else out + _like_outputs(self.bias))
+        else:
+            out = self.apply_weights(x, *self.fold())
+        return out.relu() if self.relu else out
+
+    def fold(self) -> tuple[Tensor | None, Tensor | None]:
+        """The factor [C] on the weights and the bias [C] that batch norm comes down to."""
+        if self.bn is None:
+            return None, self.bias
+        assert self.bn.running_var is not None
+        assert self.bn.running_mean is not None
+        factor = self.bn.weight * (self.bn.running_var + self.bn.eps).rsqrt()
+        mean = self.bn.running_mean
+        return factor, self.bn.bias + ((0 if self.bias is None else self.bias) - mean) * factor
+
+    def apply_weights(self, x: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The layer's linear map at its rounded weights, each output channel times a factor."""
+        raise NotImplementedError
+
+    def linear_map(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.geometry is None:
+            return F.linear(x, weight, bias)
+        if x.is_contiguous(memory_format=torch.channels_last):
+            weight = weight.to(memory_format=torch.channels_last)
+        return F.conv2d(x, weight, bias, **self.geometry)
+
+    def extra_repr(self) -> str:
+        return f"relu={self.relu}"
+
+
+class SimulatedPointLayer(SimulatedLayer):
+    """A linear layer or convolution with one value per weight."""
+
+    def __init__(self, fused: Fused, spec: QuantSpec) -> None:
+        super().__init__(fused, spec)
+        assert isinstance(fused.layer, nn.Linear | nn.Conv2d)
+        self.weight = fused.layer.weight
+        self.weight_quant = weight_fake_quant(spec, len(self.weight))
+
+    def apply_weights(self, x: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
+        return self.linear_map(x, self.weight_quant(self.folded_weight(factor)), bias)
+
+    def folded_weight(self, factor: Tensor | None) -> Tensor:
+        return self.weight if factor is None else self.weight * _like_weights(factor, self.weight)
+
+
+class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):
+    """A Bayesian layer: local reparametrization in training, weights drawn in evaluation."""
+
+    def __init__(self, fused: Fused, spec: QuantSpec) -> None:
+        SimulatedLayer.__init__(self, fused, spec)
+        assert isinstance(fused.layer, GaussianWeight)
+        self.mean = fused.layer.mean
+        self.rho = fused.layer.rho
+        self.prior_std = fused.layer.prior_std
+        self.grids = GaussianGrids(spec, len(self.mean))
+        self._held: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SimulatedLayer.forward(self, x)
+
+    def apply_weights(self, x: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
+        if not self.training:
+            return self.linear_map(x, self.draw() if self._held is None else self._held, bias)
+        mean, sigma = self.grids.parameters_on_grid(*self.folded_parameters(factor))
+        return local_reparametrization(
+            self.linear_map(x, mean, bias), self.linear_map(x.square(), sigma.square())
+        )
+
+    def draw(self) -> Tensor:
+        """One draw of the weights, with batch norm folded in, on their grid."""
+        parameters = self.folded_parameters(self.fold()[0])
+        return self.grids.draw(*self.grids.parameters_on_grid(*parameters), noise_like(self.mean))
+
+    def folded_parameters(self, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+        """mu and sigma of the weights with batch norm folded in; a factor may be negative."""
+        if factor is None:
+            return self.mean, self.sigma
+        factor = _like_weights(factor, self.mean)
+        return self.mean * factor, self.sigma * factor.abs()
+
+
+class SimulatedEnter(nn.Module):
+    """Rounds the network's inputs."""
+
+    def __init__(self, spec: QuantSpec) -> None:
+        super().__init__()
+        self.output_quant = activation_fake_quant(spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output_quant(x)
+
+
+class SimulatedAdd(Add):
+    """The residual sum and its ReLU, rounded."""
+
+    def __init__(self, spec: QuantSpec) -> None:
+        super().__init__()
+        self.output_quant = activation_fake_quant(spec)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.output_quant(super().forward(x, y))
+
+
+class SimulatedPool(Pool):
+    """The average over an image, rounded."""
+
+    def __init__(self, spec: QuantSpec) -> None:
+        super().__init__()
+        self.output_quant = activation_fake_quant(spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output_quant(super().forward(x))
+
+
+def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
+    """Give a fused network its fake quantizers, in place; an ensemble's members get their own.
+
+    ValueError: nothing is fused, no `Enter` marks where integers begin, or an override of the spec
+    matches no layer.
+    """
+    for part in _parts(net):
+        makers: dict[type[nn.Module], Any] = {
+            Fused: _simulated_layer,
+            Enter: lambda _, spec: SimulatedEnter(spec),
+            Add: lambda _, spec: SimulatedAdd(spec),
+            Pool: lambda _, spec: SimulatedPool(spec),
+        }
+        found = [(name, m) for name, m in part.named_modules() if type(m) in makers]
+        kinds = {type(module) for _, module in found}
+        if Fused not in kinds:
+            raise ValueError("prepare: the network has no fused layer; call fuse() on it first")
+        if Enter not in kinds:
+            raise ValueError(
+                "prepare: the network does not say where integers begin; put an Enter before its "
+                "first layer and a Leave after its last (bqnn.layers.markers)"
+            )
+        spec.check_overrides([name for name, _ in found])
+        for name, module in found:
+            made = makers[type(module)](module, spec.for_layer(name)).train(module.training)
+            part.set_submodule(name, made.to(next(part.parameters()).device))
+    return net
+
+
+def is_prepared(net: nn.Module) -> bool:
+    """Whether a network has its fake quantizers already."""
+    return any(isinstance(module, FakeQuant) for module in net.modules())
+
+
+def freeze(net: nn.Module, frozen: bool = True) -> None:
+    """Keep all ranges and the statistics of batch norm as they are, or let them move again."""
+    for module in net.modules():
+        if isinstance(module, FakeQuant | SimulatedLayer):
+            module.frozen = frozen
+
+
+def enable(net: nn.Module, enabled: bool = True) -> None:
+    """Round, or do not: without rounding a prepared network computes what it did in float."""
+    for module in net.modules():
+        if isinstance(module, FakeQuant):
+            module.enabled = enabled
+
+
+@torch.no_grad()
+def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """Set every range from what the float network computes for these inputs, without training."""
+    quants = [module for module in net.modules() if isinstance(module, FakeQuant)]
+    net.eval()
+    enable(net, False)
+    for quant in quants:
+        quant.train()
+    for inputs in batches:
+        for part in _parts(net):
+            part(inputs)
+    for quant in quants:
+        quant.eval()
+        if quant.observer is not None:
+            quant.settle()
+    enable(net)
+    return net
+
+
+def _parts(net: nn.Module) -> list[nn.Module]:
+    """The networks that are quantized on their own: the members of an ensemble, or all of it."""
+    return [net.current, *net.members] if isinstance(net, Ensemble) else [net]
+
+
+def _simulated_layer(fused: Fused, spec: QuantSpec) -> SimulatedLayer:
+    is_gaussian = isinstance(fused.layer, GaussianWeight)
+    return (SimulatedGaussianLayer if is_gaussian else SimulatedPointLayer)(fused, spec)
+
+
+def _nonzero(factor: Tensor | None) -> Tensor:
+    """The factor, and 1 where dividing by it would overflow: batch norm is constant there."""
+    assert factor is not None
+    return torch.where(factor.abs() > 1e-12, factor, torch.ones_like(factor))
+
+
+def _like_weights(values: Tensor, weight: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (weight.dim() - 1))
+
+
+def _like_outputs(values: Tensor) -> Tensor:
+    return values.reshape(1, -1, 1, 1)

@@ -1,0 +1,143 @@
+"""QuantSpec: what is rounded to how many bits, and how its range is chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+ENGINES = ("fbgemm", "x86", "onednn")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How a network is quantized.
+
+    weight_bits, activation_bits: 2 to 8, stored in 8-bit containers. Activations are unsigned and
+    affine. weight_granularity: a scale per output `channel`, or one per `tensor`.
+
+    Of Bayes-by-backprop alone: `strategy` says what lies on a grid, as in Borras et al. (arXiv
+    2512.10602): the variational `parameters` mu and sigma (the sampled weights then keep all 8
+    bits of their container), the sampled `weights`, or `both`. sigma_bits: None for weight_bits;
+    sigma_grid: `linear` or `log`-spaced levels; noise_bits: of eps and of sigma * eps, on
+    +-noise_range standard deviations.
+
+    weight_observer: `minmax` of the weights as they are, or their `moving_average`.
+    activation_observer: `moving_average` or `minmax` over training batches, or `histogram`, which
+    minimizes the squared error and only calibrates (without training).
+
+    overrides: dictionaries with `layer`, a glob over layer names, and the bits that differ there;
+    later ones win.
+    """
+
+    weight_bits: int = 8
+    activation_bits: int = 7
+    weight_granularity: str = "channel"
+    weight_symmetric: bool = True
+    weight_observer: str = "minmax"
+    activation_observer: str = "moving_average"
+    strategy: str = "both"
+    sigma_bits: int | None = None
+    sigma_grid: str = "linear"
+    noise_bits: int = 8
+    noise_range: float = 3.0
+    engine: str = "fbgemm"
+    overrides: tuple[Mapping[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in BITS:
+            _check_bits(name, getattr(self, name))
+        _check_choice("weight_granularity", self.weight_granularity, ("channel", "tensor"))
+        _check_choice("weight_observer", self.weight_observer, ("minmax", "moving_average"))
+        _check_choice(
+            "activation_observer",
+            self.activation_observer,
+            ("moving_average", "minmax", "histogram"),
+        )
+        _check_choice("strategy", self.strategy, ("both", "parameters", "weights"))
+        _check_choice("sigma_grid", self.sigma_grid, ("linear", "log"))
+        _check_choice("engine", self.engine, ENGINES)
+        if not isinstance(self.weight_symmetric, bool):
+            raise ValueError(f"quant.weight_symmetric={self.weight_symmetric!r}: true or false")
+        if not 0 < self.noise_range < math.inf:
+            raise ValueError(
+                f"quant.noise_range={self.noise_range}: in standard deviations, above 0; 3 is usual"
+            )
+        if self.engine == "onednn" and not self.weight_symmetric:
+            raise ValueError(
+                "quant.engine=onednn takes symmetric weights only; set quant.weight_symmetric=true "
+                "or choose fbgemm or x86"
+            )
+        object.__setattr__(self, "overrides", tuple(_checked_override(o) for o in self.overrides))
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> QuantSpec:
+        """The spec in a configuration or recipe; keys that are no field are a ValueError."""
+        unknown = options.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"quant.{sorted(unknown)[0]}: no such option of a quantization")
+        return cls(**options)
+
+    @classmethod
+    def from_config(cls, options: Mapping[str, Any]) -> QuantSpec:
+        """The spec in a group `quant` of the configuration, which also says how to get there."""
+        if options["mode"] not in ("qat", "ptq"):
+            raise ValueError(
+                f"quant.mode={options['mode']}: choose qat, which trains, or ptq, which calibrates"
+            )
+        spec = {key: value for key, value in options.items() if key not in PROCEDURE}
+        if spec.get("activation_observer") is None:
+            spec["activation_observer"] = OBSERVERS[options["mode"]]
+        return cls.from_dict(spec)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec in plain JSON types."""
+        return {**asdict(self), "overrides": [dict(override) for override in self.overrides]}
+
+    def for_layer(self, name: str) -> QuantSpec:
+        """The spec of one layer, with its overrides applied."""
+        bits: dict[str, Any] = {}
+        for override in self.overrides:
+            if fnmatchcase(name, override["layer"]):
+                bits |= {key: value for key, value in override.items() if key != "layer"}
+        return replace(self, **bits, overrides=()) if bits or self.overrides else self
+
+    def check_overrides(self, names: list[str]) -> None:
+        """ValueError where an override matches none of these layer names."""
+        for override in self.overrides:
+            if not any(fnmatchcase(name, override["layer"]) for name in names):
+                raise ValueError(
+                    f"quant.overrides: layer={override['layer']!r} matches no layer; "
+                    f"there are {', '.join(names)}"
+                )
+
+
+PROCEDURE = ("name", "mode", "freeze_epochs", "fine_tuning")
+OBSERVERS = {"qat": "moving_average", "ptq": "histogram"}
+BITS = ("weight_bits", "activation_bits", "sigma_bits", "noise_bits")
+
+
+def _check_bits(name: str, bits: object) -> None:
+    if name == "sigma_bits" and bits is None:
+        return
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
+        raise ValueError(f"quant.{name}={bits}: integers live in 8-bit containers; choose 2 to 8")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"quant.{name}={value}: choose {' or '.join(choices)}")
+
+
+def _checked_override(override: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = override.keys() - {"layer", *BITS}
+    if "layer" not in override or unknown or len(override) < 2:
+        raise ValueError(
+            f"quant.overrides: {dict(override)} needs a layer (a glob) and one or more of "
+            f"{', '.join(BITS)}"
+        )
+    for name in override.keys() - {"layer"}:
+        _check_bits(name, override[name])
+    return dict(override)

@@ -1,0 +1,178 @@
+"""What quantization did to each layer: integers, sizes, how well int8 follows the simulation."""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bqnn.layers.draws import held_draw
+from bqnn.layers.noise import reseed
+from bqnn.quant.fbgemm import FakeQuant, quantized_like
+from bqnn.quant.simulated import SimulatedGaussianLayer, SimulatedLayer, SimulatedPointLayer
+from bqnn.quant.stochastic import LogFakeQuant
+
+
+@dataclass(frozen=True)
+class WeightIntegers:
+    """The integers of one weight tensor, and the grid that they are on."""
+
+    name: str  # weight, mean or sigma
+    values: Tensor
+    floats: Tensor  # before rounding
+    quant: FakeQuant
+
+    @property
+    def steps(self) -> Tensor:
+        """The floats in units of their grid's step, where the integers are."""
+        floats = self.floats.detach()
+        quant = self.quant
+        return floats / quant.along(floats, quant.scale) + quant.along(floats, quant.zero_point)
+
+
+def weight_integers(layer: SimulatedLayer) -> list[WeightIntegers]:
+    """The integers that a fake-quantized layer stores, with batch norm folded in."""
+    with torch.no_grad():
+        factor, _ = layer.fold()
+        if isinstance(layer, SimulatedPointLayer):
+            weight, quant = layer.folded_weight(factor), layer.weight_quant
+            return [WeightIntegers("weight", quant.integers(weight), weight, quant)]
+        assert isinstance(layer, SimulatedGaussianLayer)
+        grids, stored = layer.grids, []
+        for name, floats in zip(("mean", "sigma"), layer.folded_parameters(factor), strict=True):
+            quant = getattr(grids, name)
+            if quant is None:  # the strategy `weights` rounds what is drawn from them
+                if name == "mean":
+                    stored.append(
+                        WeightIntegers("mean", grids.weight.integers(floats), floats, grids.weight)
+                    )
+                continue
+            grid = quant.exponent if isinstance(quant, LogFakeQuant) else quant
+            stored.append(WeightIntegers(name, quant.integers(floats), floats, grid))
+        return stored
+
+
+def layer_rows(net: nn.Module, disagreements: dict[str, "Disagreement"]) -> list[dict[str, Any]]:
+    """A row for each weight tensor of a prepared network, for quantization.csv."""
+    rows = []
+    for name, layer in net.named_modules():
+        if not isinstance(layer, SimulatedLayer):
+            continue
+        output = layer.output_quant
+        found = disagreements.get(name)
+        for weights in weight_integers(layer):
+            values, quant = weights.values, weights.quant
+            ends = (values == quant.quant_min) | (values == quant.quant_max)
+            rows.append(
+                {
+                    "layer": name,
+                    "kind": "linear" if layer.geometry is None else "conv2d",
+                    "tensor": weights.name,
+                    "shape": "x".join(map(str, values.shape)),
+                    "weight_bits": _bits(quant),
+                    "activation_bits": _bits(output),
+                    "scale_min": float(quant.scale.min()),
+                    "scale_max": float(quant.scale.max()),
+                    "zero_point_min": int(quant.zero_point.min()),
+                    "zero_point_max": int(quant.zero_point.max()),
+                    "integer_min": int(values.min()),
+                    "integer_max": int(values.max()),
+                    "distinct_integers": len(values.unique()),
+                    "saturated_share": float(ends.float().mean()),
+                    "zero_share": float((weights.quant.dequantize(values) == 0).float().mean()),
+                    "output_scale": float(output.scale),
+                    "output_zero_point": int(output.zero_point),
+                    "differing_share": None if found is None else found.share,
+                    "largest_disagreement_steps": None if found is None else found.largest,
+                }
+            )
+    return rows
+
+
+def sizes(net: nn.Module) -> dict[str, int]:
+    """Bytes of the parameters: in float32, in 8-bit containers, and packed at the chosen bits.
+
+    Integers come with their scales and zero points and the biases, which stay float. A Gaussian
+    weight has two numbers, mu and sigma.
+    """
+    total = {"float_bytes": 0, "int8_bytes": 0, "packed_bytes": 0}
+    for layer in net.modules():
+        if not isinstance(layer, SimulatedLayer):
+            continue
+        total["float_bytes"] += sum(4 * param.numel() for param in layer.parameters())
+        _, bias = layer.fold()
+        rest = 0 if bias is None else 4 * bias.numel()
+        for weights in weight_integers(layer):
+            count = weights.values.numel()
+            rest += 8 * weights.quant.scale.numel()  # a float32 and an int32
+            total["int8_bytes"] += count
+            total["packed_bytes"] += ceil(count * _bits(weights.quant) / 8)
+        total["int8_bytes"] += rest
+        total["packed_bytes"] += rest
+    return total
+
+
+@dataclass
+class Disagreement:
+    """In how many of its outputs a module differs between int8 and simulation, and by how much."""
+
+    differing: int
+    total: int
+    largest: int  # in steps of the output's grid
+
+    @property
+    def share(self) -> float:
+        return self.differing / self.total
+
+
+@torch.no_grad()
+def disagreements(
+    simulated: nn.Module, integer: nn.Module, x: Tensor, index: int = 0
+) -> dict[str, Disagreement]:
+    """Feed every module of the int8 network what its simulated twin reads, and compare.
+
+    One draw of both networks, number `index`, is made from equal noise. Keys are the names of the
+    modules whose outputs are quantized and that this draw used.
+    """
+    seen = _record(simulated, x, index, lambda module: hasattr(module, "output_quant"))
+    grids = _record(integer, x, index, lambda module: hasattr(module, "grid"))
+    results = {}
+    reseed(x.device, 0)
+    with held_draw(integer, index):
+        for name, (inputs, output) in seen.items():
+            twin, quant = integer.get_submodule(name), simulated.get_submodule(name).output_quant
+            assert isinstance(quant, FakeQuant)
+            fed = [
+                quantized_like(floats, like) if like.is_quantized else floats
+                for floats, like in zip(inputs, grids[name][0], strict=True)
+            ]
+            got = twin(*fed).int_repr().int()
+            steps = (got - quant.integers(output).int()).abs()
+            results[name] = Disagreement(int((steps > 0).sum()), steps.numel(), int(steps.max()))
+    return results
+
+
+def _record(
+    net: nn.Module, x: Tensor, index: int, wanted: Any
+) -> dict[str, tuple[tuple[Tensor, ...], Tensor]]:
+    """Inputs and output of the wanted modules in one pass at one draw."""
+    kept: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            kept[name] = (inputs, output)
+
+        return hook
+
+    hooks = [m.register_forward_hook(keep(n)) for n, m in net.named_modules() if wanted(m)]
+    reseed(x.device, 0)
+    with held_draw(net, index):
+        net(x)
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
+def _bits(quant: FakeQuant) -> int:
+    return (quant.quant_max - quant.quant_min).bit_length()

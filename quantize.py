@@ -1,0 +1,80 @@
+"""Quantize trained networks: python quantize.py checkpoint=outputs/.../checkpoint.ckpt"""
+
+from bqnn.config import launch
+from bqnn.quant.spec import QuantSpec
+from bqnn.run import Job, run_parts
+
+
+def quantize(job: Job) -> None:
+    """Quantize every network that the checkpoint, or pattern, stands for."""
+    QuantSpec.from_config(job.config["quant"])
+    # Imported here, so that a mistake on the command line is answered at once.
+    from bqnn.checkpoint import find_float_checkpoints, read_checkpoint
+
+    configs = {}
+    for path in find_float_checkpoints(job.config["checkpoint"], job.config["select"]):
+        recipe = read_checkpoint(path)["recipe"]
+        described = {key: recipe[key] for key in ("method", "net", "task", "seed")}
+        name = f"{len(configs)}_{recipe['method']['name']}_{recipe['task']['name']}"
+        configs[name] = {**job.config, **described, "checkpoint": str(path)}
+    run_parts(job, configs, quantize_one)
+
+
+def quantize_one(job: Job) -> None:
+    from bqnn.checkpoint import save_checkpoint
+    from bqnn.loggers import log_final, log_pictures, make_loggers
+    from bqnn.quant.callback import QuantizationCallback, calibrate_module
+    from bqnn.recipe import NUMERICS, load, make_data
+    from bqnn.results import (
+        comparison_table,
+        draw_pictures,
+        draw_weights,
+        evaluate,
+        write_layers,
+        write_metrics,
+        write_predictions,
+    )
+    from bqnn.trainer import EpochTimer, make_trainer
+
+    options = job.config["quant"]
+    spec, tuning = QuantSpec.from_config(options), options["fine_tuning"]
+    model = load(job.config["checkpoint"])
+    data = make_data(job.config)
+    loggers = make_loggers(job)
+    num_samples = job.config["num_samples"] or model.available_samples
+    evaluations = {"float": evaluate(model, data.test, data, num_samples)}
+
+    path, timer = job.folder / "checkpoint.ckpt", EpochTimer(job)
+    if options["mode"] == "qat":
+        callbacks = [timer, QuantizationCallback(spec, options["freeze_epochs"])]
+        trainer = make_trainer(job, loggers, callbacks, validate=data.val is not None)
+        model.fine_tune(tuning["optimizer"], tuning["prior_weight"])
+        trainer.fit(model, datamodule=data)
+    else:
+        trainer = make_trainer(job, loggers, [], validate=False)
+        calibrate_module(model, spec, data, tuning["calibration_batches"])
+        save_checkpoint(trainer, model, path)
+
+    models = {numeric: load(path, numeric) for numeric in NUMERICS}
+    for numeric, quantized in models.items():
+        evaluations[numeric] = evaluate(quantized, data.test, data, num_samples)
+
+    metrics = {
+        f"{numeric}/test/{name}": value
+        for numeric, (_, values) in evaluations.items()
+        for name, value in values.items()
+    }
+    predictions, _ = evaluations["int8"]
+    write_metrics(job.folder, metrics | {"num_samples": num_samples} | timer.metrics())
+    write_predictions(job.folder, predictions)
+    write_layers(job.folder, models["simulated"], models["int8"], data)
+    log_final(loggers, metrics)
+    if job.config["plots"]:
+        pictures = draw_pictures(job.folder, models["int8"], data, predictions)
+        log_pictures(loggers, [*pictures, *draw_weights(job.folder, models["simulated"])])
+    print(comparison_table(metrics))
+    print(f"\n{timer}\nresults in {job.folder}")
+
+
+if __name__ == "__main__":
+    launch(quantize, "quantize")
