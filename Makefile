@@ -6,8 +6,10 @@ INSTALLED := $(VENV)/installed
 
 .PHONY: demo test lint format clean
 
-demo: $(INSTALLED)  ## train a Bayesian network on real handwritten digits
-	$(BIN)/python train.py method=bbb task=digits
+demo: DEMO := outputs/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
+demo: $(INSTALLED)  ## train a Bayesian network on real handwritten digits, quantize it to 4 bits
+	$(BIN)/python train.py method=bbb task=digits hydra.run.dir=$(DEMO)/train
+	$(BIN)/python quantize.py checkpoint=$(DEMO)/train/checkpoint.ckpt quant.weight_bits=4 hydra.run.dir=$(DEMO)/quantize
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto

@@ -1,5 +1,7 @@
 """Quantize trained networks: python quantize.py checkpoint=outputs/.../checkpoint.ckpt"""
 
+from copy import deepcopy
+
 from bqnn.config import launch
 from bqnn.quant.spec import QuantSpec
 from bqnn.run import Job, run_parts
@@ -23,7 +25,7 @@ def quantize(job: Job) -> None:
 def quantize_one(job: Job) -> None:
     from bqnn.checkpoint import save_checkpoint
     from bqnn.loggers import log_final, log_pictures, make_loggers
-    from bqnn.quant.callback import QuantizationCallback, calibrate_module
+    from bqnn.quant.callback import QuantizationCallback, calibrate_module, quantize_module
     from bqnn.recipe import NUMERICS, load, make_data
     from bqnn.results import (
         comparison_table,
@@ -49,10 +51,12 @@ def quantize_one(job: Job) -> None:
         callbacks = [timer, QuantizationCallback(spec, options["freeze_epochs"])]
         trainer = make_trainer(job, loggers, callbacks, validate=data.val is not None)
         model.fine_tune(tuning["optimizer"], tuning["prior_weight"])
+        start = deepcopy(model)
         trainer.fit(model, datamodule=data)
     else:
         trainer = make_trainer(job, loggers, [], validate=False)
         calibrate_module(model, spec, data, tuning["calibration_batches"])
+        start = model
         save_checkpoint(trainer, model, path)
 
     models = {numeric: load(path, numeric) for numeric in NUMERICS}
@@ -67,7 +71,8 @@ def quantize_one(job: Job) -> None:
     predictions, _ = evaluations["int8"]
     write_metrics(job.folder, metrics | {"num_samples": num_samples} | timer.metrics())
     write_predictions(job.folder, predictions)
-    write_layers(job.folder, models["simulated"], models["int8"], data)
+    quantize_module(start, spec)
+    write_layers(job.folder, start, models["simulated"], models["int8"], data)
     log_final(loggers, metrics)
     if job.config["plots"]:
         pictures = draw_pictures(job.folder, models["int8"], data, predictions)

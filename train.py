@@ -8,8 +8,15 @@ def train(job: Job) -> None:
     # Imported here, so that a mistake on the command line is answered at once.
     from bqnn.loggers import log_pictures, make_loggers
     from bqnn.quant.callback import quantization_callbacks
-    from bqnn.recipe import build, make_data, make_recipe
-    from bqnn.results import Evaluation, draw_pictures, table, write_metrics, write_predictions
+    from bqnn.recipe import build, load, make_data, make_recipe
+    from bqnn.results import (
+        Evaluation,
+        draw_pictures,
+        evaluate,
+        table,
+        write_metrics,
+        write_predictions,
+    )
     from bqnn.trainer import EpochTimer, make_trainer
 
     config = job.config
@@ -26,11 +33,18 @@ def train(job: Job) -> None:
         metrics |= trainer.validate(model, datamodule=data, verbose=False)[0]
     metrics |= trainer.test(model, datamodule=data, verbose=False)[0]
 
+    splits = ["val", "test"]
+    if config["quant"]["name"] != "none":  # test/ was simulated
+        integer = load(job.folder / "checkpoint.ckpt", "int8")
+        _, executed = evaluate(integer, data.test, data)
+        metrics |= {f"int8/test/{name}": value for name, value in executed.items()}
+        splits.append("int8/test")
+
     write_metrics(job.folder, metrics | timer.metrics())
     write_predictions(job.folder, evaluation.predictions)
     if config["plots"]:
         log_pictures(loggers, draw_pictures(job.folder, model, data, evaluation.predictions))
-    print(table(metrics))
+    print(table(metrics, splits))
     print(f"\n{timer}\nresults in {job.folder}")
 
 

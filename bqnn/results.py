@@ -1,7 +1,7 @@
 """What a finished run leaves in its folder: metrics.json, predictions.npz, pictures, a table."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,14 +109,19 @@ def draw_pictures(
     return [plots.save(figure, folder / f"{name}.png") for name, figure in figures.items()]
 
 
-def write_layers(folder: Path, simulated: Method, integer: Method, data: TensorData) -> None:
-    """quantization.csv, a row per quantized tensor, and size.json, the bytes of the parameters."""
+def write_layers(
+    folder: Path, start: Method, simulated: Method, integer: Method, data: TensorData
+) -> None:
+    """quantization.csv, a row per quantized tensor, and size.json, the bytes of the parameters.
+
+    start: the quantized model before any fine-tuning.
+    """
     x = data.normalize(data.test.inputs[:256])
     x = x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
     found: dict[str, Disagreement] = {}
     for index in range(len(simulated.net) if isinstance(simulated.net, Ensemble) else 1):
         found |= disagreements(simulated.net, integer.net, x, index)
-    rows = layer_rows(simulated.net, found)
+    rows = layer_rows(simulated.net, start.net, found)
     with (
         written_beside(folder / "quantization.csv") as beside,
         beside.open("w", newline="") as file,
@@ -160,9 +165,9 @@ def comparison_table(metrics: Mapping[str, float]) -> str:
     return "\n".join(lines)
 
 
-def table(metrics: dict[str, float], splits: tuple[str, ...] = ("val", "test")) -> str:
+def table(metrics: dict[str, float], splits: Sequence[str]) -> str:
     """The metrics of each split side by side, as text for a terminal."""
-    names = [name.partition("/")[2] for name in metrics if name.startswith("test/")]
+    names = [name.removeprefix("test/") for name in metrics if name.startswith("test/")]
     lines = [f"{'':<20}" + "".join(f"{split:>12}" for split in splits)]
     for name in names:
         cells = (metrics.get(f"{split}/{name}") for split in splits)

@@ -121,7 +121,7 @@ class Job:
             "end": ended,
             "error": self.error,
             "versions": versions(),
-            "cpu_capability": _cpu_capability(),
+            **_cpu(),
             "git_commit": _git_commit(),
         }
         write_json(self.folder / "status.json", status)
@@ -184,10 +184,16 @@ def _is_interruption(error: BaseException) -> bool:
     )
 
 
-def _cpu_capability() -> str | None:
+def _cpu() -> dict[str, str | bool | None]:
+    """What torch finds in the CPU. VNNI: it multiplies 8-bit integers without saturating."""
     # Asked only where torch is there already: importing it takes seconds.
     torch = sys.modules.get("torch")
-    return None if torch is None else torch.backends.cpu.get_cpu_capability()
+    if torch is None:
+        return {"cpu_capability": None, "cpu_vnni": None}
+    return {
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_vnni": torch.cpu._is_vnni_supported(),
+    }
 
 
 def _git_commit() -> str | None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from bqnn.layers.noise import reseed
 from bqnn.likelihoods import Likelihood
@@ -13,6 +14,7 @@ from bqnn.optim import make_optimizer
 from bqnn.predict import predictive
 
 Batch = tuple[Tensor, Tensor]
+SCHEDULES = ("cosine", "cosine_by_step", "constant")  # cosine lowers the rate at epoch ends
 Terms = dict[str, Tensor | float]
 
 
@@ -46,8 +48,8 @@ class Method(pl.LightningModule):
                 f"method.num_samples={num_samples}, method.val_samples={val_samples}: "
                 "at least one draw is needed"
             )
-        if schedule not in ("cosine", "constant"):
-            raise ValueError(f"method.schedule={schedule!r}: choose cosine or constant")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"method.schedule={schedule!r}: choose {', '.join(SCHEDULES)}")
         self.net = net.to(memory_format=torch.channels_last)
         self.likelihood = likelihood
         self.num_train = num_train
@@ -85,7 +87,7 @@ class Method(pl.LightningModule):
         return {"loss": nll, "nll": nll}
 
     def fine_tune(self, optimizer: dict[str, Any], prior_weight: float) -> None:
-        """Train the trained network a little further: another optimizer, a cosine schedule.
+        """Train the trained network a little further: another optimizer, down to a rate of 0.
 
         prior_weight scales the part of the loss that comes from the prior; weight decay stays as
         it was where the optimizer's options name none.
@@ -94,20 +96,26 @@ class Method(pl.LightningModule):
         if "weight_decay" in kept:
             kept["weight_decay"] *= prior_weight
         self.optimizer = {**kept, **optimizer}
-        self.schedule = "cosine"
+        self.schedule = "cosine_by_step"  # a fine-tuning may be one epoch long
 
     def configure_optimizers(self) -> Any:
         epochs = self.trainer.max_epochs
         assert epochs is not None
         if epochs < 1:
             raise ValueError(f"max_epochs={epochs}: train for a number of epochs, 1 or more")
-        steps_per_epoch = int(self.trainer.estimated_stepping_batches) // epochs
+        steps = int(self.trainer.estimated_stepping_batches)
+        steps_per_epoch = steps // epochs
         options = self.optimizer_options(steps_per_epoch)
         optimizer = make_optimizer(self.trained_parameters(), **options)
         if self.schedule == "constant":
             return optimizer
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        by_step = self.schedule == "cosine_by_step"
+        schedule = CosineAnnealingLR(optimizer, T_max=steps if by_step else epochs)
+        interval = "step" if by_step else "epoch"
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": interval},
+        }
 
     def optimizer_options(self, steps_per_epoch: int) -> dict[str, Any]:
         """What `make_optimizer` is called with."""

@@ -86,18 +86,14 @@ class SGHMCEnsemble(Method):
             self.manual_backward(loss)
             all_terms.append({"loss": loss.detach(), "nll": nll.detach(), "prior": prior.detach()})
         optimizer.step()
+        schedule = self.lr_schedulers()
+        assert isinstance(schedule, LRScheduler)
+        schedule.step()
         means: Terms = {
             name: torch.stack([terms[name] for terms in all_terms]).mean() for name in all_terms[0]
         }
         self._record(means, len(targets), batch_idx)
         return None
-
-    def on_train_epoch_end(self) -> None:
-        super().on_train_epoch_end()
-        if self._prior_weight is not None:
-            schedule = self.lr_schedulers()
-            assert isinstance(schedule, LRScheduler)
-            schedule.step()
 
     def _prior_energy(self, member: nn.Module) -> Tensor:
         """-log p(weights) up to a constant, in nats: sum of precision / 2 * |w|^2 over tensors."""

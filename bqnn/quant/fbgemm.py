@@ -98,6 +98,10 @@ class FakeQuant(nn.Module):
         return offset.mul_(self.along(integers, self.scale))
 
     @property
+    def bits(self) -> int:
+        return (self.quant_max - self.quant_min).bit_length()
+
+    @property
     def has_range(self) -> bool:
         """Whether any data was seen (or the grid was given)."""
         return bool((self.scale > 0).all())

@@ -1,5 +1,6 @@
 """Integer modules: what a fake-quantized network becomes to run in int8."""
 
+import logging
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from bqnn.quant.fbgemm import (
     ActivationGrid,
     FakeQuant,
     PackedWeight,
-    check_engine,
+    can_saturate,
+    has_vnni,
     quantized_weight,
     with_integers,
 )
@@ -26,6 +28,8 @@ from bqnn.quant.simulated import (
     SimulatedPointLayer,
     SimulatedPool,
 )
+
+log = logging.getLogger(__name__)
 
 
 class IntegerLayer(nn.Module):
@@ -141,10 +145,9 @@ class IntegerPool(Pool):
 def convert(net: nn.Module, engine: str) -> nn.Module:
     """Make a prepared network run in int8, in place; it is left in eval mode, on the CPU.
 
-    ValueError: there is nothing to convert, a fake quantizer has seen no data, or this torch lacks
-    the engine.
+    ValueError: there is nothing to convert, or a fake quantizer has seen no data. On a CPU without
+    VNNI a warning says where 16-bit sums can saturate.
     """
-    check_engine(engine)
     if isinstance(net, Ensemble) and len(net) > 0:
         for index, member in enumerate(net.members):
             net.members[index] = convert(member, engine)
@@ -156,6 +159,7 @@ def convert(net: nn.Module, engine: str) -> nn.Module:
             f"convert: {unseen[0]} has seen no data, so it has no range; train the prepared "
             "network, or calibrate it"
         )
+    _warn_of_saturation(net)
     net.eval().cpu()
     makers: dict[type[nn.Module], Any] = {
         SimulatedPointLayer: lambda layer: IntegerLayer(layer, engine),
@@ -172,3 +176,22 @@ def convert(net: nn.Module, engine: str) -> nn.Module:
     for name, module in found:
         net.set_submodule(name, makers[type(module)](module))
     return net.eval()
+
+
+def _warn_of_saturation(net: nn.Module) -> None:
+    weight_bits, activation_bits = 0, 0
+    for module in net.modules():
+        if isinstance(module, SimulatedPointLayer):
+            weight_bits = max(weight_bits, module.weight_quant.bits)
+        elif isinstance(module, SimulatedGaussianLayer):
+            weight_bits = max(weight_bits, module.grids.weight.bits)
+        output = getattr(module, "output_quant", None)
+        if output is not None:
+            activation_bits = max(activation_bits, output.bits)
+    if can_saturate(weight_bits, activation_bits) and not has_vnni():
+        log.warning(
+            "this CPU has no VNNI: with %d-bit weights and %d-bit activations sums of two products "
+            "saturate, and int8 can differ from the simulation; quant.activation_bits=7 is safe",
+            weight_bits,
+            activation_bits,
+        )

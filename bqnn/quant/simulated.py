@@ -11,7 +11,7 @@ from bqnn.layers.bayes import GaussianWeight, local_reparametrization
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.markers import Add, Enter, Pool
 from bqnn.layers.noise import noise_like
-from bqnn.quant.fbgemm import FakeQuant
+from bqnn.quant.fbgemm import FakeQuant, check_engine
 from bqnn.quant.fuse import Fused
 from bqnn.quant.spec import QuantSpec
 from bqnn.quant.stochastic import GaussianGrids, activation_fake_quant, weight_fake_quant
@@ -161,9 +161,10 @@ class SimulatedPool(Pool):
 def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
     """Give a fused network its fake quantizers, in place; an ensemble's members get their own.
 
-    ValueError: nothing is fused, no `Enter` marks where integers begin, or an override of the spec
-    matches no layer.
+    ValueError: nothing is fused, no `Enter` marks where integers begin, an override of the spec
+    matches no layer, or this torch lacks the engine that the spec names.
     """
+    check_engine(spec.engine)
     for part in _parts(net):
         makers: dict[type[nn.Module], Any] = {
             Fused: _simulated_layer,

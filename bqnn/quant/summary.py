@@ -53,15 +53,25 @@ def weight_integers(layer: SimulatedLayer) -> list[WeightIntegers]:
         return stored
 
 
-def layer_rows(net: nn.Module, disagreements: dict[str, "Disagreement"]) -> list[dict[str, Any]]:
-    """A row for each weight tensor of a prepared network, for quantization.csv."""
+def layer_rows(
+    net: nn.Module, start: nn.Module, disagreements: dict[str, "Disagreement"]
+) -> list[dict[str, Any]]:
+    """A row for each weight tensor of a prepared network, for quantization.csv.
+
+    start: the network as it was before it was fine-tuned, prepared as well. `moved_share` is
+    the share of weights whose integer is another one since.
+    """
     rows = []
     for name, layer in net.named_modules():
         if not isinstance(layer, SimulatedLayer):
             continue
         output = layer.output_quant
         found = disagreements.get(name)
-        for weights in weight_integers(layer):
+        before = start.get_submodule(name)
+        assert isinstance(before, SimulatedLayer)
+        _take_grids(before, layer)
+        pairs = zip(weight_integers(layer), weight_integers(before), strict=True)
+        for weights, were in pairs:
             values, quant = weights.values, weights.quant
             ends = (values == quant.quant_min) | (values == quant.quant_max)
             rows.append(
@@ -70,8 +80,8 @@ def layer_rows(net: nn.Module, disagreements: dict[str, "Disagreement"]) -> list
                     "kind": "linear" if layer.geometry is None else "conv2d",
                     "tensor": weights.name,
                     "shape": "x".join(map(str, values.shape)),
-                    "weight_bits": _bits(quant),
-                    "activation_bits": _bits(output),
+                    "weight_bits": quant.bits,
+                    "activation_bits": output.bits,
                     "scale_min": float(quant.scale.min()),
                     "scale_max": float(quant.scale.max()),
                     "zero_point_min": int(quant.zero_point.min()),
@@ -79,6 +89,7 @@ def layer_rows(net: nn.Module, disagreements: dict[str, "Disagreement"]) -> list
                     "integer_min": int(values.min()),
                     "integer_max": int(values.max()),
                     "distinct_integers": len(values.unique()),
+                    "moved_share": float((values != were.values).float().mean()),
                     "saturated_share": float(ends.float().mean()),
                     "zero_share": float((weights.quant.dequantize(values) == 0).float().mean()),
                     "output_scale": float(output.scale),
@@ -107,7 +118,7 @@ def sizes(net: nn.Module) -> dict[str, int]:
             count = weights.values.numel()
             rest += 8 * weights.quant.scale.numel()  # a float32 and an int32
             total["int8_bytes"] += count
-            total["packed_bytes"] += ceil(count * _bits(weights.quant) / 8)
+            total["packed_bytes"] += ceil(count * weights.quant.bits / 8)
         total["int8_bytes"] += rest
         total["packed_bytes"] += rest
     return total
@@ -153,6 +164,13 @@ def disagreements(
     return results
 
 
+def _take_grids(to: nn.Module, source: nn.Module) -> None:
+    """Give a layer the grids of its twin, so that their integers can be compared."""
+    for name, module in source.named_modules():
+        if isinstance(module, FakeQuant | LogFakeQuant):
+            to.get_submodule(name).load_state_dict(module.state_dict())
+
+
 def _record(
     net: nn.Module, x: Tensor, index: int, wanted: Any
 ) -> dict[str, tuple[tuple[Tensor, ...], Tensor]]:
@@ -172,7 +190,3 @@ def _record(
     for hook in hooks:
         hook.remove()
     return kept
-
-
-def _bits(quant: FakeQuant) -> int:
-    return (quant.quant_max - quant.quant_min).bit_length()
