@@ -16,6 +16,7 @@ ALLOWED = {
     "nets": {"nets", "layers.markers"},
     "methods": {"methods", "layers", "likelihoods", "predict", "optim", "checkpoint"},
     "data": {"data"},
+    "quant": {"quant", "layers"},
     "optim": set(),
     "metrics": set(),
     "files": set(),
@@ -67,6 +68,13 @@ def test_some_packages_are_known_in_one_place_only(path: Path) -> None:
             assert own == "quant/fbgemm.py", f"{own} imports {name}"
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_quantized_operators_are_called_in_one_place_only(path: Path) -> None:
+    for word in ("torch.ops.quantized", "torch.ao"):
+        if word in path.read_text():
+            assert str(path.relative_to(PACKAGE)) == "quant/fbgemm.py", word
+
+
 def loaded_by(statement: str) -> set[str]:
     code = f"{statement}; import sys; print(*sys.modules)"
     result = subprocess.run(
@@ -76,7 +84,11 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_a_mistake_on_the_command_line_does_not_wait_for_torch() -> None:
-    assert not loaded_by("import bqnn.config") & {"torch", "pytorch_lightning", "numpy"}
+    assert not loaded_by("import bqnn.config, bqnn.quant.spec") & {
+        "torch",
+        "pytorch_lightning",
+        "numpy",
+    }
 
 
 def test_training_imports_heavy_packages_only_when_used() -> None:

@@ -85,6 +85,10 @@ def _fused(parent: nn.Module, layer: Any, followers: list[str]) -> Fused:
         relu = True
         setattr(parent, followers.pop(0), nn.Identity())
     assert bn is None or isinstance(bn, nn.BatchNorm2d)
+    if bn is not None and (bn.weight is None or bn.running_var is None):
+        raise TypeError("a batch norm without affine parameters or running statistics is not fused")
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        raise TypeError(f"padding_mode={layer.padding_mode!r}: integers know 'zeros' only")
     return Fused(layer, bn, relu).train(layer.training)
 
 

@@ -54,11 +54,13 @@ class IntegerGaussianLayer(Drawn):
 
     def __init__(self, layer: SimulatedGaussianLayer, engine: str) -> None:
         super().__init__()
-        factor, self.bias = layer.fold()
+        factor, bias = layer.fold()
+        self.bias = None if bias is None else bias.detach()
+        self.sign = None if factor is None else factor.sign().reshape(-1, 1, 1, 1)
         self.grids = layer.grids
         mean, sigma = layer.folded_parameters(factor)
         grids = layer.grids
-        self.mean = mean if grids.mean is None else grids.mean.integers(mean)
+        self.mean = mean.detach() if grids.mean is None else grids.mean.integers(mean)
         self.sigma = sigma if grids.sigma is None else grids.sigma.integers(sigma)
         self.geometry = layer.geometry
         self.grid = ActivationGrid(layer.output_quant)
@@ -71,7 +73,10 @@ class IntegerGaussianLayer(Drawn):
         grids = self.grids
         mean = self.mean if grids.mean is None else grids.mean.dequantize(self.mean)
         sigma = self.sigma if grids.sigma is None else grids.sigma.dequantize(self.sigma)
-        weight = grids.draw(mean, sigma, noise_like(mean))
+        eps = noise_like(mean)
+        if self.sign is not None:
+            eps *= self.sign
+        weight = grids.draw(mean, sigma, eps)
         packed = quantized_weight(weight, grids.weight)
         return PackedWeight(packed, self.bias, self.geometry, self.engine)
 

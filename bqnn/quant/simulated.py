@@ -114,8 +114,12 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):
 
     def draw(self) -> Tensor:
         """One draw of the weights, with batch norm folded in, on their grid."""
-        parameters = self.folded_parameters(self.fold()[0])
-        return self.grids.draw(*self.grids.parameters_on_grid(*parameters), noise_like(self.mean))
+        factor, _ = self.fold()
+        parameters = self.grids.parameters_on_grid(*self.folded_parameters(factor))
+        eps = noise_like(self.mean)
+        if factor is not None:  # so that equal noise is an equal draw of the network in float
+            eps *= _like_weights(factor.sign(), eps)
+        return self.grids.draw(*parameters, eps)
 
     def folded_parameters(self, factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """mu and sigma of the weights with batch norm folded in; a factor may be negative."""

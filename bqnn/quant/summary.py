@@ -1,5 +1,6 @@
 """What quantization did to each layer: integers, sizes, how well int8 follows the simulation."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -137,31 +138,49 @@ class Disagreement:
         return self.differing / self.total
 
 
-@torch.no_grad()
 def disagreements(
     simulated: nn.Module, integer: nn.Module, x: Tensor, index: int = 0
 ) -> dict[str, Disagreement]:
-    """Feed every module of the int8 network what its simulated twin reads, and compare.
+    """Where the int8 network differs from the simulation, module by module: see `twins`."""
+    results = {}
+    for twin in twins(simulated, integer, x, index):
+        steps = (twin.got - twin.expected).abs()
+        results[twin.name] = Disagreement(int((steps > 0).sum()), steps.numel(), int(steps.max()))
+    return results
 
-    One draw of both networks, number `index`, is made from equal noise. Keys are the names of the
-    modules whose outputs are quantized and that this draw used.
+
+@dataclass(frozen=True, eq=False)
+class Twin:
+    """A fake-quantized module, what it read, its integers, and those of its int8 twin for that."""
+
+    name: str
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    expected: Tensor
+    got: Tensor
+
+
+@torch.no_grad()
+def twins(simulated: nn.Module, integer: nn.Module, x: Tensor, index: int = 0) -> Iterator[Twin]:
+    """Feed every module of the int8 network what its simulated twin reads.
+
+    One draw of both networks, number `index`, is made from equal noise. There is a twin for each
+    module whose outputs are quantized and that this draw used.
     """
     seen = _record(simulated, x, index, lambda module: hasattr(module, "output_quant"))
     grids = _record(integer, x, index, lambda module: hasattr(module, "grid"))
-    results = {}
     reseed(x.device, 0)
     with held_draw(integer, index):
         for name, (inputs, output) in seen.items():
-            twin, quant = integer.get_submodule(name), simulated.get_submodule(name).output_quant
+            module = simulated.get_submodule(name)
+            quant = module.output_quant
             assert isinstance(quant, FakeQuant)
             fed = [
                 quantized_like(floats, like) if like.is_quantized else floats
                 for floats, like in zip(inputs, grids[name][0], strict=True)
             ]
-            got = twin(*fed).int_repr().int()
-            steps = (got - quant.integers(output).int()).abs()
-            results[name] = Disagreement(int((steps > 0).sum()), steps.numel(), int(steps.max()))
-    return results
+            got = integer.get_submodule(name)(*fed).int_repr().int()
+            yield Twin(name, module, inputs, quant.integers(output).int(), got)
 
 
 def _take_grids(to: nn.Module, source: nn.Module) -> None:

@@ -1,0 +1,66 @@
+"""Small networks of every method, prepared and calibrated."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bqnn.layers.bayes import to_bayes
+from bqnn.layers.dropout import to_mcdropout
+from bqnn.layers.ensemble import Ensemble
+from bqnn.layers.noise import reseed
+from bqnn.nets import NETS
+from bqnn.quant.fuse import fuse
+from bqnn.quant.simulated import calibrate, prepare
+from bqnn.quant.spec import QuantSpec
+
+SHAPES = {"mlp": (6,), "lenet": (1, 8, 8), "resnet": (3, 8, 8)}
+OPTIONS: dict[str, dict] = {
+    "mlp": {"hidden_features": [24, 24]},
+    "lenet": {"channels": [6, 8], "hidden_features": 32},
+    "resnet": {"width": 4, "blocks_per_stage": [1, 1]},
+}
+
+Make = Callable[..., nn.Module]
+
+
+def float_net(method: str, net: str) -> nn.Module:
+    """A network in eval mode whose batch norms are far from the identity."""
+    reseed(torch.device("cpu"), 3)
+    made = NETS[net](SHAPES[net], (10,), **OPTIONS[net])
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 0, 1)  # half of them negative
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean, 0, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    if method == "bbb":
+        made = to_bayes(made, prior_std=0.3, init_rho=-3.0)
+    elif method == "mcdropout":
+        made = to_mcdropout(made, rate=0.25)
+    elif method == "sghmc":
+        made = Ensemble(made, num_members=2)
+        for _ in range(2):
+            for param in made.current.parameters():
+                param.data.add_(0.1 * torch.randn_like(param) * param.abs().mean())
+            made.collect()
+    return made.to(memory_format=torch.channels_last).eval()
+
+
+def inputs(net: str, rows: int = 64) -> Tensor:
+    reseed(torch.device("cpu"), 5)
+    x = torch.randn(rows, *SHAPES[net])
+    return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+@pytest.fixture
+def simulated() -> Make:
+    """make(method, net, **spec): a calibrated network."""
+
+    def make(method: str, net: str, **options: object) -> nn.Module:
+        spec = QuantSpec(activation_observer="minmax", **options)  # type: ignore[arg-type]
+        prepared = prepare(fuse(float_net(method, net)), spec)
+        return calibrate(prepared, [inputs(net)])
+
+    return make

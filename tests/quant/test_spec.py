@@ -1,0 +1,53 @@
+"""QuantSpec refuses what cannot be, by name, value, reason and remedy."""
+
+import json
+
+import pytest
+
+from bqnn.quant.spec import QuantSpec
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_bits": 9}, r"quant\.weight_bits=9: .* choose 2 to 8"),
+        ({"activation_bits": 1}, r"quant\.activation_bits=1"),
+        ({"sigma_bits": 0}, r"quant\.sigma_bits=0"),
+        ({"weight_bits": 4.0}, r"quant\.weight_bits=4\.0"),
+        ({"engine": "qnnpack"}, r"quant\.engine=qnnpack: choose fbgemm or x86 or onednn"),
+        ({"engine": "onednn", "weight_symmetric": False}, "takes symmetric weights only"),
+        ({"strategy": "all"}, r"quant\.strategy=all"),
+        ({"noise_range": 0.0}, r"quant\.noise_range=0\.0"),
+        ({"overrides": [{"weight_bits": 8}]}, "needs a layer"),
+        ({"overrides": [{"layer": "a", "bits": 8}]}, "needs a layer"),
+        ({"overrides": [{"layer": "a", "weight_bits": 12}]}, r"quant\.weight_bits=12"),
+    ],
+)
+def test_bad_options_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        QuantSpec(**options)
+
+
+def test_a_spec_survives_json() -> None:
+    spec = QuantSpec(weight_bits=3, overrides=({"layer": "a.*", "weight_bits": 8},))
+    assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    with pytest.raises(ValueError, match=r"quant\.wight_bits: no such option"):
+        QuantSpec.from_dict({"wight_bits": 3})
+
+
+def test_later_overrides_win() -> None:
+    spec = QuantSpec(
+        weight_bits=3,
+        overrides=({"layer": "a.*", "weight_bits": 8}, {"layer": "a.1", "activation_bits": 4}),
+    )
+    layer = spec.for_layer("a.1")
+    assert (layer.weight_bits, layer.activation_bits) == (8, 4)
+    assert (spec.for_layer("b").weight_bits, spec.for_layer("b").activation_bits) == (3, 7)
+
+
+def test_the_observer_follows_the_mode() -> None:
+    options = {"name": "default", "mode": "ptq", "activation_observer": None}
+    assert QuantSpec.from_config(options).activation_observer == "histogram"
+    assert QuantSpec.from_config({**options, "mode": "qat"}).activation_observer == "moving_average"
+    with pytest.raises(ValueError, match=r"quant\.mode=both: choose qat"):
+        QuantSpec.from_config({**options, "mode": "both"})
