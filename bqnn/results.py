@@ -17,8 +17,14 @@ from bqnn.files import write_json, written_beside
 from bqnn.layers.ensemble import Ensemble
 from bqnn.likelihoods import Regression
 from bqnn.methods import Method
-from bqnn.quant.simulated import SimulatedLayer
-from bqnn.quant.summary import Disagreement, disagreements, layer_rows, sizes, weight_integers
+from bqnn.quant.summary import (
+    Disagreement,
+    disagreements,
+    layer_rows,
+    simulated_layers,
+    sizes,
+    weight_integers,
+)
 
 STAGES = ("float", "unquantized", "simulated", "int8")
 TABLE = ("error", "nll", "ape", "mi", "ece", "rmse")
@@ -142,8 +148,7 @@ def draw_weights(folder: Path, simulated: Method) -> list[Path]:
         net = net.members[0]
     panels = [
         (f"{name} {weights.name}".strip(), weights.steps, weights.values)
-        for name, layer in net.named_modules()
-        if isinstance(layer, SimulatedLayer)
+        for name, layer in simulated_layers(net)
         for weights in weight_integers(layer)
     ]
     return [plots.save(plots.weight_grids(panels), folder / "weights.png")]

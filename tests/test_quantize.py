@@ -96,7 +96,7 @@ def test_patterns_select_and_never_quantize_twice(
     trained: Path, script_here: ScriptHere, tmp_path: Path
 ) -> None:
     quick = ["quant.mode=ptq", "logger=none", "plots=false"]
-    pattern = f"'checkpoint={trained}/pointwise_*/checkpoint.ckpt'"
+    pattern = f"checkpoint={trained}/pointwise_*/checkpoint.ckpt"
     code, errors = script_here("quantize", pattern, *quick, "hydra.run.dir=all")
     assert code == 0, errors
     parts = sorted(path.name for path in (tmp_path / "all").iterdir() if path.is_dir())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.layers.draws import held_draw
+from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.noise import reseed
 from bqnn.quant.fbgemm import FakeQuant, quantized_like
 from bqnn.quant.simulated import SimulatedGaussianLayer, SimulatedLayer, SimulatedPointLayer
@@ -54,6 +55,14 @@ def weight_integers(layer: SimulatedLayer) -> list[WeightIntegers]:
         return stored
 
 
+def simulated_layers(net: nn.Module) -> Iterator[tuple[str, SimulatedLayer]]:
+    """The fake-quantized layers that predictions are made with, and their names."""
+    for name, layer in net.named_modules():
+        is_spare = isinstance(net, Ensemble) and len(net) > 0 and name.startswith("current.")
+        if isinstance(layer, SimulatedLayer) and not is_spare:
+            yield name, layer
+
+
 def layer_rows(
     net: nn.Module, start: nn.Module, disagreements: dict[str, "Disagreement"]
 ) -> list[dict[str, Any]]:
@@ -63,9 +72,7 @@ def layer_rows(
     the share of weights whose integer is another one since.
     """
     rows = []
-    for name, layer in net.named_modules():
-        if not isinstance(layer, SimulatedLayer):
-            continue
+    for name, layer in simulated_layers(net):
         output = layer.output_quant
         found = disagreements.get(name)
         before = start.get_submodule(name)
@@ -109,9 +116,7 @@ def sizes(net: nn.Module) -> dict[str, int]:
     weight has two numbers, mu and sigma.
     """
     total = {"float_bytes": 0, "int8_bytes": 0, "packed_bytes": 0}
-    for layer in net.modules():
-        if not isinstance(layer, SimulatedLayer):
-            continue
+    for _, layer in simulated_layers(net):
         total["float_bytes"] += sum(4 * param.numel() for param in layer.parameters())
         _, bias = layer.fold()
         rest = 0 if bias is None else 4 * bias.numel()
