@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(_machine(arguments.threads))
+    print(machine(arguments.threads))
 
     print("\n1. train.py's path / hand-written loop, medians")
     for label, task, kind in (
@@ -182,7 +182,7 @@ def _print_pairs(label: str, ours: list[float], theirs: list[float]) -> None:
     print(f"{label:<45} {a:9.2f} ms / {b:9.2f} ms = {ratio:.2f}")
 
 
-def _machine(threads: int) -> str:
+def machine(threads: int) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     flags = next((line.split() for line in lines if line.startswith("flags")), [])

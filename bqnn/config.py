@@ -28,6 +28,11 @@ NUMBERS: dict[str, tuple[type, int]] = {
     "method.num_samples": (int, 1),
     "method.val_samples": (int, 1),
     "method.optimizer.lr": (float, 0),
+    "num_samples": (int, 1),
+    "quant.freeze_epochs": (int, 0),
+    "quant.fine_tuning.calibration_batches": (int, 1),
+    "quant.fine_tuning.prior_weight": (float, 0),
+    "quant.fine_tuning.optimizer.lr": (float, 0),
 }
 
 CONF = Path(__file__).resolve().parents[1] / "conf"

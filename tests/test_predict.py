@@ -4,12 +4,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bqnn import predict
 from bqnn.layers.bayes import to_bayes
 from bqnn.layers.draws import Drawn, held_draw
-from bqnn.layers.dropout import to_mcdropout
+from bqnn.layers.dropout import MCDropout, to_mcdropout
 from bqnn.layers.ensemble import Ensemble
+from bqnn.layers.noise import reseed
 from bqnn.nets import MLP, LeNet, ResNet
-from bqnn.predict import predictive
+from bqnn.predict import FIRST_STREAM, predictive
 
 
 class Counter(Drawn):
@@ -157,3 +159,24 @@ def test_a_held_draw_is_the_mean_plus_sigma_times_noise():
     # 5 standard errors over 120,000 weights
     assert abs(scores.mean()) < 5 / 120_000**0.5
     assert abs(scores.var() - 1) < 5 * (2 / 120_000) ** 0.5
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_comes_before_the_first_random_layer_is_computed_once(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    first = nn.Linear(4, 8)
+    first.register_forward_hook(lambda *_: calls.append(1))
+    net = nn.Sequential(nn.Sequential(first, nn.ReLU()), MCDropout(0.5), nn.Linear(8, 2)).eval()
+    x = torch.randn(10, 4)
+    expected = []
+    for index in range(3):
+        with torch.random.fork_rng([]):
+            reseed(x.device, 0, FIRST_STREAM + index)
+            expected.append(torch.cat([net(rows) for rows in x.split(4)]).detach())
+    calls.clear()
+    monkeypatch.setattr(predict, "MAX_KEPT_BYTES", 1000 if kept else 300)
+    samples = predictive(net, x, 3, batch_size=4)
+    assert torch.equal(samples, torch.stack(expected))
+    assert len(calls) == (3 if kept else 10)  # of three batches; or once more than the nine passes

@@ -1,0 +1,106 @@
+"""Monte-Carlo prediction in int8 against float: python benchmarks/int8.py
+
+The same network, draws and rows; float runs in channels_last. Pair by pair within one run, so that
+a noisy machine slows both sides alike; ratios are medians of the pairs' ratios. Images are random
+and networks untrained: neither changes the time.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+
+import torch
+from torch import Tensor, nn
+from train_step import machine
+
+from bqnn.layers.bayes import to_bayes
+from bqnn.layers.draws import held_draw
+from bqnn.layers.dropout import to_mcdropout
+from bqnn.layers.ensemble import Ensemble
+from bqnn.nets import LeNet, ResNet
+from bqnn.predict import predictive
+from bqnn.quant.fuse import fuse
+from bqnn.quant.integer import convert
+from bqnn.quant.simulated import calibrate, prepare
+from bqnn.quant.spec import QuantSpec
+
+NETS = {"lenet": (LeNet, (1, 28, 28)), "resnet": (ResNet, (3, 32, 32))}
+METHODS = ("pointwise", "bbb", "mcdropout", "sghmc")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--samples", type=int, default=2, help="draws, or members of the ensemble")
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(machine(arguments.threads))
+    print(f"{arguments.images} images, {arguments.samples} draws, batches of 512, 8-bit weights,")
+    print("7-bit activations; seconds in float / in int8, and how many times int8 is faster")
+    for name in arguments.nets:
+        x = torch.rand(arguments.images, *NETS[name][1]).to(memory_format=torch.channels_last)
+        for method in arguments.methods:
+            in_float = _net(name, method, arguments.samples)
+            num_samples = 1 if method == "pointwise" else arguments.samples
+            for engine in ("fbgemm", "x86"):
+                integer = _integer(in_float, x[:256], engine)
+                _compare(
+                    f"{name} {method} {engine}", in_float, integer, x, num_samples, arguments.pairs
+                )
+
+
+def _compare(
+    label: str, a: nn.Module, b: nn.Module, x: Tensor, num_samples: int, num_pairs: int
+) -> None:
+    for net in (a, b):
+        predictive(net, x[:512], 1)  # warm up
+    pairs = [
+        tuple(_seconds(lambda net=net: predictive(net, x, num_samples)) for net in (a, b))
+        for _ in range(num_pairs)
+    ]
+    ratio = statistics.median(first / second for first, second in pairs)
+    first, second = (statistics.median(side) for side in zip(*pairs, strict=True))
+    draw = num_samples * statistics.median(_seconds(lambda: _draw(b)) for _ in range(5))
+    print(
+        f"{label:<26} {first:7.2f} s / {second:7.2f} s = {ratio:5.2f}, "
+        f"drawing and packing weights {100 * draw / second:4.1f} %"
+    )
+
+
+def _net(name: str, method: str, num_members: int) -> nn.Module:
+    kind, shape = NETS[name]
+    net = kind(shape, (10,))
+    if method == "bbb":
+        net = to_bayes(net, prior_std=0.1, init_rho=-5.0)
+    elif method == "mcdropout":
+        net = to_mcdropout(net, rate=0.2)
+    elif method == "sghmc":
+        net = Ensemble(net, num_members)
+        for _ in range(num_members):
+            net.collect()
+    return net.to(memory_format=torch.channels_last).eval()
+
+
+def _integer(net: nn.Module, x: Tensor, engine: str) -> nn.Module:
+    spec = QuantSpec(activation_observer="minmax", engine=engine)
+    return convert(calibrate(prepare(fuse(copy.deepcopy(net)), spec), [x]), engine)
+
+
+def _draw(net: nn.Module) -> None:
+    with held_draw(net, 0):
+        pass
+
+
+def _seconds(action: object) -> float:
+    start = time.perf_counter()
+    action()  # type: ignore[operator]
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
