@@ -11,11 +11,11 @@ def quantize(job: Job) -> None:
     """Quantize every network that the checkpoint, or pattern, stands for."""
     QuantSpec.from_config(job.config["quant"])
     # Imported here, so that a mistake on the command line is answered at once.
-    from bqnn.checkpoint import find_float_checkpoints, read_checkpoint
+    from bqnn.checkpoint import find_float_checkpoints
 
     configs = {}
-    for path in find_float_checkpoints(job.config["checkpoint"], job.config["select"]):
-        recipe = read_checkpoint(path)["recipe"]
+    found = find_float_checkpoints(job.config["checkpoint"], job.config["select"])
+    for path, recipe in found.items():
         described = {key: recipe[key] for key in ("method", "net", "task", "seed")}
         name = f"{len(configs)}_{recipe['method']['name']}_{recipe['task']['name']}"
         configs[name] = {**job.config, **described, "checkpoint": str(path)}
@@ -25,7 +25,7 @@ def quantize(job: Job) -> None:
 def quantize_one(job: Job) -> None:
     from bqnn.checkpoint import save_checkpoint
     from bqnn.loggers import log_final, log_pictures, make_loggers
-    from bqnn.quant.callback import QuantizationCallback, calibrate_module, quantize_module
+    from bqnn.quant.callback import calibrate_module, quantization_callbacks, quantize_module
     from bqnn.recipe import NUMERICS, load, make_data
     from bqnn.results import (
         comparison_table,
@@ -48,10 +48,11 @@ def quantize_one(job: Job) -> None:
 
     path, timer = job.folder / "checkpoint.ckpt", EpochTimer(job)
     if options["mode"] == "qat":
-        callbacks = [timer, QuantizationCallback(spec, options["freeze_epochs"])]
+        callbacks = [timer, *quantization_callbacks(options)]
         trainer = make_trainer(job, loggers, callbacks, validate=data.val is not None)
         model.fine_tune(tuning["optimizer"], tuning["prior_weight"])
         start = deepcopy(model)
+        quantize_module(start, spec)
         trainer.fit(model, datamodule=data)
     else:
         trainer = make_trainer(job, loggers, [], validate=False)
@@ -71,7 +72,6 @@ def quantize_one(job: Job) -> None:
     predictions, _ = evaluations["int8"]
     write_metrics(job.folder, metrics | {"num_samples": num_samples} | timer.metrics())
     write_predictions(job.folder, predictions)
-    quantize_module(start, spec)
     write_layers(job.folder, start, models["simulated"], models["int8"], data)
     log_final(loggers, metrics)
     if job.config["plots"]:

@@ -8,11 +8,10 @@ and networks untrained: neither changes the time.
 import argparse
 import copy
 import statistics
-import time
 
 import torch
 from torch import Tensor, nn
-from train_step import machine
+from train_step import machine, seconds
 
 from bqnn.layers.bayes import to_bayes
 from bqnn.layers.draws import held_draw
@@ -60,12 +59,12 @@ def _compare(
     for net in (a, b):
         predictive(net, x[:512], 1)  # warm up
     pairs = [
-        tuple(_seconds(lambda net=net: predictive(net, x, num_samples)) for net in (a, b))
+        tuple(seconds(lambda net=net: predictive(net, x, num_samples)) for net in (a, b))
         for _ in range(num_pairs)
     ]
     ratio = statistics.median(first / second for first, second in pairs)
     first, second = (statistics.median(side) for side in zip(*pairs, strict=True))
-    draw = num_samples * statistics.median(_seconds(lambda: _draw(b)) for _ in range(5))
+    draw = num_samples * statistics.median(seconds(lambda: _draw(b)) for _ in range(5))
     print(
         f"{label:<26} {first:7.2f} s / {second:7.2f} s = {ratio:5.2f}, "
         f"drawing and packing weights {100 * draw / second:4.1f} %"
@@ -94,12 +93,6 @@ def _integer(net: nn.Module, x: Tensor, engine: str) -> nn.Module:
 def _draw(net: nn.Module) -> None:
     with held_draw(net, 0):
         pass
-
-
-def _seconds(action: object) -> float:
-    start = time.perf_counter()
-    action()  # type: ignore[operator]
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -81,15 +81,15 @@ def main() -> None:
     times: dict[str, list[float]] = {method: [] for method in METHODS}
     for pair in range(arguments.pairs + 3):
         for method, step in steps.items():
-            seconds = _seconds(step)
+            elapsed = seconds(step)
             if pair >= 3:  # the first ones warm up
-                times[method].append(seconds)
+                times[method].append(elapsed)
     for method in METHODS:
         _print_pairs(f"{method:<10}", times[method], times["pointwise"])
 
     print("\n3. from the start of the process to the first step of train.py task=digits")
     ours = [_first_step() for _ in range(3)]
-    imports = [_seconds(lambda: _python("import pytorch_lightning")) for _ in range(3)]
+    imports = [seconds(lambda: _python("import pytorch_lightning")) for _ in range(3)]
     _print_pairs("train.py / import pytorch_lightning", ours, imports)
 
 
@@ -124,7 +124,7 @@ class _HandEpochs(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.lightning_seconds.append(time.perf_counter() - self._start)
-        self.hand_seconds.append(_seconds(self._epoch))
+        self.hand_seconds.append(seconds(self._epoch))
         self._start = time.perf_counter()
 
     def _epoch(self) -> None:
@@ -170,7 +170,7 @@ def _python(statement: str) -> None:
     subprocess.run([sys.executable, "-c", statement], check=True)
 
 
-def _seconds(action: Callable[[], object]) -> float:
+def seconds(action: Callable[[], object]) -> float:
     start = time.perf_counter()
     action()
     return time.perf_counter() - start

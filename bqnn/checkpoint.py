@@ -66,8 +66,8 @@ def save_checkpoint(trainer: pl.Trainer, model: pl.LightningModule, path: Path) 
         trainer.save_checkpoint(beside, weights_only=True)
 
 
-def find_float_checkpoints(pattern: str, select: str) -> list[Path]:
-    """The float checkpoints at a path or glob pattern, in order; ** stands for any folders.
+def find_float_checkpoints(pattern: str, select: str) -> dict[Path, dict[str, Any]]:
+    """The recipes of the float checkpoints at a path or glob pattern; ** stands for any folders.
 
     select: `all`, or `best`, the one with the lowest val/nll in the metrics.json beside it, for
     each method and task. What is quantized already is left out of a pattern's matches.
@@ -84,7 +84,7 @@ def find_float_checkpoints(pattern: str, select: str) -> list[Path]:
                 "pattern, as in 'checkpoint=outputs/**/checkpoint.ckpt'"
             )
     recipes = {path: read_checkpoint(path)["recipe"] for path in paths}
-    floats = [path for path in paths if recipes[path]["stage"] == "float"]
+    floats = {path: recipe for path, recipe in recipes.items() if recipe["stage"] == "float"}
     if not floats:
         raise ValueError(
             f"checkpoint={pattern}: quantized already ({recipes[paths[0]]['quant']}); rounding it "
@@ -95,12 +95,12 @@ def find_float_checkpoints(pattern: str, select: str) -> list[Path]:
     if select == "all":
         return floats
     best: dict[tuple[str, str], tuple[float, Path]] = {}
-    for path in floats:
-        key = (recipes[path]["method"]["name"], recipes[path]["task"]["name"])
+    for path, recipe in floats.items():
+        key = (recipe["method"]["name"], recipe["task"]["name"])
         nll = _validation_nll(path)
         if key not in best or nll < best[key][0]:
             best[key] = (nll, path)
-    return [path for _, path in best.values()]
+    return {path: floats[path] for _, path in best.values()}
 
 
 def _validation_nll(path: Path) -> float:

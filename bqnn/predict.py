@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from bqnn.layers.chain import is_chain
 from bqnn.layers.draws import Stochastic, held_draw
 from bqnn.layers.noise import reseed
 
@@ -56,8 +57,8 @@ def _split_at_first_random(net: nn.Module) -> tuple[nn.Sequential, nn.Sequential
 
 
 def _steps(net: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(net, nn.Sequential) and type(net).forward is nn.Sequential.forward:
-        for child in net:
+    if is_chain(net):
+        for child in net.children():
             yield from _steps(child)
     else:
         yield net

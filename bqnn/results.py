@@ -17,6 +17,7 @@ from bqnn.files import write_json, written_beside
 from bqnn.layers.ensemble import Ensemble
 from bqnn.likelihoods import Regression
 from bqnn.methods import Method
+from bqnn.methods.base import channels_last
 from bqnn.quant.summary import (
     Disagreement,
     disagreements,
@@ -122,8 +123,7 @@ def write_layers(
 
     start: the quantized model before any fine-tuning.
     """
-    x = data.normalize(data.test.inputs[:256])
-    x = x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
+    x = channels_last(data.normalize(data.test.inputs[:256]))
     found: dict[str, Disagreement] = {}
     for index in range(len(simulated.net) if isinstance(simulated.net, Ensemble) else 1):
         found |= disagreements(simulated.net, integer.net, x, index)

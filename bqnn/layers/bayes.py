@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from bqnn.layers.draws import Drawn
+from bqnn.layers.draws import DrawnWeights
 from bqnn.layers.noise import noise_like
 from bqnn.layers.swap import swap
 
 
-class GaussianWeight(Drawn):
+class GaussianWeight(DrawnWeights):
     """A layer with weights w ~ N(mean, sigma^2), sigma = softplus(rho), and a point bias.
 
     In training the output is drawn, by local reparametrization (Kingma et al., 2015, eq. 6):
@@ -45,7 +45,6 @@ class GaussianWeight(Drawn):
         self.rho = nn.Parameter(torch.full_like(self.mean, init_rho))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.prior_std = prior_std
-        self._held: Tensor | None = None
 
     @property
     def sigma(self) -> Tensor:
@@ -67,15 +66,9 @@ class GaussianWeight(Drawn):
         """One draw of the weights."""
         return torch.addcmul(self.mean, self.sigma, noise_like(self.mean))
 
-    def hold_draw(self, index: int) -> None:
-        self._held = self.draw()
-
-    def release_draw(self) -> None:
-        self._held = None
-
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return self.apply_weight(x, self.draw() if self._held is None else self._held)
+            return self.apply_weight(x, self.weights())
         mean = self.apply_weight(x, self.mean)
         variance = self.apply_weight(x.square(), self.sigma.square(), with_bias=False)
         return local_reparametrization(mean, variance)

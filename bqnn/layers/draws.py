@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +23,26 @@ class Drawn(Stochastic):
 
     def release_draw(self) -> None:
         raise NotImplementedError
+
+
+class DrawnWeights(Drawn):
+    """A layer whose weights are random: all that is left to say is how `draw` makes them."""
+
+    _held: Any = None
+
+    def draw(self) -> Any:
+        """One draw of the weights, in the form that `forward` needs."""
+        raise NotImplementedError
+
+    def weights(self) -> Any:
+        """The draw that is held, or a new one."""
+        return self.draw() if self._held is None else self._held
+
+    def hold_draw(self, index: int) -> None:
+        self._held = self.draw()
+
+    def release_draw(self) -> None:
+        self._held = None
 
 
 @contextmanager

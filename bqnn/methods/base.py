@@ -65,13 +65,13 @@ class Method(pl.LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """One draw of the network's output: logits [B, C], or mean and log variance [B, 2]."""
-        return self.net(_channels_last(x))
+        return self.net(channels_last(x))
 
     def predictive(self, x: Tensor, num_samples: int | None = None) -> Tensor:
         """Stack independent draws of the output for normalized inputs: [S, B, ...]."""
         return predictive(
             self.net,
-            _channels_last(x),
+            channels_last(x),
             self.available_samples if num_samples is None else num_samples,
             seed=self.seed,
         )
@@ -92,10 +92,10 @@ class Method(pl.LightningModule):
         prior_weight scales the part of the loss that comes from the prior; weight decay stays as
         it was where the optimizer's options name none.
         """
-        kept = {key: self.optimizer[key] for key in ("weight_decay",) if key in self.optimizer}
-        if "weight_decay" in kept:
-            kept["weight_decay"] *= prior_weight
-        self.optimizer = {**kept, **optimizer}
+        if "weight_decay" in self.optimizer:
+            decay = prior_weight * self.optimizer["weight_decay"]
+            optimizer = {"weight_decay": decay, **optimizer}
+        self.optimizer = optimizer
         self.schedule = "cosine_by_step"  # a fine-tuning may be one epoch long
 
     def configure_optimizers(self) -> Any:
@@ -212,6 +212,6 @@ class Method(pl.LightningModule):
         )
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
     """Pictures in the layout that convolutions are fastest in; anything else as it is."""
     return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x

@@ -2,8 +2,8 @@
 
 Nothing else in the package touches torch.ao or torch.ops.quantized. Upstream calls torch.ao
 deprecated and has no other int8 convolution for the CPU. To do without it, replace in this file
-the three observers of `_observer` (a running minimum and maximum, and the search of a histogram's
-best range) and the calls of torch.ops.quantized in `pack` and `PackedWeight`; the rounding in
+the observers of `_observer` (minimum and maximum, running or averaged, and the search of a
+histogram's best range) and the calls of torch.ops.quantized in `PackedWeight`; the rounding in
 `FakeQuant` uses core operators already.
 """
 
@@ -106,7 +106,8 @@ class FakeQuant(nn.Module):
         """Whether any data was seen (or the grid was given)."""
         return bool((self.scale > 0).all())
 
-    def along(self, x: Tensor, values: Tensor) -> Tensor:
+    @staticmethod
+    def along(x: Tensor, values: Tensor) -> Tensor:
         """[C] values in the shape that broadcasts over dimension 0 of x."""
         return values.reshape(-1, *[1] * (x.dim() - 1))
 

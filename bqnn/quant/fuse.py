@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bqnn.layers.bayes import BayesConv2d, BayesLinear
+from bqnn.layers.chain import is_chain
 
 Layer = nn.Linear | nn.Conv2d | BayesLinear | BayesConv2d
 LAYERS = (nn.Linear, nn.Conv2d, BayesLinear, BayesConv2d)
@@ -57,7 +58,7 @@ def fuse(net: nn.Module) -> nn.Module:
     for path, parent in list(net.named_modules()):
         if isinstance(parent, LAYERS):
             continue
-        chain = list(parent._modules) if _is_chain(parent) else []
+        chain = list(parent._modules) if is_chain(parent) else []
         for name, child in list(parent._modules.items()):
             if type(child) in LAYERS:
                 followers = chain[chain.index(name) + 1 :] if chain else []
@@ -68,11 +69,6 @@ def fuse(net: nn.Module) -> nn.Module:
     if count == 0:
         raise ValueError("fuse: this network has no linear layer or convolution")
     return net
-
-
-def _is_chain(parent: nn.Module) -> bool:
-    """Whether the children of a module are called one after the other."""
-    return isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward
 
 
 def _fused(parent: nn.Module, layer: Any, followers: list[str]) -> Fused:

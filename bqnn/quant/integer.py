@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bqnn.layers.draws import Drawn, Stochastic
+from bqnn.layers.draws import DrawnWeights, Stochastic
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.markers import Add, Leave, Pool
@@ -49,24 +49,22 @@ class IntegerLayer(nn.Module):
         return self.grid.clamp(out)
 
 
-class IntegerGaussianLayer(Drawn):
+class IntegerGaussianLayer(DrawnWeights):
     """A Bayesian layer: integers for mu and sigma, from which each draw is made and packed."""
 
     def __init__(self, layer: SimulatedGaussianLayer, engine: str) -> None:
         super().__init__()
         factor, bias = layer.fold()
         self.bias = None if bias is None else bias.detach()
-        self.sign = None if factor is None else factor.sign().reshape(-1, 1, 1, 1)
-        self.grids = layer.grids
+        self.sign = None if factor is None else FakeQuant.along(layer.mean, factor.sign())
         mean, sigma = layer.folded_parameters(factor)
-        grids = layer.grids
+        self.grids = grids = layer.grids
         self.mean = mean.detach() if grids.mean is None else grids.mean.integers(mean)
         self.sigma = sigma if grids.sigma is None else grids.sigma.integers(sigma)
         self.geometry = layer.geometry
         self.grid = ActivationGrid(layer.output_quant)
         self.relu = layer.relu
         self.engine = engine
-        self._held: PackedWeight | None = None
 
     def draw(self) -> PackedWeight:
         """One draw of the weights, packed."""
@@ -80,15 +78,9 @@ class IntegerGaussianLayer(Drawn):
         packed = quantized_weight(weight, grids.weight)
         return PackedWeight(packed, self.bias, self.geometry, self.engine)
 
-    def hold_draw(self, index: int) -> None:
-        self._held = self.draw()
-
-    def release_draw(self) -> None:
-        self._held = None
-
     def forward(self, x: Tensor) -> Tensor:
-        packed = self.draw() if self._held is None else self._held
-        return self.grid.clamp(packed(x, self.relu, self.grid.scale, self.grid.zero_point))
+        out = self.weights()(x, self.relu, self.grid.scale, self.grid.zero_point)
+        return self.grid.clamp(out)
 
 
 class IntegerDropout(Stochastic):

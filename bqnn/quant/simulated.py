@@ -17,6 +17,17 @@ from bqnn.quant.spec import QuantSpec
 from bqnn.quant.stochastic import GaussianGrids, activation_fake_quant, weight_fake_quant
 
 
+class RoundedOutput(nn.Module):
+    """Rounds what the next class in line computes."""
+
+    def __init__(self, spec: QuantSpec) -> None:
+        super().__init__()
+        self.output_quant = activation_fake_quant(spec)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.output_quant(super().forward(*inputs))
+
+
 class SimulatedLayer(nn.Module):
     """A fused layer with its weights and its outputs on their grids.
 
@@ -86,7 +97,7 @@ class SimulatedPointLayer(SimulatedLayer):
         return self.linear_map(x, self.weight_quant(self.folded_weight(factor)), bias)
 
     def folded_weight(self, factor: Tensor | None) -> Tensor:
-        return self.weight if factor is None else self.weight * _like_weights(factor, self.weight)
+        return self.weight if factor is None else self.weight * FakeQuant.along(self.weight, factor)
 
 
 class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):
@@ -99,14 +110,10 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):
         self.rho = fused.layer.rho
         self.prior_std = fused.layer.prior_std
         self.grids = GaussianGrids(spec, len(self.mean))
-        self._held: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return SimulatedLayer.forward(self, x)
 
     def apply_weights(self, x: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
         if not self.training:
-            return self.linear_map(x, self.draw() if self._held is None else self._held, bias)
+            return self.linear_map(x, self.weights(), bias)
         mean, sigma = self.grids.parameters_on_grid(*self.folded_parameters(factor))
         return local_reparametrization(
             self.linear_map(x, mean, bias), self.linear_map(x.square(), sigma.square())
@@ -118,48 +125,27 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):
         parameters = self.grids.parameters_on_grid(*self.folded_parameters(factor))
         eps = noise_like(self.mean)
         if factor is not None:  # so that equal noise is an equal draw of the network in float
-            eps *= _like_weights(factor.sign(), eps)
+            eps *= FakeQuant.along(eps, factor.sign())
         return self.grids.draw(*parameters, eps)
 
     def folded_parameters(self, factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """mu and sigma of the weights with batch norm folded in; a factor may be negative."""
         if factor is None:
             return self.mean, self.sigma
-        factor = _like_weights(factor, self.mean)
+        factor = FakeQuant.along(self.mean, factor)
         return self.mean * factor, self.sigma * factor.abs()
 
 
-class SimulatedEnter(nn.Module):
+class SimulatedEnter(RoundedOutput, Enter):
     """Rounds the network's inputs."""
 
-    def __init__(self, spec: QuantSpec) -> None:
-        super().__init__()
-        self.output_quant = activation_fake_quant(spec)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.output_quant(x)
-
-
-class SimulatedAdd(Add):
+class SimulatedAdd(RoundedOutput, Add):
     """The residual sum and its ReLU, rounded."""
 
-    def __init__(self, spec: QuantSpec) -> None:
-        super().__init__()
-        self.output_quant = activation_fake_quant(spec)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.output_quant(super().forward(x, y))
-
-
-class SimulatedPool(Pool):
+class SimulatedPool(RoundedOutput, Pool):
     """The average over an image, rounded."""
-
-    def __init__(self, spec: QuantSpec) -> None:
-        super().__init__()
-        self.output_quant = activation_fake_quant(spec)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.output_quant(super().forward(x))
 
 
 def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
@@ -244,10 +230,6 @@ def _nonzero(factor: Tensor | None) -> Tensor:
     """The factor, and 1 where dividing by it would overflow: batch norm is constant there."""
     assert factor is not None
     return torch.where(factor.abs() > 1e-12, factor, torch.ones_like(factor))
-
-
-def _like_weights(values: Tensor, weight: Tensor) -> Tensor:
-    return values.reshape(-1, *[1] * (weight.dim() - 1))
 
 
 def _like_outputs(values: Tensor) -> Tensor:

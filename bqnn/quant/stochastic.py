@@ -31,18 +31,18 @@ class LogFakeQuant(nn.Module):
             flat = log_x.detach().flatten(1)
             largest = flat.amax() if self.exponent.channels is None else flat.amax(1)
             self.log_max.copy_(largest)
-        log_max = self.log_max.reshape(-1, *[1] * (x.dim() - 1))
+        log_max = FakeQuant.along(x, self.log_max)
         return (self.exponent(log_x - log_max) + log_max).exp()
 
     @torch.no_grad()
     def integers(self, x: Tensor) -> Tensor:
         """The level of each entry, 0 the smallest, in uint8."""
-        log_max = self.log_max.reshape(-1, *[1] * (x.dim() - 1))
+        log_max = FakeQuant.along(x, self.log_max)
         return self.exponent.integers(x.clamp_min(1e-30).log() - log_max)
 
     def dequantize(self, integers: Tensor) -> Tensor:
         """The numbers that levels stand for, bit for bit those that `forward` gives."""
-        log_max = self.log_max.reshape(-1, *[1] * (integers.dim() - 1))
+        log_max = FakeQuant.along(integers, self.log_max)
         return (self.exponent.dequantize(integers) + log_max).exp()
 
 

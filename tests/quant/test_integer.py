@@ -39,6 +39,12 @@ def allowed(total: int) -> float:
     return max(3, total / 10_000)
 
 
+def assert_layers_agree(made: nn.Module, integer: nn.Module, x: Tensor, index: int) -> None:
+    for name, found in disagreements(made, integer, x, index).items():
+        assert found.differing <= allowed(found.total), (name, found)
+        assert found.largest <= 1, (name, found)
+
+
 @pytest.mark.parametrize(("weight_bits", "activation_bits"), WIDTHS)
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("method", METHODS)
@@ -48,10 +54,7 @@ def test_every_int8_layer_gives_the_simulated_integers(
     made = simulated(method, net, weight_bits=weight_bits, activation_bits=activation_bits)
     integer = convert(copy.deepcopy(made), "fbgemm")
     for index in range(members(made)):
-        for name, found in disagreements(made, integer, inputs(net), index).items():
-            # One rounding tie in a layer this small is already more than 1 in 10,000.
-            assert found.differing <= allowed(found.total), (name, found)
-            assert found.largest <= 1, (name, found)
+        assert_layers_agree(made, integer, inputs(net), index)
 
 
 @pytest.mark.parametrize("engine", ["x86", "onednn"])
@@ -60,9 +63,7 @@ def test_every_int8_layer_gives_the_simulated_integers(
 def test_other_engines_give_them_too(method: str, net: str, engine: str, simulated: Make) -> None:
     made = simulated(method, net, weight_bits=4, engine=engine)
     integer = convert(copy.deepcopy(made), engine)
-    for name, found in disagreements(made, integer, inputs(net)).items():
-        assert found.differing <= allowed(found.total), (name, found)
-        assert found.largest <= 1, (name, found)
+    assert_layers_agree(made, integer, inputs(net), index=0)
 
 
 def in_float64(layer: SimulatedLayer, x: Tensor) -> Tensor:
