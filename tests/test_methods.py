@@ -450,3 +450,18 @@ def test_a_run_too_short_for_a_member_warns_at_its_start(caplog):
     with caplog.at_level("WARNING", logger="bqnn"):
         trainer(max_epochs=4).fit(method, table())
     assert "first member comes after epoch 5" in caplog.text
+
+
+def test_fine_tuning_pulls_members_to_the_prior_that_the_sampler_draws() -> None:
+    method = picture_method("sghmc")
+    assert isinstance(method, SGHMCEnsemble)
+    method.fine_tune({"name": "adam", "lr": 1e-3}, prior_weight=1.0)
+    assert len(method.net) == 1
+    (member,) = method.net.members
+    energy = method._prior_energy(member)
+    energy.backward()
+    for param in member.parameters():
+        # The mean of Gamma(10 + n / 2, 10 + |w|^2 / 2), with the sampler's default prior.
+        square = float(param.detach().square().sum())
+        precision = (10 + param.numel() / 2) / (10 + square / 2)
+        assert torch.allclose(param.grad, precision * param.detach(), rtol=1e-5)

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from bqnn.layers.ensemble import Ensemble
 from bqnn.likelihoods import Likelihood
 from bqnn.methods.base import Batch, Method, Terms
+from bqnn.optim import make_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,11 @@ class SGHMCEnsemble(Method):
         the Gamma posterior that the sampler draws it from, given the member's weights. An
         ensemble without members gets the current network as its only one.
         """
-        self._sampler = self.optimizer
+        # With the values that the options leave to the sampler.
+        sampler = make_optimizer(
+            self.net.current.parameters(), **self.optimizer, num_train=1, num_burn_in_steps=0
+        )
+        self._sampler = sampler.defaults
         self._prior_weight = prior_weight
         self.automatic_optimization = False  # a step per member, so that memory does not grow
         if len(self.net) == 0:

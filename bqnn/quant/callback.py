@@ -44,17 +44,20 @@ class QuantizationCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Before optimizers exist and before a checkpoint is restored, whatever stage comes first.
-        if trainer.precision not in ("32-true", "64-true"):
+        if trainer.precision != "32-true":
             raise ValueError(
-                f"trainer.precision={trainer.precision}: fake quantization needs 32-true, since "
-                "grids of 8 bits are finer than half-precision floats"
+                f"trainer.precision={trainer.precision}: fake quantization needs 32-true, in which "
+                "its ranges and the integers' scales are"
             )
         quantize_module(pl_module, self.spec)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        epochs = trainer.max_epochs or 1
-        first_frozen = epochs - min(self.freeze_epochs, epochs - 1)
-        freeze(_net(pl_module), trainer.current_epoch >= first_frozen)
+        epochs = trainer.max_epochs
+        if epochs is None or epochs < 0:  # no last epoch is known
+            is_last = False
+        else:
+            is_last = trainer.current_epoch >= epochs - min(self.freeze_epochs, epochs - 1)
+        freeze(_net(pl_module), is_last)
 
 
 def quantization_callbacks(options: Mapping[str, Any]) -> list[pl.Callback]:

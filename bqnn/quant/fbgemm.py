@@ -67,8 +67,12 @@ class FakeQuant(nn.Module):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Set scale and zero point from what was watched."""
-        assert self.observer is not None
+        """Set scale and zero point from what was watched, if anything was."""
+        if self.observer is None:
+            return
+        smallest: Any = self.observer.min_val  # empty or infinite as long as nothing was seen
+        if smallest.numel() == 0 or smallest.isinf().any():
+            return
         scale, zero_point = self.observer.calculate_qparams()
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
@@ -96,6 +100,12 @@ class FakeQuant(nn.Module):
         """The floats that integers stand for, bit for bit those that `round` gives."""
         offset = integers.to(self.scale.dtype).sub_(self.along(integers, self.zero_point))
         return offset.mul_(self.along(integers, self.scale))
+
+    @property
+    def largest(self) -> int:
+        """The largest distance of an integer of this grid from the zero point."""
+        ends = (self.quant_min - self.zero_point, self.quant_max - self.zero_point)
+        return max(int(end.abs().max()) for end in ends)
 
     @property
     def bits(self) -> int:
@@ -188,6 +198,49 @@ def check_engine(engine: str) -> None:
         raise ValueError(
             f"quant.engine={engine}: this torch has {', '.join(supported)}; choose one of these"
         )
+
+
+def requantize(
+    sums: Tensor,
+    input_scale: float,
+    weight: FakeQuant,
+    bias: Tensor | None,
+    output: FakeQuant,
+    relu: bool,
+    engine: str,
+) -> Tensor:
+    """What an engine makes of exact sums of integer products, in floats on the grid of `output`.
+
+        FBGEMM    y = s_y * clamp(round((sums + bias / (s_x s_w)) * (s_x s_w / s_y)))
+        oneDNN    y = s_y * (clamp(round((sums * s_x * s_w + bias) * (1 / s_y) + z_y)) - z_y)
+
+    in float32 and in the engine's order of operations, so that even ties round alike.
+
+    sums: [B, C, ...], whole numbers; bias: [C].
+    """
+    along = (1, -1) + (1,) * (sums.dim() - 2)
+    zero_point = int(output.zero_point)
+    if _takes_onednn(engine, is_conv=sums.dim() == 4, weight=weight):
+        s_x = 1 / (1 / output.scale.new_tensor(input_scale))  # it is handed inverse scales
+        steps = sums * s_x * weight.scale.view(along)
+        if bias is not None:
+            steps += bias.view(along)
+        steps.mul_(1 / output.scale).add_(zero_point).round_().sub_(zero_point)
+    else:
+        product = weight.scale * input_scale
+        if bias is not None:
+            in_steps = bias * (1 / product) if weight.channels is None else bias / product
+            sums = sums + in_steps.view(along)
+        steps = (sums * (product / output.scale).view(along)).round_()
+    low = 0 if relu else output.quant_min - zero_point
+    return steps.clamp_(low, output.quant_max - zero_point).mul_(output.scale)
+
+
+def _takes_onednn(engine: str, is_conv: bool, weight: FakeQuant) -> bool:
+    """Whether torch runs a layer in oneDNN: x86 chooses it for some convolutions."""
+    if engine == "x86":
+        return is_conv and has_vnni() and not weight.zero_point.any()
+    return engine == "onednn"
 
 
 class PackedWeight:

@@ -178,10 +178,8 @@ def convert(net: nn.Module, engine: str) -> nn.Module:
 def _warn_of_saturation(net: nn.Module) -> None:
     weight_bits, activation_bits = 0, 0
     for module in net.modules():
-        if isinstance(module, SimulatedPointLayer):
-            weight_bits = max(weight_bits, module.weight_quant.bits)
-        elif isinstance(module, SimulatedGaussianLayer):
-            weight_bits = max(weight_bits, module.grids.weight.bits)
+        if isinstance(module, SimulatedLayer):
+            weight_bits = max(weight_bits, module.weight_grid.bits)
         output = getattr(module, "output_quant", None)
         if output is not None:
             activation_bits = max(activation_bits, output.bits)

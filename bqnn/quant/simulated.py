@@ -1,4 +1,10 @@
-"""Fake-quantized modules: floats that lie on the grids of the integers to come."""
+"""Fake-quantized modules: floats that lie on the grids of the integers to come.
+
+While gradients are wanted, these floats are what layers compute with. In evaluation without
+gradients each layer instead adds up products of whole numbers, exactly, in floats that are wide
+enough, and rounds as the int8 operators do. So what an int8 network computes is known in advance,
+bit for bit.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,8 +17,9 @@ from bqnn.layers.bayes import GaussianWeight, local_reparametrization
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.markers import Add, Enter, Pool
 from bqnn.layers.noise import noise_like
-from bqnn.quant.fbgemm import FakeQuant, check_engine
+from bqnn.quant.fbgemm import FakeQuant, check_engine, requantize
 from bqnn.quant.fuse import Fused
+from bqnn.quant.grids import Grid, carry_grids, grid_of, on_grid
 from bqnn.quant.spec import QuantSpec
 from bqnn.quant.stochastic import GaussianGrids, activation_fake_quant, weight_fake_quant
 
@@ -25,7 +32,7 @@ class RoundedOutput(nn.Module):
         self.output_quant = activation_fake_quant(spec)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.output_quant(super().forward(*inputs))
+        return rounded(super().forward(*inputs), self.output_quant)
 
 
 class SimulatedLayer(nn.Module):
@@ -43,11 +50,28 @@ class SimulatedLayer(nn.Module):
         self.bn = fused.bn
         self.relu = fused.relu
         self.geometry = fused.geometry
+        self.engine = spec.engine
         self.output_quant = activation_fake_quant(spec)
         self.frozen = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output_quant(self.before_rounding(x))
+        grid = grid_of(x)
+        if grid is None or self.training or torch.is_grad_enabled():
+            return rounded(self.before_rounding(x), self.output_quant)
+        factor, bias = self.fold()
+        weight, quant = self.rounded_weight(factor), self.weight_grid
+        integers = (weight / quant.along(weight, quant.scale)).round_()
+        sums = self.exact_sums((x / grid.scale).round_(), integers, grid.largest)
+        output = self.output_quant
+        out = requantize(sums, grid.scale, quant, bias, output, self.relu, self.engine)
+        return on_grid(out, _grid(output))
+
+    def exact_sums(self, x: Tensor, weight: Tensor, largest: int) -> Tensor:
+        """The linear map of whole numbers x, |x| <= largest: float32, rounded once at most."""
+        bound = largest * weight.abs().flatten(1).sum(1).max()
+        if bound < 2**24:  # every partial sum is a float32
+            return self.linear_map(x, weight)
+        return self.linear_map(x.double(), weight.double()).float()
 
     def before_rounding(self, x: Tensor) -> Tensor:
         """The outputs that `output_quant` rounds."""
@@ -69,9 +93,18 @@ class SimulatedLayer(nn.Module):
         mean = self.bn.running_mean
         return factor, self.bn.bias + ((0 if self.bias is None else self.bias) - mean) * factor
 
+    @property
+    def weight_grid(self) -> FakeQuant:
+        """Where the weights of a prediction lie."""
+        raise NotImplementedError
+
+    def rounded_weight(self, factor: Tensor | None) -> Tensor:
+        """The weights of a prediction, each output channel times a factor, on their grid."""
+        raise NotImplementedError
+
     def apply_weights(self, x: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
         """The layer's linear map at its rounded weights, each output channel times a factor."""
-        raise NotImplementedError
+        return self.linear_map(x, self.rounded_weight(factor), bias)
 
     def linear_map(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.geometry is None:
@@ -93,8 +126,12 @@ class SimulatedPointLayer(SimulatedLayer):
         self.weight = fused.layer.weight
         self.weight_quant = weight_fake_quant(spec, len(self.weight))
 
-    def apply_weights(self, x: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
-        return self.linear_map(x, self.weight_quant(self.folded_weight(factor)), bias)
+    @property
+    def weight_grid(self) -> FakeQuant:
+        return self.weight_quant
+
+    def rounded_weight(self, factor: Tensor | None) -> Tensor:
+        return self.weight_quant(self.folded_weight(factor))
 
     def folded_weight(self, factor: Tensor | None) -> Tensor:
         return self.weight if factor is None else self.weight * FakeQuant.along(self.weight, factor)
@@ -111,9 +148,16 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):
         self.prior_std = fused.layer.prior_std
         self.grids = GaussianGrids(spec, len(self.mean))
 
+    @property
+    def weight_grid(self) -> FakeQuant:
+        return self.grids.weight
+
+    def rounded_weight(self, factor: Tensor | None) -> Tensor:
+        return self.weights()  # they are drawn with batch norm folded in
+
     def apply_weights(self, x: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
         if not self.training:
-            return self.linear_map(x, self.weights(), bias)
+            return super().apply_weights(x, factor, bias)
         mean, sigma = self.grids.parameters_on_grid(*self.folded_parameters(factor))
         return local_reparametrization(
             self.linear_map(x, mean, bias), self.linear_map(x.square(), sigma.square())
@@ -175,6 +219,7 @@ def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
         for name, module in found:
             made = makers[type(module)](module, spec.for_layer(name)).train(module.training)
             part.set_submodule(name, made.to(next(part.parameters()).device))
+        carry_grids(part)
     return net
 
 
@@ -199,7 +244,10 @@ def enable(net: nn.Module, enabled: bool = True) -> None:
 
 @torch.no_grad()
 def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """Set every range from what the float network computes for these inputs, without training."""
+    """Set every range from what the float network computes for these inputs, without training.
+
+    ValueError: there are no inputs, or a fake quantizer saw nothing of them.
+    """
     quants = [module for module in net.modules() if isinstance(module, FakeQuant)]
     net.eval()
     enable(net, False)
@@ -210,10 +258,25 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
             part(inputs)
     for quant in quants:
         quant.eval()
-        if quant.observer is not None:
-            quant.settle()
+        quant.settle()
     enable(net)
+    for name, module in net.named_modules():
+        if isinstance(module, FakeQuant) and not module.has_range:
+            raise ValueError(
+                f"calibrate: {name} has seen no data, so it has no range; give one batch or more "
+                "that pass through all of the network"
+            )
     return net
+
+
+def rounded(x: Tensor, quant: FakeQuant) -> Tensor:
+    """Activations rounded by `quant`, marked with its grid."""
+    out = quant(x)
+    return on_grid(out, _grid(quant)) if quant.enabled else out
+
+
+def _grid(quant: FakeQuant) -> Grid:
+    return Grid(float(quant.scale), quant.largest)
 
 
 def _parts(net: nn.Module) -> list[nn.Module]:

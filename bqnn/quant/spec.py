@@ -131,7 +131,12 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"quant.{name}={value}: choose {' or '.join(choices)}")
 
 
-def _checked_override(override: Mapping[str, Any]) -> dict[str, Any]:
+def _checked_override(override: object) -> dict[str, Any]:
+    if not isinstance(override, Mapping):
+        raise ValueError(
+            f"quant.overrides: {override!r} is no dictionary; write "
+            "'quant.overrides=[{layer: output.*, weight_bits: 8}]'"
+        )
     unknown = override.keys() - {"layer", *BITS}
     if "layer" not in override or unknown or len(override) < 2:
         raise ValueError(

@@ -24,15 +24,15 @@ class LogFakeQuant(nn.Module):
         self.register_buffer("log_max", torch.zeros(channels or 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.exponent.enabled:
-            return x
+        exponent = self.exponent
         log_x = x.clamp_min(1e-30).log()
-        if self.exponent.training and not self.exponent.frozen:
+        if exponent.training and not exponent.frozen:
             flat = log_x.detach().flatten(1)
-            largest = flat.amax() if self.exponent.channels is None else flat.amax(1)
+            largest = flat.amax() if exponent.channels is None else flat.amax(1)
             self.log_max.copy_(largest)
         log_max = FakeQuant.along(x, self.log_max)
-        return (self.exponent(log_x - log_max) + log_max).exp()
+        rounded = exponent(log_x - log_max)
+        return (rounded + log_max).exp() if exponent.enabled else x
 
     @torch.no_grad()
     def integers(self, x: Tensor) -> Tensor:

@@ -205,6 +205,23 @@ def test_calibration_sets_every_range_and_trains_nothing() -> None:
     assert not any(module.training for module in net.modules())
 
 
+def test_calibration_sets_the_log_grid_of_sigma() -> None:
+    net = prepare(fuse(float_net("bbb", "mlp")), QuantSpec(sigma_grid="log", weight_bits=4))
+    layer = next(m for m in net.modules() if isinstance(m, SimulatedGaussianLayer))
+    with torch.no_grad():  # from 0.01 to 1
+        layer.rho.copy_(torch.linspace(-4.6, 0.54, layer.rho.numel()).view_as(layer.rho))
+    calibrate(net, [inputs("mlp")])
+    sigma, grid = layer.sigma.detach(), layer.grids.sigma
+    assert isinstance(grid, LogFakeQuant)
+    with torch.no_grad():
+        rounded = grid(sigma)
+    assert torch.allclose(grid.log_max.exp(), sigma.amax(1))
+    for row, found in zip(sigma, rounded, strict=True):
+        half_a_level = (row.max() / row.min()) ** (1 / 30)
+        assert (found / row).max() <= half_a_level * 1.001
+        assert (row / found).max() <= half_a_level * 1.001
+
+
 @pytest.mark.parametrize("channels", [None, 5])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 5, 8])

@@ -20,6 +20,7 @@ from bqnn.quant.spec import QuantSpec
         ({"noise_range": 0.0}, r"quant\.noise_range=0\.0"),
         ({"overrides": [{"weight_bits": 8}]}, "needs a layer"),
         ({"overrides": [{"layer": "a", "bits": 8}]}, "needs a layer"),
+        ({"overrides": ["a"]}, "'a' is no dictionary; write"),
         ({"overrides": [{"layer": "a", "weight_bits": 12}]}, r"quant\.weight_bits=12"),
     ],
 )
