@@ -23,6 +23,7 @@ from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import convert
 from bqnn.quant.simulated import calibrate, prepare
 from bqnn.quant.spec import QuantSpec
+from bqnn.trainer import keep_freed_memory, silence_known_warnings
 
 NETS = {"lenet": (LeNet, (1, 28, 28)), "resnet": (ResNet, (3, 32, 32))}
 METHODS = ("pointwise", "bbb", "mcdropout", "sghmc")
@@ -38,6 +39,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as the scripts do
+    silence_known_warnings()
     print(machine(arguments.threads))
     print(f"{arguments.images} images, {arguments.samples} draws, batches of 512, 8-bit weights,")
     print("7-bit activations; seconds in float / in int8, and how many times int8 is faster")

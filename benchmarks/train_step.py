@@ -1,12 +1,14 @@
 """What a training step costs: python benchmarks/train_step.py
 
-Three comparisons, each within one run and pair by pair, so that a noisy machine slows both
+Four comparisons, each within one run and pair by pair, so that a noisy machine slows both
 sides alike; ratios are medians of the pairs' ratios:
 
 1. an epoch of train.py's path (data, Lightning, forward, backward, optimizer; no validation, no
    checkpoint) against the same steps in a hand-written loop over the same tensors;
 2. each method's step against the pointwise step, LeNet at batch 256;
-3. the start of `python train.py task=digits` to its first step, against importing Lightning.
+3. a step of quantization-aware training against the float step of the same method (of an
+   ensemble, one member's against the sampler's), LeNet at batch 256;
+4. the start of `python train.py task=digits` to its first step, against importing Lightning.
 """
 
 import argparse
@@ -29,11 +31,13 @@ from bqnn.config import CONF, plain
 from bqnn.data import Rows, TensorData, TensorLoader
 from bqnn.data.images import ImageData
 from bqnn.data.tables import TableData
-from bqnn.methods import METHODS, Method
+from bqnn.methods import METHODS, Method, SGHMCEnsemble
 from bqnn.optim import make_optimizer
+from bqnn.quant.callback import quantize_module
+from bqnn.quant.spec import QuantSpec
 from bqnn.recipe import build, make_recipe
 from bqnn.run import Job, versions
-from bqnn.trainer import make_trainer
+from bqnn.trainer import keep_freed_memory, make_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,36 +65,61 @@ class RandomTable(TableData):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=15, help="pairs per comparison")
-    parser.add_argument("--only", type=int, choices=(1, 2, 3), help="one comparison alone")
+    parser.add_argument("--only", type=int, choices=(1, 2, 3, 4), help="one comparison alone")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as the scripts do
     print(machine(arguments.threads))
 
+    comparisons = (_path_and_hand, _methods, _quantized, _start)
+    for number, compare in enumerate(comparisons, start=1):
+        if arguments.only in (None, number):
+            compare(arguments.pairs)
+
+
+def _path_and_hand(num_pairs: int) -> None:
     print("\n1. train.py's path / hand-written loop, medians")
     for label, task, kind in (
         ("MNIST LeNet, batch 256", "mnist", RandomImages),
         ("yacht MLP, one step an epoch", "yacht", RandomTable),
     ):
         for method in METHODS:
-            ours, by_hand = _lightning_and_hand(method, task, kind, arguments.pairs)
+            ours, by_hand = _lightning_and_hand(method, task, kind, num_pairs)
             _print_pairs(f"{method:<10} {label}", ours, by_hand)
 
+
+def _methods(num_pairs: int) -> None:
     print("\n2. method / pointwise, LeNet, batch 256, one hand-written step, medians")
-    steps = {method: _hand_step(method) for method in METHODS}
-    times: dict[str, list[float]] = {method: [] for method in METHODS}
-    for pair in range(arguments.pairs + 3):
-        for method, step in steps.items():
-            elapsed = seconds(step)
-            if pair >= 3:  # the first ones warm up
-                times[method].append(elapsed)
+    times = _interleaved({method: _hand_step(method) for method in METHODS}, num_pairs)
     for method in METHODS:
         _print_pairs(f"{method:<10}", times[method], times["pointwise"])
 
-    print("\n3. from the start of the process to the first step of train.py task=digits")
+
+def _quantized(num_pairs: int) -> None:
+    print("\n3. quantization-aware / float, LeNet, batch 256, one hand-written step, medians")
+    for method in METHODS:
+        steps = {"qat": _quantized_step(method), "float": _hand_step(method)}
+        times = _interleaved(steps, num_pairs)
+        _print_pairs(f"{method:<10}", times["qat"], times["float"])
+
+
+def _start(_: int) -> None:
+    print("\n4. from the start of the process to the first step of train.py task=digits")
     ours = [_first_step() for _ in range(3)]
     imports = [seconds(lambda: _python("import pytorch_lightning")) for _ in range(3)]
     _print_pairs("train.py / import pytorch_lightning", ours, imports)
+
+
+def _interleaved(steps: dict[str, Callable[[], None]], num_pairs: int) -> dict[str, list[float]]:
+    """Seconds of each step, taken in turns after three rounds that warm up."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(num_pairs + 3):
+        for name, step in steps.items():
+            elapsed = seconds(step)
+            if round_ >= 3:
+                times[name].append(elapsed)
+    return times
 
 
 def _lightning_and_hand(
@@ -145,6 +174,26 @@ def _hand_step(method: str) -> Callable[[], None]:
     optimizer = _optimizer(model, steps_per_epoch=20)
     inputs, targets = data.normalize(data.train.inputs[:256]), data.train.targets[:256]
     return lambda: _step(model, optimizer, inputs, targets)
+
+
+def _quantized_step(method: str) -> Callable[[], None]:
+    data = RandomImages(data_dir="", seed=0, batch_size=256, validation_share=0.0)
+    data.setup()
+    model = build(make_recipe(_config(method, "mnist"), data.facts()))
+    model.fine_tune({"name": "adam", "lr": 5e-4}, prior_weight=1.0)
+    quantize_module(model, QuantSpec())
+    optimizer = make_optimizer(model.train().trained_parameters(), **model.optimizer)
+    inputs, targets = data.normalize(data.train.inputs[:256]), data.train.targets[:256]
+    if not isinstance(model, SGHMCEnsemble):
+        return lambda: _step(model, optimizer, inputs, targets)
+    (member,) = model.net.members
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model.member_terms(member, inputs, targets)["loss"].backward()
+        optimizer.step()
+
+    return step
 
 
 def _optimizer(model: Method, steps_per_epoch: int) -> torch.optim.Optimizer:

@@ -76,8 +76,8 @@ def make_trainer(
     save = SaveCheckpoint(job.folder, options.pop("save_every"), options.pop("save_best"))
     show_progress = options.pop("progress_bar") and sys.stdout.isatty()
     progress: list[pl.Callback] = [TQDMProgressBar()] if show_progress else []
-    _silence_known_warnings()
-    _keep_freed_memory()
+    silence_known_warnings()
+    keep_freed_memory()
     # Lightning's remarks on the hardware it found are in status.json already.
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     return pl.Trainer(
@@ -95,7 +95,7 @@ def make_trainer(
     )
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have the C library reuse the memory of a step in the next one.
 
     By default glibc returns large blocks to the system and gets them back page by page, which
@@ -108,7 +108,7 @@ def _keep_freed_memory() -> None:
         mallopt(mmap_threshold, 32 * 2**20)
 
 
-def _silence_known_warnings() -> None:
+def silence_known_warnings() -> None:
     """The upstream deprecations that we knowingly depend on."""
     warnings.filterwarnings(
         "ignore",

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from bqnn.layers.draws import Stochastic
 from bqnn.layers.markers import DropoutSite
+from bqnn.layers.noise import coins_like
 
 
 class MCDropout(Stochastic):
@@ -26,11 +27,13 @@ class MCDropout(Stochastic):
     def forward(self, x: Tensor) -> Tensor:
         if self.rate == 0:
             return x
-        return x * self.mask(x).mul_(1 / (1 - self.rate))
+        return x * self.kept(x).to(x.dtype).mul_(1 / (1 - self.rate))
 
-    def mask(self, x: Tensor) -> Tensor:
-        """Ones for what is kept, zeros for what is dropped: [B, C, 1, 1] or [B, F]."""
-        return x.new_empty(x.shape[:2] + (1,) * (x.dim() - 2)).bernoulli_(1 - self.rate)
+    def kept(self, x: Tensor) -> Tensor:
+        """Which channels or features of each row are kept: bool, [B, C, 1, 1] or [B, F]."""
+        first = x[..., 0, 0] if x.dim() == 4 else x
+        coins = coins_like(first, 1 - self.rate)
+        return coins.view(coins.shape + (1,) * (x.dim() - 2))
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"

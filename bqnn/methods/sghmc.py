@@ -84,12 +84,11 @@ class SGHMCEnsemble(Method):
         optimizer.zero_grad()
         all_terms = []
         for member in self.net.members:
-            nll = self.likelihood.loss(member(inputs), targets)
-            prior = self._prior_energy(member)
-            scale = self._prior_weight * self._sampler["temperature"] / self.num_train
-            loss = nll + scale * prior
+            terms = self.member_terms(member, inputs, targets)
+            loss = terms["loss"]
+            assert isinstance(loss, Tensor)
             self.manual_backward(loss)
-            all_terms.append({"loss": loss.detach(), "nll": nll.detach(), "prior": prior.detach()})
+            all_terms.append({name: torch.as_tensor(term).detach() for name, term in terms.items()})
         optimizer.step()
         schedule = self.lr_schedulers()
         assert isinstance(schedule, LRScheduler)
@@ -99,6 +98,14 @@ class SGHMCEnsemble(Method):
         }
         self._record(means, len(targets), batch_idx)
         return None
+
+    def member_terms(self, member: nn.Module, inputs: Tensor, targets: Tensor) -> Terms:
+        """The loss that a member is fine-tuned by, and the terms it is made of."""
+        assert self._prior_weight is not None
+        nll = self.likelihood.loss(member(inputs), targets)
+        prior = self._prior_energy(member)
+        scale = self._prior_weight * self._sampler["temperature"] / self.num_train
+        return {"loss": nll + scale * prior, "nll": nll, "prior": prior}
 
     def _prior_energy(self, member: nn.Module) -> Tensor:
         """-log p(weights) up to a constant, in nats: sum of precision / 2 * |w|^2 over tensors."""

@@ -296,17 +296,43 @@ class ActivationGrid:
         return torch.clamp(x, max=self._largest)
 
 
-def with_integers(x: Tensor, integers: Tensor, scale: float) -> Tensor:
-    """A quantized tensor with the zero point of `x`, other integers and another scale."""
-    return torch._make_per_tensor_quantized_tensor(integers, scale, x.q_zero_point())
+def keep_scaled(x: Tensor, kept: Tensor, factor: float) -> Tensor:
+    """A quantized tensor times `factor` where it is kept, zero elsewhere: both are exact.
+
+    The factor goes into the scale, and what is not kept becomes the zero point. kept: bool,
+    broadcast over x.
+    """
+    zero_point = x.q_zero_point()
+    out = torch._empty_affine_quantized(
+        x.shape,
+        scale=x.q_scale() * factor,
+        zero_point=zero_point,
+        dtype=torch.quint8,
+        memory_format=_layout(x),
+    )
+    source, target = _integers(x), _integers(out)
+    if zero_point == 0:
+        torch.mul(source, kept, out=target)
+    else:  # modulo 256, which the shift there and back does not mind
+        torch.sub(source, zero_point, out=target).mul_(kept).add_(zero_point)
+    return out
+
+
+def _integers(x: Tensor) -> Tensor:
+    """The memory of a quantized tensor, seen as uint8; `int_repr` would copy it."""
+    view = torch.empty(0, dtype=torch.uint8)
+    return view.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 
 def quantized_like(x: Tensor, like: Tensor) -> Tensor:
     """Floats on the grid, and in the memory layout, of a quantized activation."""
-    is_last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if is_last else torch.contiguous_format
-    x = x.to(memory_format=layout)
+    x = x.to(memory_format=_layout(like))
     return torch.quantize_per_tensor(x, like.q_scale(), like.q_zero_point(), torch.quint8)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_last else torch.contiguous_format
 
 
 def _four(geometry: dict[str, Any]) -> list[Any]:

@@ -17,8 +17,8 @@ from bqnn.quant.fbgemm import (
     PackedWeight,
     can_saturate,
     has_vnni,
+    keep_scaled,
     quantized_weight,
-    with_integers,
 )
 from bqnn.quant.simulated import (
     SimulatedAdd,
@@ -93,9 +93,7 @@ class IntegerDropout(Stochastic):
     def forward(self, x: Tensor) -> Tensor:
         if self.dropout.rate == 0:
             return x
-        keep = self.dropout.mask(torch.empty(x.shape[:2] + (1,) * (x.dim() - 2))).bool()
-        integers = x.int_repr().masked_fill_(~keep, x.q_zero_point())
-        return with_integers(x, integers, x.q_scale() / (1 - self.dropout.rate))
+        return keep_scaled(x, self.dropout.kept(x), 1 / (1 - self.dropout.rate))
 
 
 class IntegerEnter(nn.Module):
@@ -124,7 +122,10 @@ class IntegerAdd(Add):
         self.grid = ActivationGrid(add.output_quant)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.grid.quantize(super().forward(x.dequantize(), y.dequantize()))
+        total = x.dequantize().add_(y.dequantize())
+        if self.grid.zero_point > 0:  # else rounding cuts at zero anyway
+            total.relu_()
+        return self.grid.quantize(total)
 
 
 class IntegerPool(Pool):
