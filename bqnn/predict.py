@@ -15,7 +15,7 @@ MAX_KEPT_BYTES = 512 * 2**20  # of what comes before the first random layer
 
 @torch.no_grad()
 def predictive(
-    net: nn.Module, x: Tensor, num_samples: int, *, seed: int = 0, batch_size: int = 512
+    net: nn.Module, x: Tensor, num_samples: int, *, seed: int = 0, batch_size: int = 256
 ) -> Tensor:
     """Stack independent draws of the network's output: [S, B, ...].
 

@@ -21,6 +21,8 @@ from torch.ao.quantization.observer import (
     ObserverBase,
 )
 
+from bqnn.quant.grids import Grid
+
 SMALLEST_SCALE = 2.0**-60  # torch's own floor, 2**-23, rounds small standard deviations to zero
 
 
@@ -236,6 +238,26 @@ def requantize(
     return steps.clamp_(low, output.quant_max - zero_point).mul_(output.scale)
 
 
+def requantized_sum(x: Tensor, x_grid: Grid, y: Tensor, y_grid: Grid, output: FakeQuant) -> Tensor:
+    """What `add_relu` makes of two activations, in floats on the grid of `output`.
+
+    It finds scale * integer - scale * zero_point with a fused multiply-add, that is, rounded once;
+    float64 holds that product exactly.
+    """
+    total = _multiplied_and_added(x, x_grid) + _multiplied_and_added(y, y_grid)
+    zero_point = int(output.zero_point)
+    steps = total.relu_().mul_(1 / output.scale).round_()
+    steps.clamp_(output.quant_min - zero_point, output.quant_max - zero_point)
+    return steps.mul_(output.scale)
+
+
+def _multiplied_and_added(x: Tensor, grid: Grid) -> Tensor:
+    scale = x.new_tensor(grid.scale)  # in the float32 that the operator computes with
+    integers = (x / scale).round_() + grid.zero_point
+    offset = (scale * grid.zero_point).double()
+    return integers.double().mul_(scale.double()).sub_(offset).float()
+
+
 def _takes_onednn(engine: str, is_conv: bool, weight: FakeQuant) -> bool:
     """Whether torch runs a layer in oneDNN: x86 chooses it for some convolutions."""
     if engine == "x86":
@@ -294,6 +316,11 @@ class ActivationGrid:
         if self.quant_max == 255:
             return x
         return torch.clamp(x, max=self._largest)
+
+
+def add_relu(x: Tensor, y: Tensor, grid: ActivationGrid) -> Tensor:
+    """The sum of two quantized activations, with a ReLU, on a grid."""
+    return grid.clamp(torch.ops.quantized.add_relu(x, y, grid.scale, grid.zero_point))
 
 
 def keep_scaled(x: Tensor, kept: Tensor, factor: float) -> Tensor:

@@ -8,9 +8,10 @@ from bqnn.layers.dropout import MCDropout
 
 
 class Grid(NamedTuple):
-    """x = scale * integer (the zero point already subtracted), with |integer| <= largest."""
+    """x = scale * (integer - zero_point), with |integer - zero_point| <= largest."""
 
     scale: float
+    zero_point: int
     largest: int
 
 

@@ -15,6 +15,7 @@ from bqnn.quant.fbgemm import (
     ActivationGrid,
     FakeQuant,
     PackedWeight,
+    add_relu,
     can_saturate,
     has_vnni,
     keep_scaled,
@@ -115,17 +116,14 @@ class IntegerLeave(nn.Module):
 
 
 class IntegerAdd(Add):
-    """The residual sum and its ReLU, by way of floats: torch's own rounds differently."""
+    """The residual sum and its ReLU."""
 
     def __init__(self, add: SimulatedAdd) -> None:
         super().__init__()
         self.grid = ActivationGrid(add.output_quant)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        total = x.dequantize().add_(y.dequantize())
-        if self.grid.zero_point > 0:  # else rounding cuts at zero anyway
-            total.relu_()
-        return self.grid.quantize(total)
+        return add_relu(x, y, self.grid)
 
 
 class IntegerPool(Pool):

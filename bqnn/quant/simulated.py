@@ -17,7 +17,7 @@ from bqnn.layers.bayes import GaussianWeight, local_reparametrization
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.markers import Add, Enter, Pool
 from bqnn.layers.noise import noise_like
-from bqnn.quant.fbgemm import FakeQuant, check_engine, requantize
+from bqnn.quant.fbgemm import FakeQuant, check_engine, requantize, requantized_sum
 from bqnn.quant.fuse import Fused
 from bqnn.quant.grids import Grid, carry_grids, grid_of, on_grid
 from bqnn.quant.spec import QuantSpec
@@ -187,6 +187,14 @@ class SimulatedEnter(RoundedOutput, Enter):
 class SimulatedAdd(RoundedOutput, Add):
     """The residual sum and its ReLU, rounded."""
 
+    def forward(self, *inputs: Tensor) -> Tensor:
+        x, y = inputs
+        x_grid, y_grid = grid_of(x), grid_of(y)
+        if x_grid is None or y_grid is None or self.training or torch.is_grad_enabled():
+            return super().forward(x, y)
+        out = requantized_sum(x, x_grid, y, y_grid, self.output_quant)
+        return on_grid(out, _grid(self.output_quant))
+
 
 class SimulatedPool(RoundedOutput, Pool):
     """The average over an image, rounded."""
@@ -276,7 +284,7 @@ def rounded(x: Tensor, quant: FakeQuant) -> Tensor:
 
 
 def _grid(quant: FakeQuant) -> Grid:
-    return Grid(float(quant.scale), quant.largest)
+    return Grid(float(quant.scale), int(quant.zero_point), quant.largest)
 
 
 def _parts(net: nn.Module) -> list[nn.Module]:
