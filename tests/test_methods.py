@@ -189,7 +189,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step():
     class Break(pl.Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
             if trainer.global_step == 5:  # three batches an epoch
-                nn.init.constant_(module.net.output.heads[0].bias, torch.nan)
+                nn.init.constant_(module.net.output.heads[0].linear.bias, torch.nan)
 
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 5 \(epoch 1, batch 2\)"):
         trainer(max_epochs=3, callbacks=[Break()]).fit(method, table())
@@ -311,7 +311,7 @@ def test_init_from_takes_means_from_a_pointwise_run_and_sigma_in_proportion(tmp_
     torch.manual_seed(5)
     pointwise = picture_method("pointwise", net=small_resnet())
     with torch.no_grad():
-        pointwise.net.output.heads[0].weight[0, 0] = 0
+        pointwise.net.output.heads[0].linear.weight[0, 0] = 0
         for buffer in pointwise.buffers():
             buffer.copy_(torch.full_like(buffer, 3))
     path = saved(pointwise, "pointwise", tmp_path)
@@ -338,12 +338,12 @@ def test_init_from_is_for_training_only_and_happens_once(tmp_path):
     bayes = table_method("bbb", init_from=path)
     bayes.trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     bayes.setup("test")
-    assert bayes.net.output.heads[0].rho.eq(-3).all()
+    assert bayes.net.output.heads[0].linear.rho.eq(-3).all()
     bayes.setup("fit")
-    assert bayes.net.output.heads[0].rho.ne(-3).all()
-    nn.init.constant_(bayes.net.output.heads[0].rho, -2)
+    assert bayes.net.output.heads[0].linear.rho.ne(-3).all()
+    nn.init.constant_(bayes.net.output.heads[0].linear.rho, -2)
     bayes.setup("fit")
-    assert bayes.net.output.heads[0].rho.eq(-2).all()
+    assert bayes.net.output.heads[0].linear.rho.eq(-2).all()
 
 
 def test_init_from_refuses_another_method_and_another_network(tmp_path):

@@ -102,10 +102,10 @@ def test_add_is_a_sum_with_a_relu_and_pool_an_average():
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_one_way_into_the_integer_region_and_one_out_of_it(net):
+def test_one_way_into_the_integer_region_and_one_out_of_it_per_head(net):
     modules = list(NETS[net]([3, 16, 16], [1, 1]).modules())
     assert sum(isinstance(module, Enter) for module in modules) == 1
-    assert sum(isinstance(module, Leave) for module in modules) == 1
+    assert sum(isinstance(module, Leave) for module in modules) == 2  # one per head
 
 
 @pytest.mark.parametrize(("net", "smallest"), [(LeNet, 4), (ResNet, 8)])

@@ -1,5 +1,6 @@
 """The output layer of every network."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -17,8 +18,12 @@ class Heads(nn.Module):
 
     def __init__(self, in_features: int, heads: Sequence[int], bias: bool) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(in_features, size, bias=bias) for size in heads)
-        self.leave = Leave()
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                OrderedDict(linear=nn.Linear(in_features, size, bias=bias), leave=Leave())
+            )
+            for size in heads
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.leave(head(x)) for head in self.heads], dim=1)
+        return torch.cat([head(x) for head in self.heads], dim=1)

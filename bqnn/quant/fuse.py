@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bqnn.layers.bayes import BayesConv2d, BayesLinear
 from bqnn.layers.chain import is_chain
+from bqnn.layers.markers import Leave
 
 Layer = nn.Linear | nn.Conv2d | BayesLinear | BayesConv2d
 LAYERS = (nn.Linear, nn.Conv2d, BayesLinear, BayesConv2d)
@@ -15,14 +16,22 @@ class Fused(nn.Module):
     """relu(bn(layer(x))), where batch norm and ReLU may be missing.
 
     The layer is point-valued or Bayesian, linear or a convolution. In float it computes what its
-    parts did; it is what `prepare` turns into a fake-quantized layer.
+    parts did; it is what `prepare` turns into a fake-quantized layer. `is_output`: what it computes
+    leaves the integer region at once.
     """
 
-    def __init__(self, layer: Layer, bn: nn.BatchNorm2d | None = None, relu: bool = False) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        bn: nn.BatchNorm2d | None = None,
+        relu: bool = False,
+        is_output: bool = False,
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.bn = bn
         self.relu = relu
+        self.is_output = is_output
 
     @property
     def geometry(self) -> dict[str, Any] | None:
@@ -80,12 +89,13 @@ def _fused(parent: nn.Module, layer: Any, followers: list[str]) -> Fused:
     if followers and type(parent._modules[followers[0]]) is nn.ReLU:
         relu = True
         setattr(parent, followers.pop(0), nn.Identity())
+    is_output = bool(followers) and type(parent._modules[followers[0]]) is Leave
     assert bn is None or isinstance(bn, nn.BatchNorm2d)
     if bn is not None and (bn.weight is None or bn.running_var is None):
         raise TypeError("a batch norm without affine parameters or running statistics is not fused")
     if getattr(layer, "padding_mode", "zeros") != "zeros":
         raise TypeError(f"padding_mode={layer.padding_mode!r}: integers know 'zeros' only")
-    return Fused(layer, bn, relu).train(layer.training)
+    return Fused(layer, bn, relu, is_output).train(layer.training)
 
 
 def _refuse_unknown(path: str, module: nn.Module | None) -> None:

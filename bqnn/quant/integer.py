@@ -22,6 +22,7 @@ from bqnn.quant.fbgemm import (
     quantized_weight,
 )
 from bqnn.quant.simulated import (
+    RoundedOutput,
     SimulatedAdd,
     SimulatedEnter,
     SimulatedGaussianLayer,
@@ -179,9 +180,9 @@ def _warn_of_saturation(net: nn.Module) -> None:
     for module in net.modules():
         if isinstance(module, SimulatedLayer):
             weight_bits = max(weight_bits, module.weight_grid.bits)
-        output = getattr(module, "output_quant", None)
-        if output is not None:
-            activation_bits = max(activation_bits, output.bits)
+        is_output = isinstance(module, SimulatedLayer) and module.is_output  # no layer reads it
+        if isinstance(module, SimulatedLayer | RoundedOutput) and not is_output:
+            activation_bits = max(activation_bits, module.output_quant.bits)
     if can_saturate(weight_bits, activation_bits) and not has_vnni():
         log.warning(
             "this CPU has no VNNI: with %d-bit weights and %d-bit activations sums of two products "

@@ -50,6 +50,7 @@ class SimulatedLayer(nn.Module):
         self.bn = fused.bn
         self.relu = fused.relu
         self.geometry = fused.geometry
+        self.is_output = fused.is_output
         self.engine = spec.engine
         self.output_quant = activation_fake_quant(spec)
         self.frozen = False
@@ -225,7 +226,9 @@ def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
             )
         spec.check_overrides([name for name, _ in found])
         for name, module in found:
-            made = makers[type(module)](module, spec.for_layer(name)).train(module.training)
+            is_output = isinstance(module, Fused) and module.is_output
+            layer_spec = spec.for_layer(name, is_output)
+            made = makers[type(module)](module, layer_spec).train(module.training)
             part.set_submodule(name, made.to(next(part.parameters()).device))
         carry_grids(part)
     return net

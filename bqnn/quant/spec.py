@@ -16,7 +16,9 @@ class QuantSpec:
     """How a network is quantized.
 
     weight_bits, activation_bits: 2 to 8, stored in 8-bit containers. Activations are unsigned and
-    affine. weight_granularity: a scale per output `channel`, or one per `tensor`.
+    affine. output_bits: of the network's outputs, the logits or the mean and log variance, which no
+    integer layer reads; None for activation_bits. weight_granularity: a scale per output `channel`,
+    or one per `tensor`.
 
     Of Bayes-by-backprop alone: `strategy` says what lies on a grid, as in Borras et al. (arXiv
     2512.10602): the variational `parameters` mu and sigma (the sampled weights then keep all 8
@@ -34,6 +36,7 @@ class QuantSpec:
 
     weight_bits: int = 8
     activation_bits: int = 7
+    output_bits: int | None = 8
     weight_granularity: str = "channel"
     weight_symmetric: bool = True
     weight_observer: str = "minmax"
@@ -96,9 +99,11 @@ class QuantSpec:
         """The spec in plain JSON types."""
         return {**asdict(self), "overrides": [dict(override) for override in self.overrides]}
 
-    def for_layer(self, name: str) -> QuantSpec:
+    def for_layer(self, name: str, is_output: bool = False) -> QuantSpec:
         """The spec of one layer, with its overrides applied."""
         bits: dict[str, Any] = {}
+        if is_output and self.output_bits is not None:
+            bits["activation_bits"] = self.output_bits
         for override in self.overrides:
             if fnmatchcase(name, override["layer"]):
                 bits |= {key: value for key, value in override.items() if key != "layer"}
@@ -116,11 +121,12 @@ class QuantSpec:
 
 PROCEDURE = ("name", "mode", "freeze_epochs", "fine_tuning")
 OBSERVERS = {"qat": "moving_average", "ptq": "histogram"}
-BITS = ("weight_bits", "activation_bits", "sigma_bits", "noise_bits")
+LAYER_BITS = ("weight_bits", "activation_bits", "sigma_bits", "noise_bits")
+BITS = (*LAYER_BITS, "output_bits")
 
 
 def _check_bits(name: str, bits: object) -> None:
-    if name == "sigma_bits" and bits is None:
+    if name in ("sigma_bits", "output_bits") and bits is None:
         return
     if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
         raise ValueError(f"quant.{name}={bits}: integers live in 8-bit containers; choose 2 to 8")
@@ -137,11 +143,11 @@ def _checked_override(override: object) -> dict[str, Any]:
             f"quant.overrides: {override!r} is no dictionary; write "
             "'quant.overrides=[{layer: output.*, weight_bits: 8}]'"
         )
-    unknown = override.keys() - {"layer", *BITS}
+    unknown = override.keys() - {"layer", *LAYER_BITS}
     if "layer" not in override or unknown or len(override) < 2:
         raise ValueError(
             f"quant.overrides: {dict(override)} needs a layer (a glob) and one or more of "
-            f"{', '.join(BITS)}"
+            f"{', '.join(LAYER_BITS)}"
         )
     for name in override.keys() - {"layer"}:
         _check_bits(name, override[name])

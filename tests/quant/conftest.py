@@ -56,10 +56,11 @@ def inputs(net: str, rows: int = 64) -> Tensor:
 
 @pytest.fixture
 def simulated() -> Make:
-    """make(method, net, **spec): a calibrated network."""
+    """make(method, net, **spec): a calibrated network, its outputs as coarse as the rest."""
 
     def make(method: str, net: str, **options: object) -> nn.Module:
-        spec = QuantSpec(activation_observer="minmax", **options)  # type: ignore[arg-type]
+        options = {"activation_observer": "minmax", "output_bits": None, **options}
+        spec = QuantSpec(**options)  # type: ignore[arg-type]
         prepared = prepare(fuse(float_net(method, net)), spec)
         return calibrate(prepared, [inputs(net)])
 

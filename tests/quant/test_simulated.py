@@ -182,11 +182,34 @@ def test_overrides_change_single_layers(simulated: Make) -> None:
     ]
     net = simulated("pointwise", "lenet", weight_bits=3, overrides=overrides)
     bits = {n: m.weight_quant.bits for n, m in net.named_modules() if isinstance(m, SimulatedLayer)}
-    assert bits == {"features.1": 3, "features.4": 3, "features.8": 3, "output.heads.0": 8}
+    assert bits == {"features.1": 3, "features.4": 3, "features.8": 3, "output.heads.0.linear": 8}
     assert net.features[0].output_quant.bits == 8
     assert net.features[1].output_quant.bits == 7
     with pytest.raises(ValueError, match=r"matches no layer; there are features.0, features.1"):
         simulated("pointwise", "lenet", overrides=[{"layer": "conv*", "weight_bits": 8}])
+
+
+def output_layers(net: nn.Module) -> dict[str, int]:
+    """The layers that end the integer region, and the bits of what they give."""
+    layers = {n: m for n, m in net.named_modules() if isinstance(m, SimulatedLayer)}
+    return {n: m.output_quant.bits for n, m in layers.items() if m.is_output}
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_outputs_have_bits_of_their_own(net: str, simulated: Make) -> None:
+    made = simulated("bbb", net, activation_bits=3, output_bits=8)
+    assert output_layers(made) == {"output.heads.0.linear": 8}
+    inner = [m for m in made.modules() if hasattr(m, "output_quant") and m.output_quant.bits == 3]
+    assert len(inner) >= 3
+    override = {"layer": "output.*", "activation_bits": 5}
+    made = simulated("pointwise", net, output_bits=8, overrides=[override])
+    assert output_layers(made) == {"output.heads.0.linear": 5}
+    assert output_layers(simulated("pointwise", net)) == {"output.heads.0.linear": 7}
+
+
+def test_the_layer_before_leave_gives_the_outputs() -> None:
+    net = nn.Sequential(Enter(), nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2), nn.ReLU(), Leave())
+    assert output_layers(prepare(fuse(net), QuantSpec(activation_bits=2))) == {"3": 8}
 
 
 def test_prepare_refuses_a_network_without_an_integer_region() -> None:

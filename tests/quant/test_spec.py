@@ -43,6 +43,8 @@ def test_later_overrides_win() -> None:
     )
     layer = spec.for_layer("a.1")
     assert (layer.weight_bits, layer.activation_bits) == (8, 4)
+    assert spec.for_layer("a.2", is_output=True).activation_bits == 8
+    assert spec.for_layer("a.1", is_output=True).activation_bits == 4
     assert (spec.for_layer("b").weight_bits, spec.for_layer("b").activation_bits) == (3, 7)
 
 
