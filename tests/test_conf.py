@@ -18,9 +18,9 @@ def group(name: str) -> list[str]:
 REQUIRED = {"uci": ["task.table=yacht"], "images": ["task.root=pictures"]}
 
 
-def composed(*overrides: str) -> dict:
+def composed(*overrides: str, verb: str = "train") -> dict:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return plain(compose("train", list(overrides)))
+        return plain(compose(verb, list(overrides)))
 
 
 @pytest.mark.parametrize("task", group("task"))
@@ -68,6 +68,18 @@ def test_data_dir_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("BQNN_DATA_DIR", "/elsewhere")
     assert composed()["data_dir"] == "/elsewhere"
     assert composed("data_dir=here")["data_dir"] == "here"
+
+
+def test_the_rate_of_fine_tuning_grows_with_the_root_of_the_weights_step() -> None:
+    def rate(*overrides: str) -> float:
+        config = composed("checkpoint=x", *overrides, verb="quantize")
+        return config["quant"]["fine_tuning"]["optimizer"]["lr"]
+
+    assert [rate(f"quant.weight_bits={bits}") for bits in (8, 6, 4, 2)] == pytest.approx(
+        [1e-4, 2e-4, 4e-4, 8e-4]
+    )
+    assert rate("quant.weight_bits=2", "quant.fine_tuning.optimizer.lr=0.5") == 0.5
+    assert rate("quant=paper", "quant.weight_bits=2") == 1e-5
 
 
 @pytest.mark.parametrize("task", ["boston", "concrete", "energy", "power", "wine", "yacht"])
