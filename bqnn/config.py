@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from bqnn.files import write_json
-from bqnn.run import Job, end_with_parent, record_refusal
+from bqnn.run import Job, end_with, record_refusal
 from bqnn.status import ELSEWHERE, IGNORED, config_hash, find_run, read_status
 from bqnn.sweep import Sweep, find_sweep, record_refused_sweep
 
@@ -102,8 +102,6 @@ def run_job(cfg: DictConfig, task: Callable[[Job], None], verb: str) -> str:
     job = Job(Path(hydra_config.runtime.output_dir), verb)
     if is_sweep:
         job.sweep = Path(hydra_config.sweep.dir).name
-        if SweepCallback.sweep is None and "joblib" in hydra_config.launcher._target_:
-            end_with_parent()  # joblib's workers would go on alone after a kill -9
     else:
         job.resume_command = _resume_command("hydra.run.dir", job.folder)
     with job:
@@ -127,6 +125,7 @@ class SweepCallback(Callback):
     """Hydra's callback that keeps the record of a sweep, whichever launcher runs its jobs."""
 
     sweep: Sweep | None = None  # of this process, while it is launching one
+    launched_from: int | None = None  # the process
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         verb, hydra_overrides = config.hydra.job.name, config.hydra.overrides.hydra
@@ -146,6 +145,13 @@ class SweepCallback(Callback):
         hydra_overrides.append(f"{'' if given else '++'}hydra.sweep.dir='{escaped}'")
         config.hydra.sweep.dir = str(folder)
         SweepCallback.sweep = Sweep(folder, verb, overrides, _num_jobs(config))
+        self.launched_from = os.getpid()
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        # A job may be in another process. Those of joblib would go on alone after a kill -9.
+        is_joblib = config.hydra.launcher._target_.endswith(".JoblibLauncher")
+        if is_joblib and self.launched_from not in (None, os.getpid()):
+            end_with(parent=self.launched_from)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         if not self.finish():

@@ -243,12 +243,14 @@ def run_parts(
         raise RuntimeError(f"{len(failed)} of {len(job.parts)} failed: {', '.join(failed)}")
 
 
-def end_with_parent() -> None:
-    """Have this process get SIGTERM when the one that started it dies, where Linux does that."""
+def end_with(parent: int) -> None:
+    """Have this process get SIGTERM when its parent process dies, where Linux does that."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
     if prctl is not None:
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl.h
         prctl(set_parent_death_signal, signal.SIGTERM)
+        if os.getppid() != parent:  # it is dead already
+            raise SystemExit(130)
 
 
 def record_refusal(folder: Path, error: str) -> None:
