@@ -101,11 +101,12 @@ class Job:
         if before is not None and is_finished(before, key):
             return False
         self._lock()
-        before = read_status(self.folder) or {"state": None}  # it may just have ended
-        if before.get("config_hash") not in (None, key) or is_finished(before, key):
+        before = read_status(self.folder) or {}
+        if is_finished(before, key):  # it has just ended
             self._unlock()
-            if is_finished(before, key):
-                return False
+            return False
+        if before.get("config_hash") not in (None, key):
+            self._unlock()
             raise FileExistsError(
                 f"{self.folder} holds a job with another configuration, which resume=true does "
                 "not go on with; give another hydra.run.dir, or none"

@@ -294,7 +294,7 @@ def test_an_interrupted_run_says_so_and_keeps_its_checkpoint(
     assert status(tmp_path / "run")["state"] == "INTERRUPTED"
     load(checkpoint)
     advice = "task=synthetic logger=none trainer.max_epochs=100000 trainer.save_every=0 resume=true"
-    assert f"{advice} hydra.run.dir=run" in errors
+    assert f"{advice} hydra.run.dir={tmp_path}/run" in errors
 
 
 def test_an_offline_wandb_run_is_closed_with_its_job(
