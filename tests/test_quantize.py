@@ -106,14 +106,15 @@ def test_patterns_select_and_never_quantize_twice(
 
     code, errors = script_here("quantize", pattern, "select=best", *quick, "hydra.run.dir=best")
     assert code == 0, errors
-    chosen = yaml.safe_load((tmp_path / "best" / "config.yaml").read_text())["checkpoint"]
+    (part,) = (path for path in (tmp_path / "best").iterdir() if path.is_dir())
+    chosen = yaml.safe_load((part / "config.yaml").read_text())["checkpoint"]
     nll = {
         seed: json.loads((trained / f"pointwise_{seed}" / "metrics.json").read_text())["val/nll"]
         for seed in (0, 1)
     }
     assert Path(chosen).parent.name == f"pointwise_{min(nll, key=nll.__getitem__)}"
 
-    again = f"checkpoint={tmp_path}/best/checkpoint.ckpt"
+    again = f"checkpoint={part}/checkpoint.ckpt"
     code, errors = script_here("quantize", again, *quick, "hydra.run.dir=again")
     assert code == 1
     assert "quantized already" in errors

@@ -275,7 +275,13 @@ def test_an_interrupted_run_says_so_and_keeps_its_checkpoint(
 ) -> None:
     arguments = ["logger=none", "trainer.max_epochs=100000", "trainer.save_every=0"]
     command = [sys.executable, str(ROOT / "train.py"), "task=synthetic", *arguments]
-    process = subprocess.Popen([*command, "hydra.run.dir=run"], cwd=tmp_path, env=dict(os.environ))
+    process = subprocess.Popen(
+        [*command, "hydra.run.dir=run"],
+        cwd=tmp_path,
+        env=dict(os.environ),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     checkpoint = tmp_path / "run" / "checkpoint.ckpt"
     deadline = time.monotonic() + 120
     while not checkpoint.exists():
@@ -283,9 +289,12 @@ def test_an_interrupted_run_says_so_and_keeps_its_checkpoint(
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(number)
-    assert process.wait(timeout=60) == 130
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
     assert status(tmp_path / "run")["state"] == "INTERRUPTED"
     load(checkpoint)
+    advice = "task=synthetic logger=none trainer.max_epochs=100000 trainer.save_every=0 resume=true"
+    assert f"{advice} hydra.run.dir={tmp_path}/run" in errors
 
 
 def test_an_offline_wandb_run_is_closed_with_its_job(
