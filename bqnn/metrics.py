@@ -121,3 +121,16 @@ def interval_coverage(
     half_widths: Tensor = torch.special.ndtri((1 + nominal) / 2)
     inside = (targets - mean).abs() <= half_widths[:, None] * std
     return inside.double().mean(-1)
+
+
+def risk_coverage(scores: Tensor, losses: Tensor) -> Tensor:
+    """Mean loss of the 1, 2, ..., N rows with the lowest scores [N]: [N], in float64.
+
+    Rows of equal score come in no particular order: the curve is its expectation over all of
+    them. Its mean is the area under it (AURC, Geifman & El-Yaniv 2017).
+    """
+    _, ranks, counts = scores.unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(counts), dtype=torch.float64, device=losses.device)
+    means = sums.index_add_(0, ranks, losses.double()) / counts
+    kept = torch.arange(1, len(losses) + 1, device=losses.device)
+    return means.repeat_interleave(counts).cumsum(0) / kept
