@@ -11,14 +11,14 @@ def quantize(job: Job) -> None:
     """Quantize every network that the checkpoint, or pattern, stands for."""
     QuantSpec.from_config(job.config["quant"])
     # Imported here, so that a mistake on the command line is answered at once.
-    from bqnn.checkpoint import find_float_checkpoints
+    from bqnn.checkpoint import find_checkpoints
+    from bqnn.recipe import described
 
-    configs = {}
-    found = find_float_checkpoints(job.config["checkpoint"], job.config["select"])
-    for path, recipe in found.items():
-        described = {key: recipe[key] for key in ("method", "net", "task", "seed")}
-        name = f"{len(configs)}_{recipe['method']['name']}_{recipe['task']['name']}"
-        configs[name] = {**job.config, **described, "checkpoint": str(path)}
+    found = find_checkpoints(job.config["checkpoint"], "float", job.config["select"])
+    configs = [
+        {**described(recipe), **job.config, "checkpoint": str(path)}
+        for path, recipe in found.items()
+    ]
     run_parts(job, configs, quantize_one)
 
 
@@ -43,7 +43,7 @@ def quantize_one(job: Job) -> None:
     model = load(job.config["checkpoint"])
     data = make_data(job.config)
     loggers = make_loggers(job)
-    num_samples = job.config["num_samples"] or model.available_samples
+    num_samples = model.check_samples(job.config["num_samples"])
     evaluations = {"float": evaluate(model, data.test, data, num_samples)}
 
     path, timer = job.folder / "checkpoint.ckpt", EpochTimer(job)

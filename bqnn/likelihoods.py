@@ -62,7 +62,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def scores(self, summary: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What tells doubtful rows from others, higher for the doubtful: each [N]."""
+        """What tells doubtful rows from others, higher for the doubtful, the usual one first: [N]."""
 
     @abstractmethod
     def losses(self, summary: Mapping[str, Tensor], targets: Tensor) -> Tensor:
@@ -135,11 +135,11 @@ class Classification(Likelihood):
         }
 
     def scores(self, summary: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """1 - the largest probability, entropy and mutual information."""
+        """Entropy, mutual information, and 1 - the largest probability."""
         return {
-            "max_probability": 1 - summary["probabilities"].amax(-1),
             "entropy": summary["entropy"],
             "mi": summary["mutual_information"],
+            "max_probability": 1 - summary["probabilities"].amax(-1),
         }
 
     def losses(self, summary: Mapping[str, Tensor], targets: Tensor) -> Tensor:

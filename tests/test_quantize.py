@@ -177,4 +177,4 @@ def test_training_can_be_quantization_aware_from_the_start(
     assert code == 0, errors
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["int8/test/nll"] == pytest.approx(metrics["test/nll"], abs=0.01)
-    assert load(tmp_path / "run" / "checkpoint.ckpt").recipe["stage"] == "quantized"
+    assert load(tmp_path / "run" / "checkpoint.ckpt").recipe["stage"] == "qat"

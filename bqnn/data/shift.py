@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,7 +69,7 @@ def blur(images: Tensor, sigma: float) -> Tensor:
     """Smoothed by a Gaussian of `sigma` pixels, cut off at three sigma or at the picture's size."""
     from torchvision.transforms.v2.functional import gaussian_blur
 
-    reach = min(round(3 * sigma + 0.5), *(size - 1 for size in images.shape[-2:]))
+    reach = min(math.ceil(3 * sigma), *(size - 1 for size in images.shape[-2:]))
     return gaussian_blur(images, [2 * reach + 1] * 2, [sigma] * 2)
 
 

@@ -1,0 +1,63 @@
+"""Evaluate trained networks: python evaluate.py checkpoint=outputs/.../checkpoint.ckpt"""
+
+from bqnn.config import launch
+from bqnn.run import Job, run_parts
+
+
+def evaluate(job: Job) -> None:
+    """Evaluate every network that the checkpoint, or pattern, stands for."""
+    from bqnn.checkpoint import find_checkpoints
+    from bqnn.recipe import described
+
+    stage = None if job.config["numeric"] is None else "quantized"
+    found = find_checkpoints(job.config["checkpoint"], stage)
+    configs = [
+        {**described(recipe), **job.config, "checkpoint": str(path)}
+        for path, recipe in found.items()
+    ]
+    run_parts(job, configs, evaluate_one)
+
+
+def evaluate_one(job: Job) -> None:
+    from bqnn.loggers import log_final, log_pictures, make_loggers
+    from bqnn.recipe import load, make_data
+    from bqnn.results import Predictions, draw_pictures, write_metrics, write_predictions
+    from bqnn.suite import make_sets, predict_sets, suite_metrics
+    from bqnn.suite_results import draw_suite, suite_table, write_curves, write_uncertainty
+    from bqnn.trainer import prepare_torch
+
+    config, accelerator = job.config, prepare_torch(job)
+    numeric = config["numeric"]
+    if numeric is None and config["quant"]["name"] != "none":
+        numeric = "simulated"
+    model = load(config["checkpoint"], numeric)
+    num_samples = model.check_samples(config["num_samples"])
+    if accelerator != "cpu" and numeric != "int8":
+        model.cuda()
+    data = make_data(config)
+    sets = make_sets(data, config["suite"])
+    loggers = make_loggers(job)
+
+    likelihood, predictions = model.likelihood, predict_sets(model, data, sets, num_samples)
+    metrics = suite_metrics(likelihood, predictions)
+    test = predictions["test"]
+    assert test.targets is not None
+    steps = likelihood.convergence(test.samples, test.targets) if config["convergence"] else []
+
+    prefix = "" if numeric is None else f"{numeric}/"
+    final = {f"{prefix}{name}": value for name, value in metrics.items()}
+    write_metrics(job.folder, final | {"num_samples": num_samples})
+    write_predictions(job.folder, Predictions(test.samples, test.targets))
+    write_uncertainty(job.folder, predictions)
+    results = (job.folder, likelihood, predictions, metrics, steps)
+    write_curves(*results)
+    log_final(loggers, final)
+    if config["plots"]:
+        pictures = draw_pictures(job.folder, model, data, Predictions(test.samples, test.targets))
+        log_pictures(loggers, [*pictures, *draw_suite(*results)])
+    print(suite_table(metrics))
+    print(f"\n{num_samples} draws; results in {job.folder}")
+
+
+if __name__ == "__main__":
+    launch(evaluate, "evaluate")
