@@ -9,12 +9,13 @@ def evaluate(job: Job) -> None:
     from bqnn.checkpoint import find_checkpoints
     from bqnn.recipe import described
 
-    stage = None if job.config["numeric"] is None else "quantized"
-    found = find_checkpoints(job.config["checkpoint"], stage)
-    configs = [
-        {**described(recipe), **job.config, "checkpoint": str(path)}
-        for path, recipe in found.items()
-    ]
+    numeric, configs = job.config["numeric"], []
+    stage = None if numeric is None else "quantized"
+    for path, recipe in find_checkpoints(job.config["checkpoint"], stage).items():
+        config = {**described(recipe), **job.config, "checkpoint": str(path)}
+        if recipe["stage"] != "float":
+            config["numeric"] = numeric or "simulated"
+        configs.append(config)
     run_parts(job, configs, evaluate_one)
 
 
@@ -28,8 +29,6 @@ def evaluate_one(job: Job) -> None:
 
     config, accelerator = job.config, prepare_torch(job)
     numeric = config["numeric"]
-    if numeric is None and config["quant"]["name"] != "none":
-        numeric = "simulated"
     model = load(config["checkpoint"], numeric)
     num_samples = model.check_samples(config["num_samples"])
     if accelerator != "cpu" and numeric != "int8":
@@ -40,20 +39,19 @@ def evaluate_one(job: Job) -> None:
 
     likelihood, predictions = model.likelihood, predict_sets(model, data, sets, num_samples)
     metrics = suite_metrics(likelihood, predictions)
-    test = predictions["test"]
-    assert test.targets is not None
+    test = Predictions(predictions["test"].samples, data.test.targets)
     steps = likelihood.convergence(test.samples, test.targets) if config["convergence"] else []
 
     prefix = "" if numeric is None else f"{numeric}/"
     final = {f"{prefix}{name}": value for name, value in metrics.items()}
     write_metrics(job.folder, final | {"num_samples": num_samples})
-    write_predictions(job.folder, Predictions(test.samples, test.targets))
+    write_predictions(job.folder, test)
     write_uncertainty(job.folder, predictions)
     results = (job.folder, likelihood, predictions, metrics, steps)
     write_curves(*results)
     log_final(loggers, final)
     if config["plots"]:
-        pictures = draw_pictures(job.folder, model, data, Predictions(test.samples, test.targets))
+        pictures = draw_pictures(job.folder, model, data, test)
         log_pictures(loggers, [*pictures, *draw_suite(*results)])
     print(suite_table(metrics))
     print(f"\n{num_samples} draws; results in {job.folder}")

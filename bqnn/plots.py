@@ -55,6 +55,7 @@ def panels(lines: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: 
     colors = dict(zip(labels, itertools.cycle(COLORS), strict=False))
     across = 2 if len(lines) == 4 else min(3, len(lines))
     down = math.ceil(len(lines) / across)
+    drawn = {}
     with _style():
         figure = _figure(3.4 * across, 2.5 * down)
         grid = figure.subplots(down, across, squeeze=False, sharex=True).flat
@@ -63,15 +64,17 @@ def panels(lines: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: 
                 if points:
                     dot = "o" if len(points) == 1 else None
                     color = colors[label]
-                    axes.plot(*zip(*points, strict=True), color=color, label=label, marker=dot)
+                    (drawn[label],) = axes.plot(
+                        *zip(*points, strict=True), color=color, label=label, marker=dot
+                    )
             axes.set_title(title)
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.xaxis.set_tick_params(labelbottom=True)
             axes.set_xlabel(x)
-            if len(labels) > 1:
-                axes.legend()
         for axes in list(grid):  # what the panels left of the last row
             axes.remove()
+        if len(drawn) > 1:
+            figure.legend(handles=[*drawn.values()], loc="outside upper center", ncols=len(drawn))
     return figure
 
 
