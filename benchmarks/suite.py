@@ -61,7 +61,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()  # as the scripts do
     print(machine(arguments.threads))
-    print(f"17 sets of {arguments.images} images, {arguments.samples} draws, batches of {BATCH_SIZE};")
+    print(
+        f"17 sets of {arguments.images} images, {arguments.samples} draws, batches of {BATCH_SIZE};"
+    )
     print("seconds of the suite / of plain float passes, and of these two the ratio")
     data = RandomImages(arguments.images)
     data.setup()

@@ -17,8 +17,8 @@ from bqnn.data.shift import DISTORTIONS, distort
 from bqnn.data.unfamiliar import unfamiliar_sets
 from bqnn.detection import detection
 from bqnn.likelihoods import Likelihood
-from bqnn.metrics import risk_coverage
 from bqnn.methods import Method
+from bqnn.metrics import risk_coverage
 
 log = logging.getLogger(__name__)
 

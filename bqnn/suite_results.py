@@ -71,7 +71,9 @@ def draw_suite(
     if shifted:
         names = [key.removeprefix("test/") for key in metrics if key.startswith("test/")]
         lines = {
-            name: {kind: [(row["level"], row[name]) for row in rows] for kind, rows in shifted.items()}
+            name: {
+                kind: [(row["level"], row[name]) for row in rows] for kind, rows in shifted.items()
+            }
             for name in names
         }
         figures["shift"] = plots.panels(lines, "level of distortion")
