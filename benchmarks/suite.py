@@ -18,11 +18,11 @@ from train_step import machine, seconds
 from bqnn.data import Rows
 from bqnn.data.images import ImageData
 from bqnn.methods import Method
+from bqnn.predict import BATCH_SIZE
 from bqnn.recipe import build
 from bqnn.suite import make_sets, predict_sets, suite_metrics
 from bqnn.trainer import keep_freed_memory
 
-BATCH_SIZE = 512  # that of predictive_sets
 SUITE = {
     "splits": ["test"],
     "ood": ["uniform"],
@@ -62,9 +62,9 @@ def main() -> None:
     keep_freed_memory()  # as the scripts do
     print(machine(arguments.threads))
     print(
-        f"17 sets of {arguments.images} images, {arguments.samples} draws, batches of {BATCH_SIZE};"
+        f"17 sets of {arguments.images} images, {arguments.samples} draws, batches of {BATCH_SIZE}"
     )
-    print("seconds of the suite / of plain float passes, and of these two the ratio")
+    print("seconds of the suite / of plain float passes, and their ratio")
     data = RandomImages(arguments.images)
     data.setup()
     for name in arguments.methods:

@@ -62,7 +62,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def scores(self, summary: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What tells doubtful rows from others, higher for the doubtful, the usual one first: [N]."""
+        """What is higher for doubtful rows than for others, the usual one first: each [N]."""
 
     @abstractmethod
     def losses(self, summary: Mapping[str, Tensor], targets: Tensor) -> Tensor:

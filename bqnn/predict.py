@@ -10,11 +10,12 @@ from bqnn.layers.draws import Drawn, Stochastic, held_draw
 from bqnn.layers.noise import reseed
 
 FIRST_STREAM = 500_000  # training has the streams of the epochs before it
+BATCH_SIZE = 256
 MAX_KEPT_BYTES = 512 * 2**20  # of what comes before the first random layer
 
 
 def predictive(
-    net: nn.Module, x: Tensor, num_samples: int, *, seed: int = 0, batch_size: int = 256
+    net: nn.Module, x: Tensor, num_samples: int, *, seed: int = 0, batch_size: int = BATCH_SIZE
 ) -> Tensor:
     """Stack independent draws of the network's output: [S, B, ...].
 
@@ -34,7 +35,7 @@ def predictive_sets(
     *,
     prepare: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
-    batch_size: int = 512,
+    batch_size: int = BATCH_SIZE,
 ) -> list[Tensor]:
     """The draws that `predictive` makes for each set of inputs alone, bit for bit: [S, B, ...].
 

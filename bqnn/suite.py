@@ -4,7 +4,6 @@ Sets have names: train, val, test; ood/fashion_mnist and the like; shift/rotatio
 shift/rotation_5 and the like. Those names are the first part of every metric's key.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,6 @@ from bqnn.detection import detection
 from bqnn.likelihoods import Likelihood
 from bqnn.methods import Method
 from bqnn.metrics import risk_coverage
-
-log = logging.getLogger(__name__)
 
 LEVELS = range(1, 6)
 

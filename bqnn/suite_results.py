@@ -62,7 +62,7 @@ def draw_suite(
     metrics: Mapping[str, float],
     steps: Sequence[Mapping[str, float]],
 ) -> list[Path]:
-    """risk_coverage.png, and shift.png, ood.png and convergence.png where there is what they show."""
+    """risk_coverage.png, and shift.png, ood.png and convergence.png where they have a content."""
     is_regression = isinstance(likelihood, Regression)
     risk = "mean squared error of the kept" if is_regression else "error of the kept"
     curves = risk_curves(likelihood, predictions["test"])

@@ -20,8 +20,8 @@ Unfamiliar = tuple[Tensor, Tensor | None]  # inputs, and targets where there are
 def unfamiliar_sets(data: TensorData, names: Sequence[str] | None) -> dict[str, Unfamiliar]:
     """The sets of these names, or all that there are for this kind of data.
 
-    They are as raw as `data.test` and, where they are made from it or at random, as many rows. Other
-    data is downloaded to `data_dir` where it is missing. ValueError: no set has that name.
+    They are as raw as `data.test`. Other data is downloaded to `data_dir` where it is missing.
+    ValueError: no set has that name.
     """
     makers: dict[str, Callable[[Any], Unfamiliar]] = {}
     for kind, of_kind in _MAKERS.items():
