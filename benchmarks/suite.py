@@ -62,7 +62,7 @@ def main() -> None:
     keep_freed_memory()  # as the scripts do
     print(machine(arguments.threads))
     print(
-        f"17 sets of {arguments.images} images, {arguments.samples} draws, batches of {BATCH_SIZE}"
+        f"17 sets of {arguments.images} images, {arguments.samples} draws, batches of", BATCH_SIZE
     )
     print("seconds of the suite / of plain float passes, and their ratio")
     data = RandomImages(arguments.images)
