@@ -61,10 +61,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()  # as the scripts do
     print(machine(arguments.threads))
-    print(
-        f"17 sets of {arguments.images} images, {arguments.samples} draws, batches of", BATCH_SIZE
-    )
-    print("seconds of the suite / of plain float passes, and their ratio")
+    print(f"17 sets of {arguments.images} images, {arguments.samples} draws,", end=" ")
+    print(f"batches of {BATCH_SIZE}; seconds of the suite / of plain float passes, and their ratio")
     data = RandomImages(arguments.images)
     data.setup()
     for name in arguments.methods:

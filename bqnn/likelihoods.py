@@ -87,11 +87,10 @@ class Classification(Likelihood):
         """error, nll, brier, ape, mi, ece (15 bins) and ece10 of the mean probability."""
         samples = _checked(samples, self.num_outputs)
         _require_one_target_per_row(samples[0], targets)
-        log_probabilities = samples.log_softmax(-1)
-        probabilities = log_probabilities.exp()
+        probabilities = samples.softmax(-1)
         return self._metrics(
             probabilities.mean(0),
-            log_mean_exp(_at_targets(log_probabilities, targets)),
+            log_mean_exp(_log_likelihood(samples, targets)),
             entropy(probabilities).mean(0),
             targets,
         )
@@ -104,11 +103,10 @@ class Classification(Likelihood):
         log_sum = torch.full_like(mean_entropy, -math.inf)
         steps = []
         for count, draw in enumerate(samples, 1):
-            log_probabilities = draw.log_softmax(-1)
-            probabilities = log_probabilities.exp()
+            probabilities = draw.softmax(-1)
             mean += (probabilities - mean) / count
             mean_entropy += (entropy(probabilities) - mean_entropy) / count
-            log_sum = torch.logaddexp(log_sum, _at_targets(log_probabilities, targets))
+            log_sum = torch.logaddexp(log_sum, _log_likelihood(draw, targets))
             steps.append(self._metrics(mean, log_sum - math.log(count), mean_entropy, targets))
         return steps
 
@@ -119,11 +117,12 @@ class Classification(Likelihood):
         """
         probabilities = _checked(samples, self.num_outputs).softmax(-1)
         mean = probabilities.mean(0)
+        aleatoric = entropy(probabilities).mean(0)
         return {
             "probabilities": mean,
             "entropy": entropy(mean),
-            "aleatoric": entropy(probabilities).mean(0),
-            "mutual_information": mutual_information(probabilities),
+            "aleatoric": aleatoric,
+            "mutual_information": mutual_information(mean, aleatoric),
         }
 
     def uncertainty(self, summary: Mapping[str, Tensor]) -> dict[str, float]:
@@ -152,13 +151,12 @@ class Classification(Likelihood):
         """mean: probabilities [N, C]; log_likelihood: log of that of the target [N]."""
         confidences, predictions = mean.max(-1)
         correct = predictions == targets
-        total = entropy(mean)
         return {
             "error": _mean("error", ~correct),
             "nll": _mean("nll", -log_likelihood),
             "brier": _mean("brier", brier_score(mean, targets)),
-            "ape": _mean("ape", total),
-            "mi": _mean("mi", (total - mean_entropy).clamp_min(0)),
+            "ape": _mean("ape", entropy(mean)),
+            "mi": _mean("mi", mutual_information(mean, mean_entropy)),
             "ece": expected_calibration_error(confidences, correct, num_bins=15).item(),
             "ece10": expected_calibration_error(confidences, correct, num_bins=10).item(),
         }
@@ -298,10 +296,10 @@ def _require_one_target_per_row(output: Tensor, targets: Tensor) -> None:
         )
 
 
-def _at_targets(log_probabilities: Tensor, targets: Tensor) -> Tensor:
-    """The entries [..., N] of the target classes [N]."""
-    index = targets.expand(log_probabilities.shape[:-1]).unsqueeze(-1)
-    return log_probabilities.gather(-1, index).squeeze(-1)
+def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(logits [..., N, C]) of the classes [N]: [..., N]."""
+    index = targets.expand(logits.shape[:-1]).unsqueeze(-1)
+    return logits.gather(-1, index).squeeze(-1) - logits.logsumexp(-1)
 
 
 def _mean(metric: str, rows: Tensor) -> float:

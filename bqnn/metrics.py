@@ -44,14 +44,14 @@ def entropy(probabilities: Tensor) -> Tensor:
     return terms.sum(-1)
 
 
-def mutual_information(probabilities: Tensor) -> Tensor:
-    """Disagreement between draws [S, N, C], in nats: [N], never negative, 0 for S = 1.
+def mutual_information(mean: Tensor, mean_entropy: Tensor) -> Tensor:
+    """Disagreement between draws, in nats: [N], never negative, 0 for one draw.
 
     I[y; w] = H[E_s p_s] - E_s H[p_s], the epistemic part of the predictive entropy
-    (Depeweg et al. 2018). Rounding below zero is clipped.
+    (Depeweg et al. 2018), from the mean [N, C] of the draws' probabilities and the mean [N] of
+    their entropies. Rounding below zero is clipped.
     """
-    disagreement = entropy(probabilities.mean(0)) - entropy(probabilities).mean(0)
-    return disagreement.clamp_min(0)
+    return (entropy(mean) - mean_entropy).clamp_min(0)
 
 
 def brier_score(probabilities: Tensor, targets: Tensor) -> Tensor:
