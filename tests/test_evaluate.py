@@ -59,8 +59,8 @@ def test_everything_at_once_with_another_number_of_draws(
     for name in ("error", "nll", "ape", "mi", "ece"):
         assert float(rows[-1][name]) == pytest.approx(metrics[f"test/{name}"], abs=1e-9)
     assert float(rows[0]["mi"]) == 0
-    assert np.load(run / "predictions.npz")["samples"].shape == (7, 362, 10)
-    assert np.load(run / "uncertainty.npz")["ood/uniform/entropy"].shape == (362,)
+    assert np.load(run / "predictions.npz")["samples"].shape == (7, 364, 10)
+    assert np.load(run / "uncertainty.npz")["ood/uniform/entropy"].shape == (364,)
     with (run / "shift_noise.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 6
     pictures = {"reliability", "confidence", "shift", "risk_coverage", "ood", "convergence"}
