@@ -80,6 +80,7 @@ def log_final(loggers: list[Logger], metrics: Mapping[str, float]) -> None:
     for logger in loggers:
         if not isinstance(logger, MetricsCsv):
             logger.log_metrics(dict(metrics))
+            logger.save()  # Lightning's CSVLogger would wait for more
 
 
 def log_pictures(loggers: list[Logger], paths: list[Path]) -> None:
