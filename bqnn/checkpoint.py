@@ -97,6 +97,8 @@ def find_checkpoints(
             f"checkpoint={pattern}: not quantized, so there is no other numeric than float; leave "
             f"numeric out, or quantize it first (python quantize.py checkpoint={pattern})"
         )
+    if not Path(pattern).exists():
+        log.info("%d checkpoints match", len(paths))
     if len(found) < len(paths):
         log.info("left out: %d checkpoints that are not %s", len(paths) - len(found), stage)
     if select == "all":

@@ -136,11 +136,10 @@ def run_parts(job: Job, configs: list[dict[str, Any]], task: Callable[[Job], Non
         job.configure(configs[0])
         task(job)
         return
-    print(f"{len(configs)} checkpoints")
     failed = []
     for number, config in enumerate(configs):
         name = f"{number}_{config['method']['name']}_{config['task']['name']}"
-        print(f"\n{name}: {config['checkpoint']}")
+        log.info("%s: %s", name, config["checkpoint"])
         part = Job(job.folder / name, job.verb, job.sweep or job.folder.name)
         part.folder.mkdir()
         with part:

@@ -73,11 +73,13 @@ def predict_sets(
 ) -> dict[str, Prediction]:
     """Predict all sets from one set of draws."""
     inputs = [each.inputs.to(model.device) for each in sets.values()]
-    samples = model.predictive_sets(inputs, data.normalize, num_samples)
-    return {
-        name: Prediction(drawn.cpu(), each.targets, model.likelihood.summary(drawn.cpu()))
-        for (name, each), drawn in zip(sets.items(), samples, strict=True)
-    }
+    draws = model.predictive_sets(inputs, data.normalize, num_samples)
+    predictions = {}
+    for (name, each), on_device in zip(sets.items(), draws, strict=True):
+        samples = on_device.cpu()
+        summary = model.likelihood.summary(samples)
+        predictions[name] = Prediction(samples, each.targets, summary)
+    return predictions
 
 
 def suite_metrics(

@@ -112,6 +112,7 @@ def test_a_pattern_is_expanded_and_counted(
     pattern = f"checkpoint={trained}/pointwise_*/checkpoint.ckpt"
     code, errors = script_here("evaluate", pattern, *QUICK, "hydra.run.dir=run")
     assert code == 0, errors
+    assert "2 checkpoints match" in errors
     parts = sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir())
     assert parts == ["0_pointwise_digits", "1_pointwise_digits"]
     for seed, part in enumerate(parts):
