@@ -85,6 +85,7 @@ def find_checkpoints(
                 f"checkpoint={pattern}: no such file; train one (python train.py), or quote the "
                 "pattern, as in 'checkpoint=outputs/**/checkpoint.ckpt'"
             )
+        log.info("%d checkpoints match", len(paths))
     recipes = {path: read_checkpoint(path)["recipe"] for path in paths}
     found = {path: r for path, r in recipes.items() if stage in (None, _stage(r))}
     if not found and stage == "float":
@@ -97,8 +98,6 @@ def find_checkpoints(
             f"checkpoint={pattern}: not quantized, so there is no other numeric than float; leave "
             f"numeric out, or quantize it first (python quantize.py checkpoint={pattern})"
         )
-    if not Path(pattern).exists():
-        log.info("%d checkpoints match", len(paths))
     if len(found) < len(paths):
         log.info("left out: %d checkpoints that are not %s", len(paths) - len(found), stage)
     if select == "all":
