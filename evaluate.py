@@ -9,13 +9,13 @@ def evaluate(job: Job) -> None:
     from bqnn.checkpoint import find_checkpoints
     from bqnn.recipe import described
 
-    numeric, configs = job.config["numeric"], []
+    configs, numeric = {}, job.config["numeric"]
     stage = None if numeric is None else "quantized"
     for path, recipe in find_checkpoints(job.config["checkpoint"], stage).items():
-        config = {**described(recipe), **job.config, "checkpoint": str(path)}
+        config = {**job.config, **described(recipe), "checkpoint": str(path)}
         if recipe["stage"] != "float":
             config["numeric"] = numeric or "simulated"
-        configs.append(config)
+        configs[f"{len(configs)}_{recipe['method']['name']}_{recipe['task']['name']}"] = config
     run_parts(job, configs, evaluate_one)
 
 

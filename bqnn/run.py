@@ -127,19 +127,17 @@ class Job:
         write_json(self.folder / "status.json", status)
 
 
-def run_parts(job: Job, configs: list[dict[str, Any]], task: Callable[[Job], None]) -> None:
-    """Run `task` for each configuration, in a folder of its own below the job's.
+def run_parts(job: Job, configs: dict[str, dict[str, Any]], task: Callable[[Job], None]) -> None:
+    """Run `task` for each configuration, in a folder of that name below the job's.
 
     A single one runs as the job itself. RuntimeError, once all have run: some failed.
     """
     if len(configs) == 1:
-        job.configure(configs[0])
+        job.configure(*configs.values())
         task(job)
         return
     failed = []
-    for number, config in enumerate(configs):
-        name = f"{number}_{config['method']['name']}_{config['task']['name']}"
-        log.info("%s: %s", name, config["checkpoint"])
+    for name, config in configs.items():
         part = Job(job.folder / name, job.verb, job.sweep or job.folder.name)
         part.folder.mkdir()
         with part:
