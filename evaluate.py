@@ -23,7 +23,7 @@ def evaluate_one(job: Job) -> None:
     from bqnn.loggers import log_final, log_pictures, make_loggers
     from bqnn.recipe import load, make_data
     from bqnn.results import Predictions, draw_pictures, write_metrics, write_predictions
-    from bqnn.suite import make_sets, predict_sets, suite_metrics
+    from bqnn.suite import judge, make_sets, predict_sets
     from bqnn.suite_results import draw_suite, suite_table, write_curves, write_uncertainty
     from bqnn.trainer import prepare_torch
 
@@ -37,23 +37,21 @@ def evaluate_one(job: Job) -> None:
     sets = make_sets(data, config["suite"])
     loggers = make_loggers(job)
 
-    likelihood, predictions = model.likelihood, predict_sets(model, data, sets, num_samples)
-    metrics = suite_metrics(likelihood, predictions)
+    predictions = predict_sets(model, data, sets, num_samples)
+    findings = judge(model.likelihood, predictions, config["convergence"])
     test = Predictions(predictions["test"].samples, data.test.targets)
-    steps = likelihood.convergence(test.samples, test.targets) if config["convergence"] else []
 
     prefix = "" if numeric is None else f"{numeric}/"
-    final = {f"{prefix}{name}": value for name, value in metrics.items()}
-    write_metrics(job.folder, final | {"num_samples": num_samples})
+    metrics = {f"{prefix}{name}": value for name, value in findings.metrics.items()}
+    write_metrics(job.folder, metrics | {"num_samples": num_samples})
     write_predictions(job.folder, test)
     write_uncertainty(job.folder, predictions)
-    results = (job.folder, likelihood, predictions, metrics, steps)
-    write_curves(*results)
-    log_final(loggers, final)
+    write_curves(job.folder, findings)
+    log_final(loggers, metrics)
     if config["plots"]:
         pictures = draw_pictures(job.folder, model, data, test)
-        log_pictures(loggers, [*pictures, *draw_suite(*results)])
-    print(suite_table(metrics))
+        log_pictures(loggers, [*pictures, *draw_suite(job.folder, findings)])
+    print(suite_table(findings.metrics))
     print(f"\n{num_samples} draws; results in {job.folder}")
 
 

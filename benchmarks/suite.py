@@ -20,7 +20,7 @@ from bqnn.data.images import ImageData
 from bqnn.methods import Method
 from bqnn.predict import BATCH_SIZE
 from bqnn.recipe import build
-from bqnn.suite import make_sets, predict_sets, suite_metrics
+from bqnn.suite import judge, make_sets, predict_sets
 from bqnn.trainer import keep_freed_memory
 
 SUITE = {
@@ -88,7 +88,7 @@ def _compare(name: str, model: Method, data: ImageData, num_pairs: int) -> None:
 def _suite(model: Method, data: ImageData, num_samples: int) -> None:
     sets = make_sets(data, SUITE)
     assert len(sets) == 17
-    suite_metrics(model.likelihood, predict_sets(model, data, sets, num_samples))
+    judge(model.likelihood, predict_sets(model, data, sets, num_samples))
 
 
 @torch.no_grad()

@@ -39,6 +39,20 @@ class Prediction:
     summary: dict[str, Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """All that one set of draws says.
+
+    metrics: every metric of every set, under keys such as test/nll. steps: the test metrics after
+    1, 2, ... draws, or nothing.
+    """
+
+    likelihood: Likelihood
+    predictions: dict[str, Prediction]
+    metrics: dict[str, float]
+    steps: list[dict[str, float]]
+
+
 def make_sets(data: TensorData, suite: Mapping[str, Any]) -> dict[str, EvaluationSet]:
     """The sets that a group `suite` of the configuration asks for, by name.
 
@@ -82,13 +96,10 @@ def predict_sets(
     return predictions
 
 
-def suite_metrics(
-    likelihood: Likelihood, predictions: Mapping[str, Prediction]
-) -> dict[str, float]:
-    """Every metric of every set, as docs/metrics.md defines them, in one flat dictionary.
-
-    Of a distortion's five levels there is also the mean, as shift/rotation_mean.
-    """
+def judge(
+    likelihood: Likelihood, predictions: dict[str, Prediction], convergence: bool = False
+) -> Findings:
+    """Score predictions; of a distortion's five levels also the mean, as shift/rotation_mean."""
     sets = {name: _set_metrics(likelihood, each) for name, each in predictions.items()}
     familiar = likelihood.scores(predictions["test"].summary)
     for name, each in predictions.items():
@@ -102,7 +113,11 @@ def suite_metrics(
             metric: sum(at_level[metric] for at_level in levels) / len(levels)
             for metric in levels[0]
         }
-    return {f"{name}/{key}": value for name, of in sets.items() for key, value in of.items()}
+    metrics = {f"{name}/{key}": value for name, of in sets.items() for key, value in of.items()}
+    test = predictions["test"]
+    assert test.targets is not None
+    steps = likelihood.convergence(test.samples, test.targets) if convergence else []
+    return Findings(likelihood, predictions, metrics, steps)
 
 
 def distortions_in(names: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """What an evaluation leaves in its folder beyond what every run does: files, pictures, a table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +8,8 @@ import numpy as np
 from bqnn import plots
 from bqnn.data.shift import DISTORTIONS
 from bqnn.files import write_csv, written_beside
-from bqnn.likelihoods import Likelihood, Regression
-from bqnn.suite import Prediction, distortions_in, risk_curves
+from bqnn.likelihoods import Regression
+from bqnn.suite import Findings, Prediction, distortions_in, risk_curves
 
 TABLE = ("error", "nll", "ape", "mi", "ece", "rmse", "std", "epistemic_std")
 DETECTION = ("auroc_entropy", "auroc_mi", "auroc_std")
@@ -31,38 +31,25 @@ def write_uncertainty(folder: Path, predictions: Mapping[str, Prediction]) -> No
         np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
-def write_curves(
-    folder: Path,
-    likelihood: Likelihood,
-    predictions: Mapping[str, Prediction],
-    metrics: Mapping[str, float],
-    steps: Sequence[Mapping[str, float]],
-) -> None:
-    """shift_<distortion>.csv, risk_coverage.csv, and convergence.csv where there are steps.
-
-    steps: the test metrics after 1, 2, ... draws.
-    """
-    for distortion in distortions_in(predictions):
-        write_csv(folder / f"shift_{distortion}.csv", level_rows(metrics, distortion))
-    curves = risk_curves(likelihood, predictions["test"])
+def write_curves(folder: Path, findings: Findings) -> None:
+    """shift_<distortion>.csv, risk_coverage.csv, and convergence.csv where there are steps."""
+    for distortion in distortions_in(findings.predictions):
+        write_csv(folder / f"shift_{distortion}.csv", level_rows(findings.metrics, distortion))
+    curves = risk_curves(findings.likelihood, findings.predictions["test"])
     num_rows = len(next(iter(curves.values())))
     columns = {"coverage": np.arange(1, num_rows + 1) / num_rows}
     columns |= {f"risk_{score}": risk.numpy() for score, risk in curves.items()}
     rows = zip(*(values.tolist() for values in columns.values()), strict=True)
     write_csv(folder / "risk_coverage.csv", [dict(zip(columns, r, strict=True)) for r in rows])
-    if steps:
-        counted = [{"num_samples": count, **step} for count, step in enumerate(steps, 1)]
-        write_csv(folder / "convergence.csv", counted)
+    if findings.steps:
+        steps = [{"num_samples": count, **step} for count, step in enumerate(findings.steps, 1)]
+        write_csv(folder / "convergence.csv", steps)
 
 
-def draw_suite(
-    folder: Path,
-    likelihood: Likelihood,
-    predictions: Mapping[str, Prediction],
-    metrics: Mapping[str, float],
-    steps: Sequence[Mapping[str, float]],
-) -> list[Path]:
+def draw_suite(folder: Path, findings: Findings) -> list[Path]:
     """risk_coverage.png, and shift.png, ood.png and convergence.png where they have a content."""
+    likelihood, predictions = findings.likelihood, findings.predictions
+    metrics, steps = findings.metrics, findings.steps
     is_regression = isinstance(likelihood, Regression)
     risk = "mean squared error of the kept" if is_regression else "error of the kept"
     curves = risk_curves(likelihood, predictions["test"])

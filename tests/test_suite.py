@@ -12,7 +12,7 @@ from torch import Tensor
 from bqnn.data import build_data
 from bqnn.data.base import TensorData
 from bqnn.likelihoods import Classification, Likelihood, Regression
-from bqnn.suite import Prediction, make_sets, risk_curves, suite_metrics
+from bqnn.suite import Prediction, judge, make_sets, risk_curves
 from bqnn.suite_results import draw_suite, level_rows, suite_table, write_curves, write_uncertainty
 
 ALL = {"splits": ["train", "val", "test"], "ood": None, "distortions": ["rotation", "blur"]}
@@ -76,7 +76,7 @@ def test_a_set_that_there_is_not_is_refused(change, message):
 
 
 def test_metrics_of_a_hand_case():
-    metrics = suite_metrics(LETTERS, by_hand())
+    metrics = judge(LETTERS, by_hand()).metrics
     assert metrics["test/error"] == pytest.approx(1 / 3)
     assert metrics["test/aurc_entropy"] == pytest.approx((0 + 0 + 1 / 3) / 3)
     assert metrics["shift/rotation_2/error"] == pytest.approx(1 / 3)
@@ -94,10 +94,9 @@ def test_metrics_of_a_hand_case():
 
 def test_what_is_written_says_the_same(tmp_path: Path):
     predictions = by_hand()
-    metrics = suite_metrics(LETTERS, predictions)
-    test = predictions["test"]
-    steps = LETTERS.convergence(test.samples, test.targets)
-    write_curves(tmp_path, LETTERS, predictions, metrics, steps)
+    findings = judge(LETTERS, predictions, convergence=True)
+    metrics = findings.metrics
+    write_curves(tmp_path, findings)
     write_uncertainty(tmp_path, predictions)
 
     with (tmp_path / "shift_rotation.csv").open() as file:
@@ -119,7 +118,7 @@ def test_what_is_written_says_the_same(tmp_path: Path):
     assert arrays["test/targets"].tolist() == [0, 0, 1]
     assert "ood/noise/targets" not in arrays
 
-    names = {path.name for path in draw_suite(tmp_path, LETTERS, predictions, metrics, steps)}
+    names = {path.name for path in draw_suite(tmp_path, findings)}
     assert names == {"risk_coverage.png", "shift.png", "ood.png", "convergence.png"}
     lines = suite_table(metrics).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["test", "ood/noise", "shift/rotation_mean"]
