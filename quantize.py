@@ -1,7 +1,6 @@
 """Quantize trained networks: python quantize.py checkpoint=outputs/.../checkpoint.ckpt"""
 
 from copy import deepcopy
-from pathlib import Path
 
 from bqnn.config import launch
 from bqnn.quant.spec import QuantSpec
@@ -12,19 +11,15 @@ def quantize(job: Job) -> None:
     """Quantize the network at the path, or each that the pattern stands for."""
     QuantSpec.from_config(job.config["quant"])
     # Imported here, so that a mistake on the command line is answered at once.
-    from bqnn.checkpoint import find_float_checkpoints
+    from bqnn.checkpoint import find_checkpoints
 
     configs = []
-    pattern = job.config["checkpoint"]
-    for path, recipe in find_float_checkpoints(pattern, job.config["select"]).items():
+    found = find_checkpoints(job.config["checkpoint"], "float", job.config["select"])
+    for path, recipe in found.items():
         described = {key: recipe[key] for key in ("method", "net", "task", "seed")}
         name = f"{recipe['method']['name']}_{recipe['task']['name']}"
         configs.append((name, {**job.config, **described, "checkpoint": str(path)}))
-    if Path(pattern).exists():
-        job.configure(configs[0][1])
-        quantize_one(job)
-    else:
-        run_parts(job, configs, quantize_one)
+    run_parts(job, configs, quantize_one)
 
 
 def quantize_one(job: Job) -> None:
@@ -50,7 +45,7 @@ def quantize_one(job: Job) -> None:
     model = load(job.config["checkpoint"])
     data = make_data(job.config)
     loggers = make_loggers(job)
-    num_samples = job.config["num_samples"] or model.available_samples
+    num_samples = model.check_samples(job.config["num_samples"])
     evaluations = {"float": evaluate(model, data.test, data, num_samples)}
 
     path, timer = job.folder / "checkpoint.ckpt", EpochTimer(job)

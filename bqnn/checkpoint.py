@@ -68,13 +68,15 @@ def save_checkpoint(trainer: pl.Trainer, model: pl.LightningModule, path: Path) 
         trainer.save_checkpoint(beside, weights_only=True)
 
 
-def find_float_checkpoints(pattern: str, select: str) -> dict[Path, dict[str, Any]]:
-    """The recipes of the float checkpoints at a path or glob pattern; ** stands for any folders.
+def find_checkpoints(
+    pattern: str, stage: str | None = None, select: str = "all"
+) -> dict[Path, dict[str, Any]]:
+    """The recipes of the checkpoints at a path or glob pattern; ** stands for any folders.
 
+    stage: `float` or `quantized`, or None for both; a pattern's other matches are left out.
     select: `all`, or `best`, the one with the lowest val/nll in the metrics.json beside it, for
-    each method and task. What is quantized already, and what comes from a run that is not done, is
-    left out of a pattern's matches. FileNotFoundError: there is none. ValueError: the one path
-    given is quantized already, or no run is done.
+    each method and task. What comes from a run that is not done is left out of a pattern's matches,
+    too. FileNotFoundError: there is none. ValueError: none has that stage, or no run is done.
     """
     if select not in ("all", "best"):
         raise ValueError(f"select={select}: choose all or best")
@@ -87,24 +89,34 @@ def find_float_checkpoints(pattern: str, select: str) -> dict[Path, dict[str, An
                 "pattern, as in 'checkpoint=outputs/**/checkpoint.ckpt'"
             )
         paths = _of_finished_runs(pattern, paths)
+        log.info("%d checkpoints match", len(paths))
     recipes = {path: read_checkpoint(path)["recipe"] for path in paths}
-    floats = {path: recipe for path, recipe in recipes.items() if recipe["stage"] == "float"}
-    if not floats:
+    found = {path: r for path, r in recipes.items() if stage in (None, _stage(r))}
+    if not found and stage == "float":
         raise ValueError(
             f"checkpoint={pattern}: quantized already ({recipes[paths[0]]['quant']}); rounding it "
             "again would round what is left. Start from the float checkpoint it was made of"
         )
-    if len(floats) < len(paths):
-        log.info("left out: %d checkpoints that are quantized already", len(paths) - len(floats))
+    if not found:
+        raise ValueError(
+            f"checkpoint={pattern}: not quantized, so there is no other numeric than float; leave "
+            f"numeric out, or quantize it first (python quantize.py checkpoint={pattern})"
+        )
+    if len(found) < len(paths):
+        log.info("left out: %d checkpoints that are not %s", len(paths) - len(found), stage)
     if select == "all":
-        return floats
+        return found
     best: dict[tuple[str, str], tuple[float, Path]] = {}
-    for path, recipe in floats.items():
+    for path, recipe in found.items():
         key = (recipe["method"]["name"], recipe["task"]["name"])
         nll = _validation_nll(path)
         if key not in best or nll < best[key][0]:
             best[key] = (nll, path)
-    return {path: floats[path] for _, path in best.values()}
+    return {path: found[path] for _, path in best.values()}
+
+
+def _stage(recipe: dict[str, Any]) -> str:
+    return "float" if recipe["stage"] == "float" else "quantized"
 
 
 def _of_finished_runs(pattern: str, paths: list[Path]) -> list[Path]:

@@ -5,10 +5,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bqnn.metrics import (
+    Moments,
     brier_score,
     entropy,
     expected_calibration_error,
@@ -44,8 +46,27 @@ class Likelihood(ABC):
         """Every metric of the predictive distribution; docs/metrics.md defines each key."""
 
     @abstractmethod
+    def convergence(self, samples: Tensor, targets: Tensor) -> list[dict[str, float]]:
+        """The `metrics` of the first draw, of the first two, and so on to all of them.
+
+        From running means, so that the cost grows with the number of draws and not its square.
+        """
+
+    @abstractmethod
     def summary(self, samples: Tensor) -> dict[str, Tensor]:
         """The predictive distribution of each row, in the units that a reader wants."""
+
+    @abstractmethod
+    def uncertainty(self, summary: Mapping[str, Tensor]) -> dict[str, float]:
+        """How uncertain the rows of a summary are on average, and the parts of it; no targets."""
+
+    @abstractmethod
+    def scores(self, summary: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is higher for doubtful rows than for others, the usual one first: each [N]."""
+
+    @abstractmethod
+    def losses(self, summary: Mapping[str, Tensor], targets: Tensor) -> Tensor:
+        """What a prediction that was relied on costs: [N]."""
 
 
 class Classification(Likelihood):
@@ -66,29 +87,78 @@ class Classification(Likelihood):
         """error, nll, brier, ape, mi, ece (15 bins) and ece10 of the mean probability."""
         samples = _checked(samples, self.num_outputs)
         _require_one_target_per_row(samples[0], targets)
-        summary = self.summary(samples)
-        probabilities = summary["probabilities"]
-        log_probabilities = log_mean_exp(samples.log_softmax(-1))
-        confidences, predictions = probabilities.max(-1)
-        correct = predictions == targets
-        return {
-            "error": _mean("error", ~correct),
-            "nll": _mean("nll", -log_probabilities.gather(-1, targets[:, None])),
-            "brier": _mean("brier", brier_score(probabilities, targets)),
-            "ape": _mean("ape", summary["entropy"]),
-            "mi": _mean("mi", summary["mutual_information"]),
-            "ece": expected_calibration_error(confidences, correct, num_bins=15).item(),
-            "ece10": expected_calibration_error(confidences, correct, num_bins=10).item(),
-        }
+        probabilities = samples.softmax(-1)
+        return self._metrics(
+            probabilities.mean(0),
+            log_mean_exp(_log_likelihood(samples, targets)),
+            entropy(probabilities).mean(0),
+            targets,
+        )
+
+    def convergence(self, samples: Tensor, targets: Tensor) -> list[dict[str, float]]:
+        samples = _checked(samples, self.num_outputs)
+        _require_one_target_per_row(samples[0], targets)
+        mean = torch.zeros_like(samples[0])
+        mean_entropy = torch.zeros_like(samples[0, :, 0])
+        log_sum = torch.full_like(mean_entropy, -math.inf)
+        steps = []
+        for count, draw in enumerate(samples, 1):
+            probabilities = draw.softmax(-1)
+            mean += (probabilities - mean) / count
+            mean_entropy += (entropy(probabilities) - mean_entropy) / count
+            log_sum = torch.logaddexp(log_sum, _log_likelihood(draw, targets))
+            steps.append(self._metrics(mean, log_sum - math.log(count), mean_entropy, targets))
+        return steps
 
     def summary(self, samples: Tensor) -> dict[str, Tensor]:
-        """Mean probabilities [N, C]; entropy and mutual_information [N], in nats."""
+        """Mean probabilities [N, C]; entropy and its parts, each [N] and in nats.
+
+        The parts are `aleatoric`, the mean entropy of the draws, and `mutual_information`.
+        """
         probabilities = _checked(samples, self.num_outputs).softmax(-1)
         mean = probabilities.mean(0)
+        aleatoric = entropy(probabilities).mean(0)
         return {
             "probabilities": mean,
             "entropy": entropy(mean),
-            "mutual_information": mutual_information(probabilities),
+            "aleatoric": aleatoric,
+            "mutual_information": mutual_information(mean, aleatoric),
+        }
+
+    def uncertainty(self, summary: Mapping[str, Tensor]) -> dict[str, float]:
+        """ape, and the two parts that it is the sum of: aleatoric and mi."""
+        return {
+            "ape": _mean("ape", summary["entropy"]),
+            "aleatoric": _mean("aleatoric", summary["aleatoric"]),
+            "mi": _mean("mi", summary["mutual_information"]),
+        }
+
+    def scores(self, summary: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Entropy, mutual information, and 1 - the largest probability."""
+        return {
+            "entropy": summary["entropy"],
+            "mi": summary["mutual_information"],
+            "max_probability": 1 - summary["probabilities"].amax(-1),
+        }
+
+    def losses(self, summary: Mapping[str, Tensor], targets: Tensor) -> Tensor:
+        """1 where the predicted class is wrong, else 0."""
+        return (summary["probabilities"].argmax(-1) != targets).double()
+
+    def _metrics(
+        self, mean: Tensor, log_likelihood: Tensor, mean_entropy: Tensor, targets: Tensor
+    ) -> dict[str, float]:
+        """mean: probabilities [N, C]; log_likelihood: log of that of the target [N]."""
+        confidences, predictions = mean.max(-1)
+        correct = predictions == targets
+        return {
+            "error": _mean("error", ~correct),
+            "nll": _mean("nll", -log_likelihood),
+            "brier": _mean("brier", brier_score(mean, targets)),
+            "ape": _mean("ape", entropy(mean)),
+            "mi": _mean("mi", mutual_information(mean, mean_entropy)),
+            "ece": expected_calibration_error(confidences, correct, num_bins=15).item(),
+            "ece10": expected_calibration_error(confidences, correct, num_bins=10).item(),
         }
 
 
@@ -126,20 +196,26 @@ class Regression(Likelihood):
         _require_one_target_per_row(samples[0], targets)
         targets = targets.double()
         means, log_variances = samples.unbind(-1)
-        matched = moments(means, log_variances)
-        rmse = math.sqrt(_mean("rmse", (targets - matched.mean).square()))
-        nll = _mean("nll", gaussian_nll(matched.mean, matched.variance.log(), targets))
-        mixture = _mean("nll_mixture", gaussian_mixture_nll(means, log_variances, targets))
-        coverage = interval_coverage(matched.mean, matched.variance.sqrt(), targets, [0.95])
-        log_std = math.log(self.target_std)
-        return {
-            "rmse": rmse * self.target_std,
-            "nll": nll + log_std,
-            "nll_mixture": mixture + log_std,
-            "coverage95": coverage.item(),
-            "rmse_standardized": rmse,
-            "nll_standardized": nll,
-        }
+        mixture_nll = gaussian_mixture_nll(means, log_variances, targets)
+        return self._metrics(moments(means, log_variances), mixture_nll, targets)
+
+    def convergence(self, samples: Tensor, targets: Tensor) -> list[dict[str, float]]:
+        samples = _checked(samples, self.num_outputs)
+        _require_one_target_per_row(samples[0], targets)
+        targets = targets.double()
+        mean, aleatoric, squares = torch.zeros(3, *targets.shape).to(samples)
+        log_sum = torch.full_like(mean, -math.inf)
+        steps = []
+        for count, draw in enumerate(samples, 1):
+            draw_mean, log_variance = draw.unbind(-1)
+            deviation = draw_mean - mean  # squared deviations as Welford (1962) sums them
+            mean = mean + deviation / count
+            squares = squares + deviation * (draw_mean - mean)
+            aleatoric = aleatoric + (log_variance.exp() - aleatoric) / count
+            log_sum = torch.logaddexp(log_sum, -gaussian_nll(draw_mean, log_variance, targets))
+            matched = Moments(mean, aleatoric, squares / count)
+            steps.append(self._metrics(matched, math.log(count) - log_sum, targets))
+        return steps
 
     def summary(self, samples: Tensor) -> dict[str, Tensor]:
         """mean, aleatoric_std, epistemic_std and their total std, each [N], in original units."""
@@ -149,6 +225,37 @@ class Regression(Likelihood):
             "aleatoric_std": self.target_std * matched.aleatoric.sqrt(),
             "epistemic_std": self.target_std * matched.epistemic.sqrt(),
             "std": self.target_std * matched.variance.sqrt(),
+        }
+
+    def uncertainty(self, summary: Mapping[str, Tensor]) -> dict[str, float]:
+        """The root mean square of std and of its parts, so that their squares add up."""
+        return {
+            name: math.sqrt(_mean(name, summary[name].square()))
+            for name in ("std", "aleatoric_std", "epistemic_std")
+        }
+
+    def scores(self, summary: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The predictive standard deviation, and its epistemic part."""
+        return {name: summary[name] for name in ("std", "epistemic_std")}
+
+    def losses(self, summary: Mapping[str, Tensor], targets: Tensor) -> Tensor:
+        """The squared error, in original units."""
+        original = self.target_mean + self.target_std * targets.double()
+        return (summary["mean"] - original).square()
+
+    def _metrics(self, matched: Moments, mixture_nll: Tensor, targets: Tensor) -> dict[str, float]:
+        rmse = math.sqrt(_mean("rmse", (targets - matched.mean).square()))
+        nll = _mean("nll", gaussian_nll(matched.mean, matched.variance.log(), targets))
+        mixture = _mean("nll_mixture", mixture_nll)
+        coverage = interval_coverage(matched.mean, matched.variance.sqrt(), targets, [0.95])
+        log_std = math.log(self.target_std)
+        return {
+            "rmse": rmse * self.target_std,
+            "nll": nll + log_std,
+            "nll_mixture": mixture + log_std,
+            "coverage95": coverage.item(),
+            "rmse_standardized": rmse,
+            "nll_standardized": nll,
         }
 
 
@@ -187,6 +294,12 @@ def _require_one_target_per_row(output: Tensor, targets: Tensor) -> None:
             f"targets of shape {list(targets.shape)}: expected {list(output.shape[:-1])}, "
             "one per row of the output"
         )
+
+
+def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(logits [..., N, C]) of the classes [N]: [..., N]."""
+    index = targets.expand(logits.shape[:-1]).unsqueeze(-1)
+    return logits.gather(-1, index).squeeze(-1) - logits.logsumexp(-1)
 
 
 def _mean(metric: str, rows: Tensor) -> float:

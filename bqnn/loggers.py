@@ -81,6 +81,7 @@ def log_final(loggers: list[Logger], metrics: Mapping[str, float]) -> None:
     """Log what is known at the end of a job, outside of any epoch."""
     for logger in loggers:
         logger.log_metrics(dict(metrics))
+        logger.save()  # Lightning's CSVLogger would wait for more
 
 
 def log_pictures(loggers: list[Logger], paths: list[Path]) -> None:

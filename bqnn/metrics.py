@@ -44,14 +44,14 @@ def entropy(probabilities: Tensor) -> Tensor:
     return terms.sum(-1)
 
 
-def mutual_information(probabilities: Tensor) -> Tensor:
-    """Disagreement between draws [S, N, C], in nats: [N], never negative, 0 for S = 1.
+def mutual_information(mean: Tensor, mean_entropy: Tensor) -> Tensor:
+    """Disagreement between draws, in nats: [N], never negative, 0 for one draw.
 
     I[y; w] = H[E_s p_s] - E_s H[p_s], the epistemic part of the predictive entropy
-    (Depeweg et al. 2018). Rounding below zero is clipped.
+    (Depeweg et al. 2018), from the mean [N, C] of the draws' probabilities and the mean [N] of
+    their entropies. Rounding below zero is clipped.
     """
-    disagreement = entropy(probabilities.mean(0)) - entropy(probabilities).mean(0)
-    return disagreement.clamp_min(0)
+    return (entropy(mean) - mean_entropy).clamp_min(0)
 
 
 def brier_score(probabilities: Tensor, targets: Tensor) -> Tensor:
@@ -121,3 +121,16 @@ def interval_coverage(
     half_widths: Tensor = torch.special.ndtri((1 + nominal) / 2)
     inside = (targets - mean).abs() <= half_widths[:, None] * std
     return inside.double().mean(-1)
+
+
+def risk_coverage(scores: Tensor, losses: Tensor) -> Tensor:
+    """Mean loss of the 1, 2, ..., N rows with the lowest scores [N]: [N], in float64.
+
+    Rows of equal score come in no particular order: the curve is its expectation over all of
+    them. Its mean is the area under it (AURC, Geifman & El-Yaniv 2017).
+    """
+    _, ranks, counts = scores.unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(counts), dtype=torch.float64, device=losses.device)
+    means = sums.index_add_(0, ranks, losses.double()) / counts
+    kept = torch.arange(1, len(losses) + 1, device=losses.device)
+    return means.repeat_interleave(counts).cumsum(0) / kept

@@ -5,6 +5,7 @@ Tensors may lie on any device. Colours are those of Okabe and Ito, apart for eve
 """
 
 import csv
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
 BLUE, ORANGE, VERMILION = "#0072B2", "#E69F00", "#D55E00"
+COLORS = (BLUE, VERMILION, "#009E73", ORANGE, "#CC79A7", "#56B4E9")
 INK, GREY = "#222222", "#8A8A8A"
 
 
@@ -38,26 +40,41 @@ def curves(csv_path: str | Path) -> "Figure":
     columns = [name for name in header if name.startswith(("train/", "val/"))]
     if not (rows and columns and "epoch" in header):
         raise ValueError(f"{csv_path}: no rows with an epoch and train/ or val/ columns to draw")
-    panels = list(dict.fromkeys(name.partition("/")[2] for name in columns))
-    across = 2 if len(panels) == 4 else min(3, len(panels))
-    down = math.ceil(len(panels) / across)
+    lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for name in sorted(columns, key=lambda name: name.startswith("val/")):  # train comes first
+        split, _, panel = name.partition("/")
+        cells = [(row["epoch"], row.get(name)) for row in rows]
+        points = [(float(epoch), float(cell)) for epoch, cell in cells if epoch and cell]
+        lines.setdefault(panel, {})[split] = points
+    return panels(lines, "epoch")
+
+
+def panels(lines: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: str) -> "Figure":
+    """A panel for each metric, with a line of points for each label, over whole numbers of `x`."""
+    labels = dict.fromkeys(label for of_panel in lines.values() for label in of_panel)
+    colors = dict(zip(labels, itertools.cycle(COLORS), strict=False))
+    across = 2 if len(lines) == 4 else min(3, len(lines))
+    down = math.ceil(len(lines) / across)
+    drawn = {}
     with _style():
         figure = _figure(3.4 * across, 2.5 * down)
         grid = figure.subplots(down, across, squeeze=False, sharex=True).flat
-        for panel, axes in zip(panels, grid, strict=False):
-            for split, color in (("train", BLUE), ("val", VERMILION)):
-                cells = [(row["epoch"], row.get(f"{split}/{panel}")) for row in rows]
-                points = [(float(epoch), float(cell)) for epoch, cell in cells if epoch and cell]
+        for (title, of_panel), axes in zip(lines.items(), grid, strict=False):
+            for label, points in of_panel.items():
                 if points:
                     dot = "o" if len(points) == 1 else None
-                    axes.plot(*zip(*points, strict=True), color=color, label=split, marker=dot)
-            axes.set_title(panel)
+                    color = colors[label]
+                    (drawn[label],) = axes.plot(
+                        *zip(*points, strict=True), color=color, label=label, marker=dot
+                    )
+            axes.set_title(title)
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.xaxis.set_tick_params(labelbottom=True)
-            axes.set_xlabel("epoch")
-            axes.legend()
+            axes.set_xlabel(x)
         for axes in list(grid):  # what the panels left of the last row
             axes.remove()
+        if len(drawn) > 1:
+            figure.legend(handles=[*drawn.values()], loc="outside upper center", ncols=len(drawn))
     return figure
 
 
@@ -105,6 +122,38 @@ def confidence_histogram(probabilities: Tensor, targets: Tensor, num_bins: int =
             )  # fmt: skip
         axes.set(xlim=(0, 1), xlabel="confidence", ylabel="share of the group")
         axes.legend(loc="upper left")
+    return figure
+
+
+def risk_coverage(curves: Mapping[str, Tensor], risk: str) -> "Figure":
+    """Mean loss of the rows that are kept against their share, for each score that chooses them."""
+    with _style():
+        figure = _figure(4.8, 3.4)
+        axes = figure.subplots()
+        for (name, values), color in zip(curves.items(), itertools.cycle(COLORS), strict=False):
+            coverage = _array(torch.arange(1, len(values) + 1) / len(values))
+            label = f"{name}, area {values.mean():.3g}"
+            axes.plot(coverage, _array(values), color=color, label=label)
+        axes.set(xlim=(0, 1), ylim=(0, None), xlabel="coverage", ylabel=risk)
+        axes.legend(loc="upper left", title="rows kept by")
+    return figure
+
+
+def score_histograms(groups: Mapping[str, Tensor], score: str, num_bins: int = 40) -> "Figure":
+    """How a score of uncertainty is spread in each group, in shares of the group."""
+    low = min(float(values.min()) for values in groups.values())
+    high = max(float(values.max()) for values in groups.values())
+    with _style():
+        figure = _figure(4.8, 3.2)
+        axes = figure.subplots()
+        for (name, values), color in zip(groups.items(), itertools.cycle(COLORS), strict=False):
+            axes.hist(
+                _array(values), weights=[1 / len(values)] * len(values), bins=num_bins,
+                range=(low, high), label=f"{name}, mean {values.mean():.3g}",
+                histtype="stepfilled", facecolor=color + "30", edgecolor=color, linewidth=1.4,
+            )  # fmt: skip
+        axes.set(xlabel=score, ylabel="share of the group", yscale="log")
+        axes.legend()
     return figure
 
 

@@ -1,50 +1,93 @@
 """Monte-Carlo prediction."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from bqnn.layers.chain import is_chain
-from bqnn.layers.draws import Stochastic, held_draw
+from bqnn.layers.draws import Drawn, Stochastic, held_draw
 from bqnn.layers.noise import reseed
 
 FIRST_STREAM = 500_000  # training has the streams of the epochs before it
+BATCH_SIZE = 256
 MAX_KEPT_BYTES = 512 * 2**20  # of what comes before the first random layer
 
 
-@torch.no_grad()
 def predictive(
-    net: nn.Module, x: Tensor, num_samples: int, *, seed: int = 0, batch_size: int = 256
+    net: nn.Module, x: Tensor, num_samples: int, *, seed: int = 0, batch_size: int = BATCH_SIZE
 ) -> Tensor:
     """Stack independent draws of the network's output: [S, B, ...].
 
-    Each draw of random weights passes over all of `x`, `batch_size` rows at a time, before the
-    next is made, so that what a draw costs does not grow with the number of rows. What comes
-    before the first random layer of nested Sequentials is computed once. Equal seeds
-    give equal draws (of dropout masks, for equal rows and `batch_size`); the global random state
-    is left as it was. The network must be in
-    eval mode, which is a ValueError otherwise: batch norm would learn from what it predicts.
+    Equal seeds give equal draws (of dropout masks, for equal rows and `batch_size`); the global
+    random state is left as it was. The network must be in eval mode, which is a ValueError
+    otherwise: batch norm would learn from what it predicts.
+    """
+    (samples,) = predictive_sets(net, [x], num_samples, seed=seed, batch_size=batch_size)
+    return samples
+
+
+@torch.no_grad()
+def predictive_sets(
+    net: nn.Module,
+    sets: Sequence[Tensor],
+    num_samples: int,
+    *,
+    prepare: Callable[[Tensor], Tensor] | None = None,
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
+) -> list[Tensor]:
+    """The draws that `predictive` makes for each set of inputs alone, bit for bit: [S, B, ...].
+
+    Each draw of random weights passes over all sets, `batch_size` rows at a time, before the next
+    is made, so that what a draw costs does not grow with the number of rows. What comes before
+    the first random layer of nested Sequentials is computed once, where there is room for it.
+    `prepare` makes inputs of the rows of a batch, so that sets can wait in a smaller form.
     """
     if net.training:
         raise ValueError("predictive: the network is in training mode; call eval() on it first")
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}: at least one draw is needed")
-    devices = [x.device] if x.device.type == "cuda" else []
-    whole, batches = net, x.split(batch_size)
+    # Where a draw costs nothing to begin, each set gets all the room for itself.
+    is_drawn = any(isinstance(module, Drawn) for module in net.modules())
+    samples = []
+    for group in [list(sets)] if is_drawn else [[x] for x in sets]:
+        room = MAX_KEPT_BYTES // len(group) if num_samples > 1 else 0
+        passes = [_one_pass(net, x.split(batch_size), prepare, room) for x in group]
+        devices = [x.device for x in group[:1] if x.device.type == "cuda"]
+        draws: list[list[Tensor]] = [[] for _ in group]
+        with torch.random.fork_rng(devices):
+            for index in range(num_samples):
+                reseed(group[0].device, seed, FIRST_STREAM + index)
+                with held_draw(net, index):
+                    for one_pass, outputs in zip(passes, draws, strict=True):
+                        with torch.random.fork_rng(devices):  # as if there were no other set
+                            outputs.append(one_pass())
+        samples += [torch.stack(outputs) for outputs in draws]
+    return samples
+
+
+def _one_pass(
+    net: nn.Module,
+    batches: Sequence[Tensor],
+    prepare: Callable[[Tensor], Tensor] | None,
+    room: int,
+) -> Callable[[], Tensor]:
+    """What computes one draw of the output for all batches.
+
+    room: bytes that may be kept from one draw to the next.
+    """
+
+    def prepared(rows: Tensor) -> Tensor:
+        return rows if prepare is None else prepare(rows)
+
     leading, rest = _split_at_first_random(net)
-    if num_samples > 1 and len(leading) > 0:
-        first = leading(batches[0])
-        if len(batches) * first.numel() * first.element_size() <= MAX_KEPT_BYTES:
-            batches = (first, *(leading(rows) for rows in batches[1:]))
-            net = rest
-    draws = []
-    with torch.random.fork_rng(devices):
-        for index in range(num_samples):
-            reseed(x.device, seed, FIRST_STREAM + index)
-            with held_draw(whole, index):
-                draws.append(torch.cat([net(rows) for rows in batches]))
-    return torch.stack(draws)
+    if room > 0 and len(leading) > 0:
+        first = leading(prepared(batches[0]))
+        if len(batches) * first.numel() * first.element_size() <= room:
+            kept = [first, *(leading(prepared(rows)) for rows in batches[1:])]
+            return lambda: torch.cat([rest(rows) for rows in kept])
+    return lambda: torch.cat([net(prepared(rows)) for rows in batches])
 
 
 def _split_at_first_random(net: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:

@@ -53,6 +53,14 @@ def make_recipe(config: Mapping[str, Any], facts: Mapping[str, Any]) -> Recipe:
     }
 
 
+def described(recipe: Recipe) -> dict[str, Any]:
+    """The groups of the configuration that a checkpoint was made with, as far as it tells."""
+    groups = {key: recipe[key] for key in ("method", "net", "task", "seed")}
+    if recipe["stage"] == "float":
+        return {**groups, "quant": {"name": "none"}}
+    return {**groups, "quant": {"name": "checkpoint", "mode": recipe["stage"], **recipe["quant"]}}
+
+
 def build(recipe: Recipe) -> Method:
     """The untrained model that a recipe describes. A ValueError says what is wrong with it."""
     facts = recipe["facts"]
@@ -85,7 +93,7 @@ def load(path: str | Path, numeric: str | None = None) -> Method:
     model = build(recipe)
     if recipe["stage"] != "float":
         spec = QuantSpec.from_dict(recipe["quant"])
-        quantize_module(model, spec)
+        quantize_module(model, spec, recipe["stage"])
     model.load_state_dict(checkpoint["state_dict"])
     model.eval()
     if numeric == "unquantized":

@@ -1,6 +1,5 @@
 """What a finished run leaves in its folder: metrics.json, predictions.npz, pictures, a table."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from bqnn import plots
 from bqnn.data import Rows, SyntheticData, TensorData
-from bqnn.files import write_json, written_beside
+from bqnn.files import write_csv, write_json, written_beside
 from bqnn.layers.ensemble import Ensemble
 from bqnn.likelihoods import Regression
 from bqnn.methods import Method
@@ -127,14 +126,7 @@ def write_layers(
     found: dict[str, Disagreement] = {}
     for index in range(len(simulated.net) if isinstance(simulated.net, Ensemble) else 1):
         found |= disagreements(simulated.net, integer.net, x, index)
-    rows = layer_rows(simulated.net, start.net, found)
-    with (
-        written_beside(folder / "quantization.csv") as beside,
-        beside.open("w", newline="") as file,
-    ):
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / "quantization.csv", layer_rows(simulated.net, start.net, found))
     write_json(folder / "size.json", sizes(simulated.net))
 
 

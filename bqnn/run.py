@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -222,13 +222,18 @@ class Job:
 
 
 def run_parts(
-    job: Job, configs: Iterable[tuple[str, dict[str, Any]]], task: Callable[[Job], None]
+    job: Job, configs: Sequence[tuple[str, dict[str, Any]]], task: Callable[[Job], None]
 ) -> None:
-    """Run `task` for each configuration, in a folder with its name and number below the job's.
+    """Run `task` for the one checkpoint at a path, or for each that a pattern matched.
 
-    In a resumed job, parts that are DONE stay as they are. RuntimeError, once all have run: some
-    failed.
+    The one runs as the job itself. The others have a configuration each and run as parts, in
+    folders with their name and number below the job's. In a resumed job, parts that are DONE stay
+    as they are. RuntimeError, once all have run: some failed.
     """
+    if Path(job.config["checkpoint"]).exists():
+        job.configure(configs[0][1])
+        task(job)
+        return
     resume = bool(job.config.get("resume"))
     failed = []
     for name, config in configs:

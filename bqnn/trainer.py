@@ -62,9 +62,7 @@ def make_trainer(
     job: Job, loggers: list[Logger], callbacks: list[pl.Callback], validate: bool
 ) -> pl.Trainer:
     """A Trainer as `trainer` of the configuration says, saving to the job's folder."""
-    options = dict(job.config["trainer"])
-    if options["accelerator"] == "auto":  # Lightning would take a device without float64
-        options["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {**job.config["trainer"], "accelerator": prepare_torch(job)}
     if str(options["precision"]).startswith("16"):
         raise ValueError(
             f"trainer.precision={options['precision']}: variances underflow in 16-bit floats; "
@@ -75,14 +73,10 @@ def make_trainer(
             "trainer.save_best=true: there are no validation rows to choose by; set "
             "task.validation_share above 0"
         )
-    threads = options.pop("threads")
-    if threads is not None:
-        torch.set_num_threads(threads)
+    del options["threads"]
     save = SaveCheckpoint(job.folder, options.pop("save_every"), options.pop("save_best"))
     show_progress = options.pop("progress_bar") and sys.stdout.isatty()
     progress: list[pl.Callback] = [TQDMProgressBar()] if show_progress else []
-    silence_known_warnings()
-    keep_freed_memory()
     # Lightning's remarks on the hardware it found are in status.json already.
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     return pl.Trainer(
@@ -107,6 +101,19 @@ def fit(job: Job, trainer: pl.Trainer, model: pl.LightningModule, data: TensorDa
     if job.is_resumed:
         job.record_epoch(read_checkpoint(path)["epoch"] + 1 if resumes else 0)
     trainer.fit(model, datamodule=data, ckpt_path=path if resumes else None, weights_only=True)
+
+
+def prepare_torch(job: Job) -> str:
+    """Set threads and memory up as a job wants them, and name the accelerator that it runs on."""
+    options = job.config["trainer"]
+    if options["threads"] is not None:
+        torch.set_num_threads(options["threads"])
+    silence_known_warnings()
+    keep_freed_memory()
+    accelerator: str = options["accelerator"]
+    if accelerator == "auto":  # Lightning would take a device without float64
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return accelerator
 
 
 def keep_freed_memory() -> None:

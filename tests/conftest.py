@@ -38,10 +38,9 @@ def script_here(
 
     def run(name: str, *arguments: str) -> tuple[int, str]:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         capsys.readouterr()
         try:
-            runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+            run_script(name, *arguments)
         except SystemExit as stop:
             if isinstance(stop.code, str):
                 print(stop.code, file=sys.stderr)
@@ -50,3 +49,36 @@ def script_here(
         return 0, capsys.readouterr().err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a short float run of each method on digits, and two more of pointwise."""
+    from bqnn.methods import METHODS
+
+    folder = tmp_path_factory.mktemp("float")
+    for method in METHODS:
+        arguments = [f"method={method}", "trainer.max_epochs=3", "logger=none", "plots=false"]
+        arguments += [] if method == "pointwise" else ["method.num_samples=3"]
+        if method == "sghmc":
+            arguments += ["method.burn_in=1", "method.collect_every=1"]
+        for seed in (0, 1) if method == "pointwise" else (0,):
+            run = [*arguments, f"seed={seed}", f"hydra.run.dir={folder}/{method}_{seed}"]
+            run_script("train", *run)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quantized(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of quantize.py that calibrated the short run of bbb for weights of 4 bits."""
+    folder = tmp_path_factory.mktemp("quantized") / "run"
+    arguments = [f"checkpoint={trained}/bbb_0/checkpoint.ckpt", "quant.mode=ptq", "logger=none"]
+    run_script("quantize", *arguments, "quant.weight_bits=4", f"hydra.run.dir={folder}")
+    return folder
+
+
+def run_script(name: str, *arguments: str) -> None:
+    """Run `python <name>.py *arguments` in this process; a failure is SystemExit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")

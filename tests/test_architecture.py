@@ -20,9 +20,12 @@ ALLOWED = {
     "optim": set(),
     "metrics": set(),
     "files": set(),
+    "detection": set(),
     "likelihoods": {"metrics"},
     "predict": {"layers"},
     "plots": {"metrics", "files"},
+    "suite": {"data", "methods", "likelihoods", "metrics", "detection"},
+    "suite_results": {"suite", "data", "likelihoods", "plots", "files"},
     "status": set(),
     "run": {"files", "status"},
     "sweep": {"files", "status"},
@@ -95,7 +98,9 @@ def test_a_mistake_on_the_command_line_does_not_wait_for_torch() -> None:
 
 
 def test_training_imports_heavy_packages_only_when_used() -> None:
-    loaded = loaded_by("import bqnn.recipe, bqnn.trainer, bqnn.results, bqnn.loggers")
+    loaded = loaded_by(
+        "import bqnn.recipe, bqnn.trainer, bqnn.results, bqnn.loggers, bqnn.suite_results"
+    )
     assert "torch" in loaded
     # matplotlib is not in the list: torchmetrics, which Lightning needs, imports it anyway.
     assert not loaded & {"wandb", "sklearn", "pandas"}

@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 
 from bqnn.config import CONF, plain
 from bqnn.data import DATASETS
+from bqnn.data.shift import DISTORTIONS
 from bqnn.methods import METHODS
 from bqnn.nets import NETS
 
@@ -44,6 +45,14 @@ def test_every_cell_composes(method: str, task: str) -> None:
 def test_every_method_and_network_has_a_configuration() -> None:
     assert group("method") == sorted(METHODS)
     assert group("net") == sorted(NETS)
+
+
+@pytest.mark.parametrize("suite", group("suite"))
+def test_every_suite_composes_of_sets_that_there_are(suite: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = plain(compose("evaluate", [f"suite={suite}", "checkpoint=file.ckpt"]))
+    assert "test" in config["suite"]["splits"]
+    assert set(config["suite"]["distortions"]) <= DISTORTIONS.keys()
 
 
 def test_every_tuned_file_belongs_to_a_cell() -> None:

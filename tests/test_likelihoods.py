@@ -219,3 +219,56 @@ def test_likelihoods_validate_themselves():
         Regression(target_mean=math.nan, target_std=1.0)
     with pytest.raises(ValueError, match="at least two"):
         Classification(["only"])
+
+
+@BOTH
+def test_convergence_is_the_metrics_of_the_first_draws(likelihood, samples, targets):
+    steps = likelihood.convergence(samples, targets)
+    assert len(steps) == len(samples)
+    for count, step in enumerate(steps, 1):
+        assert step == pytest.approx(likelihood.metrics(samples[:count], targets), abs=1e-12)
+
+
+@BOTH
+def test_the_parts_of_uncertainty_add_up(likelihood, samples, targets):
+    found = likelihood.uncertainty(likelihood.summary(samples))
+    if likelihood is DIGITS:
+        assert found["ape"] == pytest.approx(found["aleatoric"] + found["mi"])
+        assert found["ape"] == likelihood.metrics(samples, targets)["ape"]
+    else:
+        parts = found["aleatoric_std"] ** 2 + found["epistemic_std"] ** 2
+        assert found["std"] ** 2 == pytest.approx(parts)
+
+
+def test_uncertainty_of_a_hand_case():
+    # Draws N(1, 1) and N(3, 4), standardized: variance of means 1, mean of variances 2.5.
+    samples = torch.tensor([[[1.0, 0.0]], [[3.0, math.log(4)]]])
+    found = Regression(0.0, 2.0).uncertainty(Regression(0.0, 2.0).summary(samples))
+    assert found["epistemic_std"] == pytest.approx(2)
+    assert found["aleatoric_std"] == pytest.approx(2 * math.sqrt(2.5))
+    # Two draws sure of different classes: log 2, and all of it is epistemic.
+    samples = torch.tensor([[[100.0, 0.0]], [[0.0, 100.0]]])
+    found = Classification("ab").uncertainty(Classification("ab").summary(samples))
+    assert found == pytest.approx({"ape": math.log(2), "aleatoric": 0, "mi": math.log(2)})
+
+
+def test_losses_average_to_error_and_squared_rmse():
+    samples, targets = classified()
+    error = DIGITS.losses(DIGITS.summary(samples), targets).mean().item()
+    assert error == DIGITS.metrics(samples, targets)["error"]
+    samples, targets = regressed()
+    squared = HOUSES.losses(HOUSES.summary(samples), targets).mean().item()
+    assert squared == pytest.approx(HOUSES.metrics(samples, targets)["rmse"] ** 2)
+
+
+@BOTH
+def test_scores_are_one_per_row_and_higher_where_draws_are_less_sure(likelihood, samples, targets):
+    for scores in likelihood.scores(likelihood.summary(samples)).values():
+        assert scores.shape == targets.shape
+    flat = samples.clone()
+    flat[..., -1] = 5.0  # a large variance; or, with the rest at 5 as well, no favourite class
+    if likelihood is DIGITS:
+        flat[:] = 5.0
+    first = next(iter(likelihood.scores(likelihood.summary(samples))))
+    doubtful = likelihood.scores(likelihood.summary(flat))[first]
+    assert (doubtful >= likelihood.scores(likelihood.summary(samples))[first]).all()

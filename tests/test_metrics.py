@@ -21,6 +21,7 @@ from bqnn.metrics import (
     log_mean_exp,
     moments,
     mutual_information,
+    risk_coverage,
 )
 
 
@@ -42,15 +43,19 @@ def test_entropy_of_uniform_is_log_of_the_classes_and_of_one_hot_is_zero():
     torch.testing.assert_close(entropy(probabilities), torch.tensor([math.log(4), 0.0]))
 
 
+def disagreement(draws: Tensor) -> Tensor:
+    return mutual_information(draws.mean(0), entropy(draws).mean(0))
+
+
 def test_draws_that_are_sure_and_disagree_share_log_two_nats():
     draws = torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]])
-    torch.testing.assert_close(mutual_information(draws), torch.tensor([math.log(2), 0.0]))
+    torch.testing.assert_close(disagreement(draws), torch.tensor([math.log(2), 0.0]))
 
 
 def test_one_draw_has_no_mutual_information_and_none_is_negative():
     draws = torch.randn(20, 50, 7).softmax(-1)
-    assert (mutual_information(draws[:1]) == 0).all()
-    assert (mutual_information(draws[:1].expand(20, -1, -1)) >= 0).all()
+    assert (disagreement(draws[:1]) == 0).all()
+    assert (disagreement(draws[:1].expand(20, -1, -1)) >= 0).all()
 
 
 def test_brier_score_of_a_hand_case():
@@ -150,3 +155,27 @@ def test_coverage_on_normal_quantiles_is_the_level():
 def test_coverage_refuses_a_level_that_has_no_interval(level):
     with pytest.raises(ValueError, match="levels"):
         interval_coverage(torch.zeros(1), torch.ones(1), torch.zeros(1), [0.5, level])
+
+
+def test_risk_and_coverage_of_a_hand_case():
+    scores = torch.tensor([0.9, 0.1, 0.5, 0.3])
+    losses = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    # In the order 0.1, 0.3, 0.5, 0.9 the losses are 0, 1, 0, 1.
+    expected = torch.tensor([0, 1 / 2, 1 / 3, 1 / 2], dtype=torch.float64)
+    torch.testing.assert_close(risk_coverage(scores, losses), expected)
+
+
+def test_rows_of_equal_score_count_as_their_average():
+    scores = torch.tensor([0.2, 0.2, 0.2, 0.1])
+    for losses in ([1.0, 0, 0, 0], [0, 0, 1.0, 0]):
+        expected = torch.tensor([0, 1 / 6, 2 / 9, 1 / 4], dtype=torch.float64)
+        torch.testing.assert_close(risk_coverage(scores, torch.tensor(losses)), expected)
+
+
+def test_the_best_order_by_risk_is_that_of_the_losses_and_the_end_is_the_mean():
+    losses = torch.rand(100, dtype=torch.float64)
+    best, other, worst = (
+        risk_coverage(scores, losses) for scores in (losses, torch.rand(100), -losses)
+    )
+    assert best.mean() < other.mean() < worst.mean()
+    torch.testing.assert_close(torch.stack([best[-1], worst[-1]]), losses.mean().expand(2))

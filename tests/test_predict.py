@@ -11,7 +11,7 @@ from bqnn.layers.dropout import MCDropout, to_mcdropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.noise import reseed
 from bqnn.nets import MLP, LeNet, ResNet
-from bqnn.predict import FIRST_STREAM, predictive
+from bqnn.predict import FIRST_STREAM, predictive, predictive_sets
 
 
 class Counter(Drawn):
@@ -180,3 +180,26 @@ def test_what_comes_before_the_first_random_layer_is_computed_once(
     samples = predictive(net, x, 3, batch_size=4)
     assert torch.equal(samples, torch.stack(expected))
     assert len(calls) == (3 if kept else 10)  # of three batches; or once more than the nine passes
+
+
+def ensemble() -> nn.Module:
+    torch.manual_seed(0)
+    net = Ensemble(MLP([4], [2]), 3)
+    for _ in range(3):
+        net.current.load_state_dict(MLP([4], [2]).state_dict())
+        net.collect()
+    return net.eval()
+
+
+@pytest.mark.parametrize(("net", "x"), [*RANDOM, pytest.param(ensemble, TABLE, id="sghmc")])
+def test_many_sets_get_the_draws_that_each_gets_alone(net, x):
+    sets = [x, x[:3], x + 1]
+    together = predictive_sets(net(), sets, 3, prepare=lambda rows: 2 * rows, batch_size=2)
+    for each, samples in zip(sets, together, strict=True):
+        assert torch.equal(samples, predictive(net(), 2 * each, 3, batch_size=2))
+
+
+def test_a_draw_is_made_once_for_all_sets():
+    net = Counter().eval()
+    predictive_sets(net, [torch.ones(10, 1)] * 17, 3, batch_size=2)
+    assert net.num_draws == 3

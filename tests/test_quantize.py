@@ -3,8 +3,6 @@
 import csv
 import json
 import math
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,26 +14,8 @@ import yaml
 from bqnn.methods import METHODS
 from bqnn.recipe import NUMERICS, load, make_data
 
-ROOT = Path(__file__).resolve().parents[1]
 ScriptHere = Callable[..., tuple[int, str]]
 QUICK = ["logger=none", "quant.fine_tuning.max_epochs=2"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a short float run of each method on digits, and two more of pointwise."""
-    folder = tmp_path_factory.mktemp("float")
-    for method in METHODS:
-        arguments = [f"method={method}", "trainer.max_epochs=3", "logger=none", "plots=false"]
-        arguments += [] if method == "pointwise" else ["method.num_samples=3"]
-        if method == "sghmc":
-            arguments += ["method.burn_in=1", "method.collect_every=1"]
-        for seed in (0, 1) if method == "pointwise" else (0,):
-            run = [*arguments, f"seed={seed}", f"hydra.run.dir={folder}/{method}_{seed}"]
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", ["train.py", *run])
-                runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    return folder
 
 
 @pytest.mark.parametrize("mode", ["qat", "ptq"])
@@ -178,4 +158,4 @@ def test_training_can_be_quantization_aware_from_the_start(
     assert code == 0, errors
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["int8/test/nll"] == pytest.approx(metrics["test/nll"], abs=0.01)
-    assert load(tmp_path / "run" / "checkpoint.ckpt").recipe["stage"] == "quantized"
+    assert load(tmp_path / "run" / "checkpoint.ckpt").recipe["stage"] == "qat"

@@ -1,6 +1,7 @@
 """What every method shares: the training step, evaluation by Monte-Carlo draws, logging."""
 
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,7 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from bqnn.layers.noise import reseed
 from bqnn.likelihoods import Likelihood
 from bqnn.optim import make_optimizer
-from bqnn.predict import predictive
+from bqnn.predict import predictive_sets
 
 Batch = tuple[Tensor, Tensor]
 SCHEDULES = ("cosine", "cosine_by_step", "constant")  # cosine lowers the rate at epoch ends
@@ -69,10 +70,21 @@ class Method(pl.LightningModule):
 
     def predictive(self, x: Tensor, num_samples: int | None = None) -> Tensor:
         """Stack independent draws of the output for normalized inputs: [S, B, ...]."""
-        return predictive(
+        (samples,) = self.predictive_sets([x], lambda rows: rows, num_samples)
+        return samples
+
+    def predictive_sets(
+        self,
+        sets: Sequence[Tensor],
+        normalize: Callable[[Tensor], Tensor],
+        num_samples: int | None = None,
+    ) -> list[Tensor]:
+        """The same for many sets of inputs that are not normalized yet, from one set of draws."""
+        return predictive_sets(
             self.net,
-            channels_last(x),
+            sets,
             self.available_samples if num_samples is None else num_samples,
+            prepare=lambda rows: channels_last(normalize(rows)),
             seed=self.seed,
         )
 
@@ -80,6 +92,10 @@ class Method(pl.LightningModule):
     def available_samples(self) -> int:
         """How many draws an evaluation makes."""
         return self.num_samples
+
+    def check_samples(self, num_samples: int | None) -> int:
+        """The number of draws to make where this many are asked for, None for the method's own."""
+        return self.available_samples if num_samples is None else num_samples
 
     def loss_terms(self, output: Tensor, targets: Tensor) -> Terms:
         """The loss of a training batch under `loss`, and the terms it is made of."""

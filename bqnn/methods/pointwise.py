@@ -9,3 +9,6 @@ class Pointwise(Method):
     @property
     def available_samples(self) -> int:
         return 1  # all draws would be equal
+
+    def check_samples(self, num_samples: int | None) -> int:
+        return self.available_samples

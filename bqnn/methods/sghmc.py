@@ -51,6 +51,16 @@ class SGHMCEnsemble(Method):
     def available_samples(self) -> int:
         return min(self.num_samples, max(len(self.net), 1))
 
+    def check_samples(self, num_samples: int | None) -> int:
+        """ValueError: the ensemble has fewer members."""
+        available = max(len(self.net), 1)
+        if num_samples is not None and num_samples > available:
+            raise ValueError(
+                f"num_samples={num_samples}: this ensemble has {available} members; ask for at "
+                f"most {available}, or train with more (method.num_members, method.collect_every)"
+            )
+        return super().check_samples(num_samples)
+
     def configure_callbacks(self) -> list[pl.Callback]:
         return [CollectMembers()] if self._prior_weight is None else []
 

@@ -73,14 +73,17 @@ def calibrate_module(
     """Quantize `model.net` without training, its ranges set by batches of the training rows."""
     if num_batches < 1:
         raise ValueError(f"quant.fine_tuning.calibration_batches={num_batches}: 1 or more")
-    quantize_module(model, spec)
+    quantize_module(model, spec, stage="ptq")
     batches = islice(data.train_dataloader(), num_batches)
     reseed(torch.device("cpu"), 0)  # stochastic layers are drawn on the way
     calibrate(_net(model), (data.normalize(inputs) for inputs, _ in batches))
 
 
-def quantize_module(pl_module: pl.LightningModule, spec: QuantSpec) -> None:
-    """Fuse and prepare `pl_module.net`, unless that was done before, and record it."""
+def quantize_module(pl_module: pl.LightningModule, spec: QuantSpec, stage: str = "qat") -> None:
+    """Fuse and prepare `pl_module.net`, unless that was done before, and record it.
+
+    stage: `qat` where it is trained next, `ptq` where it is calibrated.
+    """
     net = _net(pl_module)
     if not is_prepared(net):
         prepare(fuse(net), spec)
@@ -88,7 +91,7 @@ def quantize_module(pl_module: pl.LightningModule, spec: QuantSpec) -> None:
     if recipe is not None:
         pl_module.recipe = {  # type: ignore[assignment]
             **recipe,
-            "stage": "quantized",
+            "stage": stage,
             "quant": spec.to_dict(),
         }
 

@@ -1,0 +1,117 @@
+"""A whole evaluation suite against plain forward passes: python benchmarks/suite.py
+
+The suite is what `python evaluate.py suite=paper` does on MNIST, splits apart: test images, images
+of other data and 15 distorted sets are made, predicted from one set of draws, and scored. Against
+it stand as many plain passes of the float network over as many images, batch by batch, that are
+ready in memory. Pair by pair within one run, so that a noisy machine slows both sides alike; the
+ratio is the median of the pairs' ratios. Images are random and networks untrained: neither
+changes the time.
+"""
+
+import argparse
+import statistics
+
+import torch
+from torch import Tensor, nn
+from train_step import machine, seconds
+
+from bqnn.data import Rows
+from bqnn.data.images import ImageData
+from bqnn.methods import Method
+from bqnn.predict import BATCH_SIZE
+from bqnn.recipe import build
+from bqnn.suite import judge, make_sets, predict_sets
+from bqnn.trainer import keep_freed_memory
+
+SUITE = {
+    "splits": ["test"],
+    "ood": ["uniform"],
+    "distortions": ["rotation", "shift", "brightness"],
+}
+METHODS = {
+    "pointwise": {},
+    "bbb": {"prior_std": 0.1, "init_rho": -5.0, "beta": 1.0},
+    "mcdropout": {"rate": 0.2, "drop_before_output": True},
+    "sghmc": {"burn_in": 0, "collect_every": 1, "num_members": 20},
+}
+
+
+class RandomImages(ImageData):
+    """As many random pictures of MNIST's shape as asked for."""
+
+    def __init__(self, num_images: int) -> None:
+        super().__init__(data_dir="", seed=0, batch_size=256, validation_share=0)
+        self.class_names = [str(digit) for digit in range(10)]
+        self.num_images = num_images
+
+    def _read(self) -> tuple[Rows, Rows]:
+        images = torch.randint(256, (self.num_images, 1, 28, 28), dtype=torch.uint8)
+        rows = Rows(images, torch.randint(10, (self.num_images,)))
+        return rows, rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--images", type=int, default=10_000, help="in each of the 17 sets")
+    parser.add_argument("--samples", type=int, default=20, help="draws; 1 for pointwise")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["bbb", "mcdropout"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as the scripts do
+    print(machine(arguments.threads))
+    print(f"17 sets of {arguments.images} images, {arguments.samples} draws,", end=" ")
+    print(f"batches of {BATCH_SIZE}; seconds of the suite / of plain float passes, and their ratio")
+    data = RandomImages(arguments.images)
+    data.setup()
+    for name in arguments.methods:
+        model = _model(name, data, arguments.samples)
+        _compare(name, model, data, arguments.pairs)
+
+
+def _compare(name: str, model: Method, data: ImageData, num_pairs: int) -> None:
+    plain = _model("pointwise", data, 1).net
+    images = data.normalize(data.test.inputs).to(memory_format=torch.channels_last)
+    num_samples = model.available_samples
+    model.predictive(images[:BATCH_SIZE], 1)  # warm up
+    _passes(plain, images[:BATCH_SIZE], 1)
+    pairs = []
+    for _ in range(num_pairs):
+        suite = seconds(lambda: _suite(model, data, num_samples))
+        pairs.append((suite, seconds(lambda: _passes(plain, images, 17 * num_samples))))
+    ratio = statistics.median(suite / passes for suite, passes in pairs)
+    suite, passes = (statistics.median(side) for side in zip(*pairs, strict=True))
+    print(f"{name:<10} {suite:8.2f} s / {passes:8.2f} s = {ratio:5.2f}", flush=True)
+
+
+def _suite(model: Method, data: ImageData, num_samples: int) -> None:
+    sets = make_sets(data, SUITE)
+    assert len(sets) == 17
+    judge(model.likelihood, predict_sets(model, data, sets, num_samples))
+
+
+@torch.no_grad()
+def _passes(net: nn.Module, images: Tensor, count: int) -> None:
+    for _ in range(count):
+        for batch in images.split(BATCH_SIZE):
+            net(batch)
+
+
+def _model(name: str, data: ImageData, num_samples: int) -> Method:
+    method = {"name": name, "num_samples": 1 if name == "pointwise" else num_samples}
+    recipe = {
+        "seed": 0,
+        "method": {**method, "optimizer": {}, **METHODS[name]},
+        "net": {"name": "lenet"},
+        "facts": data.facts(),
+    }
+    model = build(recipe)
+    if name == "sghmc":
+        for _ in range(num_samples):
+            model.net.collect()
+    return model.eval()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Distorted pictures: five levels each of rotation, shift, brightness, noise and blur."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_CHUNK = 1000  # images at a time, so that what is computed on the way stays small
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """A change of images [N, C, H, W] in [0, 1], float32, and the amounts of it at five levels.
+
+    An amount of `nothing` would change nothing.
+    """
+
+    change: Callable[[Tensor, float], Tensor]
+    amounts: tuple[float, ...]
+    nothing: float = 0.0
+
+
+def distort(images: Tensor, distortion: Distortion, level: int, white: int) -> Tensor:
+    """The uint8 images at a level from 1 to 5, again in whole pixel values from 0 to `white`.
+
+    Random distortions draw the same for every level and every call.
+    """
+    amount = distortion.amounts[level - 1]
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(0)
+        chunks = [
+            distortion.change(chunk.float() / white, amount).clamp(0, 1).mul(white).round().byte()
+            for chunk in images.split(_CHUNK)
+        ]
+    return torch.cat(chunks)
+
+
+def rotate(images: Tensor, degrees: float) -> Tensor:
+    """Turned counter-clockwise about the centre, bilinearly, with black in the corners."""
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2.functional import rotate
+
+    return rotate(images, degrees, InterpolationMode.BILINEAR)
+
+
+def shift(images: Tensor, share: float) -> Tensor:
+    """Moved right by a share of the width, rounded to whole pixels, with black where it was."""
+    width = images.shape[-1]
+    pixels = round(share * width)
+    return F.pad(images, (pixels, 0))[..., :width]
+
+
+def brighten(images: Tensor, factor: float) -> Tensor:
+    """Multiplied; what would be brighter than white is white."""
+    return (factor * images).clamp(max=1)
+
+
+def add_noise(images: Tensor, std: float) -> Tensor:
+    """With Gaussian noise on every pixel, from torch's global generator."""
+    return images + std * torch.randn_like(images)
+
+
+def blur(images: Tensor, sigma: float) -> Tensor:
+    """Smoothed by a Gaussian of `sigma` pixels, cut off at three sigma or at the picture's size."""
+    from torchvision.transforms.v2.functional import gaussian_blur
+
+    reach = min(math.ceil(3 * sigma), *(size - 1 for size in images.shape[-2:]))
+    return gaussian_blur(images, [2 * reach + 1] * 2, [sigma] * 2)
+
+
+# The first three as in Ferianc et al. (2021).
+DISTORTIONS: dict[str, Distortion] = {
+    "rotation": Distortion(rotate, (15, 30, 45, 60, 75)),
+    "shift": Distortion(shift, (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "brightness": Distortion(brighten, (1.5, 2, 2.5, 3, 3.5), nothing=1.0),
+    "noise": Distortion(add_noise, (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "blur": Distortion(blur, (0.5, 1, 1.5, 2, 2.5)),
+}

@@ -1,0 +1,61 @@
+"""Evaluate trained networks: python evaluate.py checkpoint=outputs/.../checkpoint.ckpt"""
+
+from bqnn.config import launch
+from bqnn.run import Job, run_parts
+
+
+def evaluate(job: Job) -> None:
+    """Evaluate the network at the path, or each that the pattern stands for."""
+    from bqnn.checkpoint import find_checkpoints
+    from bqnn.recipe import described
+
+    configs, numeric = [], job.config["numeric"]
+    stage = None if numeric is None else "quantized"
+    for path, recipe in find_checkpoints(job.config["checkpoint"], stage).items():
+        config = {**job.config, **described(recipe), "checkpoint": str(path)}
+        if recipe["stage"] != "float":
+            config["numeric"] = numeric or "simulated"
+        configs.append((f"{recipe['method']['name']}_{recipe['task']['name']}", config))
+    run_parts(job, configs, evaluate_one)
+
+
+def evaluate_one(job: Job) -> None:
+    from bqnn.isolation import leave_as_found
+    from bqnn.loggers import log_final, log_pictures, make_loggers
+    from bqnn.recipe import load, make_data
+    from bqnn.results import Predictions, draw_pictures, write_metrics, write_predictions
+    from bqnn.suite import judge, make_sets, predict_sets
+    from bqnn.suite_results import draw_suite, suite_table, write_curves, write_uncertainty
+    from bqnn.trainer import prepare_torch
+
+    leave_as_found(job)
+    config, accelerator = job.config, prepare_torch(job)
+    numeric = config["numeric"]
+    model = load(config["checkpoint"], numeric)
+    num_samples = model.check_samples(config["num_samples"])
+    if accelerator != "cpu" and numeric != "int8":
+        model.cuda()
+    data = make_data(config)
+    sets = make_sets(data, config["suite"])
+    loggers = make_loggers(job)
+
+    predictions = predict_sets(model, data, sets, num_samples)
+    findings = judge(model.likelihood, predictions, config["convergence"])
+    test = Predictions(predictions["test"].samples, data.test.targets)
+
+    prefix = "" if numeric is None else f"{numeric}/"
+    metrics = {f"{prefix}{name}": value for name, value in findings.metrics.items()}
+    write_metrics(job.folder, metrics | {"num_samples": num_samples})
+    write_predictions(job.folder, test)
+    write_uncertainty(job.folder, predictions)
+    write_curves(job.folder, findings)
+    log_final(loggers, metrics)
+    if config["plots"]:
+        pictures = draw_pictures(job.folder, model, data, test)
+        log_pictures(loggers, [*pictures, *draw_suite(job.folder, findings)])
+    print(suite_table(findings.metrics))
+    print(f"\n{num_samples} draws; results in {job.folder}")
+
+
+if __name__ == "__main__":
+    launch(evaluate, "evaluate")

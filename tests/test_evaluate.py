@@ -1,0 +1,162 @@
+"""evaluate.py run for real, on trained and on quantized networks."""
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+ScriptHere = Callable[..., tuple[int, str]]
+QUICK = ["logger=none", "plots=false", "suite=test"]
+
+
+def read(folder: Path, name: str = "metrics.json") -> dict:
+    return json.loads((folder / name).read_text())
+
+
+@pytest.mark.parametrize("method", ["pointwise", "bbb", "mcdropout", "sghmc"])
+def test_a_path_is_all_it_takes_and_the_test_set_scores_as_in_training(
+    method: str, trained: Path, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    run = trained / f"{method}_0"
+    arguments = [f"checkpoint={run}/checkpoint.ckpt", "logger=none", "plots=false"]
+    code, errors = script_here("evaluate", *arguments, "hydra.run.dir=run")
+    assert code == 0, errors
+    metrics, before = read(tmp_path / "run"), read(run)
+    assert all(math.isfinite(value) for value in metrics.values())
+    for key, value in before.items():
+        if key.startswith(("test/", "val/")):
+            assert metrics[key] == pytest.approx(value, abs=1e-6), key  # Lightning logs float32
+    sets = {name.rpartition("/")[0] for name in metrics} - {""}
+    levels = [1, 2, 3, 4, 5, "mean"]
+    kinds = ("rotation", "shift", "brightness", "noise", "blur")
+    shifted = {f"shift/{kind}_{level}" for kind in kinds for level in levels}
+    assert sets == {"train", "val", "test", "ood/uniform", "ood/inverted", *shifted}
+    assert metrics["shift/rotation_5/error"] > metrics["test/error"]
+    assert read(tmp_path / "run", "status.json")["state"] == "DONE"
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (config["method"]["name"], config["task"]["name"]) == (method, "digits")
+    assert config["quant"] == {"name": "none"}
+
+
+def test_everything_at_once_with_another_number_of_draws(
+    trained: Path, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    arguments = [f"checkpoint={trained}/mcdropout_0/checkpoint.ckpt", "num_samples=7"]
+    arguments += ["convergence=true", "suite=ood", "suite.distortions=[noise]", "logger=csv"]
+    code, errors = script_here("evaluate", *arguments, "hydra.run.dir=run")
+    assert code == 0, errors
+    run = tmp_path / "run"
+    metrics = read(run)
+    assert metrics["num_samples"] == 7
+    with (run / "convergence.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["num_samples"]) for row in rows] == list(range(1, 8))
+    for name in ("error", "nll", "ape", "mi", "ece"):
+        assert float(rows[-1][name]) == pytest.approx(metrics[f"test/{name}"], abs=1e-9)
+    assert float(rows[0]["mi"]) == 0
+    assert np.load(run / "predictions.npz")["samples"].shape == (7, 364, 10)
+    assert np.load(run / "uncertainty.npz")["ood/uniform/entropy"].shape == (364,)
+    with (run / "shift_noise.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 6
+    pictures = {"reliability", "confidence", "shift", "risk_coverage", "ood", "convergence"}
+    assert {path.stem for path in run.glob("*.png")} == pictures
+    assert "ood/uniform/auroc_entropy" in (run / "csv" / "metrics.csv").read_text()
+
+
+def test_a_regression_meets_inputs_out_of_its_range(
+    script_here: ScriptHere, tmp_path: Path
+) -> None:
+    arguments = ["task=synthetic", "task.function=linear", "method=mcdropout", "logger=none"]
+    arguments += ["trainer.max_epochs=60", "plots=false", "hydra.run.dir=float"]
+    assert script_here("train", *arguments)[0] == 0
+    arguments = ["checkpoint=float/checkpoint.ckpt", "convergence=true", "logger=none"]
+    code, errors = script_here("evaluate", *arguments, "hydra.run.dir=run")
+    assert code == 0, errors
+    metrics = read(tmp_path / "run")
+    assert metrics["ood/out_of_range/epistemic_std"] > metrics["test/epistemic_std"]
+    assert metrics["ood/out_of_range/auroc_epistemic_std"] > 0.6
+    variance = metrics["test/aleatoric_std"] ** 2 + metrics["test/epistemic_std"] ** 2
+    assert metrics["test/std"] ** 2 == pytest.approx(variance)
+    assert {"fit.png", "ood.png", "convergence.png"} <= {
+        path.name for path in (tmp_path / "run").iterdir()
+    }
+
+
+@pytest.mark.parametrize("numeric", [None, "unquantized", "simulated", "int8"])
+def test_a_quantized_network_is_evaluated_as_asked(
+    numeric: str | None, quantized: Path, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    arguments = [f"checkpoint={quantized}/checkpoint.ckpt", *QUICK]
+    arguments += [] if numeric is None else [f"numeric={numeric}"]
+    code, errors = script_here("evaluate", *arguments, "hydra.run.dir=run")
+    assert code == 0, errors
+    metrics, before = read(tmp_path / "run"), read(quantized)
+    prefix = f"{numeric or 'simulated'}/test/"
+    found = {key: value for key, value in before.items() if key.startswith(prefix)}
+    assert len(found) == 7
+    for key, value in found.items():
+        assert metrics[key] == pytest.approx(value, abs=1e-12), key
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["numeric"] == (numeric or "simulated")
+    assert (config["quant"]["mode"], config["quant"]["weight_bits"]) == ("ptq", 4)
+
+
+def test_a_pattern_is_expanded_and_counted(
+    trained: Path, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    pattern = f"checkpoint={trained}/pointwise_*/checkpoint.ckpt"
+    code, errors = script_here("evaluate", pattern, *QUICK, "hydra.run.dir=run")
+    assert code == 0, errors
+    assert "2 checkpoints match" in errors
+    parts = sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir())
+    assert parts == ["0_pointwise_digits", "1_pointwise_digits"]
+    for seed, part in enumerate(parts):
+        folder = tmp_path / "run" / part
+        before = read(trained / f"pointwise_{seed}")["test/nll"]
+        assert read(folder)["test/nll"] == pytest.approx(before, abs=1e-6)
+
+
+def test_numeric_leaves_float_networks_of_a_pattern_out(
+    trained: Path, quantized: Path, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    for name, source in (("float", trained / "bbb_0"), ("quantized", quantized)):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        (tmp_path / "all" / name / "checkpoint.ckpt").symlink_to(source / "checkpoint.ckpt")
+    arguments = ["checkpoint=all/**/checkpoint.ckpt", "numeric=int8", *QUICK]
+    code, errors = script_here("evaluate", *arguments, "hydra.run.dir=run")
+    assert code == 0, errors
+    assert "left out: 1 checkpoints" in errors
+    assert "int8/test/nll" in read(tmp_path / "run" / "0_bbb_digits")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sghmc_0", "num_samples=5"], "num_samples=5: this ensemble has 2 members"),
+        (["bbb_0", "numeric=int8"], "not quantized, so there is no other numeric than float"),
+        (["bbb_0", "num_samples=0"], "num_samples=0"),
+        (["bbb_0", "suite=nothing"], "Could not find 'suite/nothing'"),
+        (["bbb_0", "suite.ood=[svhn]"], "no set 'svhn'"),
+        (["nowhere"], "no such file; train one"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(
+    arguments: list[str], message: str, trained: Path, script_here: ScriptHere
+) -> None:
+    run, *rest = arguments
+    checkpoint = f"checkpoint={trained}/{run}/checkpoint.ckpt"
+    code, errors = script_here("evaluate", checkpoint, "logger=none", *rest, "hydra.run.dir=run")
+    assert code == 1
+    assert message in errors.splitlines()[-1]
+
+
+def test_a_quantized_network_knows_its_numerics(quantized: Path, script_here: ScriptHere) -> None:
+    checkpoint = f"checkpoint={quantized}/checkpoint.ckpt"
+    code, errors = script_here("evaluate", checkpoint, "numeric=int4", *QUICK)
+    assert code == 1
+    assert "numeric='int4': choose one of unquantized, simulated, int8" in errors
