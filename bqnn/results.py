@@ -118,10 +118,10 @@ def draw_pictures(
 
 def write_layers(
     folder: Path, start: Method, simulated: Method, integer: Method, data: TensorData
-) -> None:
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """quantization.csv, a row per quantized tensor, and size.json, the bytes of the parameters.
 
-    start: the quantized model before any fine-tuning.
+    start: the quantized model before any fine-tuning. Returns what the two files hold.
     """
     x = channels_last(data.normalize(data.test.inputs[:256]))
     found: dict[str, Disagreement] = {}
@@ -135,7 +135,9 @@ def write_layers(
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    write_json(folder / "size.json", sizes(simulated.net))
+    size = sizes(simulated.net)
+    write_json(folder / "size.json", size)
+    return rows, size
 
 
 def draw_weights(folder: Path, simulated: Method) -> list[Path]:
