@@ -1,4 +1,4 @@
-"""What a W&B project shows of the jobs, read back from the offline runs with `wandb leet inspect`."""
+"""What W&B shows of each job, read back from its offline run with `wandb leet inspect`."""
 
 import contextlib
 import csv
