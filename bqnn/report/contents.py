@@ -62,7 +62,7 @@ def contents(runs: Runs, plots: Path) -> "tuple[Section, dict[str, DataFrame]]":
     files = {"problems": pd.DataFrame(problems, columns=["run", "state", "reason"])}
     counts = Counter(problem.state.lower() for problem in problems)
     said = [f"{len(table)} runs", *(f"{count} {state}" for state, count in counts.items())]
-    report = Section("Runs", 1, f"{', '.join(said)}.")
+    report = Section("bqnn report", 1, f"{', '.join(said)}.")
     if problems:
         title = f"Not among the numbers ({len(problems)})"
         listed = cells(files["problems"])

@@ -147,6 +147,8 @@ def label(metric: str) -> str:
 
 
 def _panel(axes: "Axes", sweep: Sweep, metric: str, colors: Mapping[str, str]) -> None:
+    from matplotlib.ticker import LogLocator
+
     lines = sweep.lines[sweep.lines["metric"] == metric]
     floats = [value for (_, name), value in sweep.floats.items() if name == metric]
     values = [*lines["mean"], *floats]
@@ -166,6 +168,9 @@ def _panel(axes: "Axes", sweep: Sweep, metric: str, colors: Mapping[str, str]) -
     if is_log:
         axes.set_yscale("log", nonpositive="clip")
         axes.set_ylim(0.7 * min(positive), 1.4 * max(positive))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     if nothing:
         text = f"{', '.join(nothing)}: 0"
         axes.text(0.98, 0.96, text, transform=axes.transAxes, ha="right", va="top", color=GREY)
@@ -187,7 +192,8 @@ def _line(axes: "Axes", x: Any, rows: "DataFrame", **look: Any) -> None:
 
 def _legend(figure: "Figure") -> None:
     handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)))
+    columns = max(1, int(figure.get_figwidth() / 1.5))
+    figure.legend(handles, names, loc="outside upper center", ncols=min(columns, len(names)))
 
 
 def _quality(rows: "DataFrame", numeric: str, is_classification: bool) -> Any:

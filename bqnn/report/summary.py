@@ -63,7 +63,9 @@ def beside_pointwise(scores: "DataFrame") -> "DataFrame":
         for row in counts.to_numpy()
     ]
     order = [c for name in columns for c in (name, f"{name}, {BASELINE}") if c in joined]
-    return joined[["n", *order]].sort_index().reset_index()
+    table = joined[["n", *order]].reset_index()
+    table["metric"] = pd.Categorical(table["metric"], MAIN_KEYS)  # sorted in this order
+    return table.sort_values([*place, "method"], ignore_index=True)
 
 
 def missing_cells(runs: "DataFrame") -> list[Problem]:
