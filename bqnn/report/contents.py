@@ -1,7 +1,7 @@
 """What a report says, in which order."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,45 +64,48 @@ def contents(runs: Runs, plots: Path) -> "tuple[Section, dict[str, DataFrame]]":
     said = [f"{len(table)} runs", *(f"{count} {state}" for state, count in counts.items())]
     report = Section("bqnn report", 1, f"{', '.join(said)}.")
     if problems:
-        title = f"Not among the numbers ({len(problems)})"
-        listed = cells(files["problems"])
+        title, listed = f"Not among the numbers ({len(problems)})", cells(files["problems"])
         report.parts.append(Section(title, 2, LEFT_OUT, table=listed, is_warning=True))
-    if len(table):
-        unlevelled = scores[~scores["metric"].str.contains(LEVEL)]
-        files |= {
-            "results": table,
-            "summary": summarize(scores),
-            "beside_pointwise": beside_pointwise(scores),
-            "differences": paired_differences(unlevelled),
+    if table.empty:
+        return report, files
+
+    unlevelled = scores[~scores["metric"].str.contains(LEVEL)]
+    by_task = {
+        "results": table,
+        "summary": summarize(scores),
+        "beside_pointwise": beside_pointwise(scores),
+        "differences": paired_differences(unlevelled),
+    }
+    colors, found = method_colors(scores), list(sweeps(unlevelled))
+    for task in sorted(set(table["task"])):
+        own = {
+            name: file[file["task"] == task].drop(columns="task") if len(file) else file
+            for name, file in by_task.items()
         }
-        colors = method_colors(scores)
-        found = list(sweeps(unlevelled))
-        for task in sorted(set(table["task"])):
-            of_task = {
-                name: file[file["task"] == task] if "task" in file else file
-                for name, file in files.items()
-            }
-            parts = [
-                _beside(of_task["beside_pointwise"]),
-                *(part for s in found if s.task == task for part in _sweep(s, colors, plots)),
-                *_size(task, table, colors, plots),
-                _pairs(of_task["differences"]),
-                Section("Summary", 3, SUMMARY, table=_summary(of_task["summary"]), folded=True),
-            ]
-            report.parts.append(Section(task, 2, parts=[p for p in parts if p is not None]))
-        report.parts.append(Section("All runs", 2, table=_all_runs(table)))
-    return report, files
+        parts = [
+            _beside(own["beside_pointwise"]),
+            *(_sweep(sweep, colors, plots) for sweep in found if sweep.task == task),
+            _size(task, own["results"], colors, plots),
+            _pairs(own["differences"]),
+            Section("Summary", 3, SUMMARY, table=_shown(main_metrics(own["summary"])), folded=True),
+        ]
+        report.parts.append(Section(task, 2, parts=[part for part in parts if part is not None]))
+    main = [name for name in table if name.removeprefix("int8/") in MAIN_KEYS]
+    every = _shown(table[["run", *CELL, *UNIT, *main]])
+    report.parts.append(Section("All runs", 2, table=every))
+    return report, files | by_task
 
 
 def _beside(table: "DataFrame") -> Section | None:
+    """The methods alone, where there are others than the pointwise one."""
     if table.empty:
         return None
-    shown = table.drop(columns="task")
-    shown = shown[shown["method"] != BASELINE] if (shown["method"] != BASELINE).any() else shown
-    return Section("Methods beside the pointwise network", 3, BESIDE, table=_shown(shown))
+    others = table[table["method"] != BASELINE]
+    title = "Methods beside the pointwise network"
+    return Section(title, 3, BESIDE, table=_shown(table if others.empty else others))
 
 
-def _sweep(sweep: Sweep, colors: Mapping[str, str], plots: Path) -> Iterator[Section]:
+def _sweep(sweep: Sweep, colors: Mapping[str, str], plots: Path) -> Section:
     """The test metrics, a picture each; those of other sets together and folded."""
     axis = sweep.axis.replace("_", " ")
     section = Section(f"Against {axis} ({sweep.title})", 3, BANDS)
@@ -117,16 +120,15 @@ def _sweep(sweep: Sweep, colors: Mapping[str, str], plots: Path) -> Iterator[Sec
             section.pictures = [draw(metric, [metric]) for metric in metrics]
         else:
             section.parts.append(Section(name, 4, pictures=[draw(name, metrics)], folded=True))
-    yield section
+    return section
 
 
-def _size(
-    task: str, runs: "DataFrame", colors: Mapping[str, str], plots: Path
-) -> Iterator[Section]:
-    figure = size_figure(runs, task, colors)
-    if figure is not None:
-        path = save(figure, plots / f"{file_name(f'{task}_size')}.png")
-        yield Section("Against size", 3, pictures=[("quality against the packed size", path)])
+def _size(task: str, runs: "DataFrame", colors: Mapping[str, str], plots: Path) -> Section | None:
+    figure = size_figure(runs, colors)
+    if figure is None:
+        return None
+    path = save(figure, plots / f"{file_name(f'{task}_size')}.png")
+    return Section("Against size", 3, pictures=[("quality against the packed size", path)])
 
 
 def _pairs(differences: "DataFrame") -> Section | None:
@@ -134,21 +136,12 @@ def _pairs(differences: "DataFrame") -> Section | None:
     if differences.empty:
         return None
     shown = main_metrics(differences)
-    has_baseline = (shown["b"] == BASELINE).any()
-    if has_baseline:
+    if (shown["b"] == BASELINE).any():
         shown = shown[(shown["kind"] != "methods") | (shown["b"] == BASELINE)]
-    shown = shown.drop(columns=["task", "numeric"])
-    return Section("Paired differences", 3, PAIRS, table=_shown(shown), folded=True)
-
-
-def _summary(summary: "DataFrame") -> "DataFrame":
-    return _shown(main_metrics(summary).drop(columns="task"))
-
-
-def _all_runs(runs: "DataFrame") -> "DataFrame":
-    main = [name for name in runs if name.removeprefix("int8/") in MAIN_KEYS]
-    return _shown(runs[["run", *CELL, *UNIT, *main]])
+    table = _shown(shown.drop(columns="numeric"))
+    return Section("Paired differences", 3, PAIRS, table=table, folded=True)
 
 
 def _shown(table: "DataFrame") -> "DataFrame":
+    """As texts; a column of settings that are all empty goes, as any empty column does."""
     return cells(table.replace({"setting": {"": None}}))

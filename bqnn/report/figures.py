@@ -59,10 +59,9 @@ def sweeps(scores: "DataFrame") -> Iterator[Sweep]:
             for width, lines in executed.groupby(fixed):
                 if lines[axis].nunique() < 2:
                     continue
-                at = f"{fixed[0]}{width}"
-                kind = f"{verb} {mode} {setting}".replace("quantize ", "").strip()
+                kind = f"{'' if verb == 'quantize' else verb} {mode} {setting}".strip()
                 yield Sweep(
-                    name=file_name(f"{task} {kind} {axis} {at}"),
+                    name=file_name(f"{task} {kind} {axis} {fixed[0]}{width}"),
                     title=f"{kind}, {numeric}, {width} {fixed.replace('_', ' ')}",
                     task=task,
                     axis=axis,
@@ -96,20 +95,17 @@ def bit_widths(sweep: Sweep, metrics: Sequence[str], colors: Mapping[str, str]) 
     return figure
 
 
-def size_figure(runs: "DataFrame", task: str, colors: Mapping[str, str]) -> "Figure | None":
+def size_figure(runs: "DataFrame", colors: Mapping[str, str]) -> "Figure | None":
     """Accuracy (of a regression, RMSE) against the packed size, a line per method and mode.
 
     Points go from few weight bits to many at the activation bits that most runs have; circles
-    without a line are the float networks. None: no run of the task was quantized.
+    without a line are the float networks. runs: those of one task. None: none was quantized.
     """
-    if "size/packed_bytes" not in runs:
-        return None
-    rows = runs[(runs["task"] == task) & runs["size/packed_bytes"].notna()]
-    rows = rows[rows["verb"] == "quantize"]
-    if rows.empty:
+    rows = runs[runs["verb"] == "quantize"].dropna(axis="columns", how="all")
+    if "size/packed_bytes" not in rows:
         return None
     rows = rows[rows["activation_bits"] == rows["activation_bits"].mode()[0]]
-    is_classification = "int8/test/error" in rows and rows["int8/test/error"].notna().any()
+    is_classification = "int8/test/error" in rows
     with style():
         figure = new_figure(5.2, 3.6)
         axes = figure.subplots()
@@ -155,15 +151,13 @@ def _panel(axes: "Axes", sweep: Sweep, metric: str, colors: Mapping[str, str]) -
     positive = [value for value in values if value > 0]
     is_log = min(values) >= 0 and bool(positive) and max(positive) > 10 * min(positive)
     nothing = []
-    for method, color in colors.items():
-        rows = lines[lines["method"] == method]
-        marker = _marker(colors, method)
-        if is_log and len(rows) and (rows["mean"] == 0).all():
+    for method, rows in lines.groupby("method"):
+        color, marker = colors[method], _marker(colors, method)
+        if is_log and (rows["mean"] == 0).all():
             nothing.append(method)
-            rows = rows[:0]
         _line(axes, rows[sweep.axis], rows, color=color, marker=marker, label=method)
-        value = sweep.floats.get((method, metric), 0.0 if is_log else None)
-        if len(rows) and value is not None and not (is_log and value == 0):
+        if (method, metric) in sweep.floats:
+            value = sweep.floats[method, metric]
             axes.axhline(value, color=color, linestyle=(0, (4, 2)), linewidth=1)
     if is_log:
         axes.set_yscale("log", nonpositive="clip")

@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 MAIN_KEYS = [f"test/{n}" for n in ("error", "nll", "ape", "mi", "ece", "rmse", "coverage95")]
 BASELINE = "pointwise"
-COLUMNS = {
-    ("float", "float"): "float",
-    ("ptq", "int8"): "PTQ",
-    ("qat", "int8"): "QAT",
+PROCEDURES = {
+    ("quantize", "ptq"): "PTQ",
+    ("quantize", "qat"): "QAT",
+    ("train", "qat"): "QAT from the start",
 }
 
 
@@ -33,10 +33,10 @@ def main_metrics(scores: "DataFrame") -> "DataFrame":
 def beside_pointwise(scores: "DataFrame") -> "DataFrame":
     """The main test metrics of each method and, beside them, of the pointwise network.
 
-    A row per task, setting, metric, bits and method; columns float, PTQ and QAT (both int8),
-    each followed by its pointwise counterpart. Both are means over the seeds and splits that the
-    two share (`n`, or `n` of each column where they differ); over the method's own where no
-    pointwise run shares any.
+    A row per task, setting, metric, bits and method; columns float, PTQ and QAT (executed in
+    int8), each followed by its pointwise counterpart. Both are means over the n seeds and splits
+    that the two share; where they share none, the method's own mean is alone. Where n differs
+    from column to column, it is given for each.
     """
     import pandas as pd
 
@@ -48,8 +48,9 @@ def beside_pointwise(scores: "DataFrame") -> "DataFrame":
             pair = table[[method]].set_axis([name], axis=1).dropna()
             if method != BASELINE and BASELINE in table:
                 pair[f"{name}, {BASELINE}"] = table[BASELINE]
-                shared = pair.dropna()
-                pair = pair if shared.empty else shared
+                is_shared = pair[f"{name}, {BASELINE}"].notna()
+                is_alone = ~is_shared.groupby(level=place, dropna=False).transform("any")
+                pair = pair[is_shared | is_alone]
             means = pair.groupby(level=place, dropna=False).agg("mean")
             means[f"n {name}"] = pair.groupby(level=place, dropna=False).size()
             means.index = pd.MultiIndex.from_frame(means.index.to_frame().assign(method=method))
@@ -59,7 +60,7 @@ def beside_pointwise(scores: "DataFrame") -> "DataFrame":
     joined = pd.concat([pd.concat(parts) for parts in columns.values()], axis=1)
     counts = joined[[f"n {name}" for name in columns]]
     joined["n"] = [
-        ", ".join(dict.fromkeys(f"{count:.0f}" for count in row if count == count))
+        ", ".join(dict.fromkeys(f"{count:.0f}" for count in row if pd.notna(count)))
         for row in counts.to_numpy()
     ]
     order = [c for name in columns for c in (name, f"{name}, {BASELINE}") if c in joined]
@@ -86,23 +87,20 @@ def missing_cells(runs: "DataFrame") -> list[Problem]:
 
 
 def _columns(scores: "DataFrame") -> "dict[str, DataFrame]":
-    """The values of each column of the comparison, those of float networks at all bits."""
+    """The values of each column of the comparison; those of float networks at all bits."""
     import pandas as pd
 
-    by_script = scores[scores["verb"] == "quantize"]
-    found = {
-        name: by_script[(by_script["mode"] == mode) & (by_script["numeric"] == numeric)]
-        for (mode, numeric), name in COLUMNS.items()
-        if mode != "float"
-    }
-    found = {name: values for name, values in found.items() if not values.empty}
-    floats = by_script[by_script["numeric"] == "float"]
-    trained = scores[(scores["verb"] == "train") & (scores["mode"] == "float")]
-    known = set(zip(floats["task"], floats["method"], strict=True))
-    alone = [pair not in known for pair in zip(trained["task"], trained["method"], strict=True)]
-    floats = pd.concat([floats, trained[alone]])
+    # The runs of quantize.py know their network in float; train.py's are for those without any.
+    quantized, trained = (scores[scores["verb"] == verb] for verb in ("quantize", "train"))
+    floats = quantized[quantized["numeric"] == "float"]
+    others = trained[trained["mode"] == "float"]
+    known = pd.MultiIndex.from_frame(floats[["task", "method"]])
+    others = others[~pd.MultiIndex.from_frame(others[["task", "method"]]).isin(known)]
     where = ["task", "setting", "metric", "weight_bits", "activation_bits", "method", *UNIT]
-    return {"float": floats.drop_duplicates(where), **found}
+    columns = {"float": pd.concat([floats, others]).drop_duplicates(where)}
+    executed = scores[scores["numeric"] == "int8"].groupby(["verb", "mode"])
+    groups = {at: group for at, group in executed if at in PROCEDURES}
+    return columns | {name: groups[at] for at, name in PROCEDURES.items() if at in groups}
 
 
 def _unit(seed: object, split: object) -> str:

@@ -1,4 +1,4 @@
-"""The page: all runs and pictures in one file, nothing from outside, sortable, dark where wanted."""
+"""The page: runs and pictures in one file, nothing from outside, sortable, dark where wanted."""
 
 import json
 import re
@@ -41,7 +41,7 @@ class Seen(HTMLParser):
 
 @pytest.fixture
 def report(sweep: Path, write_run: WriteRun, tmp_path: Path) -> Path:
-    """The report on the sweep, a failed run with a malicious error, and a method with a bad name."""
+    """Of the sweep, a failed run with a malicious error, and a method with a bad name."""
     folder = write_run("failed", {}, seed=9)
     (folder / "status.json").write_text(json.dumps({"state": "FAILED", "error": EVIL}))
     write_run("evil", {"test/nll": 10.0}, method=EVIL, task="other")
@@ -91,7 +91,7 @@ def test_figures_show_the_means_the_spread_and_the_float_value(sweep: Path) -> N
     deviation = 0.1 / 2**0.5  # of two values 0.1 apart
     assert (band.y0, band.y1) == pytest.approx((0.575 - deviation, 0.95 + deviation))
 
-    figure = size_figure(runs.runs, "digits", colors)
+    figure = size_figure(runs.runs, colors)
     assert figure is not None
     (line, before, *_) = figure.axes[0].lines
     assert list(line.get_xdata()) == [2, 4, 8]  # kB

@@ -42,11 +42,14 @@ def test_a_method_is_beside_its_pointwise_counterpart(sweep: Path) -> None:
 def test_only_shared_seeds_are_set_side_by_side(write_run: WriteRun, tmp_path: Path) -> None:
     for seed, nll in enumerate((1.0, 2.0, 9.0)):
         write_run(f"b{seed}", {"test/nll": nll}, seed=seed)
+        write_run(f"w{seed}", {"test/nll": nll}, seed=seed, task="wine")
     write_run("p1", {"test/nll": 4.0}, method="pointwise", seed=1)
     write_run("p7", {"test/nll": 8.0}, method="pointwise", seed=7)
-    bbb, pointwise = beside_pointwise(read_runs([tmp_path]).scores).to_dict("records")
+    bbb, pointwise, wine = beside_pointwise(read_runs([tmp_path]).scores).to_dict("records")
     assert (bbb["n"], bbb["float"], bbb["float, pointwise"]) == ("1", 2.0, 4.0)
     assert (pointwise["n"], pointwise["float"]) == ("2", 6.0)
+    assert (wine["task"], wine["n"], wine["float"]) == ("wine", "3", 4.0)  # shares none: its own
+    assert math.isnan(wine["float, pointwise"])
 
 
 def test_what_others_have_and_one_lacks_is_listed(
@@ -70,6 +73,13 @@ def test_paired_tests_are_those_of_scipy() -> None:
         assert result["p_t"][column] == pytest.approx(expected)
         expected = stats.wilcoxon(a[:, column], b[:, column]).pvalue
         assert result["p_wilcoxon"][column] == pytest.approx(expected)
+
+
+def test_a_tie_in_one_metric_changes_no_other() -> None:
+    a, b = np.random.default_rng(1).normal(size=(2, 8, 2))
+    a[0, 0] = b[0, 0]
+    expected = [stats.wilcoxon(a[:, column], b[:, column]).pvalue for column in range(2)]
+    assert list(paired_test(a, b)["p_wilcoxon"]) == pytest.approx(expected)
 
 
 def test_a_paired_test_by_hand() -> None:
