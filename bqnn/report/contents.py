@@ -25,7 +25,7 @@ from bqnn.report.summary import (
     summarize,
 )
 from bqnn.report.tables import cells
-from bqnn.style import save
+from bqnn.style import save_small
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -112,7 +112,7 @@ def _sweep(sweep: Sweep, colors: Mapping[str, str], plots: Path) -> Section:
 
     def draw(name: str, metrics: list[str]) -> tuple[str, Path]:
         path = plots / f"{file_name(f'{sweep.name}_{name}')}.png"
-        return f"{name} against {axis}", save(bit_widths(sweep, metrics, colors), path)
+        return f"{name} against {axis}", save_small(bit_widths(sweep, metrics, colors), path)
 
     for name, metrics in sweep.sets().items():
         if name == "test":
@@ -127,7 +127,7 @@ def _size(task: str, runs: "DataFrame", colors: Mapping[str, str], plots: Path) 
     figure = size_figure(runs, colors)
     if figure is None:
         return None
-    path = save(figure, plots / f"{file_name(f'{task}_size')}.png")
+    path = save_small(figure, plots / f"{file_name(f'{task}_size')}.png")
     return Section("Against size", 3, pictures=[("quality against the packed size", path)])
 
 

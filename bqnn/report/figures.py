@@ -125,6 +125,7 @@ def size_figure(runs: "DataFrame", colors: Mapping[str, str]) -> "Figure | None"
                 marker="o", markerfacecolor="none", color=color, linestyle="none",
             )  # fmt: skip
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("size of the parameters, kB (packed; circles: float)")
         axes.set_ylabel("accuracy" if is_classification else "RMSE")
         _legend(figure)
