@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 AXES = {"weight_bits": "activation_bits", "activation_bits": "weight_bits"}
 MARKERS, LINES = "os^DvP", ("-", "--", ":", "-.")
-UNITS = {"nll": "nats", "ape": "nats", "mi": "nats"}
+UNITS = dict.fromkeys(("nll", "ape", "mi", "aleatoric"), "nats")
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,11 @@ def page(report: Section) -> str:
 
 
 def document(report: Section) -> str:
-    """The report's text and tables in Markdown, without its pictures."""
+    """The report in Markdown, its pictures in the folder that they are in beside it."""
     blocks = [f"{'#' * report.level} {report.title}"]
-    blocks += [text for text in (report.text,) if text]
+    if report.text:
+        blocks.append(report.text)
+    blocks += [f"![{shows}]({path.parent.name}/{path.name})" for shows, path in report.pictures]
     if report.table is not None:
         blocks.append(markdown(report.table).rstrip())
     blocks += [document(part).rstrip() for part in report.parts]

@@ -1,7 +1,7 @@
 """Paired differences over seeds and splits, between methods and between bit widths."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -100,18 +100,9 @@ def _widths(scores: "DataFrame") -> Iterator[Comparison]:
             most = group[axis].max()
             for fewer in sorted(set(group[axis]) - {most}):
                 where = dict(zip(place, at, strict=True)) | {axis: fewer, "numeric": "int8"}
-                yield (
-                    "bits",
-                    where,
-                    _width(axis, fewer, where[fixed]),
-                    _width(axis, most, where[fixed]),
-                    table.rename(
-                        columns={
-                            value: _width(axis, value, where[fixed]) for value in (fewer, most)
-                        },
-                        level=0,
-                    ),
-                )
+                names = {bits: _width(axis, bits, where[fixed]) for bits in (fewer, most)}
+                pair = table[[fewer, most]].rename(columns=names, level=0)
+                yield "bits", where, names[fewer], names[most], pair
 
 
 def _width(axis: str, bits: int, fixed: int) -> str:
@@ -121,21 +112,30 @@ def _width(axis: str, bits: int, fixed: int) -> str:
 def _compare(
     kind: str, place: dict[str, Any], a: str, b: str, table: "DataFrame"
 ) -> Iterator[dict[str, Any]]:
-    metrics = [name for name in table[a] if name in table[b]]
-    pairs = table[[(side, name) for side in (a, b) for name in metrics]].dropna()
-    if pairs.empty:
+    """A row for each metric that both sides have, metrics of the same pairs tested together."""
+    if a not in table or b not in table:
         return
-    result = paired_test(pairs[a][metrics].to_numpy(), pairs[b][metrics].to_numpy())
-    n = result.pop("n")
-    for number, name in enumerate(metrics):
-        values = {key: column[number] for key, column in result.items()}
-        yield {
-            "kind": kind,
-            **{key: place.get(key) for key in (*CELL, "numeric")},
-            "metric": name,
-            "a": a,
-            "b": b,
-            "n": n,
-            **values,
-            "remark": remark(n),
-        }
+    there = table[a].notna() & table[b].notna()  # a metric that only one side has is False
+    metrics = [name for name in table[a] if there[name].any()]
+    for pairs, names in _by_value(metrics, lambda name: tuple(there[name])).items():
+        rows = table.loc[list(pairs)]
+        result = paired_test(rows[a][names].to_numpy(), rows[b][names].to_numpy())
+        n = result.pop("n")
+        for number, name in enumerate(names):
+            yield {
+                "kind": kind,
+                **{key: place.get(key) for key in (*CELL, "numeric")},
+                "metric": name,
+                "a": a,
+                "b": b,
+                "n": n,
+                **{key: column[number] for key, column in result.items()},
+                "remark": remark(n),
+            }
+
+
+def _by_value(names: list[str], value: Callable[[str], Any]) -> dict[Any, list[str]]:
+    groups: dict[Any, list[str]] = {}
+    for name in names:
+        groups.setdefault(value(name), []).append(name)
+    return groups

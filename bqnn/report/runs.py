@@ -1,6 +1,7 @@
 """Runs found on disk, as tables; and what was found that could not become a row."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -37,6 +38,14 @@ class Run:
         if "checkpoint" not in self.config:
             return "train"
         return "evaluate" if "numeric" in self.config else "quantize"
+
+    @property
+    def options(self) -> dict[str, str]:
+        """All that may have made its numbers what they are, flat: see `bqnn.report.settings`."""
+        flat = flatten(self.config) | flatten(self.source.get("trainer", {}), "trained.trainer.")
+        if "checkpoint" in flat:  # of the path the name alone: best.ckpt is another network
+            flat["checkpoint"] = Path(flat["checkpoint"]).name
+        return flat
 
     @property
     def source(self) -> dict[str, Any]:
@@ -141,7 +150,7 @@ def read(folder: Path, has_parts: bool) -> Run | Problem | None:
         return None if has_parts else Problem(str(folder), "MISSING", "there is no metrics.json")
     try:
         config = _yaml(folder / "config.yaml")
-        run = Run(folder, config, _json(metrics), status.get("start", ""))
+        run = Run(folder, config, _numbers(metrics), status.get("start", ""))
         run.row()
     except FileNotFoundError:
         return Problem(str(folder), "MISSING", "there is no config.yaml")
@@ -157,17 +166,12 @@ def _tables(finished: list[Run], problems: list[Problem]) -> Runs:
     runs = pd.DataFrame([run.row() for run in finished])
     if runs.empty:
         return Runs(runs, runs, problems)
-    configs = [
-        flatten(run.config) | flatten(run.source.get("trainer", {}), "trained.trainer.")
-        for run in finished
-    ]
     groups = runs.groupby(["task", "verb", "mode", "method"], sort=False).indices
     for rows in groups.values():
-        method, setting = labels([configs[row] for row in rows])
-        runs.loc[rows, "method"] = [
-            f"{runs['method'][rows[0]]} {label}".strip() for label in method
-        ]
-        runs.loc[rows, "setting"] = setting
+        of_method, elsewhere = labels([finished[row].options for row in rows])
+        name = runs["method"][rows[0]]
+        runs.loc[rows, "method"] = [f"{name} {text}".strip() for text in of_method]
+        runs.loc[rows, "setting"] = elsewhere
     numbers = pd.DataFrame([run.metrics | _sizes(run.folder) for run in finished])
     runs = pd.concat([runs[["run", *CELL, *UNIT, "started"]], numbers], axis=1)
     for name in ("weight_bits", "activation_bits", "seed", "split"):
@@ -177,13 +181,8 @@ def _tables(finished: list[Run], problems: list[Problem]) -> Runs:
     runs["number"] = range(len(runs))
     runs = runs.sort_values("started", kind="stable")
     is_repeated = runs.duplicated([*CELL, *UNIT], keep="last")
-    problems = [
-        *problems,
-        *(
-            Problem(name, "REPEATED", "a later run has the same configuration; that one counts")
-            for name in runs["run"][is_repeated]
-        ),
-    ]
+    reason = "a later run has the same configuration; that one counts"
+    repeated = [Problem(name, "REPEATED", reason) for name in runs["run"][is_repeated]]
     runs = runs[~is_repeated].sort_values([*CELL, *UNIT], ignore_index=True)
     scores = pd.DataFrame(
         [
@@ -194,7 +193,7 @@ def _tables(finished: list[Run], problems: list[Problem]) -> Runs:
         columns=["row", "numeric", "metric", "value"],
     )
     scores = scores.join(runs[[*CELL, *UNIT]], on="row").drop(columns="row")
-    return Runs(runs, scores, problems)
+    return Runs(runs, scores, [*problems, *repeated])
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -207,6 +206,14 @@ def _yaml(path: Path) -> dict[str, Any]:
     content = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} holds no mapping")
+    return content
+
+
+def _numbers(path: Path) -> dict[str, float]:
+    content = _json(path)
+    for name, value in content.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name} is {value!r}, which is no finite number")
     return content
 
 

@@ -6,7 +6,7 @@ from typing import Any
 # Columns of their own, or without effect on the numbers.
 IGNORED = (
     "seed", "task.split", "method.name", "task.name", "quant.mode", "quant.weight_bits",
-    "quant.activation_bits", "checkpoint", "select", "data_dir", "plots", "logger",
+    "quant.activation_bits", "select", "data_dir", "plots", "logger",
     "method.val_samples", "method.init_from", "task.save_every", "convergence",
 )  # fmt: skip
 IGNORED_OF_TRAINER = ("accelerator", "devices", "progress_bar", "save_every", "threads")

@@ -58,6 +58,7 @@ def test_what_is_no_finished_run_is_listed(write_run: WriteRun, tmp_path: Path) 
     (write_run("empty", {}, seed=6) / "metrics.json").unlink()
     (write_run("unnamed", {}, seed=7) / "config.yaml").unlink()
     (write_run("cut", {}, seed=8) / "metrics.json").write_text('{"test/nll": 0.')
+    write_run("nan", {"test/nll": float("nan")}, seed=11)
     (write_run("foreign", {}, seed=9) / "config.yaml").write_text("a: 1")
     (write_run("claimed", {}, seed=10) / "status.json").write_text("")
     refused = tmp_path / "runs" / "refused"  # a command line that never became a job
@@ -73,8 +74,9 @@ def test_what_is_no_finished_run_is_listed(write_run: WriteRun, tmp_path: Path) 
     assert found["empty"] == ("MISSING", "there is no metrics.json")
     assert found["unnamed"] == ("MISSING", "there is no config.yaml")
     assert found["refused"] == ("FAILED", "method=nonsense")
-    assert [found[name][0] for name in ("cut", "foreign", "claimed")] == ["BROKEN"] * 3
-    assert len(found) == 9
+    assert [found[name][0] for name in ("cut", "foreign", "claimed", "nan")] == ["BROKEN"] * 4
+    assert found["nan"][1].endswith("test/nll is nan, which is no finite number")
+    assert len(found) == 10
 
 
 def test_the_folder_of_a_pattern_is_no_run_of_its_own(write_run: WriteRun, tmp_path: Path) -> None:
@@ -114,6 +116,15 @@ def test_a_quantized_run_remembers_how_long_its_network_was_trained(
     runs = read_runs([tmp_path]).runs
     settings = set(runs.loc[runs["verb"] == "quantize", "setting"])
     assert settings == {"trained.trainer.max_epochs=1", "trained.trainer.max_epochs=9"}
+
+
+def test_the_best_epoch_is_another_network_than_the_last(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    for name in ("best", "checkpoint"):
+        write_run(name, {"int8/test/nll": 1.0}, bits=(4, 7), checkpoint=f"a/{name}.ckpt")
+    runs = read_runs([tmp_path]).runs
+    assert sorted(runs["setting"]) == ["checkpoint=best.ckpt", "checkpoint=checkpoint.ckpt"]
 
 
 def test_a_preset_is_said_in_one_word() -> None:

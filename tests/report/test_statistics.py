@@ -107,6 +107,19 @@ def test_no_difference_is_no_warning_and_no_number() -> None:
     assert result["p_wilcoxon"][1] == 0.125
 
 
+def test_a_metric_that_a_run_lacks_costs_the_others_no_pair(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    for seed in range(3):
+        metrics = {"test/nll": 2.0 + seed, "test/mi": 1.0}
+        write_run(f"b{seed}", metrics, seed=seed)
+        older = {"test/nll": 1.0 + seed} if seed == 0 else {"test/nll": 1.0 + seed, "test/mi": 0.0}
+        write_run(f"p{seed}", older, method="pointwise", seed=seed)
+    table = paired_differences(read_runs([tmp_path]).scores)
+    counts = table.set_index("metric")["n"].to_dict()
+    assert counts == {"test/nll": 3, "test/mi": 2}
+
+
 def test_methods_and_bits_are_compared_where_all_else_is_equal(sweep: Path) -> None:
     table = paired_differences(read_runs([sweep]).scores)
     nll = table[table["metric"] == "test/nll"]
