@@ -54,7 +54,7 @@ def sweeps(scores: "DataFrame") -> Iterator[Sweep]:
         numerics = set(group["numeric"]) & {"int8", "simulated"}
         numeric = "int8" if "int8" in numerics else "simulated"
         executed = summarize(group[group["numeric"] == numeric])
-        floats = _float_means(scores, task, verb)
+        floats = _float_means(scores, task, verb, setting)
         for axis, fixed in AXES.items():
             for width, lines in executed.groupby(fixed):
                 if lines[axis].nunique() < 2:
@@ -197,10 +197,18 @@ def _quality(rows: "DataFrame", numeric: str, is_classification: bool) -> Any:
     return rows[f"{numeric}/test/rmse"]
 
 
-def _float_means(scores: "DataFrame", task: str, verb: str) -> dict[tuple[str, str], float]:
-    """Means of the float networks, each seed and split counted once however often it is there."""
-    rows = scores[(scores["task"] == task) & (scores["numeric"] == "float")]
-    own = rows[rows["verb"] == verb]
-    rows = own if len(own) else rows[rows["verb"] == "train"]
+def _float_means(
+    scores: "DataFrame", task: str, verb: str, setting: str
+) -> dict[tuple[str, str], float]:
+    """Means of the float networks, each seed and split counted once however often it is there.
+
+    quantize.py evaluates the network that it starts from; the float runs of evaluate.py have
+    settings of their own.
+    """
+    floats = scores[(scores["task"] == task) & (scores["numeric"] == "float")]
+    of_script = floats[floats["verb"] == verb]
+    of_setting = of_script[of_script["setting"] == setting]
+    trained = floats[floats["verb"] == "train"]
+    rows = next((rows for rows in (of_setting, of_script, trained) if len(rows)), floats)
     once = rows.drop_duplicates(["method", "setting", "metric", *UNIT])
     return once.groupby(["method", "metric"])["value"].mean().to_dict()

@@ -107,10 +107,10 @@ class Runs:
 def read_runs(folders: Iterable[Path]) -> Runs:
     """Read every run below the folders. FileNotFoundError: a folder is not there."""
     found = find(folders)
+    parents = {parent for folder in found for parent in folder.parents}
     finished, problems = [], []
     for folder in found:
-        has_parts = any(folder in other.parents for other in found)
-        run = read(folder, has_parts)
+        run = read(folder, has_parts=folder in parents)
         if isinstance(run, Run):
             finished.append(run)
         elif run is not None:
