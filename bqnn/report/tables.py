@@ -9,13 +9,13 @@ if TYPE_CHECKING:
 LONG = 60  # characters beyond which a cell may be broken into lines
 
 
-def cells(frame: "DataFrame", digits: int = 4) -> "DataFrame":
-    """Every value as text: that many significant digits, and nothing where there is no value.
+def cells(frame: "DataFrame") -> "DataFrame":
+    """Every value as text: four significant digits, and nothing where there is no value.
 
     Columns without any value are left out.
     """
     frame = frame.dropna(axis="columns", how="all")
-    return frame.astype(object).map(lambda value: _text(value, digits))
+    return frame.astype(object).map(_text)
 
 
 def markdown(table: "DataFrame") -> str:
@@ -41,18 +41,17 @@ def html(table: "DataFrame") -> str:
 
 
 def _cell(text: str) -> str:
-    return (
-        f'<td class="long">{escape(text)}</td>' if len(text) > LONG else f"<td>{escape(text)}</td>"
-    )
+    kind = ' class="long"' if len(text) > LONG else ""
+    return f"<td{kind}>{escape(text)}</td>"
 
 
 def _plain(text: str) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|")
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def _text(value: object, digits: int) -> str:
+def _text(value: object) -> str:
     import pandas as pd
 
     if pd.isna(value):
         return ""
-    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

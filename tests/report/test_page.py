@@ -62,6 +62,7 @@ def test_the_report_is_files_that_hold_every_run(report: Path) -> None:
     sweep = "digits_ptq_weight_bits_a7_test"
     assert {f"{sweep}.png", f"{sweep}_nll.png", f"{sweep}_error.png", "digits_size.png"} == names
     text = (report / "report.md").read_text()
+    assert "<script" not in text
     assert "| test/nll | 2 | 7 | bbb | 2 | 0.45 | 0.95 | 0.95 | 1.45 |" in text
 
 
