@@ -21,7 +21,7 @@ def evaluate(job: Job) -> None:
 
 def evaluate_one(job: Job) -> None:
     from bqnn.isolation import leave_as_found
-    from bqnn.loggers import log_final, log_pictures, make_loggers
+    from bqnn.loggers import log_final, log_pictures, log_uncertain, make_loggers
     from bqnn.recipe import load, make_data
     from bqnn.results import Predictions, draw_pictures, write_metrics, write_predictions
     from bqnn.suite import judge, make_sets, predict_sets
@@ -50,6 +50,7 @@ def evaluate_one(job: Job) -> None:
     write_uncertainty(job.folder, predictions)
     write_curves(job.folder, findings)
     log_final(loggers, metrics)
+    log_uncertain(loggers, model, data, test)
     if config["plots"]:
         pictures = draw_pictures(job.folder, model, data, test)
         log_pictures(loggers, [*pictures, *draw_suite(job.folder, findings)])

@@ -25,7 +25,14 @@ def quantize(job: Job) -> None:
 def quantize_one(job: Job) -> None:
     from bqnn.checkpoint import save_checkpoint
     from bqnn.isolation import leave_as_found
-    from bqnn.loggers import log_final, log_pictures, make_loggers
+    from bqnn.loggers import (
+        log_checkpoint,
+        log_final,
+        log_layers,
+        log_pictures,
+        log_uncertain,
+        make_loggers,
+    )
     from bqnn.quant.callback import calibrate_module, quantization_callbacks, quantize_module
     from bqnn.recipe import NUMERICS, load, make_data
     from bqnn.results import (
@@ -73,11 +80,15 @@ def quantize_one(job: Job) -> None:
         for numeric, (_, values) in evaluations.items()
         for name, value in values.items()
     }
+    metrics |= {"num_samples": num_samples} | timer.metrics()
     predictions, _ = evaluations["int8"]
-    write_metrics(job.folder, metrics | {"num_samples": num_samples} | timer.metrics())
+    write_metrics(job.folder, metrics)
     write_predictions(job.folder, predictions)
-    write_layers(job.folder, start, models["simulated"], models["int8"], data)
-    log_final(loggers, metrics)
+    layers, size = write_layers(job.folder, start, models["simulated"], models["int8"], data)
+    log_final(loggers, metrics | {f"size/{name}": count for name, count in size.items()})
+    log_layers(loggers, layers)
+    log_uncertain(loggers, models["int8"], data, predictions)
+    log_checkpoint(loggers, job)
     if job.config["plots"]:
         pictures = draw_pictures(job.folder, models["int8"], data, predictions)
         log_pictures(loggers, [*pictures, *draw_weights(job.folder, models["simulated"])])

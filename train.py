@@ -7,7 +7,13 @@ from bqnn.run import Job
 def train(job: Job) -> None:
     # Imported here, so that a mistake on the command line is answered at once.
     from bqnn.isolation import leave_as_found
-    from bqnn.loggers import log_pictures, make_loggers
+    from bqnn.loggers import (
+        log_checkpoint,
+        log_final,
+        log_pictures,
+        log_uncertain,
+        make_loggers,
+    )
     from bqnn.quant.callback import quantization_callbacks
     from bqnn.recipe import build, load, make_data, make_recipe
     from bqnn.results import (
@@ -42,8 +48,12 @@ def train(job: Job) -> None:
         metrics |= {f"int8/test/{name}": value for name, value in executed.items()}
         splits.append("int8/test")
 
-    write_metrics(job.folder, metrics | timer.metrics())
+    metrics |= timer.metrics()
+    write_metrics(job.folder, metrics)
     write_predictions(job.folder, evaluation.predictions)
+    log_final(loggers, metrics)
+    log_uncertain(loggers, model, data, evaluation.predictions)
+    log_checkpoint(loggers, job)
     if config["plots"]:
         log_pictures(loggers, draw_pictures(job.folder, model, data, evaluation.predictions))
     print(table(metrics, splits))

@@ -212,7 +212,7 @@ def _first_step() -> float:
         command += ["trainer=smoke", "plots=false", f"hydra.run.dir={folder}"]
         subprocess.run(command, check=True, capture_output=True)
         metrics = json.loads((Path(folder) / "metrics.json").read_text())
-        return float(metrics["time/startup_s"])
+        return float(metrics["time/startup_seconds"])
 
 
 def _python(statement: str) -> None:

@@ -1,31 +1,25 @@
 """Figures of curves, calibration and fits; each function returns a Figure, `save` writes it.
 
-Matplotlib is imported when a figure is drawn, without pyplot: no backend, no global state.
-Tensors may lie on any device. Colours are those of Okabe and Ito, apart for every eye.
+Tensors may lie on any device.
 """
 
 import csv
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from bqnn.files import written_beside
 from bqnn.metrics import calibration_bins, expected_calibration_error, interval_coverage
+from bqnn.style import BLUE, COLORS, GREY, INK, ORANGE, VERMILION, new_figure, style
+from bqnn.style import save as save  # part of what this module offers
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
-    from matplotlib.typing import RcKeyType
-
-BLUE, ORANGE, VERMILION = "#0072B2", "#E69F00", "#D55E00"
-COLORS = (BLUE, VERMILION, "#009E73", ORANGE, "#CC79A7", "#56B4E9")
-INK, GREY = "#222222", "#8A8A8A"
 
 
 def curves(csv_path: str | Path) -> "Figure":
@@ -56,8 +50,8 @@ def panels(lines: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: 
     across = 2 if len(lines) == 4 else min(3, len(lines))
     down = math.ceil(len(lines) / across)
     drawn = {}
-    with _style():
-        figure = _figure(3.4 * across, 2.5 * down)
+    with style():
+        figure = new_figure(3.4 * across, 2.5 * down)
         grid = figure.subplots(down, across, squeeze=False, sharex=True).flat
         for (title, of_panel), axes in zip(lines.items(), grid, strict=False):
             for label, points in of_panel.items():
@@ -87,8 +81,8 @@ def reliability_diagram(probabilities: Tensor, targets: Tensor, num_bins: int = 
     centers = ((_array(torch.arange(num_bins)) + 0.5) / num_bins)[filled]
     counts, confidence, accuracy = (_array(values)[filled] for values in bins)
     bar: dict[str, Any] = {"width": 1 / num_bins, "edgecolor": "white", "linewidth": 0.8}
-    with _style():
-        figure = _figure(4.2, 5.0)
+    with style():
+        figure = new_figure(4.2, 5.0)
         axes, histogram = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         axes.bar(centers, accuracy, color=BLUE + "B0", label="accuracy", **bar)
         gap = bar | {"edgecolor": VERMILION}
@@ -108,8 +102,8 @@ def reliability_diagram(probabilities: Tensor, targets: Tensor, num_bins: int = 
 def confidence_histogram(probabilities: Tensor, targets: Tensor, num_bins: int = 20) -> "Figure":
     """How sure the predictions are, in shares of the right ones and of the wrong ones."""
     confidences, correct = _confidence(probabilities, targets)
-    with _style():
-        figure = _figure(4.8, 3.2)
+    with style():
+        figure = new_figure(4.8, 3.2)
         axes = figure.subplots()
         groups = (("correct", correct, BLUE, ""), ("wrong", ~correct, VERMILION, "////"))
         for name, mask, color, hatch in groups:
@@ -127,8 +121,8 @@ def confidence_histogram(probabilities: Tensor, targets: Tensor, num_bins: int =
 
 def risk_coverage(curves: Mapping[str, Tensor], risk: str) -> "Figure":
     """Mean loss of the rows that are kept against their share, for each score that chooses them."""
-    with _style():
-        figure = _figure(4.8, 3.4)
+    with style():
+        figure = new_figure(4.8, 3.4)
         axes = figure.subplots()
         for (name, values), color in zip(curves.items(), itertools.cycle(COLORS), strict=False):
             coverage = _array(torch.arange(1, len(values) + 1) / len(values))
@@ -143,8 +137,8 @@ def score_histograms(groups: Mapping[str, Tensor], score: str, num_bins: int = 4
     """How a score of uncertainty is spread in each group, in shares of the group."""
     low = min(float(values.min()) for values in groups.values())
     high = max(float(values.max()) for values in groups.values())
-    with _style():
-        figure = _figure(4.8, 3.2)
+    with style():
+        figure = new_figure(4.8, 3.2)
         axes = figure.subplots()
         for (name, values), color in zip(groups.items(), itertools.cycle(COLORS), strict=False):
             axes.hist(
@@ -164,8 +158,8 @@ def weight_grids(panels: Sequence[tuple[str, Tensor, Tensor]]) -> "Figure":
     """
     across = min(4, len(panels))
     down = math.ceil(len(panels) / across)
-    with _style():
-        figure = _figure(3.0 * across, 2.2 * down)
+    with style():
+        figure = new_figure(3.0 * across, 2.2 * down)
         grid = figure.subplots(down, across, squeeze=False).flat
         for (title, steps, integers), axes in zip(panels, grid, strict=False):
             levels, counts = integers.flatten().int().unique(return_counts=True)
@@ -190,8 +184,8 @@ def interval_calibration(mean: Tensor, std: Tensor, targets: Tensor) -> "Figure"
     """Nominal against empirical coverage of the central intervals from 5 to 95 percent."""
     levels = [step / 20 for step in range(1, 20)]
     coverage = _array(interval_coverage(mean, std, targets, levels))
-    with _style():
-        figure = _figure(4.0, 4.0)
+    with style():
+        figure = new_figure(4.0, 4.0)
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1, label="calibrated")
         axes.fill_between(levels, levels, coverage, color=VERMILION, alpha=0.2, linewidth=0)
@@ -209,8 +203,8 @@ def regression_fit(mean: Tensor, std: Tensor, targets: Tensor) -> "Figure":
     rows = torch.linspace(0, len(targets) - 1, min(500, len(targets))).round().long()
     mean, std, targets = (values.detach().cpu()[rows] for values in (mean, std, targets))
     inside = (targets - mean).abs() <= 1.96 * std
-    with _style():
-        figure = _figure(4.4, 4.2)
+    with style():
+        figure = new_figure(4.4, 4.2)
         axes = figure.subplots()
         groups = (("inside", inside, BLUE, "o"), ("outside", ~inside, VERMILION, "D"))
         for name, mask, color, marker in groups:
@@ -244,8 +238,8 @@ def synthetic_fit(
         _array(summary[name]) for name in ("mean", "aleatoric_std", "epistemic_std", "std")
     )
     truth, noise = _array(truth_mean).ravel(), _array(truth_std).ravel()
-    with _style():
-        figure = _figure(7.2, 5.4)
+    with style():
+        figure = new_figure(7.2, 5.4)
         fit, parts = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 1])
         above: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
 
@@ -276,54 +270,6 @@ def synthetic_fit(
         parts.set(xlabel="x", ylabel="std", ylim=(0, None))
         parts.legend(ncols=4, **above)
     return figure
-
-
-def save(figure: "Figure", path: str | Path) -> Path:
-    """Write the figure in the format of the path's suffix, whole or not at all; returns the path.
-
-    It is written beside and renamed: if drawing fails, an older file stays as it was.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_beside(path) as beside:
-        figure.savefig(beside, format=path.suffix.removeprefix("."), dpi=160)
-    return path
-
-
-_STYLE: "dict[RcKeyType, Any]" = {
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "figure.constrained_layout.use": True,
-    "font.size": 9,
-    "grid.color": "#E9E9E9",
-    "grid.linewidth": 0.7,
-    "hatch.linewidth": 0.6,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "lines.linewidth": 1.7,
-    "lines.solid_capstyle": "round",
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
-
-
-def _style() -> AbstractContextManager[None]:
-    import matplotlib
-
-    return matplotlib.rc_context(_STYLE)
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height))
 
 
 def _confidence(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -117,17 +117,19 @@ def draw_pictures(
 
 def write_layers(
     folder: Path, start: Method, simulated: Method, integer: Method, data: TensorData
-) -> None:
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """quantization.csv, a row per quantized tensor, and size.json, the bytes of the parameters.
 
-    start: the quantized model before any fine-tuning.
+    start: the quantized model before any fine-tuning. Returns what the two files hold.
     """
     x = channels_last(data.normalize(data.test.inputs[:256]))
     found: dict[str, Disagreement] = {}
     for index in range(len(simulated.net) if isinstance(simulated.net, Ensemble) else 1):
         found |= disagreements(simulated.net, integer.net, x, index)
-    write_csv(folder / "quantization.csv", layer_rows(simulated.net, start.net, found))
-    write_json(folder / "size.json", sizes(simulated.net))
+    rows, size = layer_rows(simulated.net, start.net, found), sizes(simulated.net)
+    write_csv(folder / "quantization.csv", rows)
+    write_json(folder / "size.json", size)
+    return rows, size
 
 
 def draw_weights(folder: Path, simulated: Method) -> list[Path]:

@@ -46,15 +46,18 @@ class EpochTimer(pl.Callback):
         """What was measured, in seconds: until the first step, and per epoch (the median)."""
         if self.startup is None:  # nothing was trained
             return {}
-        return {"time/startup_s": self.startup, "time/epoch_s": statistics.median(self.epochs)}
+        return {
+            "time/startup_seconds": self.startup,
+            "time/epoch_seconds": statistics.median(self.epochs),
+        }
 
     def __str__(self) -> str:
         times = self.metrics()
         if not times:
             return "nothing was trained"
         return (
-            f"first step after {times['time/startup_s']:.1f} s, "
-            f"{len(self.epochs)} epochs of {times['time/epoch_s']:.3g} s (median)"
+            f"first step after {times['time/startup_seconds']:.1f} s, "
+            f"{len(self.epochs)} epochs of {times['time/epoch_seconds']:.3g} s (median)"
         )
 
 

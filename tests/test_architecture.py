@@ -23,9 +23,11 @@ ALLOWED = {
     "detection": set(),
     "likelihoods": {"metrics"},
     "predict": {"layers"},
-    "plots": {"metrics", "files"},
+    "plots": {"metrics", "style"},
+    "style": {"files"},
+    "report": {"report", "files", "style"},
     "suite": {"data", "methods", "likelihoods", "metrics", "detection"},
-    "suite_results": {"suite", "data", "likelihoods", "plots", "files"},
+    "suite_results": {"suite", "data", "likelihoods", "plots", "files", "style"},
     "status": set(),
     "run": {"files", "status"},
     "sweep": {"files", "status"},
@@ -95,6 +97,11 @@ def test_a_mistake_on_the_command_line_does_not_wait_for_torch() -> None:
         "pytorch_lightning",
         "numpy",
     }
+
+
+def test_a_report_needs_no_torch_and_the_rest_only_when_it_is_made() -> None:
+    loaded = loaded_by("import bqnn.report.contents, bqnn.report.__main__")
+    assert not loaded & {"torch", "pandas", "matplotlib", "scipy", "numpy"}
 
 
 def test_training_imports_heavy_packages_only_when_used() -> None:

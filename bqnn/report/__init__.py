@@ -1,0 +1,1 @@
+"""Many runs become tables, pictures and one page: python -m bqnn.report outputs/"""

@@ -1,0 +1,48 @@
+"""python -m bqnn.report <folders...> [--out FOLDER]: all runs below the folders, in one report."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bqnn.files import write_text
+from bqnn.report.runs import Runs, read_runs
+
+if TYPE_CHECKING:
+    from bqnn.report.page import Section
+
+
+def main(arguments: list[str]) -> str | None:
+    """Write the report; what to exit with, None or what went wrong in one line."""
+    parser = argparse.ArgumentParser("python -m bqnn.report", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="with runs in them, at any depth")
+    parser.add_argument("--out", type=Path, default=Path("outputs/report"), help="%(default)s")
+    options = parser.parse_args(arguments)
+    try:
+        runs = read_runs(options.folders)
+    except FileNotFoundError as error:
+        return str(error)
+    if runs.runs.empty and not runs.problems:
+        return f"{' '.join(map(str, options.folders))}: no runs (metrics.json, config.yaml) below"
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = write(runs, options.out)
+    print(f"{report.text}\n{options.out / 'index.html'}")
+    return None
+
+
+def write(runs: Runs, out: Path) -> "Section":
+    """results.csv, summary.csv, differences.csv, beside_pointwise.csv, plots/, report.md and
+    index.html."""
+    from bqnn.report.contents import contents
+    from bqnn.report.page import document, page
+
+    report, tables = contents(runs, out / "plots")
+    for name, table in tables.items():
+        write_text(out / f"{name}.csv", table.to_csv(index=False))
+    write_text(out / "report.md", document(report))
+    write_text(out / "index.html", page(report))
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

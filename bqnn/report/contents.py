@@ -1,0 +1,147 @@
+"""What a report says, in which order."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bqnn.report.figures import (
+    Sweep,
+    bit_widths,
+    file_name,
+    method_colors,
+    size_figure,
+    sweeps,
+)
+from bqnn.report.page import Section
+from bqnn.report.paired import paired_differences
+from bqnn.report.runs import CELL, UNIT, Runs
+from bqnn.report.summary import (
+    BASELINE,
+    MAIN_KEYS,
+    beside_pointwise,
+    main_metrics,
+    missing_cells,
+    summarize,
+)
+from bqnn.report.tables import cells
+from bqnn.style import save_small
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+LEFT_OUT = "Nothing that is listed here is in any number below."
+BESIDE = (
+    "Means over the n seeds and splits that a method shares with the pointwise network of the same "
+    "bits, whose value is beside each. float: as it was trained; PTQ: calibrated; QAT: fine-tuned; "
+    "both executed in int8."
+)
+BANDS = (
+    "Lines: means over seeds and splits. Bands: one standard deviation to either side. Dashes: "
+    "the same networks in float."
+)
+PAIRS = (
+    "a - b, paired by seed and split: mean and standard deviation over n pairs, and two-sided p "
+    "values of the paired t test and of Wilcoxon's signed-rank test. They are not corrected for "
+    "how many there are, and splits of one data set share rows, which makes p values too small. "
+    "differences.csv has every metric and every pair of methods."
+)
+SUMMARY = (
+    "Over seeds and splits: mean, standard deviation (std, of single runs), standard error (of "
+    "the mean), and how many runs there are (n). summary.csv has every metric."
+)
+LEVEL = r"^shift/.+_\d+/"  # one of a distortion's; the mean over them has a name of its own
+
+
+def contents(runs: Runs, plots: Path) -> "tuple[Section, dict[str, DataFrame]]":
+    """The report, its pictures drawn into a folder, and the tables that become files."""
+    import pandas as pd
+
+    table, scores = runs.runs, runs.scores
+    problems = [*runs.problems, *missing_cells(table)] if len(table) else runs.problems
+    files = {"problems": pd.DataFrame(problems, columns=["run", "state", "reason"])}
+    counts = Counter(problem.state.lower() for problem in problems)
+    said = [f"{len(table)} runs", *(f"{count} {state}" for state, count in counts.items())]
+    report = Section("bqnn report", 1, f"{', '.join(said)}.")
+    if problems:
+        title, listed = f"Not among the numbers ({len(problems)})", cells(files["problems"])
+        report.parts.append(Section(title, 2, LEFT_OUT, table=listed, is_warning=True))
+    if table.empty:
+        return report, files
+
+    unlevelled = scores[~scores["metric"].str.contains(LEVEL)]
+    by_task = {
+        "results": table,
+        "summary": summarize(scores),
+        "beside_pointwise": beside_pointwise(scores),
+        "differences": paired_differences(unlevelled),
+    }
+    colors, found = method_colors(scores), list(sweeps(unlevelled))
+    for task in sorted(set(table["task"])):
+        own = {
+            name: file[file["task"] == task].drop(columns="task") if len(file) else file
+            for name, file in by_task.items()
+        }
+        parts = [
+            _beside(own["beside_pointwise"]),
+            *(_sweep(sweep, colors, plots) for sweep in found if sweep.task == task),
+            _size(task, own["results"], colors, plots),
+            _pairs(own["differences"]),
+            Section("Summary", 3, SUMMARY, table=_shown(main_metrics(own["summary"])), folded=True),
+        ]
+        report.parts.append(Section(task, 2, parts=[part for part in parts if part is not None]))
+    main = [name for name in table if name.removeprefix("int8/") in MAIN_KEYS]
+    every = _shown(table[["run", *CELL, *UNIT, *main]])
+    report.parts.append(Section("All runs", 2, table=every))
+    return report, files | by_task
+
+
+def _beside(table: "DataFrame") -> Section | None:
+    """The methods alone, where there are others than the pointwise one."""
+    if table.empty:
+        return None
+    others = table[table["method"] != BASELINE]
+    title = "Methods beside the pointwise network"
+    return Section(title, 3, BESIDE, table=_shown(table if others.empty else others))
+
+
+def _sweep(sweep: Sweep, colors: Mapping[str, str], plots: Path) -> Section:
+    """The test metrics, a picture each; those of other sets together and folded."""
+    axis = sweep.axis.replace("_", " ")
+    section = Section(f"Against {axis} ({sweep.title})", 3, BANDS)
+
+    def draw(name: str, metrics: list[str]) -> tuple[str, Path]:
+        path = plots / f"{file_name(f'{sweep.name}_{name}')}.png"
+        return f"{name} against {axis}", save_small(bit_widths(sweep, metrics, colors), path)
+
+    for name, metrics in sweep.sets().items():
+        if name == "test":
+            draw(name, [metric for metric in metrics if metric in MAIN_KEYS])
+            section.pictures = [draw(metric, [metric]) for metric in metrics]
+        else:
+            section.parts.append(Section(name, 4, pictures=[draw(name, metrics)], folded=True))
+    return section
+
+
+def _size(task: str, runs: "DataFrame", colors: Mapping[str, str], plots: Path) -> Section | None:
+    figure = size_figure(runs, colors)
+    if figure is None:
+        return None
+    path = save_small(figure, plots / f"{file_name(f'{task}_size')}.png")
+    return Section("Against size", 3, pictures=[("quality against the packed size", path)])
+
+
+def _pairs(differences: "DataFrame") -> Section | None:
+    """Those of the main metrics; of methods, only those that compare with the pointwise one."""
+    if differences.empty:
+        return None
+    shown = main_metrics(differences)
+    if (shown["b"] == BASELINE).any():
+        shown = shown[(shown["kind"] != "methods") | (shown["b"] == BASELINE)]
+    table = _shown(shown.drop(columns="numeric"))
+    return Section("Paired differences", 3, PAIRS, table=table, folded=True)
+
+
+def _shown(table: "DataFrame") -> "DataFrame":
+    """As texts; a column of settings that are all empty goes, as any empty column does."""
+    return cells(table.replace({"setting": {"": None}}))

@@ -1,0 +1,214 @@
+"""Metrics against bit widths and against size: a line per method, its spread, its float value."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bqnn.report.runs import UNIT
+from bqnn.report.summary import MAIN_KEYS, summarize
+from bqnn.style import COLORS, GREY, new_figure, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+AXES = {"weight_bits": "activation_bits", "activation_bits": "weight_bits"}
+MARKERS, LINES = "os^DvP", ("-", "--", ":", "-.")
+UNITS = dict.fromkeys(("nll", "ape", "mi", "aleatoric"), "nats")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Executed runs that differ in one bit width, of all methods; and their float values.
+
+    lines: rows of `summarize`, in order of the width. floats: (method, metric) to a mean.
+    """
+
+    name: str
+    title: str
+    task: str
+    axis: str
+    lines: "DataFrame"
+    floats: dict[tuple[str, str], float]
+
+    def sets(self) -> dict[str, list[str]]:
+        """The metrics of each set of rows: {"test": ["test/error", ...], "ood/uniform": ...}."""
+        sets: dict[str, list[str]] = {}
+        for metric in self.lines["metric"].unique():
+            sets.setdefault(metric.rpartition("/")[0], []).append(metric)
+        order = {name: number for number, name in enumerate(MAIN_KEYS)}
+        for metrics in sets.values():
+            metrics.sort(key=lambda name: (order.get(name, len(order)), name))
+        return sets
+
+
+def sweeps(scores: "DataFrame") -> Iterator[Sweep]:
+    """Every sweep over weight or activation bits, the other one fixed: at least two widths."""
+    quantized = scores[scores["mode"] != "float"]
+    for (task, verb, mode, setting), group in quantized.groupby(
+        ["task", "verb", "mode", "setting"]
+    ):
+        numerics = set(group["numeric"]) & {"int8", "simulated"}
+        numeric = "int8" if "int8" in numerics else "simulated"
+        executed = summarize(group[group["numeric"] == numeric])
+        floats = _float_means(scores, task, verb, setting)
+        for axis, fixed in AXES.items():
+            for width, lines in executed.groupby(fixed):
+                if lines[axis].nunique() < 2:
+                    continue
+                kind = f"{'' if verb == 'quantize' else verb} {mode} {setting}".strip()
+                yield Sweep(
+                    name=file_name(f"{task} {kind} {axis} {fixed[0]}{width}"),
+                    title=f"{kind}, {numeric}, {width} {fixed.replace('_', ' ')}",
+                    task=task,
+                    axis=axis,
+                    lines=lines.sort_values(axis),
+                    floats=floats,
+                )
+
+
+def method_colors(scores: "DataFrame") -> dict[str, str]:
+    """A colour for each method, the same in every figure."""
+    return dict(zip(sorted(set(scores["method"])), itertools.cycle(COLORS), strict=False))
+
+
+def bit_widths(sweep: Sweep, metrics: Sequence[str], colors: Mapping[str, str]) -> "Figure":
+    """A panel for each metric against the sweep's bits.
+
+    Lines are means over seeds and splits, bands one standard deviation to either side, dashes
+    the same network in float. Where values span more than a factor of ten the scale is
+    logarithmic, and a method that is 0 everywhere is named instead of drawn.
+    """
+    across = 2 if len(metrics) in (2, 4) else min(3, len(metrics))
+    down = math.ceil(len(metrics) / across)
+    with style():
+        figure = new_figure(3.4 * across, 2.5 * down + 0.35)
+        grid = figure.subplots(down, across, squeeze=False).flat
+        for metric, axes in zip(metrics, grid, strict=False):
+            _panel(axes, sweep, metric, colors)
+        for axes in list(grid):
+            axes.remove()
+        _legend(figure)
+    return figure
+
+
+def size_figure(runs: "DataFrame", colors: Mapping[str, str]) -> "Figure | None":
+    """Accuracy (of a regression, RMSE) against the packed size, a line per method and mode.
+
+    Points go from few weight bits to many at the activation bits that most runs have; circles
+    without a line are the float networks. runs: those of one task. None: none was quantized.
+    """
+    rows = runs[runs["verb"] == "quantize"].dropna(axis="columns", how="all")
+    if "size/packed_bytes" not in rows:
+        return None
+    rows = rows[rows["activation_bits"] == rows["activation_bits"].mode()[0]]
+    is_classification = "int8/test/error" in rows
+    with style():
+        figure = new_figure(5.2, 3.6)
+        axes = figure.subplots()
+        procedures = rows["mode"].str.cat(rows["setting"], sep=" ").str.strip()
+        looks = dict(zip(sorted(set(procedures)), itertools.cycle(LINES), strict=False))
+        for (method, procedure), own in rows.groupby(["method", procedures]):
+            color, marker = colors[method], _marker(colors, method)
+            groups = own.groupby("weight_bits")
+            points = groups["size/packed_bytes"].mean() / 1000
+            values = _quality(own, "int8", is_classification).groupby(own["weight_bits"])
+            table = values.agg(mean="mean", std="std")
+            look = {"color": color, "marker": marker, "linestyle": looks[procedure]}
+            _line(axes, points, table, label=f"{method} {procedure}", **look)
+            before = _quality(own, "float", is_classification)
+            axes.plot(
+                own["size/float_bytes"].mean() / 1000, before.mean(),
+                marker="o", markerfacecolor="none", color=color, linestyle="none",
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("size of the parameters, kB (packed; circles: float)")
+        axes.set_ylabel("accuracy" if is_classification else "RMSE")
+        _legend(figure)
+    return figure
+
+
+def file_name(text: str) -> str:
+    """A text with nothing in it that a file's name should not have."""
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in text)
+
+
+def label(metric: str) -> str:
+    """A metric's name and unit, without the set that it is of."""
+    name = metric.rpartition("/")[2]
+    return f"{name}, {UNITS[name]}" if name in UNITS else name
+
+
+def _panel(axes: "Axes", sweep: Sweep, metric: str, colors: Mapping[str, str]) -> None:
+    from matplotlib.ticker import LogLocator
+
+    lines = sweep.lines[sweep.lines["metric"] == metric]
+    floats = [value for (_, name), value in sweep.floats.items() if name == metric]
+    values = [*lines["mean"], *floats]
+    positive = [value for value in values if value > 0]
+    is_log = min(values) >= 0 and bool(positive) and max(positive) > 10 * min(positive)
+    nothing = []
+    for method, rows in lines.groupby("method"):
+        color, marker = colors[method], _marker(colors, method)
+        if is_log and (rows["mean"] == 0).all():
+            nothing.append(method)
+        _line(axes, rows[sweep.axis], rows, color=color, marker=marker, label=method)
+        if (method, metric) in sweep.floats:
+            value = sweep.floats[method, metric]
+            axes.axhline(value, color=color, linestyle=(0, (4, 2)), linewidth=1)
+    if is_log:
+        axes.set_yscale("log", nonpositive="clip")
+        axes.set_ylim(0.7 * min(positive), 1.4 * max(positive))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+    if nothing:
+        text = f"{', '.join(nothing)}: 0"
+        axes.text(0.98, 0.96, text, transform=axes.transAxes, ha="right", va="top", color=GREY)
+    axes.set_title(label(metric))
+    axes.set_xlabel(sweep.axis.replace("_", " "))
+    axes.set_xticks(sorted(set(sweep.lines[sweep.axis])))
+
+
+def _marker(colors: Mapping[str, str], method: str) -> str:
+    return MARKERS[list(colors).index(method) % len(MARKERS)]
+
+
+def _line(axes: "Axes", x: Any, rows: "DataFrame", **look: Any) -> None:
+    x, mean = x.astype(float), rows["mean"]
+    spread = rows["std"].fillna(0)  # one seed has no spread
+    axes.plot(x, mean, markersize=4, **look)
+    axes.fill_between(x, mean - spread, mean + spread, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def _legend(figure: "Figure") -> None:
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    columns = max(1, int(figure.get_figwidth() / 1.5))
+    figure.legend(handles, names, loc="outside upper center", ncols=min(columns, len(names)))
+
+
+def _quality(rows: "DataFrame", numeric: str, is_classification: bool) -> Any:
+    if is_classification:
+        return 1 - rows[f"{numeric}/test/error"]
+    return rows[f"{numeric}/test/rmse"]
+
+
+def _float_means(
+    scores: "DataFrame", task: str, verb: str, setting: str
+) -> dict[tuple[str, str], float]:
+    """Means of the float networks, each seed and split counted once however often it is there.
+
+    quantize.py evaluates the network that it starts from; the float runs of evaluate.py have
+    settings of their own.
+    """
+    floats = scores[(scores["task"] == task) & (scores["numeric"] == "float")]
+    of_script = floats[floats["verb"] == verb]
+    of_setting = of_script[of_script["setting"] == setting]
+    trained = floats[floats["verb"] == "train"]
+    rows = next((rows for rows in (of_setting, of_script, trained) if len(rows)), floats)
+    once = rows.drop_duplicates(["method", "setting", "metric", *UNIT])
+    return once.groupby(["method", "metric"])["value"].mean().to_dict()

@@ -1,0 +1,141 @@
+"""Paired differences over seeds and splits, between methods and between bit widths."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from bqnn.report.runs import CELL, UNIT
+from bqnn.report.summary import BASELINE
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+FEW = 6  # below it, Wilcoxon's test cannot fall below 0.05, whatever the data
+
+
+def paired_differences(scores: "DataFrame") -> "DataFrame":
+    """What two methods, or two numbers of bits, differ by where all else is equal.
+
+    scores: as in `Runs`. Methods are compared at equal bits; quantized networks with their own
+    float one, and with the most bits of their sweep. A row has the mean of a - b over the n
+    seeds and splits that both have, their standard deviation, p values of the paired t test and
+    of Wilcoxon's signed-rank test (two-sided, not corrected for their number), and a remark
+    where n is too small for them.
+    """
+    import pandas as pd
+
+    rows = [
+        row
+        for of_kind in (_methods(scores), _against_float(scores), _widths(scores))
+        for kind, place, a, b, table in of_kind
+        for row in _compare(kind, place, a, b, table)
+    ]
+    return pd.DataFrame(rows)
+
+
+def paired_test(a: Any, b: Any) -> dict[str, Any]:
+    """Two arrays [n, M] of paired values: differences and p values of each of the M columns."""
+    import numpy as np
+    from scipy import stats
+
+    n = len(a)
+    differences = np.asarray(a) - np.asarray(b)
+    nothing = np.full(differences.shape[1], np.nan)
+    result = {"n": n, "difference": differences.mean(0), "std": nothing, "p_t": nothing}
+    result |= {"p_wilcoxon": nothing}
+    if n >= 2:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")  # equal differences have no t, and are not zero
+            result["std"] = differences.std(0, ddof=1)
+            result["p_t"] = stats.ttest_rel(a, b).pvalue
+            # Without any difference there is nothing to rank.
+            some = (differences != 0).any(0)
+            ranked = stats.wilcoxon(differences[:, some]).pvalue if some.any() else []
+            result["p_wilcoxon"] = nothing.copy()
+            result["p_wilcoxon"][some] = ranked
+    return result
+
+
+def remark(n: int) -> str:
+    """What n pairs are too few for; empty where they are not."""
+    if n < 2:
+        return "one pair: no test"
+    if n < FEW:
+        return f"few pairs: Wilcoxon's p cannot fall below {2 / 2**n:.3g}"
+    return ""
+
+
+Comparison = tuple[str, dict[str, Any], str, str, "DataFrame"]
+
+
+def _methods(scores: "DataFrame") -> Iterator[Comparison]:
+    """Pairs of methods with the same bits; the table has a column per (method, metric)."""
+    place = [name for name in CELL if name != "method"]
+    kept = scores[scores["numeric"].isin(["float", "int8"])]
+    # A float network is in the runs of all bits that it was quantized to.
+    kept = kept[(kept["numeric"] != "float") | (kept["verb"] != "quantize")]
+    for at, group in kept.groupby([*place, "numeric"], dropna=False):
+        methods = sorted(set(group["method"]), key=lambda name: (name != BASELINE, name))
+        table = group.pivot(index=UNIT, columns=["method", "metric"], values="value")
+        for b, a in combinations(methods, 2):
+            yield "methods", dict(zip([*place, "numeric"], at, strict=True)), a, b, table
+
+
+def _against_float(scores: "DataFrame") -> Iterator[Comparison]:
+    """int8 and float of the same run."""
+    quantized = scores[(scores["verb"] == "quantize") & scores["numeric"].isin(["float", "int8"])]
+    for at, group in quantized.groupby(CELL, dropna=False):
+        table = group.pivot(index=UNIT, columns=["numeric", "metric"], values="value")
+        where = dict(zip(CELL, at, strict=True)) | {"numeric": "int8"}
+        yield "bits", where, "int8", "float", table
+
+
+def _widths(scores: "DataFrame") -> Iterator[Comparison]:
+    """Fewer bits and the most bits of a sweep over one of the two widths."""
+    for axis, fixed in (("weight_bits", "activation_bits"), ("activation_bits", "weight_bits")):
+        place = [name for name in CELL if name != axis]
+        for at, group in scores[scores["numeric"] == "int8"].groupby(place, dropna=False):
+            table = group.pivot(index=UNIT, columns=[axis, "metric"], values="value")
+            most = group[axis].max()
+            for fewer in sorted(set(group[axis]) - {most}):
+                where = dict(zip(place, at, strict=True)) | {axis: fewer, "numeric": "int8"}
+                names = {bits: _width(axis, bits, where[fixed]) for bits in (fewer, most)}
+                pair = table[[fewer, most]].rename(columns=names, level=0)
+                yield "bits", where, names[fewer], names[most], pair
+
+
+def _width(axis: str, bits: int, fixed: int) -> str:
+    return f"w{bits}a{fixed}" if axis == "weight_bits" else f"w{fixed}a{bits}"
+
+
+def _compare(
+    kind: str, place: dict[str, Any], a: str, b: str, table: "DataFrame"
+) -> Iterator[dict[str, Any]]:
+    """A row for each metric that both sides have, metrics of the same pairs tested together."""
+    if a not in table or b not in table:
+        return
+    there = table[a].notna() & table[b].notna()  # a metric that only one side has is False
+    metrics = [name for name in table[a] if there[name].any()]
+    for pairs, names in _by_value(metrics, lambda name: tuple(there[name])).items():
+        rows = table.loc[list(pairs)]
+        result = paired_test(rows[a][names].to_numpy(), rows[b][names].to_numpy())
+        n = result.pop("n")
+        for number, name in enumerate(names):
+            yield {
+                "kind": kind,
+                **{key: place.get(key) for key in (*CELL, "numeric")},
+                "metric": name,
+                "a": a,
+                "b": b,
+                "n": n,
+                **{key: column[number] for key, column in result.items()},
+                "remark": remark(n),
+            }
+
+
+def _by_value(names: list[str], value: Callable[[str], Any]) -> dict[Any, list[str]]:
+    groups: dict[Any, list[str]] = {}
+    for name in names:
+        groups.setdefault(value(name), []).append(name)
+    return groups

@@ -1,0 +1,115 @@
+"""Means over seeds and splits, and each method beside its pointwise counterpart."""
+
+from typing import TYPE_CHECKING
+
+from bqnn.report.runs import CELL, UNIT, Problem
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+MAIN_KEYS = [f"test/{n}" for n in ("error", "nll", "ape", "mi", "ece", "rmse", "coverage95")]
+BASELINE = "pointwise"
+PROCEDURES = {
+    ("quantize", "ptq"): "PTQ",
+    ("quantize", "qat"): "QAT",
+    ("train", "qat"): "QAT from the start",
+}
+
+
+def summarize(scores: "DataFrame") -> "DataFrame":
+    """Mean, standard deviation, standard error and n of each metric, over seeds and splits.
+
+    One row per cell, numeric and metric. The deviation divides by n - 1 and is missing for n = 1.
+    """
+    groups = scores.groupby([*CELL, "numeric", "metric"], dropna=False)["value"]
+    return groups.agg(mean="mean", std="std", standard_error="sem", n="count").reset_index()
+
+
+def main_metrics(scores: "DataFrame") -> "DataFrame":
+    """The rows of the test set's main metrics."""
+    return scores[scores["metric"].isin(MAIN_KEYS)]
+
+
+def beside_pointwise(scores: "DataFrame") -> "DataFrame":
+    """The main test metrics of each method and, beside them, of the pointwise network.
+
+    A row per task, setting, metric, bits and method; columns float, PTQ and QAT (executed in
+    int8), each followed by its pointwise counterpart. Both are means over the n seeds and splits
+    that the two share; where they share none, the method's own mean is alone. Where n differs
+    from column to column, it is given for each.
+    """
+    import pandas as pd
+
+    place = ["task", "setting", "metric", "weight_bits", "activation_bits"]
+    columns: dict[str, list[DataFrame]] = {}
+    for name, values in _columns(main_metrics(scores)).items():
+        table = values.pivot(index=[*place, *UNIT], columns="method", values="value")
+        for method in table:
+            pair = table[[method]].set_axis([name], axis=1).dropna()
+            if method != BASELINE and BASELINE in table:
+                pair[f"{name}, {BASELINE}"] = table[BASELINE]
+                is_shared = pair[f"{name}, {BASELINE}"].notna()
+                is_alone = ~is_shared.groupby(level=place, dropna=False).transform("any")
+                pair = pair[is_shared | is_alone]
+            means = pair.groupby(level=place, dropna=False).agg("mean")
+            means[f"n {name}"] = pair.groupby(level=place, dropna=False).size()
+            means.index = pd.MultiIndex.from_frame(means.index.to_frame().assign(method=method))
+            columns.setdefault(name, []).append(means)
+    if not columns:
+        return pd.DataFrame()
+    joined = pd.concat([pd.concat(parts) for parts in columns.values()], axis=1)
+    counts = joined[[f"n {name}" for name in columns]]
+    joined["n"] = [
+        ", ".join(dict.fromkeys(f"{count:.0f}" for count in row if pd.notna(count)))
+        for row in counts.to_numpy()
+    ]
+    order = [c for name in columns for c in (name, f"{name}, {BASELINE}") if c in joined]
+    table = joined[["n", *order]].reset_index()
+    table["metric"] = pd.Categorical(table["metric"], MAIN_KEYS)  # sorted in this order
+    return table.sort_values([*place, "method"], ignore_index=True)
+
+
+def missing_cells(runs: "DataFrame") -> list[Problem]:
+    """Runs that the others suggest: a seed, split or bit width that one method has and another
+    lacks, for the same task, script and mode."""
+    problems = []
+    bits = ["weight_bits", "activation_bits"]
+    for (task, verb, mode), group in runs.groupby(["task", "verb", "mode"]):
+        expected = group[[*bits, *UNIT]].drop_duplicates()
+        for (method, setting), own in group.groupby(["method", "setting"]):
+            merged = expected.merge(own, how="left", on=[*bits, *UNIT], indicator=True)
+            for at, missing in merged[merged["_merge"] == "left_only"].groupby(bits, dropna=False):
+                units = "; ".join(map(_unit, missing["seed"], missing["split"]))
+                name = f"{verb} {mode} {method} {setting} {task} {_bits(*at)}"
+                reason = f"not among the runs, though others have it: {units}"
+                problems.append(Problem(" ".join(name.split()), "NOT RUN", reason))
+    return problems
+
+
+def _columns(scores: "DataFrame") -> "dict[str, DataFrame]":
+    """The values of each column of the comparison; those of float networks at all bits."""
+    import pandas as pd
+
+    # The runs of quantize.py know their network in float; train.py's are for those without any.
+    quantized, trained = (scores[scores["verb"] == verb] for verb in ("quantize", "train"))
+    floats = quantized[quantized["numeric"] == "float"]
+    others = trained[trained["mode"] == "float"]
+    known = pd.MultiIndex.from_frame(floats[["task", "method"]])
+    others = others[~pd.MultiIndex.from_frame(others[["task", "method"]]).isin(known)]
+    where = ["task", "setting", "metric", "weight_bits", "activation_bits", "method", *UNIT]
+    columns = {"float": pd.concat([floats, others]).drop_duplicates(where)}
+    executed = scores[scores["numeric"] == "int8"].groupby(["verb", "mode"])
+    groups = {at: group for at, group in executed if at in PROCEDURES}
+    return columns | {name: groups[at] for at, name in PROCEDURES.items() if at in groups}
+
+
+def _unit(seed: object, split: object) -> str:
+    import pandas as pd
+
+    return f"seed {seed}" if pd.isna(split) else f"seed {seed} split {split}"
+
+
+def _bits(weight: object, activation: object) -> str:
+    import pandas as pd
+
+    return "" if pd.isna(weight) else f"w{weight}a{activation}"

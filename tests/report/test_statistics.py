@@ -1,0 +1,145 @@
+"""Means, comparisons and paired tests give what is computed by hand, or by scipy alone."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bqnn.report.paired import paired_differences, paired_test, remark
+from bqnn.report.runs import read_runs
+from bqnn.report.summary import beside_pointwise, missing_cells, summarize
+
+WriteRun = Callable[..., Path]
+
+
+def test_a_summary_is_over_seeds_and_splits(write_run: WriteRun, tmp_path: Path) -> None:
+    for number, nll in enumerate((1.0, 2.0, 3.0, 6.0)):
+        seed, split = divmod(number, 2)
+        write_run(f"{number}", {"test/nll": nll}, seed=seed, split=split, task="yacht")
+    write_run("other", {"test/nll": 5.0}, method="sghmc", split=0, task="yacht")
+    bbb, sghmc = summarize(read_runs([tmp_path]).scores).to_dict("records")
+    assert (bbb["n"], bbb["mean"]) == (4, 3.0)
+    assert bbb["std"] == pytest.approx(math.sqrt(14 / 3))  # squares of -2, -1, 0, 3, over n - 1
+    assert bbb["standard_error"] == pytest.approx(math.sqrt(14 / 3) / 2)
+    assert (sghmc["n"], sghmc["mean"]) == (1, 5.0)
+    assert math.isnan(sghmc["std"])
+
+
+def test_a_method_is_beside_its_pointwise_counterpart(sweep: Path) -> None:
+    table = beside_pointwise(read_runs([sweep]).scores)
+    rows = table[(table["metric"] == "test/nll") & (table["method"] == "bbb")]
+    assert list(rows["weight_bits"]) == [2, 4, 8]
+    assert list(rows["n"]) == ["2"] * 3
+    assert list(rows["float"]) == pytest.approx([0.45] * 3)
+    assert list(rows["float, pointwise"]) == pytest.approx([0.95] * 3)
+    assert list(rows["PTQ"]) == pytest.approx([0.95, 0.7, 0.575])
+    assert list(rows["PTQ, pointwise"]) == pytest.approx([1.45, 1.2, 1.075])
+
+
+def test_only_shared_seeds_are_set_side_by_side(write_run: WriteRun, tmp_path: Path) -> None:
+    for seed, nll in enumerate((1.0, 2.0, 9.0)):
+        write_run(f"b{seed}", {"test/nll": nll}, seed=seed)
+        write_run(f"w{seed}", {"test/nll": nll}, seed=seed, task="wine")
+    write_run("p1", {"test/nll": 4.0}, method="pointwise", seed=1)
+    write_run("p7", {"test/nll": 8.0}, method="pointwise", seed=7)
+    bbb, pointwise, wine = beside_pointwise(read_runs([tmp_path]).scores).to_dict("records")
+    assert (bbb["n"], bbb["float"], bbb["float, pointwise"]) == ("1", 2.0, 4.0)
+    assert (pointwise["n"], pointwise["float"]) == ("2", 6.0)
+    assert (wine["task"], wine["n"], wine["float"]) == ("wine", "3", 4.0)  # shares none: its own
+    assert math.isnan(wine["float, pointwise"])
+
+
+def test_what_others_have_and_one_lacks_is_listed(
+    sweep: Path, write_run: WriteRun, tmp_path: Path
+) -> None:
+    assert missing_cells(read_runs([sweep]).runs) == []
+    (tmp_path / "runs/ptq/bbb_1_4/metrics.json").unlink()
+    (problem,) = missing_cells(read_runs([sweep]).runs)
+    assert problem.run == "quantize ptq bbb digits w4a7"
+    assert problem.state == "NOT RUN"
+    assert problem.reason.endswith("seed 1")
+
+
+def test_paired_tests_are_those_of_scipy() -> None:
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(2, 9, 3))
+    result = paired_test(a, b)
+    for column in range(3):
+        assert result["difference"][column] == pytest.approx(np.mean(a[:, column] - b[:, column]))
+        expected = stats.ttest_rel(a[:, column], b[:, column]).pvalue
+        assert result["p_t"][column] == pytest.approx(expected)
+        expected = stats.wilcoxon(a[:, column], b[:, column]).pvalue
+        assert result["p_wilcoxon"][column] == pytest.approx(expected)
+
+
+def test_a_tie_in_one_metric_changes_no_other() -> None:
+    a, b = np.random.default_rng(1).normal(size=(2, 8, 2))
+    a[0, 0] = b[0, 0]
+    expected = [stats.wilcoxon(a[:, column], b[:, column]).pvalue for column in range(2)]
+    assert list(paired_test(a, b)["p_wilcoxon"]) == pytest.approx(expected)
+
+
+def test_a_paired_test_by_hand() -> None:
+    # Differences 1, 2, 3: t = 2 / (1 / sqrt(3)), and p = 1 - t / sqrt(2 + t^2) with 2 degrees.
+    result = paired_test(np.array([[2.0], [3.0], [4.0]]), np.ones((3, 1)))
+    t = 2 * math.sqrt(3)
+    assert (result["difference"][0], result["std"][0]) == (2.0, 1.0)
+    assert result["p_t"][0] == pytest.approx(1 - t / math.sqrt(2 + t**2))
+    assert result["p_wilcoxon"][0] == 0.25  # all of one sign: 2 of 8 orders
+
+
+def test_too_few_pairs_are_said_to_be_too_few() -> None:
+    one = paired_test(np.array([[2.0]]), np.array([[1.0]]))
+    assert one["difference"][0] == 1.0
+    assert all(math.isnan(one[name][0]) for name in ("std", "p_t", "p_wilcoxon"))
+    assert remark(1) == "one pair: no test"
+    assert remark(5) == "few pairs: Wilcoxon's p cannot fall below 0.0625"
+    assert remark(6) == ""
+
+
+def test_no_difference_is_no_warning_and_no_number() -> None:
+    result = paired_test(np.ones((4, 2)), np.array([[1.0, 2.0]] * 4))
+    assert list(result["difference"]) == [0.0, -1.0]
+    assert np.isnan(result["p_wilcoxon"][0])
+    assert result["p_wilcoxon"][1] == 0.125
+
+
+def test_a_metric_that_a_run_lacks_costs_the_others_no_pair(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    for seed in range(3):
+        metrics = {"test/nll": 2.0 + seed, "test/mi": 1.0}
+        write_run(f"b{seed}", metrics, seed=seed)
+        older = {"test/nll": 1.0 + seed} if seed == 0 else {"test/nll": 1.0 + seed, "test/mi": 0.0}
+        write_run(f"p{seed}", older, method="pointwise", seed=seed)
+    table = paired_differences(read_runs([tmp_path]).scores)
+    counts = table.set_index("metric")["n"].to_dict()
+    assert counts == {"test/nll": 3, "test/mi": 2}
+
+
+def test_methods_and_bits_are_compared_where_all_else_is_equal(sweep: Path) -> None:
+    table = paired_differences(read_runs([sweep]).scores)
+    nll = table[table["metric"] == "test/nll"]
+    methods = nll[nll["kind"] == "methods"]
+    assert set(zip(methods["a"], methods["b"], strict=True)) == {("bbb", "pointwise")}
+    assert len(methods) == 4  # float, and at three widths
+    assert list(methods["difference"]) == pytest.approx([-0.5] * 4)
+    assert set(methods["n"]) == {2}
+
+    bits = nll[(nll["kind"] == "bits") & (nll["method"] == "bbb")]
+    found = {
+        (row["a"], row["b"], row["weight_bits"]): row["difference"]
+        for row in bits.to_dict("records")
+    }
+    assert found == pytest.approx(
+        {
+            ("int8", "float", 2): 0.5,
+            ("int8", "float", 4): 0.25,
+            ("int8", "float", 8): 0.125,
+            ("w2a7", "w8a7", 2): 0.375,
+            ("w4a7", "w8a7", 4): 0.125,
+        }
+    )
