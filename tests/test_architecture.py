@@ -25,7 +25,8 @@ ALLOWED = {
     "plots": {"metrics", "files"},
     "run": {"files"},
     "config": {"run"},
-    "checkpoint": {"files"},
+    "checkpoint": {"files", "schema"},
+    "schema": set(),
 }
 
 
@@ -73,6 +74,31 @@ def test_quantized_operators_are_called_in_one_place_only(path: Path) -> None:
     for word in ("torch.ops.quantized", "torch.ao"):
         if word in path.read_text():
             assert str(path.relative_to(PACKAGE)) == "quant/fbgemm.py", word
+
+
+ROOT = PACKAGE.parent
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*MODULES, *ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py")],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_files_are_opened_as_data(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        called, options = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
+        assert not called.startswith(("pickle.", "joblib.load", "torch.jit.load")), called
+        assert called not in ("eval", "exec", "yaml.load", "yaml.unsafe_load"), called
+        assert not called.endswith("load_from_checkpoint"), called
+        if called == "torch.load" or "ckpt_path" in options:  # the latter: a Trainer opens it
+            safe = options.get("weights_only")
+            assert safe is not None, f"{called} without weights_only=True"
+            assert ast.literal_eval(safe) is True, f"{called} without weights_only=True"
+        if called in ("np.load", "numpy.load"):
+            pickled = options.get("allow_pickle")
+            assert pickled is None or not ast.literal_eval(pickled), "np.load of pickles"
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -298,7 +298,16 @@ def test_without_warm_up_beta_is_there_from_the_first_step():
 
 def saved(method: Method, name: str, folder: Path) -> str:
     path = folder / f"{name}.ckpt"
-    state = {"recipe": {"method": {"name": name}}, "state_dict": method.state_dict()}
+    recipe = {
+        "version": 1,
+        "stage": "float",
+        "seed": 0,
+        "method": {"name": name, "optimizer": ADAM},
+        "net": {"name": "mlp"},
+        "task": {"name": "made", "dataset": "up"},
+        "facts": {"likelihood": "regression", "input_shape": [3], "num_train": NUM_ROWS},
+    }
+    state = {"recipe": recipe, "state_dict": method.state_dict()}
     torch.save(state, path)
     return str(path)
 
@@ -344,6 +353,14 @@ def test_init_from_is_for_training_only_and_happens_once(tmp_path):
     nn.init.constant_(bayes.net.output.heads[0].linear.rho, -2)
     bayes.setup("fit")
     assert bayes.net.output.heads[0].linear.rho.eq(-2).all()
+
+
+def test_a_loaded_model_is_not_initialized_again(tmp_path):
+    path = saved(table_method("pointwise"), "pointwise", tmp_path)
+    trained, loaded = table_method("bbb"), table_method("bbb", init_from=path)
+    loaded.load_state_dict(trained.state_dict())
+    trainer(max_epochs=1, limit_train_batches=0).fit(loaded, table())
+    assert torch.equal(weights_of(loaded.net), weights_of(trained.net))
 
 
 def test_init_from_refuses_another_method_and_another_network(tmp_path):
