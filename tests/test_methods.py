@@ -183,16 +183,55 @@ def test_validation_draws_fewer_samples_while_training_than_after(monkeypatch):
     assert drawn == [2] * 3 + [7] * 3 + [7] * 3
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_its_step():
-    method = table_method("pointwise")
+class At(pl.Callback):
+    """Does something to the method before the batch of a global step."""
 
-    class Break(pl.Callback):
-        def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-            if trainer.global_step == 5:  # three batches an epoch
-                nn.init.constant_(module.net.output.heads[0].linear.bias, torch.nan)
+    def __init__(self, step: int, act: Callable[[Any], object]) -> None:
+        self.step = step
+        self.act = act
 
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            self.act(module)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(name):
+    method = table_method(name)
+    network = method.net.current if name == "sghmc" else method.net
+    spoil = At(5, lambda _: nn.init.constant_(network.output.heads[0].linear.bias, torch.nan))
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 5 \(epoch 1, batch 2\)"):
-        trainer(max_epochs=3, callbacks=[Break()]).fit(method, table())
+        trainer(max_epochs=3, callbacks=[spoil]).fit(method, table())
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_gradient_that_is_not_finite_stops_the_run_with_its_parameter(name, value):
+    method = table_method(name)
+    wanted = {"bbb": "net.features.2.rho", "sghmc": "net.current.features.2.weight"}.get(
+        name, "net.features.2.weight"
+    )
+    before = []
+
+    def spoil(module: Method) -> None:
+        before.append(weights_of(module.net).clone())
+        param = dict(module.named_parameters())[wanted]
+        param.register_hook(lambda grad: grad.index_fill(0, torch.tensor([1]), value))
+
+    said = rf"gradient of {wanted} has a norm of (inf|nan) while the loss is .*step 4 \(epoch 1"
+    with pytest.raises(FloatingPointError, match=said):
+        trainer(max_epochs=3, callbacks=[At(4, spoil)]).fit(method, table())
+    assert torch.equal(weights_of(method.net)[: len(before[0])], before[0])  # no step was made
+
+
+def test_fine_tuned_members_are_watched_too():
+    method = table_method("sghmc", num_members=2)
+    trainer(max_epochs=2).fit(method, table())
+    method.fine_tune({"name": "adam", "lr": 1e-3}, prior_weight=1.0)
+    param = dict(method.named_parameters())["net.members.1.output.heads.0.linear.bias"]
+    spoil = At(2, lambda _: param.register_hook(lambda grad: grad * torch.inf))
+    with pytest.raises(FloatingPointError, match=r"members\.1\.output\.heads\.0\.linear\.bias .* step 2"):
+        trainer(max_epochs=3, callbacks=[spoil]).fit(method, table())
 
 
 class LoggedRate(pl.Callback):

@@ -89,14 +89,14 @@ class SGHMCEnsemble(Method):
             assert isinstance(loss, Tensor)
             self.manual_backward(loss)
             all_terms.append({name: torch.as_tensor(term).detach() for name, term in terms.items()})
+        means: Terms = {
+            name: torch.stack([terms[name] for terms in all_terms]).mean() for name in all_terms[0]
+        }
+        self._record(means, len(targets))
         optimizer.step()
         schedule = self.lr_schedulers()
         assert isinstance(schedule, LRScheduler)
         schedule.step()
-        means: Terms = {
-            name: torch.stack([terms[name] for terms in all_terms]).mean() for name in all_terms[0]
-        }
-        self._record(means, len(targets), batch_idx)
         return None
 
     def member_terms(self, member: nn.Module, inputs: Tensor, targets: Tensor) -> Terms:
