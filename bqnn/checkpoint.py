@@ -38,7 +38,8 @@ class SaveCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         is_last = trainer.current_epoch + 1 == trainer.max_epochs
-        if is_last or time.monotonic() - self._saved_at >= self.save_every:
+        is_due = time.monotonic() - self._saved_at >= self.save_every
+        if trainer.strategy.broadcast(is_last or is_due):  # clocks differ, and all must save
             self._save(trainer, self.path)
             self._saved_at = time.monotonic()
         if self.save_best and self._was_validated:
@@ -58,6 +59,9 @@ class SaveCheckpoint(Checkpoint):
         self.best_nll = state_dict["best_nll"]
 
     def _save(self, trainer: pl.Trainer, path: Path) -> None:
+        if not trainer.is_global_zero:
+            trainer.save_checkpoint(path, weights_only=False)  # waits for the first, writes nothing
+            return
         with written_beside(path) as beside:
             trainer.save_checkpoint(beside, weights_only=False)
 

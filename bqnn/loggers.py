@@ -64,6 +64,8 @@ class MetricsCsv(Logger):
 def make_loggers(job: Job) -> list[Logger]:
     """metrics.csv, and the logger that the configuration names; they are closed with the job."""
     loggers: list[Logger] = [MetricsCsv(job.folder / "metrics.csv")]
+    if job.rank > 0:
+        return loggers
     kind = job.config["logger"]["name"]
     if kind == "wandb":
         loggers.append(_wandb_logger(job))

@@ -1,6 +1,7 @@
 """One job's life: its folder, its status.json, how it ended."""
 
 import logging
+import os
 import platform
 import signal
 import subprocess
@@ -32,12 +33,16 @@ class Job:
     INTERRUPTED. An exception ends here: its traceback goes to the log, one line of it to the
     terminal and to status.json; only an interruption goes on, as SystemExit(130). `sweep` names
     the multirun that the job is part of.
+
+    Where several processes train one model, the first writes. Of the others only a failure is
+    recorded, because Lightning kills the first process when another one fails.
     """
 
     def __init__(self, folder: Path, verb: str, sweep: str | None = None) -> None:
         self.config: dict[str, Any] = {}
         self.folder = folder
         self.verb = verb
+        self.rank = process_rank()
         self.sweep = sweep
         self.state = "RUNNING"
         self.error: str | None = None
@@ -50,6 +55,8 @@ class Job:
 
     def claim(self) -> None:
         """Take the folder; FileExistsError, and nothing is touched, where a job has it already."""
+        if self.rank > 0:  # the first process has taken it
+            return
         status = self.folder / "status.json"
         try:
             status.touch(exist_ok=False)
@@ -64,6 +71,8 @@ class Job:
     def configure(self, config: dict[str, Any]) -> None:
         """Give the job its resolved configuration, and record it in config.yaml."""
         self.config = config
+        if self.rank > 0:
+            return
         write_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
     def at_end(self, action: Callable[[int], None]) -> None:
@@ -76,6 +85,8 @@ class Job:
 
     def __enter__(self) -> "Job":
         self._set_signals(signal.default_int_handler)
+        if self.rank > 0:
+            logging.disable(logging.WARNING)  # the first process says it, too
         return self
 
     def __exit__(
@@ -91,6 +102,7 @@ class Job:
             self.state, self.error = "INTERRUPTED", "interrupted"
         else:
             self.state, self.error = "FAILED", one_line(error)
+            self._claimed = self._claimed or self.rank > 0
             # The log file has the traceback; the terminal is told in one line.
             if self._claimed:
                 traceback_log.error("%s failed", self.verb, exc_info=(type(error), error, trace))
@@ -148,6 +160,12 @@ def run_parts(job: Job, configs: dict[str, dict[str, Any]], task: Callable[[Job]
             failed.append(name)
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(configs)} failed: {', '.join(failed)}")
+
+
+def process_rank() -> int:
+    """Which of the processes that train one model this is, as Lightning tells them; 0 is first."""
+    ranks = (os.environ.get(key) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return next((int(rank) for rank in ranks if rank is not None), 0)
 
 
 def record_refusal(folder: Path, error: str) -> None:

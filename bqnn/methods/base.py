@@ -132,8 +132,7 @@ class Method(pl.LightningModule):
         self.train()  # a loaded model is in eval mode, and Lightning would leave it there
 
     def on_train_epoch_start(self) -> None:
-        # From (seed, epoch) alone, so that a resumed run makes the same draws.
-        reseed(self.device, self.seed, stream=self.current_epoch)
+        self.seed_epoch()
         # Lightning sets the next epoch's rate before this one's metrics are logged.
         self._epoch_lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         self._first_step = self.global_step
@@ -148,6 +147,15 @@ class Method(pl.LightningModule):
         loss = terms["loss"]
         assert isinstance(loss, Tensor)
         return loss
+
+    def seed_epoch(self) -> None:
+        """Start this epoch's draws from (seed, epoch), so that a resumed run repeats them.
+
+        Of several ranks, each has draws of its own for its own rows.
+        """
+        reseed(self.device, self.seed, stream=self.current_epoch)
+        if self.trainer.world_size > 1:
+            reseed(self.device, int(torch.randint(2**31, (self.global_rank + 1,))[-1]))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # Here gradients are those of all ranks: what is wrong on one stops all of them.
@@ -164,7 +172,7 @@ class Method(pl.LightningModule):
         rows = torch.tensor(self._epoch_rows, dtype=torch.float64)
         for name, values in self._epoch_terms.items():
             mean = torch.dot(torch.stack(values).cpu().double(), rows) / rows.sum()
-            self.log(f"train/{name}", mean.float())
+            self.log(f"train/{name}", mean.float(), sync_dist=True)
         self.log("train/lr", self._epoch_lr)
 
     def on_validation_epoch_start(self) -> None:
