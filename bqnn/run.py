@@ -105,10 +105,16 @@ class Job:
             self._claimed = self._claimed or self.rank > 0
             # The log file has the traceback; the terminal is told in one line.
             if self._claimed:
+                logging.raiseExceptions = False  # of a log on a full disk, in twenty lines
                 traceback_log.error("%s failed", self.verb, exc_info=(type(error), error, trace))
             print(f"{self.verb}.py: {self.error} [{self.folder}]", file=sys.stderr)
-        if self._claimed:
-            self._write_status()
+        try:
+            if self._claimed:
+                self._write_status()
+        except OSError as unwritable:  # status.json stays at RUNNING; what failed first was said
+            if error is None:
+                self.state = "FAILED"
+                print(f"{self.verb}.py: {unwritable}", file=sys.stderr)
         self._set_signals(signal.default_int_handler)
         for action in self._at_end:
             try:

@@ -47,7 +47,9 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
     return first, second
 
 
-@pytest.mark.parametrize("name", [*METHODS, *(f"{name} quantized" for name in METHODS), "batch norm"])
+@pytest.mark.parametrize(
+    "name", [*METHODS, *(f"{name} quantized" for name in METHODS), "batch norm"]
+)
 def test_ranks_end_bit_equal(name: str, both: tuple[dict, dict]) -> None:
     first, second = (seen[name]["state"] for seen in both)
     assert first.keys() == second.keys()

@@ -1,6 +1,6 @@
 """One of two processes that train every method together; it leaves what it saw in a file.
 
-    python worker.py <rank> <port> <folder>
+python worker.py <rank> <port> <folder>
 """
 
 import os
@@ -46,9 +46,7 @@ def make(name: str, data: SyntheticData) -> Method:
     torch.manual_seed(0)
     net = MLP([1], [1, 1], hidden_features=[16, 16])
     options = {**OPTIONS[name], "num_samples": 3, "val_samples": 2}
-    return METHODS[name](
-        net, Regression(0.0, 1.0), num_train=len(data.train), seed=0, **options
-    )
+    return METHODS[name](net, Regression(0.0, 1.0), num_train=len(data.train), seed=0, **options)
 
 
 def with_batch_norm(data: SyntheticData) -> Method:
