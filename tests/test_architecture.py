@@ -15,7 +15,7 @@ ALLOWED = {
     "layers": {"layers"},
     "nets": {"nets", "layers.markers"},
     "methods": {"methods", "layers", "likelihoods", "predict", "optim", "checkpoint"},
-    "data": {"data"},
+    "data": {"data", "files"},
     "quant": {"quant", "layers"},
     "optim": set(),
     "metrics": set(),

@@ -1,12 +1,10 @@
 """Two gloo processes train one model: the same as one process would, and the same on both."""
 
-import json
 import os
 import runpy
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import torch
 from bqnn.methods import METHODS
 from bqnn.quant.callback import QuantizationCallback
 from bqnn.quant.spec import QuantSpec
-from bqnn.recipe import load
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = ROOT / "tests" / "ranks" / "worker.py"

@@ -159,7 +159,7 @@ class Method(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # Here gradients are those of all ranks: what is wrong on one stops all of them.
-        gradients = [param.grad for param in _with_gradient(optimizer)]
+        gradients: Any = [param.grad for param in _with_gradient(optimizer)]
         self._epoch_norms.append(torch.stack(torch._foreach_norm(gradients)).detach())
         # Looking waits for the device, which costs nothing on the CPU.
         if self.device.type == "cpu" or len(self._epoch_norms) % 50 == 0:

@@ -21,7 +21,7 @@ from bqnn.quant.spec import QuantSpec
 from bqnn.trainer import ShareBuffers
 
 SGD = {"name": "sgd", "lr": 1e-2}
-# In bbb sigma is next to nothing, so that there is no noise to differ, and the prior's pull is large.
+# bbb has next to no sigma, so that there is no noise to differ, and the prior pulls hard.
 OPTIONS: dict[str, dict[str, Any]] = {
     "pointwise": {"optimizer": SGD},
     "bbb": {"prior_std": 0.1, "init_rho": -20.0, "beta": 3.0, "optimizer": SGD},
