@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bqnn.run import Job, record_refusal
+from bqnn.secrets import refuse_secrets
 
 # Keys with numbers that would otherwise fail far from here: their kind and the least value.
 NUMBERS: dict[str, tuple[type, int]] = {
@@ -81,6 +82,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{reason}; give it on the command line") from error
     assert isinstance(config, dict)
+    refuse_secrets(config)
     for key, (kind, least) in NUMBERS.items():
         value = OmegaConf.select(cfg, key)
         number = isinstance(value, int | kind) and not isinstance(value, bool)

@@ -24,7 +24,8 @@ ALLOWED = {
     "predict": {"layers"},
     "plots": {"metrics", "files"},
     "run": {"files"},
-    "config": {"run"},
+    "config": {"run", "secrets"},
+    "secrets": set(),
     "checkpoint": {"files", "schema"},
     "schema": set(),
 }

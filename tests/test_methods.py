@@ -230,7 +230,9 @@ def test_fine_tuned_members_are_watched_too():
     method.fine_tune({"name": "adam", "lr": 1e-3}, prior_weight=1.0)
     param = dict(method.named_parameters())["net.members.1.output.heads.0.linear.bias"]
     spoil = At(2, lambda _: param.register_hook(lambda grad: grad * torch.inf))
-    with pytest.raises(FloatingPointError, match=r"members\.1\.output\.heads\.0\.linear\.bias .* step 2"):
+    with pytest.raises(
+        FloatingPointError, match=r"members\.1\.output\.heads\.0\.linear\.bias .* step 2"
+    ):
         trainer(max_epochs=3, callbacks=[spoil]).fit(method, table())
 
 
