@@ -1,5 +1,6 @@
 """One job's life: its folder, its status.json, how it ended."""
 
+import json
 import logging
 import os
 import platform
@@ -102,12 +103,14 @@ class Job:
             self.state, self.error = "INTERRUPTED", "interrupted"
         else:
             self.state, self.error = "FAILED", one_line(error)
-            self._claimed = self._claimed or self.rank > 0
+            if self.rank > 0:
+                self._claimed = self._first_is_running()
             # The log file has the traceback; the terminal is told in one line.
             if self._claimed:
                 logging.raiseExceptions = False  # of a log on a full disk, in twenty lines
                 traceback_log.error("%s failed", self.verb, exc_info=(type(error), error, trace))
-            print(f"{self.verb}.py: {self.error} [{self.folder}]", file=sys.stderr)
+            who = f" (process {self.rank})" if self.rank > 0 else ""
+            print(f"{self.verb}.py{who}: {self.error} [{self.folder}]", file=sys.stderr)
         try:
             if self._claimed:
                 self._write_status()
@@ -124,6 +127,12 @@ class Job:
         if self.state == "INTERRUPTED":
             raise SystemExit(130) from error
         return isinstance(error, Exception)
+
+    def _first_is_running(self) -> bool:
+        try:
+            return json.loads((self.folder / "status.json").read_text())["state"] == "RUNNING"
+        except (OSError, ValueError):
+            return False
 
     def _set_signals(self, handler: Any) -> None:
         """Treat SIGTERM like Ctrl-C; Lightning may have left other handlers behind."""

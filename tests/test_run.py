@@ -78,6 +78,12 @@ def test_of_several_processes_the_first_writes_and_the_others_record_failures(
             with Job(tmp_path, "train"):
                 raise ValueError("no memory left")
             assert status(tmp_path)["error"] == "no memory left"
+            monkeypatch.delenv("LOCAL_RANK")
+            raise ValueError("what the first has to say")
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        with Job(tmp_path, "train"):
+            raise ValueError("the connection is closed")
+        assert status(tmp_path)["error"] == "what the first has to say"
     finally:
         logging.disable(logging.NOTSET)
 
