@@ -1,19 +1,27 @@
 """Two gloo processes train one model: the same as one process would, and the same on both."""
 
+import json
 import os
 import runpy
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from hydra import compose, initialize_config_dir
 
+from bqnn.config import CONF, plain
 from bqnn.methods import METHODS
 from bqnn.quant.callback import QuantizationCallback
 from bqnn.quant.spec import QuantSpec
+from bqnn.recipe import load
+from bqnn.run import Job
+from bqnn.trainer import make_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = ROOT / "tests" / "ranks" / "worker.py"
@@ -76,8 +84,6 @@ def test_two_ranks_train_what_one_process_would(
 def test_metrics_are_those_of_one_process_on_the_same_weights(
     name: str, both: tuple[dict, dict]
 ) -> None:
-    import pytorch_lightning as pl
-
     data = worker["rows"](worker["GLOBAL_BATCH"])
     method = worker["make"](name, data)
     method.load_state_dict(both[0][name]["state"])
@@ -85,3 +91,41 @@ def test_metrics_are_those_of_one_process_on_the_same_weights(
     (metrics,) = alone.test(method, datamodule=data, verbose=False)
     found = both[0][name]["metrics"]
     assert {key: found[key] for key in metrics} == metrics
+
+
+@pytest.mark.slow
+def test_train_py_with_two_processes_leaves_one_set_of_files(
+    script: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    arguments = ["trainer=ddp", "trainer.accelerator=cpu", "task=synthetic", "method=sghmc"]
+    arguments += ["quant=default", "trainer.max_epochs=4", "trainer.save_best=true"]
+    arguments += ["method.burn_in=1", "method.collect_every=1", "logger=wandb", "plots=false"]
+    result = script("train", *arguments, "hydra.run.dir=run")
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "run"
+    assert json.loads((run / "status.json").read_text())["state"] == "DONE"
+    assert {path.name for path in run.iterdir()} <= {
+        *("best.ckpt", "checkpoint.ckpt", "config.yaml", "metrics.csv", "metrics.json"),
+        *("predictions.npz", "status.json", "train.log", "wandb"),
+    }
+    assert len(list((run / "wandb").glob("offline-run-*"))) == 1
+    assert result.stdout.count("results in") == 1
+    load(run / "checkpoint.ckpt", "int8")
+
+    result = script("train", *arguments, "method.optimizer.lr=1e30", "hydra.run.dir=failed")
+    assert result.returncode == 1
+    status = json.loads((tmp_path / "failed" / "status.json").read_text())
+    assert status["state"] == "FAILED"
+    assert "at step" in status["error"]
+
+
+@pytest.mark.parametrize(("verb", "sweep"), [("quantize", None), ("train", "sweep")])
+def test_several_processes_are_for_a_single_training(
+    verb: str, sweep: str | None, tmp_path: Path
+) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = plain(compose("train", ["trainer=ddp", "trainer.accelerator=cpu"]))
+    job = Job(tmp_path, verb, sweep)
+    job.config = config
+    with pytest.raises(ValueError, match=r"trainer\.devices=2: .* a single run of train\.py"):
+        make_trainer(job, [], [], validate=False)

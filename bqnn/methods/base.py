@@ -64,6 +64,7 @@ class Method(pl.LightningModule):
         self.recipe: dict[str, Any] | None = None
         self._epoch_terms: defaultdict[str, list[Tensor]] = defaultdict(list)
         self._epoch_norms: list[Tensor] = []  # of each parameter's gradient
+        self._num_checked = 0  # of these
         self._epoch_rows: list[int] = []
         self._evaluated: list[tuple[Tensor, Tensor]] = []
 
@@ -138,6 +139,7 @@ class Method(pl.LightningModule):
         self._first_step = self.global_step
         self._epoch_terms.clear()
         self._epoch_norms.clear()
+        self._num_checked = 0
         self._epoch_rows.clear()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
@@ -172,7 +174,7 @@ class Method(pl.LightningModule):
         rows = torch.tensor(self._epoch_rows, dtype=torch.float64)
         for name, values in self._epoch_terms.items():
             mean = torch.dot(torch.stack(values).cpu().double(), rows) / rows.sum()
-            self.log(f"train/{name}", mean.float(), sync_dist=True)
+            self.log(f"train/{name}", mean.float().to(self.device), sync_dist=True)
         self.log("train/lr", self._epoch_lr)
 
     def on_validation_epoch_start(self) -> None:
@@ -220,10 +222,10 @@ class Method(pl.LightningModule):
 
     def _refuse_non_finite(self) -> None:
         """FloatingPointError where a loss or a gradient of this epoch is not finite."""
-        if not self._epoch_norms:
-            return
-        newest = [self._epoch_terms["loss"][-1].unsqueeze(0), self._epoch_norms[-1]]
-        if all(map(math.isfinite, torch.cat(newest).tolist())):
+        first_new, self._num_checked = self._num_checked, len(self._epoch_norms)
+        new = self._epoch_norms[first_new:]
+        new += [loss.reshape(1) for loss in self._epoch_terms["loss"][first_new:]]
+        if not new or all(map(math.isfinite, torch.cat(new).tolist())):
             return
         losses, norms = torch.stack(self._epoch_terms["loss"]), torch.stack(self._epoch_norms)
         bad_losses = ~losses[: len(norms)].isfinite()
