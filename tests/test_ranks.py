@@ -112,7 +112,7 @@ def test_train_py_with_two_processes_leaves_one_set_of_files(
     assert result.stdout.count("results in") == 1
     load(run / "checkpoint.ckpt", "int8")
 
-    result = script("train", *arguments, "method.optimizer.lr=1e30", "hydra.run.dir=failed")
+    result = script("train", *arguments, "method.optimizer.lr=1e6", "hydra.run.dir=failed")
     assert result.returncode == 1
     status = json.loads((tmp_path / "failed" / "status.json").read_text())
     assert status["state"] == "FAILED"
