@@ -121,7 +121,7 @@ def _validation_nll(path: Path) -> float:
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint file, on the CPU, its recipe checked against the schema.
 
-    Opening it runs no code from the file and takes no more memory than the file is long.
+    Opening it runs no code from the file and takes memory in proportion to its length.
     FileNotFoundError, ValueError: there is none, or it is cut, altered or of another origin.
     """
     try:

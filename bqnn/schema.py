@@ -114,7 +114,8 @@ def maybe(rule: Rule) -> Rule:
 
 
 SIZE = whole(1, 65_536)  # of a layer
-COUNT = whole(0, 10_000_000)
+COUNT = whole(0)
+DRAWN = whole(1, 10_000_000)  # rows made up and kept in memory
 
 OPTIMIZER: Schema = {
     "name": name(),
@@ -179,8 +180,8 @@ TASK: Schema = {
     "crop_padding": whole(0, 1024),
     "flip": flag(),
     "function": name(),
-    "num_train": COUNT,
-    "num_test": COUNT,
+    "num_train": DRAWN,
+    "num_test": DRAWN,
     "data_seed": whole(0),
 }
 

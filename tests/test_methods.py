@@ -199,8 +199,9 @@ class At(pl.Callback):
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(name):
     method = table_method(name)
     network = method.net.current if name == "sghmc" else method.net
+    said = r"loss is nan at step 5 \(epoch 1, batch 2\).*; net\..*output\.heads\.0\.linear\.bias"
     spoil = At(5, lambda _: nn.init.constant_(network.output.heads[0].linear.bias, torch.nan))
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 5 \(epoch 1, batch 2\)"):
+    with pytest.raises(FloatingPointError, match=said):
         trainer(max_epochs=3, callbacks=[spoil]).fit(method, table())
 
 

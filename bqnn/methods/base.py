@@ -235,9 +235,12 @@ class Method(pl.LightningModule):
             "likely causes: method.optimizer.lr is too high, or "
         )
         if bad_losses[batch]:
+            spoilt = [n for n, param in self.named_parameters() if not param.isfinite().all()]
+            # Of earlier steps one no longer knows.
+            seen = f"; {spoilt[0]} is not finite" if spoilt and batch + 1 == len(norms) else ""
             raise FloatingPointError(
                 f"the loss is {losses[batch].item()} {where}inputs are far outside the range of "
-                "the others"
+                f"the others{seen}"
             )
         optimizer = self.optimizers()
         assert isinstance(optimizer, Optimizer | LightningOptimizer)
