@@ -116,7 +116,7 @@ def _require_near(root: Path, folders: list[Path]) -> None:
 def _assembled(recipe: Recipe) -> Method:
     """The model of a recipe, fake-quantized where it is a quantized one; not trained."""
     model = build(recipe)
-    if recipe["stage"] == "quantized":
+    if recipe["stage"] != "float":
         quantize_module(model, QuantSpec.from_dict(recipe["quant"]))
     return model
 

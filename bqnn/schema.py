@@ -25,8 +25,8 @@ def check_recipe(recipe: object) -> None:
     """
     _check("recipe", recipe, RECIPE)
     assert isinstance(recipe, dict)
-    if recipe["stage"] == "quantized" and "quant" not in recipe:
-        raise ValueError("recipe: has no quant, but its stage is quantized")
+    if recipe["stage"] != "float" and "quant" not in recipe:
+        raise ValueError(f"recipe: has no quant, but its stage is {recipe['stage']}")
 
 
 def _check(where: str, value: object, rule: Rule | Schema) -> None:
