@@ -13,8 +13,12 @@ import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 
-from bqnn.checkpoint import SaveCheckpoint
+from bqnn.checkpoint import SaveCheckpoint, read_checkpoint
+from bqnn.data import TensorData
+from bqnn.loggers import MetricsCsv
 from bqnn.run import Job
+
+log = logging.getLogger(__name__)
 
 
 class EpochTimer(pl.Callback):
@@ -24,6 +28,9 @@ class EpochTimer(pl.Callback):
         self.job = job
         self.startup: float | None = None
         self.epochs: list[float] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        log.info("training on the CPU with %d threads", torch.get_num_threads())
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_started = time.perf_counter()
@@ -70,9 +77,7 @@ def make_trainer(
         )
     threads = options.pop("threads")
     if threads is not None:
-        before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        job.at_end(lambda _: torch.set_num_threads(before))
     save = SaveCheckpoint(job.folder, options.pop("save_every"), options.pop("save_best"))
     show_progress = options.pop("progress_bar") and sys.stdout.isatty()
     progress: list[pl.Callback] = [TQDMProgressBar()] if show_progress else []
@@ -82,7 +87,7 @@ def make_trainer(
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     return pl.Trainer(
         **options,
-        callbacks=[*callbacks, *progress, save],
+        callbacks=[*callbacks, *progress, MetricsCsv(job.folder / "metrics.csv"), save],
         logger=loggers,
         log_every_n_steps=0,  # metrics are logged once an epoch
         enable_progress_bar=show_progress,
@@ -93,6 +98,15 @@ def make_trainer(
         use_distributed_sampler=False,
         default_root_dir=job.folder,
     )
+
+
+def fit(job: Job, trainer: pl.Trainer, model: pl.LightningModule, data: TensorData) -> None:
+    """Train to the end, from the last checkpoint in the job's folder where the job is resumed."""
+    path = job.folder / "checkpoint.ckpt"
+    resumes = job.is_resumed and path.exists()
+    if job.is_resumed:
+        job.record_epoch(read_checkpoint(path)["epoch"] + 1 if resumes else 0)
+    trainer.fit(model, datamodule=data, ckpt_path=path if resumes else None, weights_only=True)
 
 
 def keep_freed_memory() -> None:

@@ -23,9 +23,12 @@ ALLOWED = {
     "likelihoods": {"metrics"},
     "predict": {"layers"},
     "plots": {"metrics", "files"},
-    "run": {"files"},
-    "config": {"run"},
-    "checkpoint": {"files"},
+    "status": set(),
+    "run": {"files", "status"},
+    "sweep": {"files", "status"},
+    "config": {"files", "run", "status", "sweep"},
+    "checkpoint": {"files", "status"},
+    "isolation": {"run"},
 }
 
 
