@@ -223,7 +223,7 @@ def _log_into(folder: Path) -> None:
     """Have Hydra's log file in this folder from now on."""
     config: Any = HydraConfig.instance().cfg
     if Path(config.hydra.runtime.output_dir) != folder:
-        with read_write(config):
+        with read_write(config.hydra.runtime):
             config.hydra.runtime.output_dir = str(folder)
         configure_log(config.hydra.job_logging, config.hydra.verbose)
 

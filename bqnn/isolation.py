@@ -20,7 +20,7 @@ def leave_as_found(job: Job) -> None:
     levels = {name: logging.getLogger(name).level for name in CHANGED_LOGGERS}
 
     def restore(exit_code: int) -> None:
-        kept_filters.__exit__()
+        kept_filters.__exit__(None, None, None)
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
         torch.backends.quantized.engine = engine

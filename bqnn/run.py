@@ -122,7 +122,7 @@ class Job:
         self._write_status()
 
     def at_end(self, action: Callable[[int], None]) -> None:
-        """Have `action(exit_code)` called when the job ends, however it ends; last in, first out."""
+        """Have `action(exit_code)` called at the end, however it comes; last in, first out."""
         self._at_end.insert(0, action)
 
     def seconds(self) -> float:

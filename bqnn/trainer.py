@@ -30,7 +30,7 @@ class EpochTimer(pl.Callback):
         self.epochs: list[float] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        log.info("training on the CPU with %d threads", torch.get_num_threads())
+        log.info("CPU threads: %d", torch.get_num_threads())
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_started = time.perf_counter()
