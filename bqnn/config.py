@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bqnn.files import write_json
 from bqnn.run import Job, record_refusal
 from bqnn.status import ELSEWHERE, IGNORED, config_hash, find_run, read_status
-from bqnn.sweep import Sweep, find_sweep
+from bqnn.sweep import Sweep, find_sweep, record_refused_sweep
 
 # Keys with numbers that would otherwise fail far from here: their kind and the least value.
 NUMBERS: dict[str, tuple[type, int]] = {
@@ -84,8 +85,10 @@ def launch(task: Callable[[Job], None], verb: str) -> None:
             if SweepCallback.sweep is not None:
                 SweepCallback.finish(message)
             elif not _asks_only(sys.argv[1:]):
+                is_sweep = {"-m", "--multirun"} & set(sys.argv)
+                record = record_refused_sweep if is_sweep else record_refusal
                 with contextlib.suppress(OSError):  # the folder may be what was wrong
-                    record_refusal(_refused_folder(verb, sys.argv[1:]), message)
+                    record(_refused_folder(verb, sys.argv[1:]), message)
             sys.exit(f"{verb}.py: {message}")
     if any(state != "DONE" for state in states):
         sys.exit(1)
@@ -124,19 +127,21 @@ class SweepCallback(Callback):
     sweep: Sweep | None = None  # of this process, while it is launching one
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        verb, named = config.hydra.job.name, _is_given("hydra.sweep.dir", config.hydra)
+        verb, hydra_overrides = config.hydra.job.name, config.hydra.overrides.hydra
         overrides = [
             override
             for override in config.hydra.overrides.task
             if not override.lstrip("+~").startswith(IGNORED)
         ]
+        given = _is_given("hydra.sweep.dir", config.hydra)
         folder = None
-        if OmegaConf.select(config, "resume") and not named:
+        if OmegaConf.select(config, "resume") and not given:
             folder = find_sweep(OUTPUTS / verb, verb, overrides)
         folder = (folder or Path(config.hydra.sweep.dir)).absolute()
-        # Jobs compose their configuration anew, perhaps in another working folder.
+        # Jobs compose their configuration anew, perhaps in another working folder. `++` is our
+        # own: `_is_given` still tells what the user said.
         escaped = str(folder).replace("'", "\\'")
-        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{escaped}'")
+        hydra_overrides.append(f"{'' if given else '++'}hydra.sweep.dir='{escaped}'")
         config.hydra.sweep.dir = str(folder)
         SweepCallback.sweep = Sweep(folder, verb, overrides, _num_jobs(config))
 
@@ -149,7 +154,7 @@ class SweepCallback(Callback):
         """Print what became of the sweep, and how to get what is missing; whether all is done."""
         assert cls.sweep is not None
         all_done = cls.sweep.finish(error)
-        if not all_done:
+        if not all_done and cls.sweep.jobs:
             command = _resume_command("hydra.sweep.dir", cls.sweep.folder)
             print(f"\nfor what is missing:\n  {command}")
         return all_done
@@ -185,14 +190,18 @@ def fresh_folder(name: str) -> str:
             return str(folder)
 
 
-# Here, so that every process that unpickles the callback knows it too.
+# Both here, so that they are known to every process that unpickles the callback.
 OmegaConf.register_new_resolver("fresh_folder", fresh_folder, use_cache=True, replace=True)
+warnings.filterwarnings(  # conf/hydra/launcher names what its plugins name, on purpose
+    "ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema"
+)
 
 
 def _folder_to_resume(key: str) -> Path:
     """The folder that a resumed job runs in: of the newest run with this hash, or Hydra's own.
 
-    A `hydra.run.dir` on the command line is taken at its word.
+    A `hydra.run.dir` or `hydra.sweep.dir` on the command line is taken at its word: nothing outside
+    of it is looked at.
     """
     hydra_config = HydraConfig.get()
     own = Path(hydra_config.runtime.output_dir)
@@ -200,23 +209,20 @@ def _folder_to_resume(key: str) -> Path:
     if status is not None and status.get("config_hash") in (None, key):
         return own
     if hydra_config.mode == RunMode.RUN:
-        if _is_given("hydra.run.dir", hydra_config):
-            return own
-        found = find_run(OUTPUTS, key)
+        found = None if _is_given("hydra.run.dir", hydra_config) else find_run(OUTPUTS, key)
         if found is not None:
             own.rmdir()
         return found or own
     if status is not None:  # another job's; the sweep has changed
         own = Path(fresh_folder(str(own)))
-    sweep = Path(hydra_config.sweep.dir)
-    found = find_run(sweep, key) or find_run(OUTPUTS, key)
-    if found is None:
-        return own
-    if sweep in found.absolute().parents:
+    found = find_run(Path(hydra_config.sweep.dir), key)
+    if found is not None:
         own.rmdir()
-    else:
-        write_json(own / ELSEWHERE, {"folder": str(found.absolute())})
-    return found
+    elif not _is_given("hydra.sweep.dir", hydra_config):
+        found = find_run(OUTPUTS, key)
+        if found is not None:
+            write_json(own / ELSEWHERE, {"folder": str(found.absolute())})
+    return found or own
 
 
 def _log_into(folder: Path) -> None:

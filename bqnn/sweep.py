@@ -37,18 +37,19 @@ class Sweep:
         self.verb = verb
         self.overrides = overrides
         self.num_jobs = num_jobs
+        self.jobs: list[JobRecord] = []  # once it is finished
         self.started = datetime.now().astimezone()
         self._done_before = {f for f in _jobs_of(folder) if _state(f) == "done"}
         folder.mkdir(parents=True, exist_ok=True)
-        self._write("RUNNING", [], None)
+        self._write("RUNNING", None)
 
     def finish(self, error: str | None = None) -> bool:
         """Write down and print what became of all jobs; whether every one of them is done."""
-        jobs = [self._record(folder) for folder in _jobs_of(self.folder)]
-        finished = sum(job.state in ("done", "skipped") for job in jobs)
-        all_done = error is None and finished == len(jobs) and finished >= (self.num_jobs or 0)
-        self._write("DONE" if all_done else "FAILED", jobs, error)
-        print(self._table(jobs))
+        self.jobs = [self._record(folder) for folder in _jobs_of(self.folder)]
+        finished = sum(job.state in ("done", "skipped") for job in self.jobs)
+        all_done = error is None and finished == max(len(self.jobs), self.num_jobs or 0)
+        self._write("DONE" if all_done else "FAILED", error)
+        print(self._table())
         return all_done
 
     def _record(self, folder: Path) -> JobRecord:
@@ -64,24 +65,24 @@ class Sweep:
         error = None if state in ("done", "skipped", "running") else status.get("error")
         return JobRecord(str(shown), state, seconds, error or _explain(state))
 
-    def _table(self, jobs: list[JobRecord]) -> str:
-        width = max((len(job.folder) for job in jobs), default=0)
-        lines = [f"\nsweep in {self.folder}: {self._summary(jobs)}"]
-        for job in jobs:
+    def _table(self) -> str:
+        width = max((len(job.folder) for job in self.jobs), default=0)
+        lines = [f"\nsweep in {self.folder}: {self._summary()}"]
+        for job in self.jobs:
             seconds = "" if job.seconds is None else f"{job.seconds:.1f} s"
             lines.append(
                 f"  {job.state:<12}{seconds:>10}  {job.folder:<{width}}  {job.error or ''}"
             )
         return "\n".join(line.rstrip() for line in lines)
 
-    def _summary(self, jobs: list[JobRecord]) -> str:
-        counts = Counter(job.state for job in jobs)
-        counts["not started"] = max((self.num_jobs or 0) - len(jobs), 0)
+    def _summary(self) -> str:
+        counts = Counter(job.state for job in self.jobs)
+        counts["not started"] = max((self.num_jobs or 0) - len(self.jobs), 0)
         return (
             ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no jobs"
         )
 
-    def _write(self, state: str, jobs: list[JobRecord], error: str | None) -> None:
+    def _write(self, state: str, error: str | None) -> None:
         ended = None if state == "RUNNING" else datetime.now().astimezone().isoformat()
         record = {
             "state": state,
@@ -91,9 +92,18 @@ class Sweep:
             "verb": self.verb,
             "overrides": self.overrides,
             "num_jobs": self.num_jobs,
-            "jobs": [asdict(job) for job in jobs],
+            "jobs": [asdict(job) for job in self.jobs],
         }
         write_json(self.folder / "sweep.json", record)
+
+
+def record_refused_sweep(folder: Path, error: str) -> None:
+    """Leave a sweep.json about a command line that could not become a sweep."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "sweep.json").exists():
+        now = datetime.now().astimezone().isoformat()
+        record = {"state": "FAILED", "start": now, "end": now, "error": error, "jobs": []}
+        write_json(folder / "sweep.json", record)
 
 
 def find_sweep(root: Path, verb: str, overrides: list[str]) -> Path | None:
@@ -101,7 +111,7 @@ def find_sweep(root: Path, verb: str, overrides: list[str]) -> Path | None:
     found = []
     for path in root.glob("*/sweep.json"):
         record: dict[str, Any] = json.loads(path.read_text())
-        if (record["verb"], record["overrides"]) == (verb, overrides):
+        if (record.get("verb"), record.get("overrides")) == (verb, overrides):
             found.append((record["start"], path.parent))
     return max(found)[1] if found else None
 

@@ -1,6 +1,5 @@
 """A run that is killed at any moment and resumed ends bit-equal to one that never was."""
 
-import csv
 import json
 import multiprocessing
 import os
@@ -17,7 +16,6 @@ import pytest
 import torch
 
 from bqnn.methods import METHODS
-from bqnn.status import config_hash, find_run
 
 ROOT = Path(__file__).resolve().parents[1]
 ScriptHere = Callable[..., tuple[int, str]]
@@ -27,14 +25,14 @@ FORKS.set_forkserver_preload(["bqnn.recipe", "bqnn.results", "bqnn.trainer", "bq
 # Ensemble members, a schedule, a growing beta, a best epoch, and validations between epochs.
 TRAINING = {
     "pointwise": ["method=pointwise"],
-    "bbb": ["method=bbb", "method.warmup_epochs=20"],
+    "bbb": ["method=bbb", "method.warmup_epochs=12"],
     "mcdropout": ["method=mcdropout"],
     "sghmc": ["method=sghmc", "method.burn_in=8", "method.num_members=3"],
 }
 COMMON = ["logger=none", "plots=false", "trainer.save_every=0"]
-SHORT = ["task=synthetic", "task.num_train=200", "trainer.max_epochs=40", "trainer.save_best=true"]
+SHORT = ["task=synthetic", "task.num_train=200", "trainer.max_epochs=24", "trainer.save_best=true"]
 SHORT += ["trainer.check_val_every_n_epoch=3", *COMMON]
-QAT = ["quant.fine_tuning.max_epochs=40", "quant.freeze_epochs=10", *COMMON]
+QAT = ["quant.fine_tuning.max_epochs=12", "quant.freeze_epochs=4", *COMMON]
 
 
 def status(folder: Path) -> dict[str, Any]:
@@ -99,7 +97,7 @@ def kill_and_resume(
     script_here: ScriptHere,
     times: int,
 ) -> list[int]:
-    """Kill and resume in new folders until it was interrupted so often: the epochs it went on from."""
+    """Kill and resume in new folders until it was interrupted so often: from which epochs."""
     described = status(reference)
     start, end = (
         time.mktime(time.strptime(described[k][:19], "%Y-%m-%dT%H:%M:%S")) for k in ("start", "end")
