@@ -240,15 +240,14 @@ def _num_jobs(config: DictConfig) -> int | None:
         return None
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
     overrides = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
-    try:
-        sizes = [
-            sum(1 for _ in override.sweep_string_iterator())
-            for override in overrides
-            if override.is_sweep_override()
-        ]
-    except AssertionError:  # glob() needs to look the names up
-        return None
-    return math.prod(sizes)
+    sizes = {}  # of several that set the same key, the last counts
+    for override in overrides:
+        try:
+            values = override.sweep_string_iterator() if override.is_sweep_override() else [""]
+            sizes[override.get_key_element()] = sum(1 for _ in values)
+        except AssertionError:  # glob() needs to look the names up
+            return None
+    return math.prod(sizes.values())
 
 
 def _is_given(key: str, hydra_config: Any) -> bool:

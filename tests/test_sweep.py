@@ -1,9 +1,6 @@
 """A sweep goes on after failures, says what is missing, and does only that when resumed."""
 
 import json
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
