@@ -1,6 +1,9 @@
 """A sweep goes on after failures, says what is missing, and does only that when resumed."""
 
 import json
+import shlex
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,3 +191,26 @@ def test_the_slurm_launcher_asks_for_what_the_configuration_says(tmp_path: Path)
         launcher = instantiate(config.hydra.launcher)
     assert launcher.params["partition"] == "gpu"
     assert launcher.params["submitit_folder"] == f"{tmp_path}/.submitit/%j"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_study_trains_all_and_quantizes_the_best_of_each(
+    script_here: ScriptHere, tmp_path: Path
+) -> None:
+    options = ["TASKS=digits", "SEEDS=0", "BITS=w3a7,w8a4", f"STUDY={tmp_path}/study"]
+    options += ["TRAIN=trainer=smoke plots=false logger=none"]
+    options += ["TUNE=quant.fine_tuning.max_epochs=1 num_samples=1 plots=false logger=none"]
+    command = ["make", "--no-print-directory", "--dry-run", "study", *options]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    train, quantize, report = map(shlex.split, lines.splitlines()[-3:])
+    assert report[1:] == ["-m", "bqnn.report", f"{tmp_path}/study"]
+    for name, arguments in (("train", train), ("quantize", quantize)):
+        assert arguments[1] == f"{name}.py"
+        code, errors = script_here(name, *arguments[2:])
+        assert code == 0, errors
+    study = tmp_path / "study"
+    assert len(states(study / "float")) == 4
+    parts = list((study / "quantized").glob("*/*/metrics.json"))
+    assert len(parts) == 2 * 4
+    assert len(list((study / "quantized").glob("*_w8a4/*_sghmc_digits"))) == 1
