@@ -83,7 +83,8 @@ class Job:
         if self._hash is None:  # what it was started with, by which it will be recognized
             self._hash = config_hash(config)
         write_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        self._write_status()
+        if self._claimed:
+            self._write_status()
 
     def take(self, config: dict[str, Any], resume: bool) -> bool:
         """Claim and configure, or go on where an earlier process ended; False: it was DONE.
