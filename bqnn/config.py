@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from bqnn.files import write_json
-from bqnn.run import Job, record_refusal
+from bqnn.run import Job, end_with_parent, record_refusal
 from bqnn.status import ELSEWHERE, IGNORED, config_hash, find_run, read_status
 from bqnn.sweep import Sweep, find_sweep, record_refused_sweep
 
@@ -102,6 +102,8 @@ def run_job(cfg: DictConfig, task: Callable[[Job], None], verb: str) -> str:
     job = Job(Path(hydra_config.runtime.output_dir), verb)
     if is_sweep:
         job.sweep = Path(hydra_config.sweep.dir).name
+        if SweepCallback.sweep is None and "joblib" in hydra_config.launcher._target_:
+            end_with_parent()  # joblib's workers would go on alone after a kill -9
     else:
         job.resume_command = _resume_command("hydra.run.dir", job.folder)
     with job:

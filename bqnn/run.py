@@ -1,5 +1,6 @@
 """One job's life: its folder, its status.json, how it ended."""
 
+import ctypes
 import functools
 import logging
 import os
@@ -240,6 +241,14 @@ def run_parts(
             failed.append(part.folder.name)
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(job.parts)} failed: {', '.join(failed)}")
+
+
+def end_with_parent() -> None:
+    """Have this process get SIGTERM when the one that started it dies, where Linux does that."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
+    if prctl is not None:
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl.h
+        prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def record_refusal(folder: Path, error: str) -> None:
