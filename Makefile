@@ -4,12 +4,30 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo study test lint format clean
 
 demo: DEMO := outputs/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
 demo: $(INSTALLED)  ## train a Bayesian network on real handwritten digits, quantize it to 4 bits
 	$(BIN)/python train.py method=bbb task=digits hydra.run.dir=$(DEMO)/train
 	$(BIN)/python quantize.py checkpoint=$(DEMO)/train/checkpoint.ckpt quant.weight_bits=4 hydra.run.dir=$(DEMO)/quantize
+
+# The study of the paper. Each part can be changed: make study TASKS=digits BITS=w3a7,w8a4. What is
+# done is not done again, so the same command goes on after an interruption.
+STUDY ?= outputs/study
+METHODS ?= pointwise,bbb,mcdropout,sghmc
+TASKS ?= yacht,mnist,cifar10
+SEEDS ?= 0,1,2
+BITS ?= w3a7,w4a7,w5a7,w6a7,w7a7,w8a7,w8a3,w8a4,w8a5,w8a6
+QUANT ?= default
+LAUNCHER ?= basic
+# Further overrides of the two commands.
+TRAIN ?=
+TUNE ?=
+
+study: $(INSTALLED)  ## train all in float, quantize the best of each, report; a failed job stops nothing
+	-$(BIN)/python train.py -m method=$(METHODS) task=$(TASKS) seed=$(SEEDS) $(TRAIN) resume=true hydra/launcher=$(LAUNCHER) hydra.sweep.dir=$(STUDY)/float
+	-$(BIN)/python quantize.py -m 'checkpoint="$(STUDY)/float/*/checkpoint.ckpt"' select=best bits=$(BITS) quant=$(QUANT) quant.fine_tuning.seed=$(SEEDS) $(TUNE) resume=true hydra/launcher=$(LAUNCHER) hydra.sweep.dir=$(STUDY)/quantized
+	$(BIN)/python -m bqnn.report $(STUDY)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto

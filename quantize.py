@@ -1,6 +1,7 @@
 """Quantize trained networks: python quantize.py checkpoint=outputs/.../checkpoint.ckpt"""
 
 from copy import deepcopy
+from pathlib import Path
 
 from bqnn.config import launch
 from bqnn.quant.spec import QuantSpec
@@ -8,22 +9,27 @@ from bqnn.run import Job, run_parts
 
 
 def quantize(job: Job) -> None:
-    """Quantize every network that the checkpoint, or pattern, stands for."""
+    """Quantize the network at the path, or each that the pattern stands for."""
     QuantSpec.from_config(job.config["quant"])
     # Imported here, so that a mistake on the command line is answered at once.
     from bqnn.checkpoint import find_float_checkpoints
 
-    configs = {}
-    found = find_float_checkpoints(job.config["checkpoint"], job.config["select"])
-    for path, recipe in found.items():
+    configs = []
+    pattern = job.config["checkpoint"]
+    for path, recipe in find_float_checkpoints(pattern, job.config["select"]).items():
         described = {key: recipe[key] for key in ("method", "net", "task", "seed")}
-        name = f"{len(configs)}_{recipe['method']['name']}_{recipe['task']['name']}"
-        configs[name] = {**job.config, **described, "checkpoint": str(path)}
-    run_parts(job, configs, quantize_one)
+        name = f"{recipe['method']['name']}_{recipe['task']['name']}"
+        configs.append((name, {**job.config, **described, "checkpoint": str(path)}))
+    if Path(pattern).exists():
+        job.configure(configs[0][1])
+        quantize_one(job)
+    else:
+        run_parts(job, configs, quantize_one)
 
 
 def quantize_one(job: Job) -> None:
     from bqnn.checkpoint import save_checkpoint
+    from bqnn.isolation import leave_as_found
     from bqnn.loggers import log_final, log_pictures, make_loggers
     from bqnn.quant.callback import calibrate_module, quantization_callbacks, quantize_module
     from bqnn.recipe import NUMERICS, load, make_data
@@ -36,8 +42,9 @@ def quantize_one(job: Job) -> None:
         write_metrics,
         write_predictions,
     )
-    from bqnn.trainer import EpochTimer, make_trainer
+    from bqnn.trainer import EpochTimer, fit, make_trainer
 
+    leave_as_found(job)
     options = job.config["quant"]
     spec, tuning = QuantSpec.from_config(options), options["fine_tuning"]
     model = load(job.config["checkpoint"])
@@ -53,7 +60,9 @@ def quantize_one(job: Job) -> None:
         model.fine_tune(tuning["optimizer"], tuning["prior_weight"])
         start = deepcopy(model)
         quantize_module(start, spec)
-        trainer.fit(model, datamodule=data)
+        if tuning["seed"] is not None:  # of batches and noise; validation rows stay what they were
+            model.seed = data.seed = tuning["seed"]
+        fit(job, trainer, model, data)
     else:
         trainer = make_trainer(job, loggers, [], validate=False)
         calibrate_module(model, spec, data, tuning["calibration_batches"])

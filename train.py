@@ -6,6 +6,7 @@ from bqnn.run import Job
 
 def train(job: Job) -> None:
     # Imported here, so that a mistake on the command line is answered at once.
+    from bqnn.isolation import leave_as_found
     from bqnn.loggers import log_pictures, make_loggers
     from bqnn.quant.callback import quantization_callbacks
     from bqnn.recipe import build, load, make_data, make_recipe
@@ -17,8 +18,9 @@ def train(job: Job) -> None:
         write_metrics,
         write_predictions,
     )
-    from bqnn.trainer import EpochTimer, make_trainer
+    from bqnn.trainer import EpochTimer, fit, make_trainer
 
+    leave_as_found(job)
     config = job.config
     data = make_data(config)
     model = build(make_recipe(config, data.facts()))
@@ -27,7 +29,7 @@ def train(job: Job) -> None:
     callbacks = [timer, evaluation, *quantization_callbacks(config["quant"])]
     trainer = make_trainer(job, loggers, callbacks, validate=data.val is not None)
 
-    trainer.fit(model, datamodule=data)
+    fit(job, trainer, model, data)
     metrics = {"num_samples": model.available_samples}
     if data.val is not None:
         metrics |= trainer.validate(model, datamodule=data, verbose=False)[0]

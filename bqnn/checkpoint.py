@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bqnn.files import written_beside
 from bqnn.schema import check_recipe
+from bqnn.status import read_status
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +38,18 @@ class SaveCheckpoint(Checkpoint):
         self._saved_at = time.monotonic()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        is_last = trainer.current_epoch + 1 == trainer.max_epochs
-        is_due = time.monotonic() - self._saved_at >= self.save_every
-        if trainer.strategy.broadcast(is_last or is_due):  # clocks differ, and all must save
-            self._save(trainer, self.path)
-            self._saved_at = time.monotonic()
+        # The best first: what a checkpoint knows of the best has to include its own epoch.
         if self.save_best and self._was_validated:
             self._was_validated = False
             nll = float(trainer.callback_metrics["val/nll"])
             if nll < self.best_nll:
                 self.best_nll = nll
                 self._save(trainer, self.best_path)
+        is_last = trainer.current_epoch + 1 == trainer.max_epochs
+        is_due = time.monotonic() - self._saved_at >= self.save_every
+        if trainer.strategy.broadcast(is_last or is_due):  # clocks differ, and all must save
+            self._save(trainer, self.path)
+            self._saved_at = time.monotonic()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._was_validated = True
@@ -77,8 +79,9 @@ def find_float_checkpoints(pattern: str, select: str) -> dict[Path, dict[str, An
     """The recipes of the float checkpoints at a path or glob pattern; ** stands for any folders.
 
     select: `all`, or `best`, the one with the lowest val/nll in the metrics.json beside it, for
-    each method and task. What is quantized already is left out of a pattern's matches.
-    FileNotFoundError: there is none. ValueError: the one path given is quantized already.
+    each method and task. What is quantized already, and what comes from a run that is not done, is
+    left out of a pattern's matches. FileNotFoundError: there is none. ValueError: the one path
+    given is quantized already, or no run is done.
     """
     if select not in ("all", "best"):
         raise ValueError(f"select={select}: choose all or best")
@@ -90,6 +93,7 @@ def find_float_checkpoints(pattern: str, select: str) -> dict[Path, dict[str, An
                 f"checkpoint={pattern}: no such file; train one (python train.py), or quote the "
                 "pattern, as in 'checkpoint=outputs/**/checkpoint.ckpt'"
             )
+        paths = _of_finished_runs(pattern, paths)
     recipes = {path: read_checkpoint(path)["recipe"] for path in paths}
     floats = {path: recipe for path, recipe in recipes.items() if recipe["stage"] == "float"}
     if not floats:
@@ -108,6 +112,21 @@ def find_float_checkpoints(pattern: str, select: str) -> dict[Path, dict[str, An
         if key not in best or nll < best[key][0]:
             best[key] = (nll, path)
     return {path: floats[path] for _, path in best.values()}
+
+
+def _of_finished_runs(pattern: str, paths: list[Path]) -> list[Path]:
+    """Those beside which no status.json says that the training is not done."""
+    finished = [
+        path for path in paths if (read_status(path.parent) or {"state": "DONE"})["state"] == "DONE"
+    ]
+    if not finished:
+        raise ValueError(
+            f"checkpoint={pattern}: none of these {len(paths)} runs is done; go on with them first "
+            "(resume=true), or give one checkpoint by its path"
+        )
+    if len(finished) < len(paths):
+        log.info("left out: %d checkpoints of runs not done", len(paths) - len(finished))
+    return finished
 
 
 def _validation_nll(path: Path) -> float:

@@ -1,21 +1,32 @@
 """The command line: Hydra in front, plain dictionaries behind; only here is OmegaConf known."""
 
 import contextlib
+import math
 import os
+import shlex
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import configure_log
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from bqnn.run import Job, record_refusal
+from bqnn.files import write_json
+from bqnn.run import Job, end_with_parent, record_refusal
 from bqnn.secrets import refuse_secrets
+from bqnn.status import ELSEWHERE, IGNORED, config_hash, find_run, read_status
+from bqnn.sweep import Sweep, find_sweep, record_refused_sweep
 
 # Keys with numbers that would otherwise fail far from here: their kind and the least value.
 NUMBERS: dict[str, tuple[type, int]] = {
@@ -31,47 +42,125 @@ NUMBERS: dict[str, tuple[type, int]] = {
     "method.optimizer.lr": (float, 0),
     "num_samples": (int, 1),
     "quant.freeze_epochs": (int, 0),
+    "quant.fine_tuning.seed": (int, 0),
     "quant.fine_tuning.calibration_batches": (int, 1),
     "quant.fine_tuning.prior_weight": (float, 0),
     "quant.fine_tuning.optimizer.lr": (float, 0),
 }
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+OUTPUTS = Path("outputs")
 
 
 def launch(task: Callable[[Job], None], verb: str) -> None:
     """Run `task(job)` once, or for every job of a multirun, and exit.
 
     `conf/<verb>.yaml` is the configuration. What fails says so in one line and in its
-    status.json; a multirun goes on with the next job. The exit code is 0 when every job succeeded.
+    status.json; a multirun goes on with the next job, and ends with a table and sweep.json. The
+    exit code is 0 when every job is done.
     """
-    OmegaConf.register_new_resolver("fresh_folder", fresh_folder, use_cache=True, replace=True)
     # Hydra then hands its errors to us, and we say them in one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     states = []
+    SweepCallback.sweep = None
 
-    def run(cfg: DictConfig) -> None:
-        hydra_config = HydraConfig.get()
-        is_sweep = hydra_config.mode == RunMode.MULTIRUN
-        sweep = Path(hydra_config.sweep.dir).name if is_sweep else None
-        job = Job(Path(hydra_config.runtime.output_dir), verb, sweep)
-        with job:
-            job.claim()
-            job.configure(plain(cfg))
-            task(job)
-        states.append(job.state)
+    def run(cfg: DictConfig) -> float | None:
+        state = run_job(cfg, task, verb)
+        states.append(state)
+        # Hydra would not launch the rest of a multirun after an exception.
+        return None if state == "DONE" else float("nan")
 
-    try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)(run)()
-    except Exception as error:  # only Hydra's own can get here: a job keeps its errors to itself
-        message = _one_line(error)
-        asks_only = any(argument.startswith(("--cfg", "-c", "--info")) for argument in sys.argv[1:])
-        if not asks_only:
-            with contextlib.suppress(OSError):  # the folder may be what was wrong
-                record_refusal(_refused_folder(verb, sys.argv[1:]), message)
-        sys.exit(f"{verb}.py: {message}")
+    with _sigterm_as_interrupt():
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)(run)()
+        except (KeyboardInterrupt, SystemExit) as stop:
+            if isinstance(stop, SystemExit) and stop.code != 130:
+                raise
+            if SweepCallback.sweep is not None:
+                SweepCallback.finish("interrupted")
+            sys.exit(130)
+        except (
+            Exception
+        ) as error:  # a job keeps its errors to itself: this is of Hydra or a launcher
+            message = _one_line(error)
+            if SweepCallback.sweep is not None:
+                SweepCallback.finish(message)
+            elif not _asks_only(sys.argv[1:]):
+                is_sweep = {"-m", "--multirun"} & set(sys.argv)
+                record = record_refused_sweep if is_sweep else record_refusal
+                with contextlib.suppress(OSError):  # the folder may be what was wrong
+                    record(_refused_folder(verb, sys.argv[1:]), message)
+            sys.exit(f"{verb}.py: {message}")
     if any(state != "DONE" for state in states):
         sys.exit(1)
+
+
+def run_job(cfg: DictConfig, task: Callable[[Job], None], verb: str) -> str:
+    """Run one job in the folder that Hydra made, or that of the run it resumes: its state."""
+    hydra_config = HydraConfig.get()
+    is_sweep = hydra_config.mode == RunMode.MULTIRUN
+    resume = bool(OmegaConf.select(cfg, "resume"))
+    job = Job(Path(hydra_config.runtime.output_dir), verb)
+    if is_sweep:
+        job.sweep = Path(hydra_config.sweep.dir).name
+        if SweepCallback.sweep is None and "joblib" in hydra_config.launcher._target_:
+            end_with_parent()  # joblib's workers would go on alone after a kill -9
+    else:
+        job.resume_command = _resume_command("hydra.run.dir", job.folder)
+    with job:
+        try:
+            config = plain(cfg)
+        except ValueError:
+            with contextlib.suppress(FileExistsError):  # what is wrong with the values comes first
+                job.claim()
+            raise
+        if resume:
+            job.folder = _folder_to_resume(config_hash(config))
+            _log_into(job.folder)
+        if job.take(config, resume):
+            task(job)
+        else:
+            print(f"done before: {job.folder}")
+    return job.state
+
+
+class SweepCallback(Callback):
+    """Hydra's callback that keeps the record of a sweep, whichever launcher runs its jobs."""
+
+    sweep: Sweep | None = None  # of this process, while it is launching one
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        verb, hydra_overrides = config.hydra.job.name, config.hydra.overrides.hydra
+        overrides = [
+            override
+            for override in config.hydra.overrides.task
+            if not override.lstrip("+~").startswith(IGNORED)
+        ]
+        given = _is_given("hydra.sweep.dir", config.hydra)
+        folder = None
+        if OmegaConf.select(config, "resume") and not given:
+            folder = find_sweep(OUTPUTS / verb, verb, overrides)
+        folder = (folder or Path(config.hydra.sweep.dir)).absolute()
+        # Jobs compose their configuration anew, perhaps in another working folder. `++` is our
+        # own: `_is_given` still tells what the user said.
+        escaped = str(folder).replace("'", "\\'")
+        hydra_overrides.append(f"{'' if given else '++'}hydra.sweep.dir='{escaped}'")
+        config.hydra.sweep.dir = str(folder)
+        SweepCallback.sweep = Sweep(folder, verb, overrides, _num_jobs(config))
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        if not self.finish():
+            sys.exit(1)
+
+    @classmethod
+    def finish(cls, error: str | None = None) -> bool:
+        """Print what became of the sweep, and how to get what is missing; whether all is done."""
+        assert cls.sweep is not None
+        all_done = cls.sweep.finish(error)
+        if not all_done and cls.sweep.jobs:
+            command = _resume_command("hydra.sweep.dir", cls.sweep.folder)
+            print(f"\nfor what is missing:\n  {command}")
+        return all_done
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -116,6 +205,92 @@ def lr_at_bits(lr: float, weight_bits: object) -> float:
 
 
 OmegaConf.register_new_resolver("lr_at_bits", lr_at_bits, replace=True)
+
+# Both here, so that they are known to every process that unpickles the callback.
+OmegaConf.register_new_resolver("fresh_folder", fresh_folder, use_cache=True, replace=True)
+warnings.filterwarnings(  # conf/hydra/launcher names what its plugins name, on purpose
+    "ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema"
+)
+
+
+def _folder_to_resume(key: str) -> Path:
+    """The folder that a resumed job runs in: of the newest run with this hash, or Hydra's own.
+
+    A `hydra.run.dir` or `hydra.sweep.dir` on the command line is taken at its word: nothing outside
+    of it is looked at.
+    """
+    hydra_config = HydraConfig.get()
+    own = Path(hydra_config.runtime.output_dir)
+    status = read_status(own)
+    if status is not None and status.get("config_hash") in (None, key):
+        return own
+    if hydra_config.mode == RunMode.RUN:
+        found = None if _is_given("hydra.run.dir", hydra_config) else find_run(OUTPUTS, key)
+        if found is not None:
+            own.rmdir()
+        return found or own
+    if status is not None:  # another job's; the sweep has changed
+        own = Path(fresh_folder(str(own)))
+    found = find_run(Path(hydra_config.sweep.dir), key)
+    if found is not None:
+        own.rmdir()
+    elif not _is_given("hydra.sweep.dir", hydra_config):
+        found = find_run(OUTPUTS, key)
+        if found is not None:
+            write_json(own / ELSEWHERE, {"folder": str(found.absolute())})
+    return found or own
+
+
+def _log_into(folder: Path) -> None:
+    """Have Hydra's log file in this folder from now on."""
+    config: Any = HydraConfig.instance().cfg
+    if Path(config.hydra.runtime.output_dir) != folder:
+        with read_write(config.hydra.runtime):
+            config.hydra.runtime.output_dir = str(folder)
+        configure_log(config.hydra.job_logging, config.hydra.verbose)
+
+
+def _num_jobs(config: DictConfig) -> int | None:
+    """How many jobs a multirun stands for, where Hydra's own sweeper makes them."""
+    if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
+        return None
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    overrides = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
+    sizes = {}  # of several that set the same key, the last counts
+    for override in overrides:
+        try:
+            values = override.sweep_string_iterator() if override.is_sweep_override() else [""]
+            sizes[override.get_key_element()] = sum(1 for _ in values)
+        except AssertionError:  # glob() needs to look the names up
+            return None
+    return math.prod(sizes.values())
+
+
+def _is_given(key: str, hydra_config: Any) -> bool:
+    return any(override.startswith(f"{key}=") for override in hydra_config.overrides.hydra)
+
+
+def _resume_command(key: str, folder: Path) -> str:
+    """The command line of this process, resuming what is in the folder."""
+    arguments = [a for a in sys.argv[1:] if not a.startswith(("resume=", f"{key}="))]
+    return shlex.join(["python", sys.argv[0], *arguments, "resume=true", f"{key}={folder}"])
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Between jobs SIGTERM is like Ctrl-C; within one the job sees to it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _asks_only(arguments: list[str]) -> bool:
+    return any(argument.startswith(("--cfg", "-c", "--info")) for argument in arguments)
 
 
 def _one_line(error: Exception) -> str:

@@ -3,67 +3,69 @@
 import csv
 import netrc
 import os
-from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
-from pytorch_lightning.utilities import rank_zero_only
 
+from bqnn.files import written_beside
+from bqnn.methods import Method
 from bqnn.run import Job
 
 
-class MetricsCsv(Logger):
+class MetricsCsv(Checkpoint):
     """Writes metrics.csv: one header, one row per logged epoch, on disk as soon as it is known.
 
-    The metrics of an epoch's validation come first and wait for those of its training.
+    The rows are part of every checkpoint, so that a resumed run has those of the epochs that it
+    goes on from. Being a Checkpoint, it is called when the epoch's metrics are complete; it has to
+    come before the callback that saves.
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
         self.path = path
-        self._columns: list[str] = []
         self._rows: list[dict[str, float]] = []
-        self._waiting: dict[str, float] = {}
+        self._was_validated = False
 
-    @property
-    def name(self) -> str:
-        return "metrics.csv"
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._write()
 
-    @property
-    def version(self) -> int:
-        return 0
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._was_validated = True
 
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self._waiting.update(metrics)
-        if not any(name.startswith("train/") for name in metrics):
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Method)
+        validated, self._was_validated = self._was_validated, False
+        if not pl_module.is_logged_epoch():
             return
-        row, self._waiting = {"step": step or 0, **self._waiting}, {}
-        row["epoch"] = int(row["epoch"])
+        row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step - 1}
+        for name, value in trainer.callback_metrics.items():
+            if name.startswith("train/") or (validated and name.startswith("val/")):
+                row[name] = float(value)
         self._rows.append(row)
-        new = sorted(row.keys() - set(self._columns) - {"epoch", "step"})
-        if new:  # the first row, or the first with a validation
-            self._columns = ["epoch", "step", *sorted({*self._columns[2:], *new})]
-            self._write(self._rows, "w")
-        else:
-            self._write([row], "a")
+        if trainer.is_global_zero:
+            self._write()
 
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any) -> None:
-        """Nothing: config.yaml has them."""
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self._rows}
 
-    def _write(self, rows: list[dict[str, float]], mode: str) -> None:
-        with self.path.open(mode, newline="") as file:
-            writer = csv.DictWriter(file, self._columns, restval="")
-            if mode == "w":
-                writer.writeheader()
-            writer.writerows(rows)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._rows = state_dict["rows"]
+
+    def _write(self) -> None:
+        names = sorted({name for row in self._rows for name in row} - {"epoch", "step"})
+        with written_beside(self.path) as beside, beside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["epoch", "step", *names], restval="")
+            writer.writeheader()
+            writer.writerows(self._rows)
 
 
 def make_loggers(job: Job) -> list[Logger]:
-    """metrics.csv, and the logger that the configuration names; they are closed with the job."""
-    loggers: list[Logger] = [MetricsCsv(job.folder / "metrics.csv")]
+    """The logger that the configuration names, if it names one; it is closed with the job."""
+    loggers: list[Logger] = []
     if job.rank > 0:
         return loggers
     kind = job.config["logger"]["name"]
@@ -80,8 +82,7 @@ def make_loggers(job: Job) -> list[Logger]:
 def log_final(loggers: list[Logger], metrics: Mapping[str, float]) -> None:
     """Log what is known at the end of a job, outside of any epoch."""
     for logger in loggers:
-        if not isinstance(logger, MetricsCsv):
-            logger.log_metrics(dict(metrics))
+        logger.log_metrics(dict(metrics))
 
 
 def log_pictures(loggers: list[Logger], paths: list[Path]) -> None:
@@ -107,6 +108,8 @@ def _wandb_logger(job: Job) -> WandbLogger:
     if "WANDB_MODE" not in os.environ:
         settings.mode = "online" if _has_wandb_key() else "offline"
     run = wandb.init(
+        id=job.id,  # a resumed job goes on in its run
+        resume="allow",
         name=f"{method}-{task}-{bits}-s{seed}",
         project=options["project"],
         entity=options["entity"],

@@ -1,15 +1,18 @@
 """One job's life: its folder, its status.json, how it ended."""
 
-import json
+import ctypes
+import functools
 import logging
 import os
 import platform
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +20,10 @@ from types import TracebackType
 from typing import Any
 
 import yaml
+from filelock import Timeout
 
 from bqnn.files import write_json, write_text
+from bqnn.status import config_hash, folder_lock, is_finished, read_status
 
 log = logging.getLogger(__name__)
 traceback_log = logging.getLogger("bqnn.traceback")  # conf/hydra sends it to the log file alone
@@ -31,61 +36,118 @@ class Job:
     """A context in which one job runs, in a folder of its own.
 
     The folder gets config.yaml and status.json, whose state is RUNNING, then DONE, FAILED or
-    INTERRUPTED. An exception ends here: its traceback goes to the log, one line of it to the
-    terminal and to status.json; only an interruption goes on, as SystemExit(130). `sweep` names
-    the multirun that the job is part of.
+    INTERRUPTED, and is locked as long as the process lives. An exception ends here: its traceback
+    goes to the log, one line of it to the terminal and to status.json; only an interruption goes
+    on, as SystemExit(130). `sweep` names the multirun that the job is part of, `resume_command` is
+    what an interrupted one tells its user to type.
 
     Where several processes train one model, the first writes. Of the others only a failure is
     recorded, because Lightning kills the first process when another one fails.
     """
 
-    def __init__(self, folder: Path, verb: str, sweep: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, verb: str, sweep: str | None = None, resume_command: str | None = None
+    ) -> None:
         self.config: dict[str, Any] = {}
         self.folder = folder
         self.verb = verb
         self.rank = process_rank()
         self.sweep = sweep
+        self.resume_command = resume_command
+        self.id = uuid.uuid4().hex[:8]  # stays when the job is resumed
         self.state = "RUNNING"
         self.error: str | None = None
         self.started = datetime.now().astimezone()
+        self.parts: list[str] = []
+        self.is_resumed = False
+        self._hash: str | None = None
+        self._resumed_from_epoch: int | None = None
         self._claimed = False
+        self._interrupted = False
         self._at_end: list[Callable[[int], None]] = []
+        self._handlers: dict[int, Any] = {}
         global _num_jobs
         self._clock = time.perf_counter() if _num_jobs else PROCESS_STARTED
         _num_jobs += 1
 
     def claim(self) -> None:
         """Take the folder; FileExistsError, and nothing is touched, where a job has it already."""
-        if self.rank > 0:  # the first process has taken it
-            return
-        status = self.folder / "status.json"
-        try:
-            status.touch(exist_ok=False)
-        except FileExistsError:
+        self._lock()
+        if (self.folder / "status.json").exists():
+            self._unlock()
             raise FileExistsError(
                 f"{self.folder} holds a job already (status.json is there); give another "
-                "hydra.run.dir, or none to get a new folder"
-            ) from None
+                "hydra.run.dir, or none to get a new folder, or go on with it (resume=true)"
+            )
         self._claimed = True
         self._write_status()
 
     def configure(self, config: dict[str, Any]) -> None:
         """Give the job its resolved configuration, and record it in config.yaml."""
         self.config = config
+        if self._hash is None:  # what it was started with, by which it will be recognized
+            self._hash = config_hash(config)
         if self.rank > 0:
             return
         write_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        if self._claimed:
+            self._write_status()
+
+    def take(self, config: dict[str, Any], resume: bool) -> bool:
+        """Claim and configure, or go on where an earlier process ended; False: it was DONE.
+
+        FileExistsError: the folder holds another job. BlockingIOError: a process runs it.
+        """
+        if self.rank > 0:  # the first process has taken it
+            self.is_resumed = resume
+            self.id = (read_status(self.folder) or {}).get("id", self.id)
+            self.configure(config)
+            return True
+        if not resume:
+            self.claim()
+            self.configure(config)
+            return True
+        key = config_hash(config)
+        before = read_status(self.folder)
+        if before is not None and is_finished(before, key):
+            return False
+        self._lock()
+        before = read_status(self.folder) or {"state": None}  # it may just have ended
+        if before.get("config_hash") not in (None, key) or is_finished(before, key):
+            self._unlock()
+            if is_finished(before, key):
+                return False
+            raise FileExistsError(
+                f"{self.folder} holds a job with another configuration, which resume=true does "
+                "not go on with; give another hydra.run.dir, or none"
+            )
+        self._claimed = True
+        self.is_resumed = before.get("config_hash") == key
+        self.id = before.get("id", self.id)
+        for part in self.folder.glob(".*.part"):  # a killed process was writing it
+            part.unlink()
+        self.configure(config)
+        return True
+
+    def record_epoch(self, epoch: int) -> None:
+        """Say in status.json with which epoch (from 0) a resumed training goes on."""
+        self._resumed_from_epoch = epoch
+        if self.rank == 0:
+            self._write_status()
 
     def at_end(self, action: Callable[[int], None]) -> None:
-        """Have `action(exit_code)` called when the job ends, however it ends."""
-        self._at_end.append(action)
+        """Have `action(exit_code)` called at the end, however it comes; last in, first out."""
+        self._at_end.insert(0, action)
 
     def seconds(self) -> float:
         """Seconds since the job started; for the first job since the process did."""
         return time.perf_counter() - self._clock
 
     def __enter__(self) -> "Job":
-        self._set_signals(signal.default_int_handler)
+        # SIGTERM is treated like Ctrl-C. Handlers are a matter of the main thread.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._interrupt)
         if self.rank > 0:
             logging.disable(logging.WARNING)  # the first process says it, too
         return self
@@ -96,15 +158,23 @@ class Job:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
-        self._set_signals(signal.SIG_IGN)  # a second signal must not leave RUNNING behind
+        # Lightning may have left other handlers behind.
+        for number in self._handlers:
+            signal.signal(number, self._interrupt)
         if error is None:
             self.state = "DONE"
         elif _is_interruption(error):
             self.state, self.error = "INTERRUPTED", "interrupted"
+            if self.resume_command is not None and self.rank == 0:
+                print(
+                    f"{self.verb}.py: interrupted; go on with\n  {self.resume_command}",
+                    file=sys.stderr,
+                )
         else:
             self.state, self.error = "FAILED", one_line(error)
             if self.rank > 0:
-                self._claimed = self._first_is_running()
+                first = read_status(self.folder) or {}
+                self._claimed = first.get("state") == "RUNNING"
             # The log file has the traceback; the terminal is told in one line.
             if self._claimed:
                 logging.raiseExceptions = False  # of a log on a full disk, in twenty lines
@@ -118,63 +188,91 @@ class Job:
             if error is None:
                 self.state = "FAILED"
                 print(f"{self.verb}.py: {unwritable}", file=sys.stderr)
-        self._set_signals(signal.default_int_handler)
         for action in self._at_end:
             try:
                 action(0 if self.state == "DONE" else 1)
             except Exception:  # the job has ended as its status says; the rest must still be done
                 log.warning("after the end of the job", exc_info=True)
+        if self._claimed and self.rank == 0:
+            self._unlock()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         if self.state == "INTERRUPTED":
             raise SystemExit(130) from error
         return isinstance(error, Exception)
 
-    def _first_is_running(self) -> bool:
-        try:
-            return json.loads((self.folder / "status.json").read_text())["state"] == "RUNNING"
-        except (OSError, ValueError):
-            return False
+    def _interrupt(self, number: int, frame: Any) -> None:
+        """End the job as soon as Python gets to it, and the second time at once."""
+        if self._interrupted:
+            os._exit(130)
+        self._interrupted = True
+        if self._claimed and self.state == "RUNNING":  # said now: there may be no later
+            self.state, self.error = "INTERRUPTED", "interrupted"
+            self._write_status()
+        # Not KeyboardInterrupt: Lightning would ignore a second Ctrl-C from then on.
+        raise SystemExit(130)
 
-    def _set_signals(self, handler: Any) -> None:
-        """Treat SIGTERM like Ctrl-C; Lightning may have left other handlers behind."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
-            signal.signal(signal.SIGTERM, handler)
+    def _lock(self) -> None:
+        self._folder_lock = folder_lock(self.folder)
+        try:
+            self._folder_lock.acquire(timeout=0)
+        except Timeout:
+            raise BlockingIOError(f"{self.folder} is being run by another process") from None
+
+    def _unlock(self) -> None:
+        # Removed while it is held: who opened it meanwhile sees that the file is gone.
+        (self.folder / ".lock").unlink(missing_ok=True)
+        self._folder_lock.release()
 
     def _write_status(self) -> None:
         ended = None if self.state == "RUNNING" else datetime.now().astimezone().isoformat()
-        status = {
+        status: dict[str, Any] = {
             "state": self.state,
             "start": self.started.isoformat(),
             "end": ended,
             "error": self.error,
+            "resumed_from_epoch": self._resumed_from_epoch,
+            "id": self.id,
+            "config_hash": self._hash,
+            "host": socket.gethostname(),
             "versions": versions(),
             **_cpu(),
             "git_commit": _git_commit(),
         }
+        if self.parts:
+            status["parts"] = self.parts
         write_json(self.folder / "status.json", status)
 
 
-def run_parts(job: Job, configs: dict[str, dict[str, Any]], task: Callable[[Job], None]) -> None:
-    """Run `task` for each configuration, in a folder of that name below the job's.
+def run_parts(
+    job: Job, configs: Iterable[tuple[str, dict[str, Any]]], task: Callable[[Job], None]
+) -> None:
+    """Run `task` for each configuration, in a folder with its name and number below the job's.
 
-    A single one runs as the job itself. RuntimeError, once all have run: some failed.
+    In a resumed job, parts that are DONE stay as they are. RuntimeError, once all have run: some
+    failed.
     """
-    if len(configs) == 1:
-        job.configure(*configs.values())
-        task(job)
-        return
+    resume = bool(job.config.get("resume"))
     failed = []
-    for name, config in configs.items():
-        part = Job(job.folder / name, job.verb, job.sweep or job.folder.name)
-        part.folder.mkdir()
+    for name, config in configs:
+        part = Job(_part_folder(job, name, config), job.verb, job.sweep or job.folder.name)
+        part.folder.mkdir(exist_ok=True)
+        job.parts.append(part.folder.name)
         with part:
-            part.claim()
-            part.configure(config)
-            task(part)
+            if part.take(config, resume):
+                task(part)
         if part.state != "DONE":
-            failed.append(name)
+            failed.append(part.folder.name)
     if failed:
-        raise RuntimeError(f"{len(failed)} of {len(configs)} failed: {', '.join(failed)}")
+        raise RuntimeError(f"{len(failed)} of {len(job.parts)} failed: {', '.join(failed)}")
+
+
+def end_with_parent() -> None:
+    """Have this process get SIGTERM when the one that started it dies, where Linux does that."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
+    if prctl is not None:
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl.h
+        prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def process_rank() -> int:
@@ -194,6 +292,7 @@ def record_refusal(folder: Path, error: str) -> None:
         )
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """The versions of this package, Python and what results depend on."""
     return {
@@ -210,10 +309,19 @@ def one_line(error: BaseException) -> str:
     return text if text and isinstance(error, expected) else f"{type(error).__name__}: {text}"
 
 
+def _part_folder(job: Job, name: str, config: dict[str, Any]) -> Path:
+    """Where this configuration was run before, or a new name."""
+    key = config_hash(config)
+    taken = [path for path in job.folder.iterdir() if (path / "status.json").exists()]
+    for path in taken:
+        if (read_status(path) or {}).get("config_hash") == key:
+            return path
+    return job.folder / f"{len(taken)}_{name}"
+
+
 def _is_interruption(error: BaseException) -> bool:
-    # Lightning turns Ctrl-C in the middle of a fit into SystemExit.
     return isinstance(error, KeyboardInterrupt) or (
-        isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
+        isinstance(error, SystemExit) and error.code == 130
     )
 
 
@@ -229,6 +337,7 @@ def _cpu() -> dict[str, str | bool | None]:
     }
 
 
+@functools.cache
 def _git_commit() -> str | None:
     """The commit of the code, where it runs from a checkout and git is installed."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

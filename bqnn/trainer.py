@@ -15,8 +15,12 @@ import torch.distributed as dist
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 
-from bqnn.checkpoint import SaveCheckpoint
+from bqnn.checkpoint import SaveCheckpoint, read_checkpoint
+from bqnn.data import TensorData
+from bqnn.loggers import MetricsCsv
 from bqnn.run import Job
+
+log = logging.getLogger(__name__)
 
 
 class EpochTimer(pl.Callback):
@@ -26,6 +30,9 @@ class EpochTimer(pl.Callback):
         self.job = job
         self.startup: float | None = None
         self.epochs: list[float] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        log.info("CPU threads: %d", torch.get_num_threads())
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_started = time.perf_counter()
@@ -87,9 +94,7 @@ def make_trainer(
         )
     threads = options.pop("threads")
     if threads is not None:
-        before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        job.at_end(lambda _: torch.set_num_threads(before))
     save = SaveCheckpoint(job.folder, options.pop("save_every"), options.pop("save_best"))
     show_progress = options.pop("progress_bar") and sys.stdout.isatty()
     progress: list[pl.Callback] = [TQDMProgressBar()] if show_progress else []
@@ -99,7 +104,13 @@ def make_trainer(
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     trainer = pl.Trainer(
         **options,
-        callbacks=[ShareBuffers(), *callbacks, *progress, save],
+        callbacks=[
+            ShareBuffers(),
+            *callbacks,
+            *progress,
+            MetricsCsv(job.folder / "metrics.csv"),
+            save,
+        ],
         logger=loggers,
         log_every_n_steps=0,  # metrics are logged once an epoch
         enable_progress_bar=show_progress,
@@ -130,6 +141,15 @@ def _prepare_ranks(job: Job) -> None:
             os.environ.pop(key, None)
 
     job.at_end(forget)
+
+
+def fit(job: Job, trainer: pl.Trainer, model: pl.LightningModule, data: TensorData) -> None:
+    """Train to the end, from the last checkpoint in the job's folder where the job is resumed."""
+    path = job.folder / "checkpoint.ckpt"
+    resumes = job.is_resumed and path.exists()
+    if job.is_resumed:
+        job.record_epoch(read_checkpoint(path)["epoch"] + 1 if resumes else 0)
+    trainer.fit(model, datamodule=data, ckpt_path=path if resumes else None, weights_only=True)
 
 
 def keep_freed_memory() -> None:

@@ -23,11 +23,14 @@ ALLOWED = {
     "likelihoods": {"metrics"},
     "predict": {"layers"},
     "plots": {"metrics", "files"},
-    "run": {"files"},
-    "config": {"run", "secrets"},
     "secrets": set(),
-    "checkpoint": {"files", "schema"},
     "schema": set(),
+    "status": set(),
+    "run": {"files", "status"},
+    "sweep": {"files", "status"},
+    "config": {"files", "secrets", "run", "status", "sweep"},
+    "checkpoint": {"files", "schema", "status"},
+    "isolation": {"run"},
 }
 
 

@@ -2,8 +2,28 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
 
 from bqnn.loggers import MetricsCsv
+from bqnn.methods import Method
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Method:
+    monkeypatch.setattr(Method, "is_logged_epoch", lambda self: True)
+    return object.__new__(Method)
+
+
+def trainer(epoch: int, **metrics: float) -> Any:
+    named = {name.replace("_", "/"): torch.tensor(value) for name, value in metrics.items()}
+    steps = 10 * (epoch + 1)
+    return SimpleNamespace(
+        current_epoch=epoch, global_step=steps, callback_metrics=named, is_global_zero=True
+    )
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -11,11 +31,12 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_validation_and_training_of_an_epoch_share_a_row(tmp_path: Path) -> None:
-    logger = MetricsCsv(tmp_path / "metrics.csv")
+def test_validation_and_training_of_an_epoch_share_a_row(tmp_path: Path, module: Method) -> None:
+    table = MetricsCsv(tmp_path / "metrics.csv")
     for epoch in range(2):
-        logger.log_metrics({"val/nll": 2.0 - epoch, "epoch": epoch}, step=10 * epoch + 9)
-        logger.log_metrics({"train/nll": 1.0 - epoch, "epoch": epoch}, step=10 * epoch + 9)
+        table.on_validation_end(trainer(epoch), module)
+        metrics = {"val_nll": 2.0 - epoch, "train_nll": 1.0 - epoch, "test_nll": 7.0}
+        table.on_train_epoch_end(trainer(epoch, **metrics), module)
         assert len(rows(tmp_path / "metrics.csv")) == epoch + 1
     assert rows(tmp_path / "metrics.csv") == [
         {"epoch": "0", "step": "9", "train/nll": "1.0", "val/nll": "2.0"},
@@ -23,19 +44,21 @@ def test_validation_and_training_of_an_epoch_share_a_row(tmp_path: Path) -> None
     ]
 
 
-def test_the_header_grows_with_the_first_validation(tmp_path: Path) -> None:
-    logger = MetricsCsv(tmp_path / "metrics.csv")
-    logger.log_metrics({"train/nll": 1.0, "epoch": 0}, step=0)
-    logger.log_metrics({"val/nll": 3.0, "epoch": 1}, step=1)
-    logger.log_metrics({"train/nll": 2.0, "epoch": 1}, step=1)
-    assert rows(tmp_path / "metrics.csv") == [
-        {"epoch": "0", "step": "0", "train/nll": "1.0", "val/nll": ""},
-        {"epoch": "1", "step": "1", "train/nll": "2.0", "val/nll": "3.0"},
-    ]
+def test_an_epoch_without_validation_leaves_its_cells_empty(tmp_path: Path, module: Method) -> None:
+    table = MetricsCsv(tmp_path / "metrics.csv")
+    table.on_train_epoch_end(trainer(0, train_nll=1.0), module)
+    table.on_validation_end(trainer(1), module)
+    table.on_train_epoch_end(trainer(1, train_nll=2.0, val_nll=3.0), module)
+    table.on_train_epoch_end(trainer(2, train_nll=4.0, val_nll=3.0), module)  # the old one
+    assert [row["val/nll"] for row in rows(tmp_path / "metrics.csv")] == ["", "3.0", ""]
 
 
-def test_the_evaluation_after_the_fit_adds_no_row(tmp_path: Path) -> None:
-    logger = MetricsCsv(tmp_path / "metrics.csv")
-    logger.log_metrics({"train/nll": 1.0, "epoch": 0}, step=0)
-    logger.log_metrics({"test/nll": 1.0, "epoch": 1}, step=1)
-    assert len(rows(tmp_path / "metrics.csv")) == 1
+def test_a_resumed_table_is_cut_back_to_its_checkpoint(tmp_path: Path, module: Method) -> None:
+    table = MetricsCsv(tmp_path / "metrics.csv")
+    table.on_train_epoch_end(trainer(0, train_nll=1.0), module)
+    state = {"rows": list(table.state_dict()["rows"])}
+    table.on_train_epoch_end(trainer(1, train_nll=2.0), module)
+    resumed = MetricsCsv(tmp_path / "metrics.csv")
+    resumed.load_state_dict(state)
+    resumed.on_fit_start(trainer(1), module)
+    assert [row["epoch"] for row in rows(tmp_path / "metrics.csv")] == ["0"]

@@ -2,12 +2,17 @@
 
 import json
 import logging
+import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from bqnn.config import fresh_folder
 from bqnn.run import Job
+from bqnn.status import config_hash, find_run, is_running
 
 
 def status(folder: Path) -> dict:
@@ -72,8 +77,7 @@ def test_of_several_processes_the_first_writes_and_the_others_record_failures(
             monkeypatch.setenv("LOCAL_RANK", "1")
             before = {path: path.read_bytes() for path in tmp_path.iterdir()}
             with Job(tmp_path, "train") as second:
-                second.claim()
-                second.configure({"seed": 0})
+                assert second.take({"seed": 0}, resume=False)
             assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
             with Job(tmp_path, "train"):
                 raise ValueError("no memory left")
@@ -118,3 +122,77 @@ def test_fresh_folders_are_never_shared(tmp_path: Path) -> None:
     name = str(tmp_path / "runs" / "a")
     assert [fresh_folder(name) for _ in range(3)] == [name, f"{name}_2", f"{name}_3"]
     assert all(path.is_dir() for path in (tmp_path / "runs").iterdir())
+
+
+def test_a_second_signal_ends_a_job_at_once(tmp_path: Path) -> None:
+    def stubborn() -> None:
+        with Job(tmp_path, "train") as job:
+            job.claim()
+            job.at_end(lambda _: time.sleep(60))
+            time.sleep(60)
+
+    process = multiprocessing.get_context("fork").Process(target=stubborn)
+    process.start()
+    assert process.pid is not None
+    while not (tmp_path / "status.json").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    while status(tmp_path)["state"] != "INTERRUPTED":
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(5)
+    assert process.exitcode == 130
+    assert status(tmp_path)["state"] == "INTERRUPTED"
+
+
+def test_signal_handlers_are_left_as_they_were(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with Job(tmp_path, "train"):
+        pass
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_job_is_recognized_by_what_its_results_depend_on() -> None:
+    config = {"seed": 0, "resume": False, "logger": {"name": "none"}, "trainer": {"threads": 1}}
+    same = {"seed": 0, "data_dir": "x", "logger": {}, "trainer": {"progress_bar": False}}
+    assert config_hash(config) == config_hash(same)
+    assert config_hash(config) != config_hash({**config, "seed": 1})
+    assert "threads" in config["trainer"]
+
+
+def test_a_job_killed_before_it_was_configured_is_taken_over(tmp_path: Path) -> None:
+    Job(tmp_path, "train").claim()
+    (tmp_path / ".checkpoint.ckpt.1.part").touch()
+    with Job(tmp_path, "train") as job:
+        assert job.take({"seed": 0}, resume=True)
+        assert not job.is_resumed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "status.json"]
+    again = Job(tmp_path, "train")
+    assert not again.take({"seed": 0}, resume=True)
+    with pytest.raises(FileExistsError, match="another configuration"):
+        again.take({"seed": 1}, resume=True)
+
+
+def test_a_running_job_is_not_resumed(tmp_path: Path) -> None:
+    with Job(tmp_path, "train") as job:
+        job.take({"seed": 0}, resume=False)
+        assert is_running(tmp_path)
+        with pytest.raises(BlockingIOError, match="another process"):
+            Job(tmp_path, "train").take({"seed": 0}, resume=True)
+    assert not is_running(tmp_path)
+
+
+def test_a_run_that_is_done_is_found_before_newer_ones(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / "deep" / name).mkdir(parents=True)
+        with Job(tmp_path / "deep" / name, "train") as job:
+            job.take({"seed": 0}, resume=False)
+            if name != "b":
+                raise ValueError("failed")
+    key = config_hash({"seed": 0})
+    assert find_run(tmp_path, key) == tmp_path / "deep" / "b"
+    (tmp_path / "deep" / "b" / "status.json").unlink()
+    assert find_run(tmp_path, key) == tmp_path / "deep" / "c"
+    assert find_run(tmp_path, config_hash({"seed": 1})) is None

@@ -129,6 +129,12 @@ class Method(pl.LightningModule):
     def trained_parameters(self) -> list[nn.Parameter]:
         return [param for param in self.parameters() if param.requires_grad]
 
+    def is_logged_epoch(self) -> bool:
+        """Whether this epoch's training terms are logged: with each validation, and at the end."""
+        every = self.trainer.check_val_every_n_epoch
+        last = self.current_epoch + 1 == self.trainer.max_epochs
+        return last or every is None or (self.current_epoch + 1) % every == 0
+
     def on_fit_start(self) -> None:
         self.train()  # a loaded model is in eval mode, and Lightning would leave it there
 
@@ -169,7 +175,7 @@ class Method(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self._refuse_non_finite()
-        if not self._is_logged_epoch():
+        if not self.is_logged_epoch():
             return
         rows = torch.tensor(self._epoch_rows, dtype=torch.float64)
         for name, values in self._epoch_terms.items():
@@ -214,11 +220,6 @@ class Method(pl.LightningModule):
         self._evaluated.clear()
         metrics = self.likelihood.metrics(torch.cat(samples, dim=1), torch.cat(targets))
         self.log_dict({f"{split}/{name}": value for name, value in metrics.items()})
-
-    def _is_logged_epoch(self) -> bool:
-        every = self.trainer.check_val_every_n_epoch
-        last = self.current_epoch + 1 == self.trainer.max_epochs
-        return last or every is None or (self.current_epoch + 1) % every == 0
 
     def _refuse_non_finite(self) -> None:
         """FloatingPointError where a loss or a gradient of this epoch is not finite."""
