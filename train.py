@@ -40,6 +40,8 @@ def train(job: Job) -> None:
     if data.val is not None:
         metrics |= trainer.validate(model, datamodule=data, verbose=False)[0]
     metrics |= trainer.test(model, datamodule=data, verbose=False)[0]
+    if not trainer.is_global_zero:
+        return
 
     splits = ["val", "test"]
     if config["quant"]["name"] != "none":  # test/ was simulated

@@ -6,12 +6,15 @@ import time
 from glob import glob
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_STORED, ZipFile
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
+from torch import Tensor
 
 from bqnn.files import written_beside
+from bqnn.schema import check_recipe
 from bqnn.status import read_status
 
 log = logging.getLogger(__name__)
@@ -43,7 +46,8 @@ class SaveCheckpoint(Checkpoint):
                 self.best_nll = nll
                 self._save(trainer, self.best_path)
         is_last = trainer.current_epoch + 1 == trainer.max_epochs
-        if is_last or time.monotonic() - self._saved_at >= self.save_every:
+        is_due = time.monotonic() - self._saved_at >= self.save_every
+        if trainer.strategy.broadcast(is_last or is_due):  # clocks differ, and all must save
             self._save(trainer, self.path)
             self._saved_at = time.monotonic()
 
@@ -57,6 +61,9 @@ class SaveCheckpoint(Checkpoint):
         self.best_nll = state_dict["best_nll"]
 
     def _save(self, trainer: pl.Trainer, path: Path) -> None:
+        if not trainer.is_global_zero:
+            trainer.save_checkpoint(path, weights_only=False)  # waits for the first, writes nothing
+            return
         with written_beside(path) as beside:
             trainer.save_checkpoint(beside, weights_only=False)
 
@@ -143,14 +150,49 @@ def _validation_nll(path: Path) -> float:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint file, on the CPU. Opening it runs no code from the file."""
+    """The content of a checkpoint file, on the CPU, its recipe checked against the schema.
+
+    Opening it runs no code from the file and takes memory in proportion to its length.
+    FileNotFoundError, ValueError: there is none, or it is cut, altered or of another origin.
+    """
     try:
+        size = Path(path).stat().st_size
+        _check_archive(path, size)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .ckpt file") from None
     except Exception as error:  # what a foreign or cut file raises is anybody's guess
-        reason = str(error).partition("\n")[0]
+        reason = "".join(c if c.isprintable() else "?" for c in str(error).partition("\n")[0])
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict) or not {"recipe", "state_dict"} <= checkpoint.keys():
         raise ValueError(f"{path} holds no recipe and state_dict: it is not a checkpoint of bqnn")
+    try:
+        check_recipe(checkpoint["recipe"])
+        _check_state(checkpoint["state_dict"], size)
+    except ValueError as error:
+        raise ValueError(f"{path} is refused: {error}") from error
     return checkpoint
+
+
+def _check_archive(path: str | Path, size: int) -> None:
+    """ValueError for what torch.save did not leave like this: torch itself checks no CRC."""
+    with ZipFile(path) as archive:
+        entries = archive.infolist()
+        is_stored = all(entry.compress_type == ZIP_STORED for entry in entries)
+        if not is_stored or sum(entry.file_size for entry in entries) > size:
+            raise ValueError("it is compressed, and could take more memory than the file")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"its part {damaged} is damaged; copy the file again")
+
+
+def _check_state(state: object, size: int) -> None:
+    """ValueError for a state of anything but tensors, or whose tensors outgrow the file."""
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+        for name, value in state.items()
+    ):
+        raise ValueError("its state_dict holds other things than named, dense tensors")
+    claimed = sum(value.numel() * value.element_size() for value in state.values())
+    if claimed > size:
+        raise ValueError(f"its tensors claim {claimed} bytes in a file of {size}")

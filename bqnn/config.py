@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bqnn.files import write_json
 from bqnn.run import Job, end_with, record_refusal
+from bqnn.secrets import refuse_secrets
 from bqnn.status import ELSEWHERE, IGNORED, config_hash, find_run, read_status
 from bqnn.sweep import Sweep, find_sweep, record_refused_sweep
 
@@ -176,6 +177,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{reason}; give it on the command line") from error
     assert isinstance(config, dict)
+    refuse_secrets(config)
     for key, (kind, least) in NUMBERS.items():
         value = OmegaConf.select(cfg, key)
         number = isinstance(value, int | kind) and not isinstance(value, bool)

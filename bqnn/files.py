@@ -4,20 +4,29 @@ import csv
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` once all went well and vanishes otherwise."""
+    """A path to write to, which becomes `path` once all went well and vanishes otherwise.
+
+    OSError, in one line: the disk is full, the folder is read-only or gone.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield beside
         os.replace(beside, path)
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written ({error.strerror or error}), and is as it was before; make "
+            "room there, or choose another folder"
+        ) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # it may be the folder that is gone
+            beside.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

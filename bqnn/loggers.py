@@ -77,6 +77,8 @@ class MetricsCsv(Checkpoint):
 def make_loggers(job: Job) -> list[Logger]:
     """The logger that the configuration names, if it names one; it is closed with the job."""
     loggers: list[Logger] = []
+    if job.rank > 0:
+        return loggers
     kind = job.config["logger"]["name"]
     if kind == "wandb":
         loggers.append(_wandb_logger(job))

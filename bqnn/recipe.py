@@ -1,5 +1,6 @@
 """From a plain dictionary to a model, and from a checkpoint file to the model it describes."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from bqnn.quant.callback import quantize_module
 from bqnn.quant.integer import convert
 from bqnn.quant.simulated import enable
 from bqnn.quant.spec import QuantSpec
+from bqnn.schema import check_recipe
 
 Recipe = dict[str, Any]
 NUMERICS = ("unquantized", "simulated", "int8")
@@ -25,8 +27,14 @@ TRAINING_KEYS = ("name", "dataset", "max_epochs", "check_val_every_n_epoch", "sa
 
 
 def make_data(config: Mapping[str, Any]) -> TensorData:
-    """The data set of a job's task, downloaded where it has to be, read and split."""
+    """The data set of a job's task, downloaded where it has to be, read and split.
+
+    Where the task came out of a checkpoint, a folder that it names has to be below the working
+    directory or data_dir: a stranger's checkpoint does not choose what is read here.
+    """
     task = config["task"]
+    if "checkpoint" in config and task.get("root") is not None:
+        _require_near(Path(task["root"]), [Path.cwd(), Path(config["data_dir"])])
     options = {key: value for key, value in task.items() if key not in TRAINING_KEYS}
     data = build_data(
         task["dataset"], data_dir=config["data_dir"], seed=config["seed"], options=options
@@ -42,7 +50,7 @@ def make_recipe(config: Mapping[str, Any], facts: Mapping[str, Any]) -> Recipe:
     config: the resolved configuration of a job; facts: what the data set says of itself
     (`TensorData.facts`).
     """
-    return {
+    recipe = {
         "version": 1,
         "stage": "float",
         "seed": config["seed"],
@@ -51,6 +59,8 @@ def make_recipe(config: Mapping[str, Any], facts: Mapping[str, Any]) -> Recipe:
         "task": config["task"],
         "facts": dict(facts),
     }
+    check_recipe(recipe)  # now, and not when the trained model is to be loaded
+    return recipe
 
 
 def described(recipe: Recipe) -> dict[str, Any]:
@@ -90,17 +100,45 @@ def load(path: str | Path, numeric: str | None = None) -> Method:
             f"numeric={numeric}: {path} is a float checkpoint; quantize it first "
             f"(python quantize.py checkpoint={path})"
         )
-    model = build(recipe)
-    if recipe["stage"] != "float":
-        spec = QuantSpec.from_dict(recipe["quant"])
-        quantize_module(model, spec, recipe["stage"])
-    model.load_state_dict(checkpoint["state_dict"])
+    state = checkpoint["state_dict"]
+    _refuse_unfitting(recipe, state, path)
+    model = _assembled(recipe)
+    model.load_state_dict(state)
     model.eval()
     if numeric == "unquantized":
         enable(model.net, False)
     elif numeric == "int8":
-        model.net = convert(model.net, spec.engine)
+        model.net = convert(model.net, QuantSpec.from_dict(recipe["quant"]).engine)
     return model
+
+
+def _require_near(root: Path, folders: list[Path]) -> None:
+    where = root.expanduser().resolve()
+    if not any(where.is_relative_to(folder.expanduser().resolve()) for folder in folders):
+        raise ValueError(
+            f"the checkpoint's task reads {root}, which is neither below the working directory nor "
+            f"below data_dir; if you want that, set data_dir={where.parent}"
+        )
+
+
+def _assembled(recipe: Recipe) -> Method:
+    """The model of a recipe, fake-quantized where it is a quantized one; not trained."""
+    model = build(recipe)
+    if recipe["stage"] != "float":
+        quantize_module(model, QuantSpec.from_dict(recipe["quant"]), recipe["stage"])
+    return model
+
+
+def _refuse_unfitting(recipe: Recipe, state: dict[str, Any], path: str | Path) -> None:
+    """ValueError where a state is not that of the recipe's model, which takes no memory here."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that copies to the meta device copy nothing
+            _assembled(recipe).load_state_dict(state)
+    except RuntimeError as error:
+        # The second line is the first difference; the first one says that there are some.
+        reason = " ".join(str(error).splitlines()[:2]).replace("\t", "")
+        raise ValueError(f"{path}: its weights are not those of its recipe: {reason}") from error
 
 
 def _construct(table: Mapping[str, Any], group: str, options: Mapping[str, Any], *args: Any) -> Any:

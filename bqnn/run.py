@@ -40,6 +40,9 @@ class Job:
     goes to the log, one line of it to the terminal and to status.json; only an interruption goes
     on, as SystemExit(130). `sweep` names the multirun that the job is part of, `resume_command` is
     what an interrupted one tells its user to type.
+
+    Where several processes train one model, the first writes. Of the others only a failure is
+    recorded, because Lightning kills the first process when another one fails.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Job:
         self.config: dict[str, Any] = {}
         self.folder = folder
         self.verb = verb
+        self.rank = process_rank()
         self.sweep = sweep
         self.resume_command = resume_command
         self.id = uuid.uuid4().hex[:8]  # stays when the job is resumed
@@ -83,6 +87,8 @@ class Job:
         self.config = config
         if self._hash is None:  # what it was started with, by which it will be recognized
             self._hash = config_hash(config)
+        if self.rank > 0:
+            return
         write_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         if self._claimed:
             self._write_status()
@@ -92,6 +98,11 @@ class Job:
 
         FileExistsError: the folder holds another job. BlockingIOError: a process runs it.
         """
+        if self.rank > 0:  # the first process has taken it
+            self.is_resumed = resume
+            self.id = (read_status(self.folder) or {}).get("id", self.id)
+            self.configure(config)
+            return True
         if not resume:
             self.claim()
             self.configure(config)
@@ -122,7 +133,8 @@ class Job:
     def record_epoch(self, epoch: int) -> None:
         """Say in status.json with which epoch (from 0) a resumed training goes on."""
         self._resumed_from_epoch = epoch
-        self._write_status()
+        if self.rank == 0:
+            self._write_status()
 
     def at_end(self, action: Callable[[int], None]) -> None:
         """Have `action(exit_code)` called at the end, however it comes; last in, first out."""
@@ -137,6 +149,8 @@ class Job:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._interrupt)
+        if self.rank > 0:
+            logging.disable(logging.WARNING)  # the first process says it, too
         return self
 
     def __exit__(
@@ -152,25 +166,35 @@ class Job:
             self.state = "DONE"
         elif _is_interruption(error):
             self.state, self.error = "INTERRUPTED", "interrupted"
-            if self.resume_command is not None:
+            if self.resume_command is not None and self.rank == 0:
                 print(
                     f"{self.verb}.py: interrupted; go on with\n  {self.resume_command}",
                     file=sys.stderr,
                 )
         else:
             self.state, self.error = "FAILED", one_line(error)
+            if self.rank > 0:
+                first = read_status(self.folder) or {}
+                self._claimed = first.get("state") == "RUNNING"
             # The log file has the traceback; the terminal is told in one line.
             if self._claimed:
+                logging.raiseExceptions = False  # of a log on a full disk, in twenty lines
                 traceback_log.error("%s failed", self.verb, exc_info=(type(error), error, trace))
-            print(f"{self.verb}.py: {self.error} [{self.folder}]", file=sys.stderr)
-        if self._claimed:
-            self._write_status()
+            who = f" (process {self.rank})" if self.rank > 0 else ""
+            print(f"{self.verb}.py{who}: {self.error} [{self.folder}]", file=sys.stderr)
+        try:
+            if self._claimed:
+                self._write_status()
+        except OSError as unwritable:  # status.json stays at RUNNING; what failed first was said
+            if error is None:
+                self.state = "FAILED"
+                print(f"{self.verb}.py: {unwritable}", file=sys.stderr)
         for action in self._at_end:
             try:
                 action(0 if self.state == "DONE" else 1)
             except Exception:  # the job has ended as its status says; the rest must still be done
                 log.warning("after the end of the job", exc_info=True)
-        if self._claimed:
+        if self._claimed and self.rank == 0:
             self._unlock()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -257,6 +281,12 @@ def end_with(parent: int) -> None:
         prctl(set_parent_death_signal, signal.SIGTERM)
         if os.getppid() != parent:  # it is dead already
             raise SystemExit(130)
+
+
+def process_rank() -> int:
+    """Which of the processes that train one model this is, as Lightning tells them; 0 is first."""
+    ranks = (os.environ.get(key) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return next((int(rank) for rank in ranks if rank is not None), 0)
 
 
 def record_refusal(folder: Path, error: str) -> None:

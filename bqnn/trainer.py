@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import os
 import statistics
 import sys
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 
@@ -61,6 +63,21 @@ class EpochTimer(pl.Callback):
         )
 
 
+class ShareBuffers(pl.Callback):
+    """Gives all ranks the statistics of batch norm that the first one has, before they are used.
+
+    Each learns them from its own rows, as is usual with distributed training.
+    """
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.world_size > 1:
+            for buffer in pl_module.buffers():
+                dist.broadcast(buffer, 0)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.on_validation_start(trainer, pl_module)
+
+
 def make_trainer(
     job: Job, loggers: list[Logger], callbacks: list[pl.Callback], validate: bool
 ) -> pl.Trainer:
@@ -82,9 +99,15 @@ def make_trainer(
     progress: list[pl.Callback] = [TQDMProgressBar()] if show_progress else []
     # Lightning's remarks on the hardware it found are in status.json already.
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    return pl.Trainer(
+    trainer = pl.Trainer(
         **options,
-        callbacks=[*callbacks, *progress, MetricsCsv(job.folder / "metrics.csv"), save],
+        callbacks=[
+            ShareBuffers(),
+            *callbacks,
+            *progress,
+            MetricsCsv(job.folder / "metrics.csv"),
+            save,
+        ],
         logger=loggers,
         log_every_n_steps=0,  # metrics are logged once an epoch
         enable_progress_bar=show_progress,
@@ -95,6 +118,26 @@ def make_trainer(
         use_distributed_sampler=False,
         default_root_dir=job.folder,
     )
+    if trainer.world_size > 1:
+        _prepare_ranks(job)
+    return trainer
+
+
+def _prepare_ranks(job: Job) -> None:
+    """Refuse what several processes cannot do, and forget at the end that there were some."""
+    if job.verb != "train" or job.sweep is not None:
+        raise ValueError(
+            f"trainer.devices={job.config['trainer']['devices']}: several devices train one model "
+            "in a single run of train.py; leave trainer=ddp away from quantize.py and from sweeps"
+        )
+
+    def forget(_: int) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for key in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(key, None)
+
+    job.at_end(forget)
 
 
 def fit(job: Job, trainer: pl.Trainer, model: pl.LightningModule, data: TensorData) -> None:
@@ -133,7 +176,10 @@ def keep_freed_memory() -> None:
 
 
 def silence_known_warnings() -> None:
-    """The upstream deprecations that we knowingly depend on."""
+    """The upstream deprecations that we knowingly depend on, and advice that we do not need."""
+    warnings.filterwarnings(
+        "ignore", message=r"It is recommended to use `self.log\(.*sync_dist=True"
+    )  # every rank evaluates all rows, so that their metrics are equal
     warnings.filterwarnings(
         "ignore",
         message=r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6, torch 2.14

@@ -15,7 +15,7 @@ ALLOWED = {
     "layers": {"layers"},
     "nets": {"nets", "layers.markers"},
     "methods": {"methods", "layers", "likelihoods", "predict", "optim", "checkpoint"},
-    "data": {"data"},
+    "data": {"data", "files"},
     "quant": {"quant", "layers"},
     "optim": set(),
     "metrics": set(),
@@ -28,11 +28,13 @@ ALLOWED = {
     "report": {"report", "files", "style"},
     "suite": {"data", "methods", "likelihoods", "metrics", "detection"},
     "suite_results": {"suite", "data", "likelihoods", "plots", "files", "style"},
+    "secrets": set(),
+    "schema": set(),
     "status": set(),
     "run": {"files", "status"},
     "sweep": {"files", "status"},
-    "config": {"files", "run", "status", "sweep"},
-    "checkpoint": {"files", "status"},
+    "config": {"files", "secrets", "run", "status", "sweep"},
+    "checkpoint": {"files", "schema", "status"},
     "isolation": {"run"},
 }
 
@@ -81,6 +83,33 @@ def test_quantized_operators_are_called_in_one_place_only(path: Path) -> None:
     for word in ("torch.ops.quantized", "torch.ao"):
         if word in path.read_text():
             assert str(path.relative_to(PACKAGE)) == "quant/fbgemm.py", word
+
+
+ROOT = PACKAGE.parent
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*MODULES, *ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py")],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_files_are_opened_as_data(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        called, options = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
+        assert not called.startswith(("pickle.", "joblib.load", "torch.jit.load")), called
+        assert called not in ("eval", "exec", "yaml.unsafe_load"), called
+        if called == "yaml.load":  # the safe loader in C, which safe_load does not take
+            assert "SafeLoader" in ast.unparse(node.args[1]), ast.unparse(node)
+        assert not called.endswith("load_from_checkpoint"), called
+        if called == "torch.load" or "ckpt_path" in options:  # the latter: a Trainer opens it
+            safe = options.get("weights_only")
+            assert safe is not None, f"{called} without weights_only=True"
+            assert ast.literal_eval(safe) is True, f"{called} without weights_only=True"
+        if called in ("np.load", "numpy.load"):
+            pickled = options.get("allow_pickle")
+            assert pickled is None or not ast.literal_eval(pickled), "np.load of pickles"
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -10,12 +10,14 @@ from bqnn.data import DATASETS
 from bqnn.data.shift import DISTORTIONS
 from bqnn.methods import METHODS
 from bqnn.nets import NETS
+from bqnn.recipe import make_recipe
 
 
 def group(name: str) -> list[str]:
     return sorted(path.stem for path in (CONF / name).glob("*.yaml"))
 
 
+FACTS = {"likelihood": "regression", "input_shape": [3], "num_train": 1}
 REQUIRED = {"uci": ["task.table=yacht"], "images": ["task.root=pictures"]}
 
 
@@ -40,6 +42,7 @@ def test_every_cell_composes(method: str, task: str) -> None:
                 assert config["trainer"]["max_epochs"] > 0
                 for key in ("check_val_every_n_epoch", "save_every"):
                     assert key in config["trainer"]
+                make_recipe(config, FACTS)  # the schema knows every option
 
 
 def test_every_method_and_network_has_a_configuration() -> None:

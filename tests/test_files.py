@@ -1,9 +1,15 @@
 """Files are whole or not there."""
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
+import torch
 
+from bqnn.checkpoint import save_checkpoint
 from bqnn.files import write_json, write_text, written_beside
 
 
@@ -22,3 +28,50 @@ def test_json_takes_finite_numbers_only(value: float, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a.json", {"x": value})
     assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def room_for(num_bytes: int) -> Iterator[None]:
+    """No file grows beyond this; the system refuses as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_said_in_one_line_with_the_path_and_leaves_the_old_file(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(OSError, match=r"a\.txt cannot be written \([^\n]+\)[^\n]+$"), room_for(100):
+        write_text(path, "new" * 1000)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_is_gone_or_no_folder_is_said_with_the_path(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in ("gone", "file"):
+        path = tmp_path / folder / "a.txt"
+        with pytest.raises(OSError, match=rf"{path} cannot be written \([^\n]+\)"):
+            write_text(path, "new")
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path) -> None:
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    path = tmp_path / "checkpoint.ckpt"
+    save_checkpoint(trainer, Wide(10), path)
+    before = path.read_bytes()
+    with pytest.raises(OSError, match=r"checkpoint\.ckpt cannot be written"), room_for(100_000):
+        save_checkpoint(trainer, Wide(1_000_000), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Wide(pl.LightningModule):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(width))

@@ -183,16 +183,58 @@ def test_validation_draws_fewer_samples_while_training_than_after(monkeypatch):
     assert drawn == [2] * 3 + [7] * 3 + [7] * 3
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_its_step():
-    method = table_method("pointwise")
+class At(pl.Callback):
+    """Does something to the method before the batch of a global step."""
 
-    class Break(pl.Callback):
-        def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-            if trainer.global_step == 5:  # three batches an epoch
-                nn.init.constant_(module.net.output.heads[0].linear.bias, torch.nan)
+    def __init__(self, step: int, act: Callable[[Any], object]) -> None:
+        self.step = step
+        self.act = act
 
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 5 \(epoch 1, batch 2\)"):
-        trainer(max_epochs=3, callbacks=[Break()]).fit(method, table())
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            self.act(module)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(name):
+    method = table_method(name)
+    network = method.net.current if name == "sghmc" else method.net
+    said = r"loss is nan at step 5 \(epoch 1, batch 2\).*; net\..*output\.heads\.0\.linear\.bias"
+    spoil = At(5, lambda _: nn.init.constant_(network.output.heads[0].linear.bias, torch.nan))
+    with pytest.raises(FloatingPointError, match=said):
+        trainer(max_epochs=3, callbacks=[spoil]).fit(method, table())
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_gradient_that_is_not_finite_stops_the_run_with_its_parameter(name, value):
+    method = table_method(name)
+    wanted = {"bbb": "net.features.2.rho", "sghmc": "net.current.features.2.weight"}.get(
+        name, "net.features.2.weight"
+    )
+    before = []
+
+    def spoil(module: Method) -> None:
+        before.append(weights_of(module.net).clone())
+        param = dict(module.named_parameters())[wanted]
+        param.register_hook(lambda grad: grad.index_fill(0, torch.tensor([1]), value))
+
+    said = rf"gradient of {wanted} has a norm of (inf|nan) while the loss is .*step 4 \(epoch 1"
+    with pytest.raises(FloatingPointError, match=said):
+        trainer(max_epochs=3, callbacks=[At(4, spoil)]).fit(method, table())
+    assert torch.equal(weights_of(method.net)[: len(before[0])], before[0])  # no step was made
+
+
+def test_fine_tuned_members_are_watched_too():
+    method = table_method("sghmc", num_members=2)
+    trainer(max_epochs=2).fit(method, table())
+    method.fine_tune({"name": "adam", "lr": 1e-3}, prior_weight=1.0)
+    param = dict(method.named_parameters())["net.members.1.output.heads.0.linear.bias"]
+    spoil = At(2, lambda _: param.register_hook(lambda grad: grad * torch.inf))
+    with pytest.raises(
+        FloatingPointError, match=r"members\.1\.output\.heads\.0\.linear\.bias .* step 2"
+    ):
+        trainer(max_epochs=3, callbacks=[spoil]).fit(method, table())
 
 
 class LoggedRate(pl.Callback):
@@ -298,7 +340,16 @@ def test_without_warm_up_beta_is_there_from_the_first_step():
 
 def saved(method: Method, name: str, folder: Path) -> str:
     path = folder / f"{name}.ckpt"
-    state = {"recipe": {"method": {"name": name}}, "state_dict": method.state_dict()}
+    recipe = {
+        "version": 1,
+        "stage": "float",
+        "seed": 0,
+        "method": {"name": name, "optimizer": ADAM},
+        "net": {"name": "mlp"},
+        "task": {"name": "made", "dataset": "up"},
+        "facts": {"likelihood": "regression", "input_shape": [3], "num_train": NUM_ROWS},
+    }
+    state = {"recipe": recipe, "state_dict": method.state_dict()}
     torch.save(state, path)
     return str(path)
 
@@ -344,6 +395,14 @@ def test_init_from_is_for_training_only_and_happens_once(tmp_path):
     nn.init.constant_(bayes.net.output.heads[0].linear.rho, -2)
     bayes.setup("fit")
     assert bayes.net.output.heads[0].linear.rho.eq(-2).all()
+
+
+def test_a_loaded_model_is_not_initialized_again(tmp_path):
+    path = saved(table_method("pointwise"), "pointwise", tmp_path)
+    trained, loaded = table_method("bbb"), table_method("bbb", init_from=path)
+    loaded.load_state_dict(trained.state_dict())
+    trainer(max_epochs=1, limit_train_batches=0).fit(loaded, table())
+    assert torch.equal(weights_of(loaded.net), weights_of(trained.net))
 
 
 def test_init_from_refuses_another_method_and_another_network(tmp_path):

@@ -1,6 +1,7 @@
 """A job's folder says what became of it."""
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -41,6 +42,54 @@ def test_a_failure_is_recorded_said_and_kept_inside(
     assert status(tmp_path)["error"] == "rate=2: too high"
     assert capsys.readouterr().err.startswith("train.py: rate=2: too high")
     assert codes == [1]
+
+
+def test_a_status_that_cannot_be_written_fails_the_job_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: object) -> None:
+        raise OSError(f"{path} cannot be written")
+
+    for error, said in ((None, "status.json cannot be written"), (ValueError("rate=2"), "rate=2")):
+        codes: list[int] = []
+        folder = tmp_path / said[:6]
+        folder.mkdir()
+        with Job(folder, "train") as job:
+            job.claim()
+            job.at_end(codes.append)
+            monkeypatch.setattr("bqnn.run.write_json", full)
+            if error is not None:
+                raise error
+        monkeypatch.undo()
+        assert job.state == "FAILED"
+        assert codes == [1]
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert said in lines[0]
+
+
+def test_of_several_processes_the_first_writes_and_the_others_record_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        with Job(tmp_path, "train") as first:
+            first.claim()
+            monkeypatch.setenv("LOCAL_RANK", "1")
+            before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+            with Job(tmp_path, "train") as second:
+                assert second.take({"seed": 0}, resume=False)
+            assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+            with Job(tmp_path, "train"):
+                raise ValueError("no memory left")
+            assert status(tmp_path)["error"] == "no memory left"
+            monkeypatch.delenv("LOCAL_RANK")
+            raise ValueError("what the first has to say")
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        with Job(tmp_path, "train"):
+            raise ValueError("the connection is closed")
+        assert status(tmp_path)["error"] == "what the first has to say"
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def test_an_unexpected_error_is_named_by_its_kind(tmp_path: Path) -> None:

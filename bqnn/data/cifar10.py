@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bqnn.data.base import Rows
+from bqnn.data.download import fetch, unpack
 from bqnn.data.folder import read_image_folder
 from bqnn.data.images import ImageData
 
@@ -60,8 +61,10 @@ class CIFAR10Data(ImageData):
             return
         from torchvision.datasets import CIFAR10
 
-        if not (self.data_dir / CIFAR10.base_folder).is_dir():  # reading it checks the files
-            self._part(train=True, download=True)
+        folder = self.data_dir / CIFAR10.base_folder
+        if not folder.is_dir():  # reading it checks the files
+            archive = fetch(CIFAR10.url, CIFAR10.tgz_md5, self._remedy(folder), kind="md5")
+            unpack(archive, folder)
 
     def _read(self) -> tuple[Rows, Rows]:
         if self.source == "folder":
@@ -71,17 +74,21 @@ class CIFAR10Data(ImageData):
         self.class_names = list(part.classes)
         return _rows(part), _rows(self._part(train=False))
 
-    def _part(self, *, train: bool, download: bool = False) -> CIFAR10:
+    def _part(self, *, train: bool) -> CIFAR10:
         from torchvision.datasets import CIFAR10
 
         try:
-            return CIFAR10(str(self.data_dir), train=train, download=download)
+            return CIFAR10(str(self.data_dir), train=train)
         except (RuntimeError, OSError) as error:  # RuntimeError: missing or altered files
-            raise FileNotFoundError(
-                f"CIFAR-10 is not complete in {self.data_dir / CIFAR10.base_folder} and was not "
-                f"downloaded from {CIFAR10.url} ({error}); unpack it there, set data_dir to the "
-                "folder that has it, or read image files with source=folder"
-            ) from error
+            folder = self.data_dir / CIFAR10.base_folder
+            raise FileNotFoundError(f"{error}; {self._remedy(folder)}") from error
+
+    def _remedy(self, folder: Path) -> str:
+        return (
+            f"CIFAR-10 is not complete in {folder}: delete what is there and it is downloaded, "
+            "unpack it there, set data_dir to the folder that has it, or read image files with "
+            "source=folder"
+        )
 
 
 def _rows(part: CIFAR10) -> Rows:

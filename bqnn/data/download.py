@@ -1,9 +1,11 @@
-"""Download of the six standard UCI tables, each file checked by its SHA-256."""
+"""Downloads, checked by their hash before anything is written; the six standard UCI tables."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
@@ -23,6 +25,49 @@ def known_tables() -> list[str]:
     return sorted(_manifest())
 
 
+def fetch(url: str, digest: str, remedy: str, kind: str = "sha256") -> bytes:
+    """What is at an https address, if its hash is `digest`.
+
+    FileNotFoundError: it cannot be had; ValueError: it is something else. `remedy` ends the line.
+    """
+    if not url.startswith("https://"):
+        raise ValueError(f"{url} is no https address, and others are not downloaded; {remedy}")
+    try:
+        with urlopen(url, timeout=_TIMEOUT) as response:
+            content: bytes = response.read()
+    except (OSError, HTTPException) as error:
+        raise FileNotFoundError(f"{url} cannot be downloaded ({error}); {remedy}") from error
+    if hashlib.new(kind, content, usedforsecurity=False).hexdigest() != digest:
+        raise ValueError(
+            f"{url} is not the file it should be (its {kind.upper()} is not {digest}), so nothing "
+            f"was written; {remedy}"
+        )
+    return content
+
+
+def unpack(archive: bytes, folder: Path) -> None:
+    """Put the folder of that name in a tar archive at `folder`, or nothing.
+
+    ValueError: a member would be written elsewhere, or the folder is not there. OSError: there is
+    no room for it.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as scratch,
+            tarfile.open(fileobj=io.BytesIO(archive)) as tar,
+        ):
+            tar.extractall(scratch, filter="data")
+            complete = Path(scratch) / folder.name
+            if not complete.is_dir():
+                raise ValueError(f"the archive for {folder} holds no folder {folder.name}")
+            _move(complete, folder, [path.name for path in complete.iterdir()])
+    except tarfile.TarError as error:
+        raise ValueError(f"the archive for {folder} is refused: {error}") from error
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written ({error.strerror or error})") from error
+
+
 def download_table(table: str, folder: Path) -> None:
     """Put all files of a known table into `folder`, or nothing.
 
@@ -32,13 +77,10 @@ def download_table(table: str, folder: Path) -> None:
     url = f"{_URL}/{table}/data"
     hashes = _manifest()[table]
     with ThreadPoolExecutor(8) as pool:
-        contents = list(pool.map(lambda name: _fetch(f"{url}/{name}", folder), hashes))
-    for (name, expected), content in zip(hashes.items(), contents, strict=True):
-        if hashlib.sha256(content).hexdigest() != expected:
-            raise ValueError(
-                f"{url}/{name} is not the file it should be (its SHA-256 is not {expected}), so "
-                f"nothing was written; {_remedy(folder)}"
-            )
+        fetched = pool.map(
+            lambda name: fetch(f"{url}/{name}", hashes[name], _remedy(folder)), hashes
+        )
+        contents = list(fetched)
     try:
         _store(dict(zip(hashes, contents, strict=True)), folder)
     except OSError as error:
@@ -56,17 +98,6 @@ def _manifest() -> dict[str, dict[str, str]]:
     return tables
 
 
-def _fetch(url: str, folder: Path) -> bytes:
-    try:
-        with urlopen(url, timeout=_TIMEOUT) as response:
-            content: bytes = response.read()
-            return content
-    except (OSError, HTTPException) as error:
-        raise FileNotFoundError(
-            f"{folder} holds no data and {url} cannot be downloaded ({error}); {_remedy(folder)}"
-        ) from error
-
-
 def _store(files: dict[str, bytes], folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as scratch:
@@ -74,16 +105,20 @@ def _store(files: dict[str, bytes], folder: Path) -> None:
         complete.mkdir()
         for name, content in files.items():
             (complete / name).write_bytes(content)
-        try:
-            os.rename(complete, folder)
-        except OSError:
-            # Another job may have put the same table there in the meantime.
-            if not all((folder / name).is_file() for name in files):
-                raise
+        _move(complete, folder, list(files))
+
+
+def _move(complete: Path, folder: Path, names: list[str]) -> None:
+    try:
+        os.rename(complete, folder)
+    except OSError:
+        # Another job may have put the same there in the meantime.
+        if not all((folder / name).is_file() for name in names):
+            raise
 
 
 def _remedy(folder: Path) -> str:
     return (
-        f"copy the table's files (data.txt, index_*.txt, n_splits.txt) into {folder}, or set "
-        "data_dir to a folder that has uci/<table>/data"
+        f"{folder} has no data: copy the table's files (data.txt, index_*.txt, n_splits.txt) "
+        "there, or set data_dir to a folder that has uci/<table>/data"
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 from typing import TYPE_CHECKING
 
 from bqnn.data.base import Rows
+from bqnn.data.download import fetch
 from bqnn.data.images import ImageData
+from bqnn.files import written_beside
 
 if TYPE_CHECKING:
     from torchvision.datasets import MNIST
@@ -46,15 +49,17 @@ class MNISTData(ImageData):
         """Download the files that are missing."""
         from torchvision.datasets import MNIST
 
-        if self._missing():
-            try:
-                MNIST(str(self.data_dir), download=True)
-            except (RuntimeError, OSError) as error:
-                raise FileNotFoundError(
-                    f"{self.folder} has no {', '.join(self._missing())}, and the download from "
-                    f"{MNIST.mirrors[0]} failed ({error}); put the files there, or set data_dir "
-                    "to the folder that has MNIST/raw"
-                ) from error
+        hashes = dict(MNIST.resources)
+        for name in self._missing():
+            remedy = (
+                f"{self.folder} has no {name}: put it there, or set data_dir to the folder that "
+                "has MNIST/raw"
+            )
+            url = f"{MNIST.mirrors[0]}{name}.gz"
+            content = gzip.decompress(fetch(url, hashes[f"{name}.gz"], remedy, kind="md5"))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with written_beside(self.folder / name) as beside:
+                beside.write_bytes(content)
 
     def _read(self) -> tuple[Rows, Rows]:
         from torchvision.datasets import MNIST

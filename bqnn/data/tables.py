@@ -13,7 +13,7 @@ class TableData(TensorData):
 
     Means and standard deviations (population) come from the training rows alone, after the
     validation rows are out, in float64. A constant column, or target, has a standard deviation
-    of 1.
+    of 1. ValueError: a number leaves the range of floats on the way.
     """
 
     input_mean: Tensor  # [F]
@@ -47,12 +47,29 @@ class TableData(TensorData):
         )
 
     def _standardized(self, rows: Rows) -> Rows:
-        targets = (rows.targets - self.target_mean) / self.target_std
-        return Rows(self.standardize(rows.inputs), targets.float())
+        targets = ((rows.targets - self.target_mean) / self.target_std).float()
+        return Rows(
+            _finite(self.standardize(rows.inputs), rows.inputs), _finite(targets, rows.targets)
+        )
+
+
+def _finite(standardized: Tensor, original: Tensor) -> Tensor:
+    bad = ~standardized.isfinite()
+    if bad.any():
+        raise ValueError(
+            f"a row has {original[bad][0].item():g}, which is too far from the training rows: no "
+            "float32 says by how many standard deviations; correct or remove the row"
+        )
+    return standardized
 
 
 def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
     mean, std = values.mean(0), values.std(0, correction=0)
     # Rounding can leave a constant column with a tiny spread, which must not be blown up.
     constant = (values == values[0]).all(0) | (std == 0)
+    if not (mean.isfinite() & std.isfinite()).all():
+        raise ValueError(
+            f"the table has numbers up to {values.abs().max().item():g}, too large to average "
+            "their squares; give the column in another unit"
+        )
     return torch.where(constant, values[0], mean), torch.where(constant, 1.0, std)

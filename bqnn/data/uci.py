@@ -95,7 +95,7 @@ class UCIData(TableData):
     def _count_splits(self) -> int:
         path = self.folder / "n_splits.txt"
         values = _read_numbers(path).ravel()
-        if len(values) != 1 or values[0] < 1 or values[0] != np.floor(values[0]):
+        if len(values) != 1 or values[0] < 1 or not values[0].is_integer():
             raise ValueError(f"{path}: expected one whole number, 1 or more: how many splits exist")
         return int(values[0])
 
@@ -136,7 +136,7 @@ class UCIData(TableData):
 def _read_numbers(path: Path) -> np.ndarray:
     try:
         lines = path.read_text().splitlines()
-        if not any(line.strip() for line in lines):
+        if not any(line.partition("#")[0].strip() for line in lines):
             raise ValueError("the file is empty")
         return np.loadtxt(lines, ndmin=2)
     except ValueError as error:  # a ragged row, a word, bytes that are no text

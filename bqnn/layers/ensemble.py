@@ -74,6 +74,8 @@ def _make_room(module: nn.Module, state: dict[str, Any], prefix: str, *_: object
     assert isinstance(module, Ensemble)
     collected = state.get(f"{prefix}collected")
     count = 0 if collected is None else min(int(collected), module.num_members)
+    if count > 0 and not any(key.startswith(f"{prefix}members.{count - 1}.") for key in state):
+        raise RuntimeError(f"{prefix}collected says {count} members, but not all are there")
     while len(module.members) < count:
         module._add_member()
     del module.members[count:]

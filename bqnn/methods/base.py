@@ -1,12 +1,15 @@
 """What every method shares: the training step, evaluation by Monte-Carlo draws, logging."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from bqnn.layers.noise import reseed
@@ -61,6 +64,8 @@ class Method(pl.LightningModule):
         self.val_samples = val_samples
         self.recipe: dict[str, Any] | None = None
         self._epoch_terms: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self._epoch_norms: list[Tensor] = []  # of each parameter's gradient
+        self._num_checked = 0  # of these
         self._epoch_rows: list[int] = []
         self._evaluated: list[tuple[Tensor, Tensor]] = []
 
@@ -150,34 +155,52 @@ class Method(pl.LightningModule):
         self.train()  # a loaded model is in eval mode, and Lightning would leave it there
 
     def on_train_epoch_start(self) -> None:
-        # From (seed, epoch) alone, so that a resumed run makes the same draws.
-        reseed(self.device, self.seed, stream=self.current_epoch)
+        self.seed_epoch()
         # Lightning sets the next epoch's rate before this one's metrics are logged.
         self._epoch_lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         self._first_step = self.global_step
         self._epoch_terms.clear()
+        self._epoch_norms.clear()
+        self._num_checked = 0
         self._epoch_rows.clear()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         inputs, targets = batch
         terms = self.loss_terms(self(inputs), targets)
-        self._record(terms, len(targets), batch_idx)
+        self._record(terms, len(targets))
         loss = terms["loss"]
         assert isinstance(loss, Tensor)
         return loss
 
+    def seed_epoch(self) -> None:
+        """Start this epoch's draws from (seed, epoch), so that a resumed run repeats them.
+
+        Of several ranks, each has draws of its own for its own rows.
+        """
+        reseed(self.device, self.seed, stream=self.current_epoch)
+        if self.trainer.world_size > 1:
+            reseed(self.device, int(torch.randint(2**31, (self.global_rank + 1,))[-1]))
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        # Here gradients are those of all ranks: what is wrong on one stops all of them.
+        gradients: Any = [param.grad for param in _with_gradient(optimizer)]
+        self._epoch_norms.append(torch.stack(torch._foreach_norm(gradients)).detach())
+        # Looking waits for the device, which costs nothing on the CPU.
+        if self.device.type == "cpu" or len(self._epoch_norms) % 50 == 0:
+            self._refuse_non_finite()
+
     def on_train_epoch_end(self) -> None:
-        self._refuse_non_finite_loss()
+        self._refuse_non_finite()
         if not self.is_logged_epoch():
             return
         rows = torch.tensor(self._epoch_rows, dtype=torch.float64)
         for name, values in self._epoch_terms.items():
             mean = torch.dot(torch.stack(values).cpu().double(), rows) / rows.sum()
-            self.log(f"train/{name}", mean.float())
+            self.log(f"train/{name}", mean.float().to(self.device), sync_dist=True)
         self.log("train/lr", self._epoch_lr)
 
     def on_validation_epoch_start(self) -> None:
-        self._refuse_non_finite_loss()
+        self._refuse_non_finite()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         fitting = self.trainer.state.fn == "fit"
@@ -196,14 +219,11 @@ class Method(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = self.recipe
 
-    def _record(self, terms: Terms, num_rows: int, batch_idx: int) -> None:
+    def _record(self, terms: Terms, num_rows: int) -> None:
         """Keep the terms of a training batch for the epoch's means."""
         for name, value in terms.items():
             self._epoch_terms[name].append(torch.as_tensor(value).detach())
         self._epoch_rows.append(num_rows)
-        # Looking at the loss waits for the device, which costs nothing on the CPU.
-        if self.device.type == "cpu" or batch_idx % 50 == 0:
-            self._refuse_non_finite_loss()
 
     def _draw(self, batch: Batch, num_samples: int) -> dict[str, Tensor]:
         inputs, targets = batch
@@ -217,16 +237,47 @@ class Method(pl.LightningModule):
         metrics = self.likelihood.metrics(torch.cat(samples, dim=1), torch.cat(targets))
         self.log_dict({f"{split}/{name}": value for name, value in metrics.items()})
 
-    def _refuse_non_finite_loss(self) -> None:
-        losses = self._epoch_terms["loss"]
-        if not losses or losses[-1].isfinite():
+    def _refuse_non_finite(self) -> None:
+        """FloatingPointError where a loss or a gradient of this epoch is not finite."""
+        first_new, self._num_checked = self._num_checked, len(self._epoch_norms)
+        new = self._epoch_norms[first_new:]
+        new += [loss.reshape(1) for loss in self._epoch_terms["loss"][first_new:]]
+        if not new or all(map(math.isfinite, torch.cat(new).tolist())):
             return
-        bad = int((~torch.stack(losses).isfinite()).nonzero()[0])
-        raise FloatingPointError(
-            f"the loss is {losses[bad].item()} at step {self._first_step + bad} (epoch "
-            f"{self.current_epoch}, batch {bad}); likely causes: method.optimizer.lr is too high, "
-            "or inputs are far outside the range of the others"
+        losses, norms = torch.stack(self._epoch_terms["loss"]), torch.stack(self._epoch_norms)
+        bad_losses = ~losses[: len(norms)].isfinite()
+        batch = int((bad_losses | ~norms.isfinite().all(1)).nonzero()[0])
+        where = (
+            f"at step {self._first_step + batch} (epoch {self.current_epoch}, batch {batch}); "
+            "likely causes: method.optimizer.lr is too high, or "
         )
+        if bad_losses[batch]:
+            spoilt = [n for n, param in self.named_parameters() if not param.isfinite().all()]
+            # Of earlier steps one no longer knows.
+            seen = f"; {spoilt[0]} is not finite" if spoilt and batch + 1 == len(norms) else ""
+            raise FloatingPointError(
+                f"the loss is {losses[batch].item()} {where}inputs are far outside the range of "
+                f"the others{seen}"
+            )
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, Optimizer | LightningOptimizer)
+        first = int((~norms[batch].isfinite()).nonzero()[0])
+        param = _with_gradient(optimizer)[first]
+        name = next(name for name, own in self.named_parameters() if own is param)
+        cause = (
+            "a standard deviation left the range of floats: see method.init_rho, method.prior_std"
+            if name.endswith(".rho")
+            else "a predicted variance or probability has become 0, as for targets without noise"
+        )
+        raise FloatingPointError(
+            f"the gradient of {name} has a norm of {norms[batch, first].item()} while the loss is "
+            f"{losses[batch].item():.4g}, {where}{cause}"
+        )
+
+
+def _with_gradient(optimizer: Optimizer | LightningOptimizer) -> list[Tensor]:
+    groups = optimizer.param_groups
+    return [param for group in groups for param in group["params"] if param.grad is not None]
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -43,12 +43,12 @@ class BayesByBackprop(Method):
         self.warmup_epochs = warmup_epochs
         self.init_from = init_from
         self.init_delta = init_delta
+        self.register_load_state_dict_post_hook(_forget_init_from)
 
     def setup(self, stage: str) -> None:
-        # A resumed run has its weights already, and the file may be gone.
+        # A resumed run gets its weights later, and the file may be gone.
         if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
             self.initialize_from(self.init_from)
-            self.init_from = None
 
     def loss_terms(self, output: Tensor, targets: Tensor) -> Terms:
         nll = self.likelihood.loss(output, targets)
@@ -98,3 +98,9 @@ class BayesByBackprop(Method):
         self.load_state_dict(state)
         for layer in layers.values():
             layer.set_sigma((self.init_delta * layer.mean.abs()).clamp_min(1e-4))
+
+
+def _forget_init_from(module: nn.Module, _: object) -> None:
+    """A model that was loaded has its weights: a fit must not begin anew from that file."""
+    assert isinstance(module, BayesByBackprop)
+    module.init_from = None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from bqnn.layers.ensemble import Ensemble
+from bqnn.layers.noise import reseed
 from bqnn.likelihoods import Likelihood
 from bqnn.methods.base import Batch, Method, Terms
 from bqnn.optim import make_optimizer
@@ -85,6 +86,10 @@ class SGHMCEnsemble(Method):
             member.requires_grad_(True)
         super().fine_tune(optimizer, prior_weight)
 
+    def seed_epoch(self) -> None:
+        # The sampler's noise and its Gibbs draws have to be the same on every rank.
+        reseed(self.device, self.seed, stream=self.current_epoch)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         if self._prior_weight is None:
             return super().training_step(batch, batch_idx)
@@ -99,14 +104,14 @@ class SGHMCEnsemble(Method):
             assert isinstance(loss, Tensor)
             self.manual_backward(loss)
             all_terms.append({name: torch.as_tensor(term).detach() for name, term in terms.items()})
+        means: Terms = {
+            name: torch.stack([terms[name] for terms in all_terms]).mean() for name in all_terms[0]
+        }
+        self._record(means, len(targets))
         optimizer.step()
         schedule = self.lr_schedulers()
         assert isinstance(schedule, LRScheduler)
         schedule.step()
-        means: Terms = {
-            name: torch.stack([terms[name] for terms in all_terms]).mean() for name in all_terms[0]
-        }
-        self._record(means, len(targets), batch_idx)
         return None
 
     def member_terms(self, member: nn.Module, inputs: Tensor, targets: Tensor) -> Terms:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.ao.quantization.observer import (
     HistogramObserver,
@@ -63,7 +64,7 @@ class FakeQuant(nn.Module):
         """Take what comes by into account, in training mode."""
         if not self.training or self.frozen or self.observer is None:
             return
-        self.observer(x.detach())
+        self.observer(_extremes_of_all_ranks(x.detach(), self.channels))
         if not isinstance(self.observer, HistogramObserver):  # its search takes long: see settle
             self.settle()
 
@@ -125,6 +126,19 @@ class FakeQuant(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.quant_min} to {self.quant_max}, channels={self.channels}"
+
+
+def _extremes_of_all_ranks(x: Tensor, channels: int | None) -> Tensor:
+    """Where several processes train one model: the minimum and maximum over what all of them see.
+
+    All that observers in training look at, so that ranges stay equal everywhere. [2], or [C, 2].
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    low, high = torch.aminmax(x.flatten() if channels is None else x.flatten(1), dim=-1)
+    ends = torch.stack([-low, high])
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    return torch.stack([-ends[0], ends[1]], dim=-1)
 
 
 def make_fake_quant(

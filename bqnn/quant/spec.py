@@ -64,7 +64,8 @@ class QuantSpec:
         _check_choice("engine", self.engine, ENGINES)
         if not isinstance(self.weight_symmetric, bool):
             raise ValueError(f"quant.weight_symmetric={self.weight_symmetric!r}: true or false")
-        if not 0 < self.noise_range < math.inf:
+        is_number = isinstance(self.noise_range, int | float)
+        if not (is_number and 0 < self.noise_range < math.inf):
             raise ValueError(
                 f"quant.noise_range={self.noise_range}: in standard deviations, above 0; 3 is usual"
             )
@@ -81,6 +82,8 @@ class QuantSpec:
         unknown = options.keys() - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"quant.{sorted(unknown)[0]}: no such option of a quantization")
+        if not isinstance(options.get("overrides", ()), list | tuple):
+            raise ValueError(f"quant.overrides={options['overrides']!r}: give a list")
         return cls(**options)
 
     @classmethod
@@ -144,7 +147,7 @@ def _checked_override(override: object) -> dict[str, Any]:
             "'quant.overrides=[{layer: output.*, weight_bits: 8}]'"
         )
     unknown = override.keys() - {"layer", *LAYER_BITS}
-    if "layer" not in override or unknown or len(override) < 2:
+    if not isinstance(override.get("layer"), str) or unknown or len(override) < 2:
         raise ValueError(
             f"quant.overrides: {dict(override)} needs a layer (a glob) and one or more of "
             f"{', '.join(LAYER_BITS)}"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bqnn.data import download
 from bqnn.data.base import TensorData
 from bqnn.data.cifar10 import CIFAR10Data
 from bqnn.data.digits import DigitsData
@@ -17,6 +18,10 @@ from bqnn.data.images import random_crop, random_flip
 from bqnn.data.mnist import MNISTData
 
 DATA_DIR = os.environ.get("BQNN_DATA_DIR", "")
+
+
+def no_network(url: str, timeout: float) -> None:
+    raise OSError("no route to host")
 
 
 def ready(data: TensorData) -> TensorData:
@@ -121,12 +126,7 @@ def test_mnist_is_read_and_scaled_without_a_download(tmp_path):
 
 
 def test_missing_mnist_says_where_to_put_it(tmp_path, monkeypatch):
-    from torchvision.datasets import MNIST
-
-    def fail(self: MNIST) -> None:
-        raise RuntimeError("no route to host")
-
-    monkeypatch.setattr(MNIST, "download", fail)
+    monkeypatch.setattr(download, "urlopen", no_network)
     with pytest.raises(FileNotFoundError, match="no route to host") as error:
         ready(MNISTData(data_dir=str(tmp_path)))
     for part in ("https://", str(tmp_path / "MNIST" / "raw"), "data_dir"):
@@ -195,12 +195,7 @@ def test_cifar10_reads_a_folder(tmp_path):
 
 
 def test_missing_cifar10_says_where_to_put_it(tmp_path, monkeypatch):
-    from torchvision.datasets import CIFAR10
-
-    def fail(self: CIFAR10) -> None:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(CIFAR10, "download", fail)
+    monkeypatch.setattr(download, "urlopen", no_network)
     with pytest.raises(FileNotFoundError, match="no route to host") as error:
         ready(CIFAR10Data(data_dir=str(tmp_path)))
     for part in ("https://", str(tmp_path / "cifar-10-batches-py"), "data_dir", "source=folder"):
