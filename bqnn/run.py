@@ -274,11 +274,11 @@ def run_parts(
 
 
 def end_with(parent: int) -> None:
-    """Have this process get SIGTERM when its parent process dies, where Linux does that."""
+    """Have this process killed when its parent process dies, where Linux does that."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
     if prctl is not None:
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl.h
-        prctl(set_parent_death_signal, signal.SIGTERM)
+        prctl(set_parent_death_signal, signal.SIGKILL)
         if os.getppid() != parent:  # it is dead already
             raise SystemExit(130)
 

@@ -151,7 +151,7 @@ def test_seeds_of_a_fine_tuning_change_the_batches_and_not_the_data(
 # What has to be installed for a launcher, and how it is told to run two jobs at a time.
 LAUNCHERS = {
     "joblib": ("hydra_plugins.hydra_joblib_launcher", ["hydra.launcher.n_jobs=2"]),
-    "ray": ("hydra_plugins.hydra_ray_launcher", ["hydra.launcher.ray.init.num_cpus=2"]),
+    "ray": ("hydra_plugins.hydra_ray_launcher", ["+hydra.launcher.ray.init.num_cpus=2"]),
     "submitit_local": ("hydra_plugins.hydra_submitit_launcher", []),
 }
 
