@@ -45,7 +45,8 @@ def evaluate_one(job: Job) -> None:
 
     prefix = "" if numeric is None else f"{numeric}/"
     metrics = {f"{prefix}{name}": value for name, value in findings.metrics.items()}
-    write_metrics(job.folder, metrics | {"num_samples": num_samples})
+    metrics |= {"num_samples": num_samples}
+    write_metrics(job.folder, metrics)
     write_predictions(job.folder, test)
     write_uncertainty(job.folder, predictions)
     write_curves(job.folder, findings)

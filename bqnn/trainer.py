@@ -18,6 +18,7 @@ from pytorch_lightning.loggers import Logger
 from bqnn.checkpoint import SaveCheckpoint, read_checkpoint
 from bqnn.data import TensorData
 from bqnn.loggers import MetricsCsv
+from bqnn.methods import Method
 from bqnn.run import Job
 
 log = logging.getLogger(__name__)
@@ -140,12 +141,14 @@ def _prepare_ranks(job: Job) -> None:
     job.at_end(forget)
 
 
-def fit(job: Job, trainer: pl.Trainer, model: pl.LightningModule, data: TensorData) -> None:
+def fit(job: Job, trainer: pl.Trainer, model: Method, data: TensorData) -> None:
     """Train to the end, from the last checkpoint in the job's folder where the job is resumed."""
     path = job.folder / "checkpoint.ckpt"
     resumes = job.is_resumed and path.exists()
     if job.is_resumed:
         job.record_epoch(read_checkpoint(path)["epoch"] + 1 if resumes else 0)
+    if not resumes:
+        model.initialize()
     trainer.fit(model, datamodule=data, ckpt_path=path if resumes else None, weights_only=True)
 
 

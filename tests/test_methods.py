@@ -384,24 +384,15 @@ def test_init_from_takes_means_from_a_pointwise_run_and_sigma_in_proportion(tmp_
         assert torch.equal(own[name], value)
 
 
-def test_init_from_is_for_training_only_and_happens_once(tmp_path):
+def test_init_from_waits_for_initialize_and_a_loaded_model_is_not_initialized(tmp_path):
     path = saved(table_method("pointwise"), "pointwise", tmp_path)
-    bayes = table_method("bbb", init_from=path)
-    bayes.trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
-    bayes.setup("test")
+    bayes, trained = table_method("bbb", init_from=path), table_method("bbb")
     assert bayes.net.output.heads[0].linear.rho.eq(-3).all()
-    bayes.setup("fit")
+    bayes.initialize()
     assert bayes.net.output.heads[0].linear.rho.ne(-3).all()
-    nn.init.constant_(bayes.net.output.heads[0].linear.rho, -2)
-    bayes.setup("fit")
-    assert bayes.net.output.heads[0].linear.rho.eq(-2).all()
-
-
-def test_a_loaded_model_is_not_initialized_again(tmp_path):
-    path = saved(table_method("pointwise"), "pointwise", tmp_path)
-    trained, loaded = table_method("bbb"), table_method("bbb", init_from=path)
+    loaded = table_method("bbb", init_from=path)
     loaded.load_state_dict(trained.state_dict())
-    trainer(max_epochs=1, limit_train_batches=0).fit(loaded, table())
+    loaded.initialize()
     assert torch.equal(weights_of(loaded.net), weights_of(trained.net))
 
 

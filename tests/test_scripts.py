@@ -141,6 +141,8 @@ def test_bbb_starts_from_a_pointwise_checkpoint(script_here: ScriptHere, tmp_pat
     code, errors = script_here("train", *short("bbb"), *arguments[:-1], "net=mlp")
     assert code == 1
     assert "its network is not this one" in errors
+    quantized = ["quant=default", "hydra.run.dir=q"]  # which changes the network before training
+    assert script_here("train", *short("bbb"), *arguments[:-1], *quantized)[0] == 0
     path.unlink()  # a trained model does not need it any more
     load(tmp_path / "b" / "checkpoint.ckpt")
 

@@ -107,6 +107,13 @@ class Method(pl.LightningModule):
         nll = self.likelihood.loss(output, targets)
         return {"loss": nll, "nll": nll}
 
+    def initialize(self) -> None:
+        """Take what training is to start from, where that is not the network as it was built.
+
+        To be called before a Trainer sees the model (its callbacks may change the network), and
+        not for a run that is resumed.
+        """
+
     def fine_tune(self, optimizer: dict[str, Any], prior_weight: float) -> None:
         """Train the trained network a little further: another optimizer, down to a rate of 0.
 

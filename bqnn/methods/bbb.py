@@ -45,9 +45,8 @@ class BayesByBackprop(Method):
         self.init_delta = init_delta
         self.register_load_state_dict_post_hook(_forget_init_from)
 
-    def setup(self, stage: str) -> None:
-        # A resumed run gets its weights later, and the file may be gone.
-        if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
+    def initialize(self) -> None:
+        if self.init_from is not None:
             self.initialize_from(self.init_from)
 
     def loss_terms(self, output: Tensor, targets: Tensor) -> Terms:
