@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bqnn.data.base import Rows
@@ -49,24 +50,14 @@ class MNISTData(ImageData):
         """Download the files that are missing."""
         from torchvision.datasets import MNIST
 
-        hashes = dict(MNIST.resources)
-        for name in self._missing():
-            remedy = (
-                f"{self.folder} has no {name}: put it there, or set data_dir to the folder that "
-                "has MNIST/raw"
-            )
-            url = f"{MNIST.mirrors[0]}{name}.gz"
-            content = gzip.decompress(fetch(url, hashes[f"{name}.gz"], remedy, kind="md5"))
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with written_beside(self.folder / name) as beside:
-                beside.write_bytes(content)
+        fetch_missing(MNIST, self.folder, MNIST.mirrors[0])
 
     def _read(self) -> tuple[Rows, Rows]:
         from torchvision.datasets import MNIST
 
-        if self._missing():
+        if missing := _missing(self.folder):
             raise FileNotFoundError(
-                f"{self.folder} has no {', '.join(self._missing())}; call prepare_data to "
+                f"{self.folder} has no {', '.join(missing)}; call prepare_data to "
                 "download, or set data_dir to the folder that has MNIST/raw"
             )
         try:
@@ -78,8 +69,26 @@ class MNISTData(ImageData):
                 "downloaded again"
             ) from error
 
-    def _missing(self) -> list[str]:
-        return [name for name in _FILES if not (self.folder / name).is_file()]
+
+def fetch_missing(kind: type[MNIST], folder: Path, address: str) -> None:
+    """Download what is missing of a data set of torchvision's that has the files of MNIST.
+
+    Each is checked by the hash that torchvision knows. FileNotFoundError: it cannot be had.
+    """
+    hashes = dict(kind.resources)
+    for name in _missing(folder):
+        remedy = (
+            f"{folder} has no {name}: put it there, or set data_dir to the folder that has "
+            f"{kind.__name__}/raw"
+        )
+        packed = fetch(f"{address}{name}.gz", hashes[f"{name}.gz"], remedy, kind="md5")
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_beside(folder / name) as beside:
+            beside.write_bytes(gzip.decompress(packed))
+
+
+def _missing(folder: Path) -> list[str]:
+    return [name for name in _FILES if not (folder / name).is_file()]
 
 
 def _rows(part: MNIST) -> Rows:

@@ -9,10 +9,11 @@ import scipy.io
 import torch
 import torchvision
 
-from bqnn.data import build_data
+from bqnn.data import build_data, download
 from bqnn.data.base import TensorData
 from bqnn.data.cifar10 import CIFAR10Data
-from bqnn.data.unfamiliar import svhn, unfamiliar_sets
+from bqnn.data.mnist import MNISTData
+from bqnn.data.unfamiliar import fashion_mnist, svhn, unfamiliar_sets
 
 DATA_DIR = os.environ.get("BQNN_DATA_DIR", "")
 
@@ -75,10 +76,19 @@ def test_data_that_cannot_be_had_is_named_with_a_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def no_network(*_: object, **__: object) -> None:
-        raise RuntimeError("no network in tests")
+        raise OSError("no network in tests")
 
-    monkeypatch.setattr(torchvision.datasets.svhn, "download_url", no_network)
-    with pytest.raises(FileNotFoundError, match=r"test_32x32.mat .* \(no network in tests\)"):
+    monkeypatch.setattr(download, "urlopen", no_network)
+    with pytest.raises(FileNotFoundError, match=r"https://.*test_32x32.mat .*no network.*; put it"):
+        svhn(CIFAR10Data(data_dir=str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match=r"https://.*no network.*FashionMNIST/raw"):
+        fashion_mnist(MNISTData(data_dir=str(tmp_path)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_file_is_named(tmp_path: Path):
+    (tmp_path / "test_32x32.mat").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"test_32x32.mat is damaged .*; delete it"):
         svhn(CIFAR10Data(data_dir=str(tmp_path)))
 
 
