@@ -80,8 +80,8 @@ def main() -> None:
 def _pair(method: str, task: str, epochs: int) -> tuple[float, float]:
     """Seconds per epoch of both sides, measured one after the other."""
     config = _config(method, task)
-    # An ensemble collects members in these epochs, as it does for most of a run.
-    config["method"] |= {"burn_in": 1} if method == "sghmc" else {}
+    # An ensemble collects members in half of these epochs.
+    config["method"] |= {"burn_in": max(1, epochs // 2)} if method == "sghmc" else {}
     config["trainer"] |= {"max_epochs": epochs + 1, "progress_bar": False}
     options = {"data_dir": "", "seed": 0, "validation_share": config["task"]["validation_share"]}
     # The reference's batch on tables, for both sides.
