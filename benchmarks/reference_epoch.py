@@ -127,9 +127,9 @@ def _theirs(config: dict, data: TensorData, folder: Path, epochs: int) -> float:
     optimizer: torch.optim.Optimizer
     if name == "sghmc":
         options = {k: v for k, v in config["method"]["optimizer"].items() if k != "name"}
-        optimizer = SGHMC(
-            net.parameters(), num_train=len(data.train), num_burn_in_steps=1, **options
-        )
+        options["num_train"] = len(data.train)
+        options["num_burn_in_steps"] = config["method"]["burn_in"] * len(data.train_dataloader())
+        optimizer = SGHMC(net.parameters(), **options)
     else:
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     train = _loader(data.train, data)
