@@ -12,13 +12,13 @@ def quantize(job: Job) -> None:
     QuantSpec.from_config(job.config["quant"])
     # Imported here, so that a mistake on the command line is answered at once.
     from bqnn.checkpoint import find_checkpoints
+    from bqnn.recipe import described
 
     configs = []
     found = find_checkpoints(job.config["checkpoint"], "float", job.config["select"])
     for path, recipe in found.items():
-        described = {key: recipe[key] for key in ("method", "net", "task", "seed")}
-        name = f"{recipe['method']['name']}_{recipe['task']['name']}"
-        configs.append((name, {**job.config, **described, "checkpoint": str(path)}))
+        config = {**described(recipe), **job.config, "checkpoint": str(path)}
+        configs.append((f"{recipe['method']['name']}_{recipe['task']['name']}", config))
     run_parts(job, configs, quantize_one)
 
 

@@ -79,9 +79,7 @@ def launch(task: Callable[[Job], None], verb: str) -> None:
             if SweepCallback.sweep is not None:
                 SweepCallback.finish("interrupted")
             sys.exit(130)
-        except (
-            Exception
-        ) as error:  # a job keeps its errors to itself: this is of Hydra or a launcher
+        except Exception as error:  # of Hydra or a launcher: a job keeps its own to itself
             message = _one_line(error)
             if SweepCallback.sweep is not None:
                 SweepCallback.finish(message)

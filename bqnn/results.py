@@ -167,12 +167,18 @@ def comparison_table(metrics: Mapping[str, float]) -> str:
 def table(metrics: dict[str, float], splits: Sequence[str]) -> str:
     """The metrics of each split side by side, as text for a terminal."""
     names = [name.removeprefix("test/") for name in metrics if name.startswith("test/")]
-    lines = [f"{'':<20}" + "".join(f"{split:>12}" for split in splits)]
-    for name in names:
-        cells = (metrics.get(f"{split}/{name}") for split in splits)
-        lines.append(
-            f"{name:<20}" + "".join(f"{'' if x is None else format(x, '.4f'):>12}" for x in cells)
-        )
+    cells = {name: [metrics.get(f"{split}/{name}") for split in splits] for name in names}
+    return text_table(splits, cells, first=20, others=12)
+
+
+def text_table(
+    head: Sequence[str], cells: Mapping[str, Sequence[float | None]], first: int, others: int
+) -> str:
+    """Named lines of numbers below a head; `first` and `others` are the columns' widths."""
+    lines = [f"{'':<{first}}" + "".join(f"{title:>{others}}" for title in head)]
+    for name, numbers in cells.items():
+        texts = ("" if x is None else f"{x:.4f}" for x in numbers)
+        lines.append(f"{name:<{first}}" + "".join(f"{text:>{others}}" for text in texts))
     return "\n".join(lines)
 
 

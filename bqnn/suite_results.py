@@ -9,6 +9,7 @@ from bqnn import plots
 from bqnn.data.shift import DISTORTIONS
 from bqnn.files import write_csv, written_beside
 from bqnn.likelihoods import Regression
+from bqnn.results import text_table
 from bqnn.suite import Findings, Prediction, distortions_in, risk_curves
 
 TABLE = ("error", "nll", "ape", "mi", "ece", "rmse", "std", "epistemic_std")
@@ -95,11 +96,5 @@ def suite_table(metrics: Mapping[str, float]) -> str:
     sets = dict.fromkeys(key.rpartition("/")[0] for key in metrics)
     lines = [name for name in sets if not name.startswith("shift/") or name.endswith("_mean")]
     names = [n for n in (*TABLE, *DETECTION) if any(f"{line}/{n}" in metrics for line in lines)]
-    width = max(map(len, lines)) + 2
-    text = [f"{'':<{width}}" + "".join(f"{name:>15}" for name in names)]
-    for line in lines:
-        cells = (metrics.get(f"{line}/{name}") for name in names)
-        text.append(
-            f"{line:<{width}}" + "".join(f"{'' if x is None else f'{x:.4f}':>15}" for x in cells)
-        )
-    return "\n".join(text)
+    cells = {line: [metrics.get(f"{line}/{name}") for name in names] for line in lines}
+    return text_table(names, cells, first=max(map(len, lines)) + 2, others=15)

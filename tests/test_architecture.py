@@ -27,7 +27,7 @@ ALLOWED = {
     "style": {"files"},
     "report": {"report", "files", "style"},
     "suite": {"data", "methods", "likelihoods", "metrics", "detection"},
-    "suite_results": {"suite", "data", "likelihoods", "plots", "files", "style"},
+    "suite_results": {"suite", "data", "likelihoods", "plots", "files", "results"},
     "secrets": set(),
     "schema": set(),
     "status": set(),
