@@ -13,9 +13,9 @@ def evaluate(job: Job) -> None:
     stage = None if numeric is None else "quantized"
     for path, recipe in find_checkpoints(job.config["checkpoint"], stage).items():
         config = {**job.config, **described(recipe), "checkpoint": str(path)}
-        if recipe["stage"] != "float":
+        if recipe is not None and recipe["stage"] != "float":
             config["numeric"] = numeric or "simulated"
-        configs.append((f"{recipe['method']['name']}_{recipe['task']['name']}", config))
+        configs.append(config)
     run_parts(job, configs, evaluate_one)
 
 

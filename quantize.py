@@ -17,8 +17,7 @@ def quantize(job: Job) -> None:
     configs = []
     found = find_checkpoints(job.config["checkpoint"], "float", job.config["select"])
     for path, recipe in found.items():
-        config = {**described(recipe), **job.config, "checkpoint": str(path)}
-        configs.append((f"{recipe['method']['name']}_{recipe['task']['name']}", config))
+        configs.append({**described(recipe), **job.config, "checkpoint": str(path)})
     run_parts(job, configs, quantize_one)
 
 

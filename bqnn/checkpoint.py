@@ -77,18 +77,21 @@ def save_checkpoint(trainer: pl.Trainer, model: pl.LightningModule, path: Path) 
 
 def find_checkpoints(
     pattern: str, stage: str | None = None, select: str = "all"
-) -> dict[Path, dict[str, Any]]:
+) -> dict[Path, dict[str, Any] | None]:
     """The recipes of the checkpoints at a path or glob pattern; ** stands for any folders.
+
+    One of a pattern's matches that cannot be read has None: the others are not to wait for it.
 
     stage: `float` or `quantized`, or None for both; a pattern's other matches are left out.
     select: `all`, or `best`, the one with the lowest val/nll in the metrics.json beside it, for
     each method and task. What comes from a run that is not done is left out of a pattern's matches,
-    too. FileNotFoundError: there is none. ValueError: none has that stage, or no run is done.
+    too. FileNotFoundError: there is none. ValueError: the one at a path cannot be read, none has
+    that stage, or no run is done.
     """
     if select not in ("all", "best"):
         raise ValueError(f"select={select}: choose all or best")
-    paths = [Path(pattern)]
-    if not paths[0].exists():
+    paths, is_pattern = [Path(pattern)], not Path(pattern).exists()
+    if is_pattern:
         paths = sorted(map(Path, glob(pattern, recursive=True)))
         if not paths:
             raise FileNotFoundError(
@@ -97,12 +100,21 @@ def find_checkpoints(
             )
         paths = _of_finished_runs(pattern, paths)
         log.info("%d checkpoints match", len(paths))
-    recipes = {path: read_checkpoint(path)["recipe"] for path in paths}
-    found = {path: r for path, r in recipes.items() if stage in (None, _stage(r))}
+    found: dict[Path, dict[str, Any] | None] = {}
+    for path in paths:
+        try:
+            recipe = read_checkpoint(path)["recipe"]
+        except ValueError:
+            if not is_pattern:
+                raise
+            found[path] = None
+        else:
+            if stage in (None, _stage(recipe)):
+                found[path] = recipe
     if not found and stage == "float":
         raise ValueError(
-            f"checkpoint={pattern}: quantized already ({recipes[paths[0]]['quant']}); rounding it "
-            "again would round what is left. Start from the float checkpoint it was made of"
+            f"checkpoint={pattern}: quantized already; rounding it again would round what is left. "
+            "Start from the float checkpoint it was made of"
         )
     if not found:
         raise ValueError(
@@ -115,11 +127,14 @@ def find_checkpoints(
         return found
     best: dict[tuple[str, str], tuple[float, Path]] = {}
     for path, recipe in found.items():
+        if recipe is None:
+            continue
         key = (recipe["method"]["name"], recipe["task"]["name"])
         nll = _validation_nll(path)
         if key not in best or nll < best[key][0]:
             best[key] = (nll, path)
-    return {path: found[path] for _, path in best.values()}
+    chosen = {path for _, path in best.values()}
+    return {path: r for path, r in found.items() if r is None or path in chosen}
 
 
 def _stage(recipe: dict[str, Any]) -> str:

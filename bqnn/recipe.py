@@ -63,8 +63,10 @@ def make_recipe(config: Mapping[str, Any], facts: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def described(recipe: Recipe) -> dict[str, Any]:
+def described(recipe: Recipe | None) -> dict[str, Any]:
     """The groups of the configuration that a checkpoint was made with, as far as it tells."""
+    if recipe is None:
+        return {}
     groups = {key: recipe[key] for key in ("method", "net", "task", "seed")}
     if recipe["stage"] == "float":
         return {**groups, "quant": {"name": "none"}}

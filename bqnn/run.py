@@ -245,23 +245,21 @@ class Job:
         write_json(self.folder / "status.json", status)
 
 
-def run_parts(
-    job: Job, configs: Sequence[tuple[str, dict[str, Any]]], task: Callable[[Job], None]
-) -> None:
+def run_parts(job: Job, configs: Sequence[dict[str, Any]], task: Callable[[Job], None]) -> None:
     """Run `task` for the one checkpoint at a path, or for each that a pattern matched.
 
     The one runs as the job itself. The others have a configuration each and run as parts, in
-    folders with their name and number below the job's. In a resumed job, parts that are DONE stay
+    folders with a number and a name below the job's. In a resumed job, parts that are DONE stay
     as they are. RuntimeError, once all have run: some failed.
     """
     if Path(job.config["checkpoint"]).exists():
-        job.configure(configs[0][1])
+        job.configure(configs[0])
         task(job)
         return
     resume = bool(job.config.get("resume"))
     failed = []
-    for name, config in configs:
-        part = Job(_part_folder(job, name, config), job.verb, job.sweep or job.folder.name)
+    for config in configs:
+        part = Job(_part_folder(job, config), job.verb, job.sweep or job.folder.name)
         part.folder.mkdir(exist_ok=True)
         job.parts.append(part.folder.name)
         with part:
@@ -317,13 +315,15 @@ def one_line(error: BaseException) -> str:
     return text if text and isinstance(error, expected) else f"{type(error).__name__}: {text}"
 
 
-def _part_folder(job: Job, name: str, config: dict[str, Any]) -> Path:
+def _part_folder(job: Job, config: dict[str, Any]) -> Path:
     """Where this configuration was run before, or a new name."""
     key = config_hash(config)
     taken = [path for path in job.folder.iterdir() if (path / "status.json").exists()]
     for path in taken:
         if (read_status(path) or {}).get("config_hash") == key:
             return path
+    is_known = "method" in config  # a checkpoint that cannot be read tells none
+    name = f"{config['method']['name']}_{config['task']['name']}" if is_known else "unreadable"
     return job.folder / f"{len(taken)}_{name}"
 
 

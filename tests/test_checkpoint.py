@@ -191,9 +191,10 @@ def test_a_quantization_is_checked_too(quant: dict, tmp_path: Path) -> None:
 
 
 def test_names_that_are_paths_never_become_folders(tmp_path: Path) -> None:
-    saved(tmp_path / "a.ckpt", recipe=altered("task.name", "../../evil"))
+    path = saved(tmp_path / "a.ckpt", recipe=altered("task.name", "../../evil"))
     with pytest.raises(ValueError, match="expected a name without slashes"):
-        find_checkpoints(str(tmp_path / "*.ckpt"), "float", "all")
+        find_checkpoints(str(path), "float", "all")
+    assert find_checkpoints(str(tmp_path / "*.ckpt"), "float", "all") == {path: None}
 
 
 def test_a_checkpoint_does_not_choose_what_is_read_here(

@@ -64,8 +64,10 @@ def test_every_method_is_quantized_and_described(
 def test_members_of_an_ensemble_stay_different(
     trained: Path, script_here: ScriptHere, tmp_path: Path
 ) -> None:
-    arguments = [f"checkpoint={trained}/sghmc_0/checkpoint.ckpt", *QUICK, "plots=false"]
-    assert script_here("quantize", *arguments, "hydra.run.dir=run")[0] == 0
+    arguments = [f"checkpoint={trained}/sghmc_0/checkpoint.ckpt", "logger=none", "plots=false"]
+    arguments += ["quant.fine_tuning.max_epochs=1", "hydra.run.dir=run"]
+    assert script_here("quantize", *arguments)[0] == 0
+    assert "stays empty" not in (tmp_path / "run" / "quantize.log").read_text()
     first, second = load(tmp_path / "run" / "checkpoint.ckpt").net.members
     a, b = first.features[1], second.features[1]
     assert not torch.equal(a.weight, b.weight)
@@ -98,6 +100,28 @@ def test_patterns_select_and_never_quantize_twice(
     code, errors = script_here("quantize", again, *quick, "hydra.run.dir=again")
     assert code == 1
     assert "quantized already" in errors
+
+
+@pytest.mark.parametrize("verb", ["quantize", "evaluate"])
+def test_a_broken_match_of_a_pattern_fails_alone(
+    verb: str, trained: Path, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    whole = (trained / "pointwise_0" / "checkpoint.ckpt").read_bytes()
+    for name, content in (("a", whole[:999]), ("b", whole)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint.ckpt").write_bytes(content)
+    quick = ["logger=none", "plots=false", "num_samples=1", "hydra.run.dir=run"]
+    quick += ["quant.mode=ptq", "select=best"] if verb == "quantize" else ["suite=test"]
+    code, errors = script_here(verb, "checkpoint=?/checkpoint.ckpt", *quick)
+    assert code == 1
+    assert "a/checkpoint.ckpt cannot be read as a checkpoint" in errors
+    assert "1 of 2 failed: 0_unreadable" in errors
+    assert (tmp_path / "run" / "1_pointwise_digits" / "metrics.json").exists()
+    states = {
+        part: json.loads((tmp_path / "run" / part / "status.json").read_text())["state"]
+        for part in ("0_unreadable", "1_pointwise_digits")
+    }
+    assert states == {"0_unreadable": "FAILED", "1_pointwise_digits": "DONE"}
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ class SGHMCEnsemble(Method):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         first = self.burn_in + self.collect_every
-        if first > (self.trainer.max_epochs or 0):
+        if self._prior_weight is None and first > (self.trainer.max_epochs or 0):
             log.warning(
                 "the ensemble stays empty: its first member comes after epoch %d (method.burn_in + "
                 "method.collect_every) and trainer.max_epochs is %d",
