@@ -32,7 +32,12 @@ def quantize_one(job: Job) -> None:
         log_uncertain,
         make_loggers,
     )
-    from bqnn.quant.callback import calibrate_module, quantization_callbacks, quantize_module
+    from bqnn.quant.callback import (
+        calibrate_module,
+        fine_tuning_optimizer,
+        quantization_callbacks,
+        quantize_module,
+    )
     from bqnn.recipe import NUMERICS, load, make_data
     from bqnn.results import (
         comparison_table,
@@ -58,7 +63,7 @@ def quantize_one(job: Job) -> None:
     if options["mode"] == "qat":
         callbacks = [timer, *quantization_callbacks(options)]
         trainer = make_trainer(job, loggers, callbacks, validate=data.val is not None)
-        model.fine_tune(tuning["optimizer"], tuning["prior_weight"])
+        model.fine_tune(fine_tuning_optimizer(options), tuning["prior_weight"])
         start = deepcopy(model)
         quantize_module(start, spec)
         if tuning["seed"] is not None:  # of batches and noise; validation rows stay what they were

@@ -198,18 +198,7 @@ def fresh_folder(name: str) -> str:
             return str(folder)
 
 
-def lr_at_bits(lr: float, weight_bits: object) -> float:
-    """A learning rate for 8-bit weights, at fewer bits times the square root of their step.
-
-    A weight has to cross half a step to become another integer. `QuantSpec` refuses bits that are
-    none; until then they change nothing.
-    """
-    is_valid = type(weight_bits) is int and 2 <= weight_bits <= 8
-    return lr * 2 ** ((8 - weight_bits) / 2) if is_valid else lr  # type: ignore[operator]
-
-
 # All here, so that they are known to every process that unpickles the callback.
-OmegaConf.register_new_resolver("lr_at_bits", lr_at_bits, replace=True)
 OmegaConf.register_new_resolver("fresh_folder", fresh_folder, use_cache=True, replace=True)
 warnings.filterwarnings(  # conf/hydra/launcher names what its plugins name, on purpose
     "ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema"

@@ -65,10 +65,10 @@ def test_kl_is_that_of_torch_summed_over_the_weights(prior_std):
     posterior = Normal(layer.mean, F.softplus(layer.rho))
     prior = Normal(torch.zeros_like(layer.mean), torch.full_like(layer.mean, prior_std))
     expected = torch_kl(posterior, prior).sum()
-    torch.testing.assert_close(layer.kl(), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(kl_divergence(layer), expected, rtol=1e-12, atol=0)
 
     parameters = [layer.mean, layer.rho]
-    gradients = torch.autograd.grad(layer.kl(), parameters)
+    gradients = torch.autograd.grad(kl_divergence(layer), parameters)
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, parameters))
 
 
@@ -76,8 +76,8 @@ def test_kl_of_the_prior_is_zero_and_its_gradient_too():
     layer = bayes_linear(torch.float64)
     nn.init.zeros_(layer.mean)
     layer.set_sigma(torch.full_like(layer.mean, layer.prior_std))
-    gradients = torch.autograd.grad(layer.kl(), [layer.mean, layer.rho])
-    torch.testing.assert_close(layer.kl(), torch.zeros((), dtype=torch.float64))
+    gradients = torch.autograd.grad(kl_divergence(layer), [layer.mean, layer.rho])
+    torch.testing.assert_close(kl_divergence(layer), torch.zeros((), dtype=torch.float64))
     torch.testing.assert_close(gradients, tuple(map(torch.zeros_like, gradients)))
 
 
@@ -109,7 +109,7 @@ def test_sigma_is_softplus_to_the_last_digits_from_tiny_to_large():
     assert (gradient.double() / exact_gradient - 1).abs().max() < 1e-6
 
 
-def test_gradients_of_sigma_and_kl_pass_gradcheck():
+def test_gradients_of_sigma_variance_and_kl_pass_gradcheck():
     layer = bayes_linear(torch.float64)
     mean = layer.mean.detach().clone().requires_grad_()
     rho = torch.linspace(-12, 45, 15, dtype=torch.float64).view(3, 5).requires_grad_()
@@ -117,12 +117,13 @@ def test_gradients_of_sigma_and_kl_pass_gradcheck():
     def with_parameters(name: str):
         def function(mean: Tensor, rho: Tensor) -> Tensor:
             layer.__dict__.update(mean=mean, rho=rho)
-            return layer.kl() if name == "kl" else layer.sigma
+            return kl_divergence(layer) if name == "kl" else getattr(layer, name)
 
         return function
 
     del layer.mean, layer.rho
     assert torch.autograd.gradcheck(with_parameters("sigma"), (mean, rho))
+    assert torch.autograd.gradcheck(with_parameters("variance"), (mean, rho))
     rho = torch.linspace(-4, 4, 15, dtype=torch.float64).view(3, 5).requires_grad_()
     assert torch.autograd.gradcheck(with_parameters("kl"), (mean, rho))
 
@@ -218,7 +219,7 @@ def test_both_memory_layouts_give_the_same_moments_and_one_layout_of_outputs(in_
             out = layer(many)
             assert out.is_contiguous(memory_format=layout)
             assert_moments(out, mean[0], variance[0])
-            scale = layer.apply_weight(many, layer.sigma.square(), with_bias=False)
+            scale = layer.apply_weight(many, layer.variance, with_bias=False)
             assert scale.stride() == layer.apply_weight(many, layer.mean).stride()
 
 

@@ -10,7 +10,9 @@ from bqnn.data import DATASETS
 from bqnn.data.shift import DISTORTIONS
 from bqnn.methods import METHODS
 from bqnn.nets import NETS
+from bqnn.quant.callback import fine_tuning_optimizer
 from bqnn.recipe import make_recipe
+from bqnn.report.settings import flatten, tell_apart
 
 
 def group(name: str) -> list[str]:
@@ -85,13 +87,21 @@ def test_data_dir_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_rate_of_fine_tuning_grows_with_the_root_of_the_weights_step() -> None:
     def rate(*overrides: str) -> float:
         config = composed("checkpoint=x", *overrides, verb="quantize")
-        return config["quant"]["fine_tuning"]["optimizer"]["lr"]
+        return fine_tuning_optimizer(config["quant"])["lr"]
 
     assert [rate(f"quant.weight_bits={bits}") for bits in (8, 6, 4, 2)] == pytest.approx(
         [1e-4, 2e-4, 4e-4, 8e-4]
     )
     assert rate("quant.weight_bits=2", "quant.fine_tuning.optimizer.lr=0.5") == 0.5
     assert rate("quant=paper", "quant.weight_bits=2") == 1e-5
+
+
+def test_a_sweep_over_bits_is_one_setting_to_the_report() -> None:
+    swept = [
+        flatten(composed("checkpoint=x", f"bits={bits}", verb="quantize"))
+        for bits in ("w8a7", "w4a7", "w3a7", "w8a4")
+    ]
+    assert tell_apart(swept) == []
 
 
 @pytest.mark.parametrize("task", ["boston", "concrete", "energy", "power", "wine", "yacht"])
