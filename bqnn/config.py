@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bqnn.files import write_json
 from bqnn.run import Job, end_with, record_refusal
 from bqnn.secrets import refuse_secrets
-from bqnn.status import ELSEWHERE, IGNORED, config_hash, find_run, read_status
+from bqnn.status import ELSEWHERE, WITHOUT_EFFECT, config_hash, find_run, read_status
 from bqnn.sweep import Sweep, find_sweep, record_refused_sweep
 
 # Keys with numbers that would otherwise fail far from here: their kind and the least value.
@@ -131,7 +131,7 @@ class SweepCallback(Callback):
         overrides = [
             override
             for override in config.hydra.overrides.task
-            if not override.lstrip("+~").startswith(IGNORED)
+            if not override.lstrip("+~").startswith(WITHOUT_EFFECT)
         ]
         given = _is_given("hydra.sweep.dir", config.hydra)
         folder = None

@@ -11,14 +11,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 # What results do not depend on: runs that differ in nothing else are the same run.
-IGNORED = ("resume", "logger", "data_dir", "trainer.threads", "trainer.progress_bar")
+WITHOUT_EFFECT = ("resume", "logger", "data_dir", "trainer.threads", "trainer.progress_bar")
 ELSEWHERE = "elsewhere.json"  # in a sweep, in place of a job that an older folder holds
 
 
 def config_hash(config: dict[str, Any]) -> str:
     """What two resolved configurations share exactly when they give the same results."""
     kept = deepcopy(config)
-    for key in IGNORED:
+    for key in WITHOUT_EFFECT:
         *groups, last = key.split(".")
         node = kept
         for group in groups:

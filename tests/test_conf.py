@@ -96,10 +96,11 @@ def test_the_rate_of_fine_tuning_grows_with_the_root_of_the_weights_step() -> No
     assert rate("quant=paper", "quant.weight_bits=2") == 1e-5
 
 
-def test_a_sweep_over_bits_is_one_setting_to_the_report() -> None:
+def test_a_sweep_over_bits_that_was_resumed_is_one_setting_to_the_report() -> None:
     swept = [
-        flatten(composed("checkpoint=x", f"bits={bits}", verb="quantize"))
+        flatten(composed("checkpoint=x", f"bits={bits}", f"resume={resume}", verb="quantize"))
         for bits in ("w8a7", "w4a7", "w3a7", "w8a4")
+        for resume in ("true", "false")
     ]
     assert tell_apart(swept) == []
 

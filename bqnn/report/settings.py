@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bqnn.status import WITHOUT_EFFECT
+
 # Columns of their own, or without effect on the numbers.
 IGNORED = (
-    "seed", "task.split", "method.name", "task.name", "quant.mode", "quant.weight_bits",
-    "quant.activation_bits", "select", "data_dir", "plots", "logger",
-    "method.val_samples", "method.init_from", "task.save_every", "convergence",
+    *WITHOUT_EFFECT, "seed", "task.split", "method.name", "task.name", "quant.mode",
+    "quant.weight_bits", "quant.activation_bits", "select", "plots", "method.val_samples",
+    "method.init_from", "task.save_every", "convergence",
 )  # fmt: skip
 IGNORED_OF_TRAINER = ("accelerator", "devices", "progress_bar", "save_every", "threads")
 
