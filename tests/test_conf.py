@@ -84,13 +84,13 @@ def test_data_dir_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
     assert composed("data_dir=here")["data_dir"] == "here"
 
 
-def test_the_rate_of_fine_tuning_grows_with_the_root_of_the_weights_step() -> None:
+def test_the_rate_of_fine_tuning_grows_with_the_weights_step() -> None:
     def rate(*overrides: str) -> float:
         config = composed("checkpoint=x", *overrides, verb="quantize")
         return fine_tuning_optimizer(config["quant"])["lr"]
 
     assert [rate(f"quant.weight_bits={bits}") for bits in (8, 6, 4, 2)] == pytest.approx(
-        [1e-4, 2e-4, 4e-4, 8e-4]
+        [1.25e-5, 5e-5, 2e-4, 8e-4]
     )
     assert rate("quant.weight_bits=2", "quant.fine_tuning.optimizer.lr=0.5") == 0.5
     assert rate("quant=paper", "quant.weight_bits=2") == 1e-5

@@ -70,11 +70,11 @@ def quantization_callbacks(options: Mapping[str, Any]) -> list[pl.Callback]:
 def fine_tuning_optimizer(options: Mapping[str, Any]) -> dict[str, Any]:
     """The optimizer that a group `quant` asks for, with a learning rate where it leaves that open.
 
-    A weight has to cross half a step to become another integer: the rate of 8 bits grows with the
-    square root of the step, by sqrt(2) for each bit less.
+    A weight has to cross half a step to become another integer, so the rate is proportional to the
+    step: twice as much for each bit less.
     """
     tuning = options["fine_tuning"]
-    rate = tuning["lr_at_8_bits"] * 2 ** ((8 - options["weight_bits"]) / 2)
+    rate = tuning["lr_at_8_bits"] * 2 ** (8 - options["weight_bits"])
     return {
         name: rate if name == "lr" and value is None else value
         for name, value in tuning["optimizer"].items()
