@@ -70,7 +70,7 @@ def quantize_one(job: Job) -> None:
             model.seed = data.seed = tuning["seed"]
         fit(job, trainer, model, data)
     else:
-        trainer = make_trainer(job, loggers, [], validate=False)
+        trainer = make_trainer(job, loggers, [], validate=data.val is not None)
         calibrate_module(model, spec, data, tuning["calibration_batches"])
         start = model
         save_checkpoint(trainer, model, path)

@@ -104,7 +104,7 @@ def find_checkpoints(
     for path in paths:
         try:
             recipe = read_checkpoint(path)["recipe"]
-        except ValueError:
+        except (OSError, ValueError):
             if not is_pattern:
                 raise
             found[path] = None
@@ -157,11 +157,11 @@ def _of_finished_runs(pattern: str, paths: list[Path]) -> list[Path]:
 
 
 def _validation_nll(path: Path) -> float:
-    metrics = path.parent / "metrics.json"
-    if not metrics.exists():
-        log.warning("%s has no metrics.json beside it: not counted among the best", path)
+    try:
+        return float(json.loads((path.parent / "metrics.json").read_text())["val/nll"])
+    except (OSError, ValueError, KeyError):
+        log.warning("%s has no val/nll in a metrics.json beside it: counted as the worst", path)
         return float("inf")
-    return float(json.loads(metrics.read_text()).get("val/nll", float("inf")))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

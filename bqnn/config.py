@@ -113,6 +113,8 @@ def run_job(cfg: DictConfig, task: Callable[[Job], None], verb: str) -> str:
         if resume:
             job.folder = _folder_to_resume(config_hash(config))
             _log_into(job.folder)
+            if not is_sweep:
+                job.resume_command = _resume_command("hydra.run.dir", job.folder)
         if job.take(config, resume):
             task(job)
         else:
@@ -133,9 +135,13 @@ class SweepCallback(Callback):
             for override in config.hydra.overrides.task
             if not override.lstrip("+~").startswith(WITHOUT_EFFECT)
         ]
+        try:
+            refuse_secrets({"the command line": list(config.hydra.overrides.task)})
+        except ValueError as error:  # before Hydra writes multirun.yaml
+            sys.exit(f"{verb}.py: {error}")
         given = _is_given("hydra.sweep.dir", config.hydra)
-        folder = None
-        if OmegaConf.select(config, "resume") and not given:
+        folder, resume = None, bool(OmegaConf.select(config, "resume"))
+        if resume and not given:
             folder = find_sweep(OUTPUTS / verb, verb, overrides)
         folder = (folder or Path(config.hydra.sweep.dir)).absolute()
         # Jobs compose their configuration anew, perhaps in another working folder. `++` is our
@@ -143,7 +149,7 @@ class SweepCallback(Callback):
         escaped = str(folder).replace("'", "\\'")
         hydra_overrides.append(f"{'' if given else '++'}hydra.sweep.dir='{escaped}'")
         config.hydra.sweep.dir = str(folder)
-        SweepCallback.sweep = Sweep(folder, verb, overrides, _num_jobs(config))
+        SweepCallback.sweep = Sweep(folder, verb, overrides, _num_jobs(config), resume)
         self.launched_from = os.getpid()
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:

@@ -83,7 +83,10 @@ def make_loggers(job: Job) -> list[Logger]:
     if kind == "wandb":
         loggers.append(_wandb_logger(job))
     elif kind == "csv":
-        loggers.append(CSVLogger(job.folder, name="csv", version=""))
+        # It would empty the folder of an earlier start.
+        starts = len(list(job.folder.glob("csv*/metrics.csv")))
+        name = f"csv_{starts + 1}" if starts else "csv"
+        loggers.append(CSVLogger(job.folder, name=name, version=""))
         loggers[-1].log_hyperparams(job.config)
     elif kind != "none":
         raise ValueError(f"logger.name={kind!r}: unknown; choose wandb, csv or none")

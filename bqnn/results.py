@@ -139,7 +139,7 @@ def draw_weights(folder: Path, simulated: Method) -> list[Path]:
     """
     net = simulated.net
     if isinstance(net, Ensemble):
-        net = net.members[0]
+        net = net.members[0] if len(net.members) else net.current
     panels = [
         (f"{name} {weights.name}".strip(), weights.steps, weights.values)
         for name, layer in simulated_layers(net)

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import itertools
 import logging
 import os
 import platform
@@ -324,7 +325,9 @@ def _part_folder(job: Job, config: dict[str, Any]) -> Path:
             return path
     is_known = "method" in config  # a checkpoint that cannot be read tells none
     name = f"{config['method']['name']}_{config['task']['name']}" if is_known else "unreadable"
-    return job.folder / f"{len(taken)}_{name}"
+    numbers = itertools.count(len(taken))
+    folders = (job.folder / f"{number}_{name}" for number in numbers)
+    return next(folder for folder in folders if not folder.exists())
 
 
 def _is_interruption(error: BaseException) -> bool:

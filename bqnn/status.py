@@ -29,10 +29,13 @@ def config_hash(config: dict[str, Any]) -> str:
 
 def read_status(folder: Path) -> dict[str, Any] | None:
     """The content of a job's status.json; None where no job is."""
+    path = folder / "status.json"
     try:
-        return json.loads((folder / "status.json").read_text())
+        return json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except ValueError as error:  # one such file is not to stop all that look around here
+        return {"state": "FAILED", "start": "", "error": f"{path} cannot be read: {error}"}
 
 
 def is_finished(status: dict[str, Any], config_hash: str) -> bool:

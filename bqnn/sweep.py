@@ -15,7 +15,8 @@ from bqnn.status import ELSEWHERE, is_running, job_folders, read_status
 class JobRecord:
     """What a sweep says of a job.
 
-    state: done, skipped (it was done before), failed, interrupted, or running (elsewhere).
+    state: done, skipped (it was done before), refused (its folder was another job's), failed,
+    interrupted, or running (elsewhere).
     """
 
     folder: str
@@ -32,11 +33,14 @@ class Sweep:
     that as it goes.
     """
 
-    def __init__(self, folder: Path, verb: str, overrides: list[str], num_jobs: int | None) -> None:
+    def __init__(
+        self, folder: Path, verb: str, overrides: list[str], num_jobs: int | None, resume: bool
+    ) -> None:
         self.folder = folder
         self.verb = verb
         self.overrides = overrides
         self.num_jobs = num_jobs
+        self.resume = resume
         self.jobs: list[JobRecord] = []  # once it is finished
         self.started = datetime.now().astimezone()
         self._done_before = {f for f in _jobs_of(folder) if _state(f) == "done"}
@@ -56,7 +60,7 @@ class Sweep:
         status = read_status(folder) or {}
         state = _state(folder)
         if state == "done" and (folder in self._done_before or not _is_below(folder, self.folder)):
-            state = "skipped"
+            state = "skipped" if self.resume else "refused"
         seconds = None
         if status.get("end") is not None:
             span = datetime.fromisoformat(status["end"]) - datetime.fromisoformat(status["start"])
@@ -147,6 +151,7 @@ def _explain(state: str) -> str | None:
     return {
         "interrupted": "its process was killed",
         "running": "by another process",
+        "refused": "its folder holds an earlier job; give another hydra.sweep.dir, or resume=true",
     }.get(state)
 
 

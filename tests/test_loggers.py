@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from bqnn.loggers import MetricsCsv
+from bqnn.loggers import MetricsCsv, log_final, make_loggers
 from bqnn.methods import Method
+from bqnn.run import Job
 
 
 @pytest.fixture
@@ -62,3 +63,13 @@ def test_a_resumed_table_is_cut_back_to_its_checkpoint(tmp_path: Path, module: M
     resumed.load_state_dict(state)
     resumed.on_fit_start(trainer(1), module)
     assert [row["epoch"] for row in rows(tmp_path / "metrics.csv")] == ["0"]
+
+
+def test_a_resumed_job_keeps_the_csv_of_its_earlier_starts(tmp_path: Path) -> None:
+    job = Job(tmp_path, "train")
+    job.configure({"logger": {"name": "csv"}})
+    for value in (1.0, 2.0):
+        (logger,) = make_loggers(job)
+        log_final([logger], {"test/nll": value})
+    values = [rows(tmp_path / name / "metrics.csv")[0]["test/nll"] for name in ("csv", "csv_2")]
+    assert values == ["1.0", "2.0"]

@@ -74,6 +74,17 @@ def test_members_of_an_ensemble_stay_different(
     assert not torch.equal(a.output_quant.scale, b.output_quant.scale)
 
 
+def test_an_ensemble_without_members_is_calibrated_and_drawn(
+    script_here: ScriptHere, tmp_path: Path
+) -> None:
+    arguments = ["method=sghmc", "task=digits", "trainer=smoke", "logger=none", "plots=false"]
+    assert script_here("train", *arguments, "hydra.run.dir=f")[0] == 0
+    arguments = ["checkpoint=f/checkpoint.ckpt", "quant.mode=ptq", "logger=none"]
+    code, errors = script_here("quantize", *arguments, "hydra.run.dir=q")
+    assert code == 0, errors
+    assert (tmp_path / "q" / "weights.png").exists()
+
+
 def test_patterns_select_and_never_quantize_twice(
     trained: Path, script_here: ScriptHere, tmp_path: Path
 ) -> None:
@@ -132,6 +143,7 @@ def test_a_broken_match_of_a_pattern_fails_alone(
         (["quant.mode=dynamic"], "quant.mode=dynamic"),
         (["quant.overrides=[{layer: conv1, weight_bits: 8}]"], "matches no layer; there are"),
         (["quant.activation_observer=histogram"], "only calibrates"),
+        (["select=worst"], "select=worst: choose all or best"),
         (["trainer.precision=bf16-mixed"], "needs 32-true"),
     ],
 )

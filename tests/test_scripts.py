@@ -170,6 +170,7 @@ MISTAKES = [
     (["trainer.save_every=-1"], "trainer.save_every=-1"),
     (["net=resnet", "task=synthetic"], "are not pictures"),
     (["method.init_from=missing.ckpt"], "no checkpoint at missing.ckpt"),
+    (["quant=default", "quant.mode=ptq"], "calibrate the trained network with quantize.py"),
 ]
 
 

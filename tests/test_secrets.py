@@ -49,6 +49,15 @@ def test_a_configuration_with_a_key_is_refused(
     assert files_with(tmp_path, "5ec12e7") == []
 
 
+def test_a_sweep_with_a_key_is_refused_before_anything_is_written(
+    keys: None, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    code, errors = script_here("train", "-m", *RUN, f"logger.entity={KEY}", "seed=0,1")
+    assert code == 1
+    assert "the command line holds the environment's WANDB_API_KEY" in errors
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 def test_only_what_is_named_like_a_secret_and_long_enough_is_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

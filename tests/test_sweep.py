@@ -72,6 +72,27 @@ def test_a_resumed_sweep_does_what_is_not_done(
     }
 
 
+def test_a_folder_of_other_jobs_is_no_sweep_that_is_done(
+    script_here: ScriptHere, tmp_path: Path
+) -> None:
+    arguments = ["-m", *QUICK, "method=pointwise", "seed=0,1", "hydra.sweep.dir=s"]
+    assert script_here("train", *arguments)[0] == 0
+    code, _ = script_here("train", *arguments, "method.optimizer.lr=0.5")  # resume is forgotten
+    assert code == 1
+    assert record(tmp_path / "s")["state"] == "FAILED"
+    assert set(states(tmp_path / "s").values()) == {"refused"}
+
+
+def test_an_unreadable_status_stops_no_search(script_here: ScriptHere, tmp_path: Path) -> None:
+    arguments = [*QUICK, "method=pointwise"]
+    assert script_here("train", *arguments, "hydra.run.dir=outputs/train/a")[0] == 0
+    (tmp_path / "outputs" / "train" / "b").mkdir()
+    (tmp_path / "outputs" / "train" / "b" / "status.json").write_text("")
+    code, errors = script_here("train", *arguments, "resume=true")
+    assert code == 0, errors
+    assert sorted(path.name for path in (tmp_path / "outputs" / "train").iterdir()) == ["a", "b"]
+
+
 def test_without_a_folder_the_newest_like_it_is_resumed(
     script_here: ScriptHere, tmp_path: Path
 ) -> None:
@@ -129,6 +150,10 @@ def test_a_pattern_is_resumed_part_by_part(script_here: ScriptHere, tmp_path: Pa
     assert script_here("quantize", *arguments, "resume=true")[0] == 0
     assert (parts[0] / "status.json").read_text() == before
     assert (tmp_path / "q" / "1_pointwise_synthetic" / "metrics.json").exists()
+
+    shutil.rmtree(parts[0])  # to be done again
+    assert script_here("quantize", *arguments, "resume=true")[0] == 0
+    assert (tmp_path / "q" / "2_pointwise_synthetic" / "metrics.json").exists()
 
 
 def test_seeds_of_a_fine_tuning_change_the_batches_and_not_the_data(

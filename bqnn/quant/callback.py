@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bqnn.layers.noise import reseed
 from bqnn.quant.fuse import fuse
-from bqnn.quant.simulated import calibrate, freeze, is_prepared, prepare
+from bqnn.quant.simulated import calibrate, enable, freeze, is_prepared, prepare
 from bqnn.quant.spec import QuantSpec
 
 
@@ -51,6 +51,12 @@ class QuantizationCallback(pl.Callback):
             )
         quantize_module(pl_module, self.spec)
 
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        enable(_net(pl_module), False)  # before any batch was seen there are no ranges
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        enable(_net(pl_module))
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epochs = trainer.max_epochs
         if epochs is None or epochs < 0:  # no last epoch is known
@@ -64,6 +70,11 @@ def quantization_callbacks(options: Mapping[str, Any]) -> list[pl.Callback]:
     """The callback that a group `quant` of the configuration asks for, if it asks for one."""
     if options["name"] == "none":
         return []
+    if options["mode"] != "qat":
+        raise ValueError(
+            f"quant.mode={options['mode']}: a training is quantization-aware (qat); calibrate the "
+            "trained network with quantize.py"
+        )
     return [QuantizationCallback(QuantSpec.from_config(options), options["freeze_epochs"])]
 
 

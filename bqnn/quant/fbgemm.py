@@ -3,8 +3,8 @@
 Nothing else in the package touches torch.ao or torch.ops.quantized. Upstream calls torch.ao
 deprecated and has no other int8 convolution for the CPU. To do without it, replace in this file
 the observers of `_observer` (minimum and maximum, running or averaged, and the search of a
-histogram's best range) and the calls of torch.ops.quantized in `PackedWeight`; the rounding in
-`FakeQuant` uses core operators already.
+histogram's best range) and the calls of torch.ops.quantized in `PackedWeight` and `add_relu`; the
+rounding in `FakeQuant` uses core operators already.
 """
 
 from collections.abc import Iterator
@@ -291,7 +291,7 @@ class PackedWeight:
             if geometry is None:
                 self._packed = ops.linear_prepack(weight, bias)
             else:
-                self._packed = ops.conv2d_prepack(weight, bias, *_four(geometry))
+                self._packed = ops.conv2d_prepack(weight, bias, *_conv_arguments(geometry))
 
     def __call__(self, x: Tensor, relu: bool, scale: float, zero_point: int) -> Tensor:
         """The quantized output for a quantized input, at the scale and zero point given."""
@@ -376,7 +376,7 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_last else torch.contiguous_format
 
 
-def _four(geometry: dict[str, Any]) -> list[Any]:
+def _conv_arguments(geometry: dict[str, Any]) -> list[Any]:
     pairs = [geometry.get(name, default) for name, default in _GEOMETRY]
     return [
         value if name == "groups" or isinstance(value, tuple | list) else (value, value)

@@ -1,5 +1,6 @@
 """Metrics against bit widths and against size: a line per method, its spread, its float value."""
 
+import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 AXES = {"weight_bits": "activation_bits", "activation_bits": "weight_bits"}
+LONGEST_NAME = 150  # of a file, without its ending; file systems take 255 bytes
 MARKERS, LINES = "os^DvP", ("-", "--", ":", "-.")
 UNITS = dict.fromkeys(("nll", "ape", "mi", "aleatoric"), "nats")
 
@@ -133,8 +135,11 @@ def size_figure(runs: "DataFrame", colors: Mapping[str, str]) -> "Figure | None"
 
 
 def file_name(text: str) -> str:
-    """A text with nothing in it that a file's name should not have."""
-    return "".join(c if c.isalnum() or c in "-." else "_" for c in text)
+    """A text with nothing in it that a file's name should not have, and not too long for one."""
+    name = "".join(c if c.isalnum() or c in "-." else "_" for c in text)
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def label(metric: str) -> str:

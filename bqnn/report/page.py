@@ -20,7 +20,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 class Section:
     """A part of the report: what is said, pictures, a table of texts, and parts of its own.
 
-    level: that of its heading, 1 to 3; a folded section is opened by its reader.
+    level: that of its heading, 1 to 4; a folded section is opened by its reader.
     """
 
     title: str

@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from bqnn.report.runs import CELL, UNIT
-from bqnn.report.summary import BASELINE
+from bqnn.report.summary import BASELINE, executed
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -71,10 +71,12 @@ Comparison = tuple[str, dict[str, Any], str, str, "DataFrame"]
 
 def _methods(scores: "DataFrame") -> Iterator[Comparison]:
     """Pairs of methods with the same bits; the table has a column per (method, metric)."""
+    import pandas as pd
+
     place = [name for name in CELL if name != "method"]
-    kept = scores[scores["numeric"].isin(["float", "int8"])]
     # A float network is in the runs of all bits that it was quantized to.
-    kept = kept[(kept["numeric"] != "float") | (kept["verb"] != "quantize")]
+    floats = scores[(scores["numeric"] == "float") & (scores["verb"] != "quantize")]
+    kept = pd.concat([floats, executed(scores)])
     for at, group in kept.groupby([*place, "numeric"], dropna=False):
         methods = sorted(set(group["method"]), key=lambda name: (name != BASELINE, name))
         table = group.pivot(index=UNIT, columns=["method", "metric"], values="value")
@@ -94,12 +96,12 @@ def _against_float(scores: "DataFrame") -> Iterator[Comparison]:
 def _widths(scores: "DataFrame") -> Iterator[Comparison]:
     """Fewer bits and the most bits of a sweep over one of the two widths."""
     for axis, fixed in (("weight_bits", "activation_bits"), ("activation_bits", "weight_bits")):
-        place = [name for name in CELL if name != axis]
-        for at, group in scores[scores["numeric"] == "int8"].groupby(place, dropna=False):
+        place = [*(name for name in CELL if name != axis), "numeric"]
+        for at, group in executed(scores).groupby(place, dropna=False):
             table = group.pivot(index=UNIT, columns=[axis, "metric"], values="value")
             most = group[axis].max()
             for fewer in sorted(set(group[axis]) - {most}):
-                where = dict(zip(place, at, strict=True)) | {axis: fewer, "numeric": "int8"}
+                where = dict(zip(place, at, strict=True)) | {axis: fewer}
                 names = {bits: _width(axis, bits, where[fixed]) for bits in (fewer, most)}
                 pair = table[[fewer, most]].rename(columns=names, level=0)
                 yield "bits", where, names[fewer], names[most], pair

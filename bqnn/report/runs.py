@@ -5,13 +5,13 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from bqnn.report.settings import flatten, labels
+from bqnn.report.settings import flatten, method_labels, setting_labels
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -23,7 +23,7 @@ UNIT = ["seed", "split"]  # what runs are repeated over
 CELL = ["task", "verb", "mode", "method", "setting", "weight_bits", "activation_bits"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """A finished job: its folder, configuration and metrics, and when it started."""
 
@@ -42,20 +42,51 @@ class Run:
     @property
     def options(self) -> dict[str, str]:
         """All that may have made its numbers what they are, flat: see `bqnn.report.settings`."""
-        flat = flatten(self.config) | flatten(self.source.get("trainer", {}), "trained.trainer.")
-        if "checkpoint" in flat:  # of the path the name alone: best.ckpt is another network
+        training = {"trainer": self.source.get("trainer", {})}
+        if "fine_tuning" in self.source.get("quant", {}):  # what is evaluated was quantized
+            training["fine_tuning"] = self.source["quant"]["fine_tuning"]
+        flat = flatten(self.config) | flatten(training, "trained.")
+        if "checkpoint" in flat:
+            flat["trained.seed"] = "own" if self.fine_tuning_seed is None else flat["seed"]
             flat["checkpoint"] = Path(flat["checkpoint"]).name
+        if flat["quant.name"] == "checkpoint" and self.source:
+            flat["quant.name"] = self.source["quant"]["name"]
+        if flat.get("method.init_from", "None") != "None":
+            flat["method.init_from"] = "checkpoint"
         return flat
 
-    @property
+    @cached_property
     def source(self) -> dict[str, Any]:
-        """How the checkpoint was trained that the job started from, where that is still there."""
-        checkpoint = self.config.get("checkpoint")
-        path = Path(checkpoint or "").parent / "config.yaml"
-        return _yaml(path) if checkpoint and path.exists() else {}
+        """The configuration of the run whose checkpoint was given, where that is still there."""
+        if "checkpoint" not in self.config:
+            return {}
+        # The path may start from where the job was, which is often above the folder that it left.
+        given = Path(self.config["checkpoint"]).parent / "config.yaml"
+        for path in (given, *(parent / given for parent in self.folder.absolute().parents)):
+            try:
+                config = _yaml(path)
+            except (OSError, ValueError, yaml.YAMLError):
+                continue
+            return config if isinstance(config.get("quant"), dict) else {}
+        return {}
+
+    @property
+    def fine_tuning_seed(self) -> int | None:
+        """Of its own fine-tuning, or of that of the network it evaluates; of calibrations none."""
+        if self.config["quant"].get("mode") != "qat":
+            return None
+        for config in (self.config, self.source):
+            seed = config.get("quant", {}).get("fine_tuning", {}).get("seed")
+            if seed is not None:
+                return int(seed)
+        return None
 
     def row(self) -> dict[str, Any]:
-        """What tells the run apart; bits are None for a float one, a split where there is none."""
+        """What tells the run apart; bits are None for a float one, a split where there is none.
+
+        The seed is that of the fine-tuning where it has one of its own.
+        """
+        tuned = self.fine_tuning_seed
         quant = self.config["quant"]
         is_float = quant["name"] == "none"
         return {
@@ -67,9 +98,14 @@ class Run:
             "method": self.config["method"]["name"],
             "weight_bits": None if is_float else quant["weight_bits"],
             "activation_bits": None if is_float else quant["activation_bits"],
-            "seed": self.config["seed"],
+            "seed": self.config["seed"] if tuned is None else tuned,
             "split": self.config["task"].get("split"),
         }
+
+    def sizes(self) -> dict[str, int]:
+        """The bytes of its parameters, where it has quantized them."""
+        path = self.folder / "size.json"
+        return {f"size/{name}": n for name, n in _json(path).items()} if path.exists() else {}
 
     def scores(self) -> Iterator[tuple[str, str, float]]:
         """(numeric, metric, value) of what was evaluated: ("int8", "test/nll", 0.03)."""
@@ -151,10 +187,10 @@ def read(folder: Path, has_parts: bool) -> Run | Problem | None:
     try:
         config = _yaml(folder / "config.yaml")
         run = Run(folder, config, _numbers(metrics), status.get("start", ""))
-        run.row()
+        run.row(), run.options, run.sizes()
     except FileNotFoundError:
         return Problem(str(folder), "MISSING", "there is no config.yaml")
-    except (ValueError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return Problem(str(folder), "BROKEN", f"it cannot be read as a run: {reason}")
     return run
@@ -166,13 +202,19 @@ def _tables(finished: list[Run], problems: list[Problem]) -> Runs:
     runs = pd.DataFrame([run.row() for run in finished])
     if runs.empty:
         return Runs(runs, runs, problems)
-    groups = runs.groupby(["task", "verb", "mode", "method"], sort=False).indices
-    for rows in groups.values():
-        of_method, elsewhere = labels([finished[row].options for row in rows])
-        name = runs["method"][rows[0]]
-        runs.loc[rows, "method"] = [f"{name} {text}".strip() for text in of_method]
-        runs.loc[rows, "setting"] = elsewhere
-    numbers = pd.DataFrame([run.metrics | _sizes(run.folder) for run in finished])
+    options = pd.Series([run.options for run in finished], dtype=object)
+    # A method has one name in all scripts; settings are told apart within a table.
+    said = pd.Series("", runs.index)
+    for _, own in runs.groupby(["task", "method"]):
+        said[own.index] = method_labels(list(options[own.index]))
+    runs["setting"] = ""
+    for _, table in runs.groupby(["task", "verb", "mode"]):
+        labels = setting_labels(
+            list(options[table.index]), list(table["method"]), list(said[table.index])
+        )
+        runs.loc[table.index, "setting"] = labels
+    runs["method"] = (runs["method"] + " " + said).str.strip()
+    numbers = pd.DataFrame([run.metrics | run.sizes() for run in finished])
     runs = pd.concat([runs[["run", *CELL, *UNIT, "started"]], numbers], axis=1)
     for name in ("weight_bits", "activation_bits", "seed", "split"):
         runs[name] = runs[name].astype("Int64")
@@ -194,11 +236,6 @@ def _tables(finished: list[Run], problems: list[Problem]) -> Runs:
     )
     scores = scores.join(runs[[*CELL, *UNIT]], on="row").drop(columns="row")
     return Runs(runs, scores, [*problems, *repeated])
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    path = folder / "size.json"
-    return {f"size/{name}": count for name, count in _json(path).items()} if path.exists() else {}
 
 
 @cache

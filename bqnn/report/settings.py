@@ -1,6 +1,6 @@
 """What tells runs apart beyond their seed, split and bits, in as few words as possible."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bqnn.status import WITHOUT_EFFECT
@@ -8,10 +8,11 @@ from bqnn.status import WITHOUT_EFFECT
 # Columns of their own, or without effect on the numbers.
 IGNORED = (
     *WITHOUT_EFFECT, "seed", "task.split", "method.name", "task.name", "quant.mode",
-    "quant.weight_bits", "quant.activation_bits", "select", "plots", "method.val_samples",
-    "method.init_from", "task.save_every", "convergence",
+    "quant.weight_bits", "quant.activation_bits", "quant.fine_tuning.seed",
+    "trained.fine_tuning.seed", "select", "plots", "method.val_samples", "task.save_every",
+    "convergence",
 )  # fmt: skip
-IGNORED_OF_TRAINER = ("accelerator", "devices", "progress_bar", "save_every", "threads")
+IGNORED_OF_TRAINER = ("accelerator", "progress_bar", "save_every", "threads")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -25,34 +26,68 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def labels(configs: Sequence[Mapping[str, str]]) -> tuple[list[str], list[str]]:
-    """For each flat configuration, how it differs from the others: in its method, and elsewhere."""
-    keys = tell_apart(configs)
-    of_method = [key for key in keys if key.startswith("method.")]
-    others = [key for key in keys if key not in of_method]
-    return (
-        [_text({key.removeprefix("method."): flat[key] for key in of_method}) for flat in configs],
-        [_text({key: flat[key] for key in others}) for flat in configs],
-    )
+# Methods are compared where these are equal. Others, the number of epochs for one, are chosen for
+# each method, and only tell apart the runs of one.
+SCHEME = ("net.", "quant.", "suite.", "numeric")
 
 
-def tell_apart(configs: Sequence[Mapping[str, str]]) -> list[str]:
+def method_labels(configs: Sequence[Mapping[str, str]]) -> list[str]:
+    """For each flat configuration of one method, how its options differ from the others'."""
+    keys = tell_apart(configs, lambda key: key.startswith("method."))
+    return [_text(keys, flat, prefix="method.") for flat in configs]
+
+
+def setting_labels(
+    configs: Sequence[Mapping[str, str]], methods: Sequence[str], said: Sequence[str]
+) -> list[str]:
+    """For each flat configuration of a table, how it differs elsewhere than in its method.
+
+    methods: their names; said: what `method_labels` says of each already. Of what is chosen for
+    each method, a value that all runs of the other methods have goes without saying.
+    """
+    scheme = tell_apart(configs, lambda key: key.startswith(SCHEME))
+    texts = [_text(scheme, flat) for flat in configs]
+    labels = list(texts)
+    for method in dict.fromkeys(methods):
+        own = [index for index, name in enumerate(methods) if name == method]
+        others = [flat for flat, name in zip(configs, methods, strict=True) if name != method]
+        keys = tell_apart(
+            [configs[index] for index in own],
+            lambda key: not key.startswith(("method.", *SCHEME)),
+            [f"{said[index]} {texts[index]}" for index in own],
+        )
+        values = {key: {flat[key] for flat in others if key in flat} for key in keys}
+        for index in own:
+            flat = configs[index]
+            unusual = [key for key in keys if values[key] != {flat.get(key)}]
+            labels[index] = f"{texts[index]} {_text(unusual, flat)}".strip()
+    return labels
+
+
+def tell_apart(
+    configs: Sequence[Mapping[str, str]],
+    is_candidate: Callable[[str], bool] = lambda key: True,
+    known: Sequence[str] | None = None,
+) -> list[str]:
     """The keys, each of which tells apart configurations that those before it do not.
 
-    Names of groups come first, so that `quant.name` says all that a preset changes. Keys that
-    some configurations lack are left out: they belong to an option that is among the others, or
-    are newer than those runs.
+    known: what is said of each already. Names of groups come first, so that `quant.name` says all
+    that a preset changes. A key that some lack (it belongs to an option that is among the others,
+    or is newer than those runs) counts where those that have it differ in it.
     """
-    shared = set(configs[0]).intersection(*configs)
-    chosen: list[str] = []
-    groups = 1
-    for key in sorted(shared, key=lambda key: (not key.endswith(".name"), key)):
-        if _is_ignored(key):
+    values: dict[str, set[str]] = {}
+    for flat in configs:
+        for key, value in flat.items():
+            values.setdefault(key, set()).add(value)
+    said: list[tuple[str | None, ...]] = [(text,) for text in known or [""] * len(configs)]
+    chosen = []
+    for key in sorted(values, key=lambda key: (not key.endswith(".name"), key)):
+        if len(values[key]) < 2 or _is_ignored(key) or not is_candidate(key):
             continue
-        count = len({tuple(flat[name] for name in (*chosen, key)) for flat in configs})
-        if count > groups:
+        longer = [(*texts, flat.get(key)) for texts, flat in zip(said, configs, strict=True)]
+        if len(set(longer)) > len(set(said)):
             chosen.append(key)
-            groups = count
+            said = longer
     return chosen
 
 
@@ -61,5 +96,5 @@ def _is_ignored(key: str) -> bool:
     return key in of_trainer or any(key == name or key.startswith(f"{name}.") for name in IGNORED)
 
 
-def _text(differences: Mapping[str, str]) -> str:
-    return " ".join(f"{key}={value}" for key, value in differences.items())
+def _text(keys: Sequence[str], flat: Mapping[str, str], prefix: str = "") -> str:
+    return " ".join(f"{key.removeprefix(prefix)}={flat[key]}" for key in keys if key in flat)

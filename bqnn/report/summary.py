@@ -25,6 +25,13 @@ def summarize(scores: "DataFrame") -> "DataFrame":
     return groups.agg(mean="mean", std="std", standard_error="sem", n="count").reset_index()
 
 
+def executed(scores: "DataFrame") -> "DataFrame":
+    """The rows of int8; of simulated in the cells that have none of it."""
+    is_int8 = scores["numeric"] == "int8"
+    has_int8 = is_int8.groupby([scores[name] for name in CELL], dropna=False).transform("any")
+    return scores[is_int8 | ((scores["numeric"] == "simulated") & ~has_int8)]
+
+
 def main_metrics(scores: "DataFrame") -> "DataFrame":
     """The rows of the test set's main metrics."""
     return scores[scores["metric"].isin(MAIN_KEYS)]

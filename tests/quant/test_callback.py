@@ -40,7 +40,9 @@ class Classifier(pl.LightningModule):
         return self._loss(batch)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        self.log("val", self._loss(batch))
+        loss = self._loss(batch)
+        assert loss.isfinite()  # in Lightning's sanity check, too
+        self.log("val", loss)
 
     def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         self.log("test", self._loss(batch))
@@ -65,7 +67,6 @@ def trainer(folder: Path, max_epochs: int, **options: object) -> pl.Trainer:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        num_sanity_val_steps=0,
         default_root_dir=folder,
         **options,  # type: ignore[arg-type]
     )

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bqnn.report.runs import STAGES, read_runs
-from bqnn.report.settings import flatten, labels
+from bqnn.report.settings import flatten, method_labels, setting_labels
+from bqnn.report.summary import missing_cells
 from bqnn.results import STAGES as WRITTEN
 
 WriteRun = Callable[..., Path]
@@ -130,7 +132,113 @@ def test_the_best_epoch_is_another_network_than_the_last(
 def test_a_preset_is_said_in_one_word() -> None:
     default = flatten({"quant": {"name": "default", "granularity": "channel", "lr": 1}})
     paper = flatten({"quant": {"name": "paper", "granularity": "tensor", "lr": 2}})
-    assert labels([default, paper]) == (["", ""], ["quant.name=default", "quant.name=paper"])
+    assert method_labels([default, paper]) == ["", ""]
+    labels = setting_labels([default, paper], ["bbb", "bbb"], ["", ""])
+    assert labels == ["quant.name=default", "quant.name=paper"]
+
+
+def test_methods_are_compared_in_one_scheme_and_in_one_network_alone() -> None:
+    fbgemm, x86 = ({"quant.engine": engine} for engine in ("fbgemm", "x86"))
+    labels = setting_labels([fbgemm, x86, fbgemm], ["bbb", "bbb", "pointwise"], [""] * 3)
+    assert labels == ["quant.engine=fbgemm", "quant.engine=x86", "quant.engine=fbgemm"]
+    labels = setting_labels([fbgemm, x86], ["bbb", "pointwise"], ["", ""])
+    assert labels == ["quant.engine=fbgemm", "quant.engine=x86"]
+
+
+def test_epochs_are_chosen_for_each_method_and_what_others_have_goes_without_saying() -> None:
+    short, long = ({"trainer.max_epochs": number} for number in ("5", "40"))
+    assert setting_labels([short, long], ["bbb", "pointwise"], ["", ""]) == ["", ""]
+    labels = setting_labels([short, long, long], ["bbb", "bbb", "pointwise"], [""] * 3)
+    assert labels == ["trainer.max_epochs=5", "", ""]
+
+
+def test_an_option_that_some_networks_lack_still_tells_the_others_apart() -> None:
+    lenet = {"net.name": "lenet"}
+    narrow, wide = ({"net.name": "resnet", "net.width": width} for width in ("8", "16"))
+    assert setting_labels([lenet, narrow, wide], ["bbb"] * 3, [""] * 3) == [
+        "net.name=lenet",
+        "net.name=resnet net.width=8",
+        "net.name=resnet net.width=16",
+    ]
+
+
+def test_fine_tunings_of_one_network_are_repetitions(write_run: WriteRun, tmp_path: Path) -> None:
+    def quantize(method: str, trained: int, tuned: int | None) -> Path:
+        quant = {"name": "default", "mode": "qat", "weight_bits": 4, "activation_bits": 7}
+        return write_run(
+            f"{method}_{trained}_{tuned}", {"int8/test/nll": 1.0}, method=method, seed=trained,
+            checkpoint=f"{method}/checkpoint.ckpt", quant={**quant, "fine_tuning": {"seed": tuned}},
+        )  # fmt: skip
+
+    for tuned in (0, 1, 2):  # as select=best has it: of each method another network
+        quantize("bbb", 5, tuned)
+        folder = quantize("pointwise", 7, tuned)
+        quant = {"name": "checkpoint", "mode": "qat", "weight_bits": 4, "activation_bits": 7}
+        write_run(
+            f"evaluate_{tuned}", {"simulated/test/nll": 1.0}, method="pointwise", seed=7,
+            checkpoint=f"{folder}/checkpoint.ckpt", quant=quant, numeric=None,
+        )  # fmt: skip
+    runs = read_runs([tmp_path])
+    assert runs.problems == []
+    assert set(runs.runs["setting"]) == {""}
+    assert list(runs.runs["seed"]) == 3 * [0, 1, 2]
+    assert missing_cells(runs.runs) == []
+
+    quantize("bbb", 0, None)  # of two networks, settings of their own
+    settings = read_runs([tmp_path]).runs.query("method == 'bbb'")["setting"]
+    assert set(settings) == {"trained.seed=5", "trained.seed=own"}
+
+
+def test_seeds_of_a_fine_tuning_are_none_of_a_calibration(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    quant = {"name": "default", "mode": "ptq", "weight_bits": 4, "activation_bits": 7}
+    for tuned in (0, 1):
+        config = {"quant": {**quant, "fine_tuning": {"seed": tuned}}}
+        write_run(f"{tuned}", {"int8/test/nll": 1.0}, checkpoint="a/b.ckpt", **config)
+    runs = read_runs([tmp_path])
+    assert (len(runs.runs), len(runs.problems)) == (1, 1)
+
+
+def test_a_source_is_found_from_where_the_job_was(write_run: WriteRun, tmp_path: Path) -> None:
+    for epochs in (1, 9):
+        write_run(f"t{epochs}", {"test/nll": 1.0}, trainer={"max_epochs": epochs})
+        checkpoint = f"runs/t{epochs}/checkpoint.ckpt"
+        write_run(f"q{epochs}", {"int8/test/nll": 1.0}, bits=(4, 7), checkpoint=checkpoint)
+    settings = read_runs([tmp_path]).runs.query("verb == 'quantize'")["setting"]
+    assert set(settings) == {"trained.trainer.max_epochs=1", "trained.trainer.max_epochs=9"}
+
+
+def test_odd_files_cost_one_run(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("good", {"int8/test/nll": 1.0}, bits=(4, 7), checkpoint=f"{tmp_path}/runs/cut/a.ckpt")
+    (write_run("cut", {"test/nll": 1.0}, seed=1) / "config.yaml").write_text("method: {")
+    (write_run("size", {"test/nll": 1.0}, seed=2) / "size.json").write_text("")
+    write_run("quant", {"test/nll": 1.0}, seed=3, quant=None)
+    runs = read_runs([tmp_path])
+    assert [Path(run).name for run in runs.runs["run"]] == ["good"]
+    assert {Path(problem.run).name for problem in runs.problems} == {"cut", "size", "quant"}
+    assert {problem.state for problem in runs.problems} == {"BROKEN"}
+
+
+def test_a_method_has_one_name_in_all_scripts(write_run: WriteRun, tmp_path: Path) -> None:
+    for rate in (0.1, 0.2):
+        write_run(f"t{rate}", {"test/nll": 1.0}, lr=rate)
+    write_run("q", {"int8/test/nll": 1.0}, lr=0.2, bits=(4, 7))
+    runs = read_runs([tmp_path]).runs
+    assert set(runs.loc[runs["verb"] == "quantize", "method"]) == {"bbb optimizer.lr=0.2"}
+
+
+def test_means_from_a_checkpoint_are_another_way_to_train(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    for seed in (0, 1):
+        for init_from in (None, f"pointwise_{seed}/checkpoint.ckpt"):
+            folder = write_run(f"{seed}_{init_from is None}", {"test/nll": 1.0}, seed=seed)
+            config = yaml.safe_load((folder / "config.yaml").read_text())
+            config["method"]["init_from"] = init_from
+            (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    methods = read_runs([tmp_path]).runs["method"]
+    assert sorted(methods) == 2 * ["bbb init_from=None"] + 2 * ["bbb init_from=checkpoint"]
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

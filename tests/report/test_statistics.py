@@ -143,3 +143,18 @@ def test_methods_and_bits_are_compared_where_all_else_is_equal(sweep: Path) -> N
             ("w4a7", "w8a7", 4): 0.125,
         }
     )
+
+
+def test_evaluations_in_simulation_are_compared_where_there_is_no_int8(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    for method, nll in (("bbb", 1.0), ("pointwise", 1.5)):
+        for numeric in ("simulated", "int8"):
+            bits = (4 if numeric == "simulated" else 8, 7)
+            metrics = {f"{numeric}/test/nll": nll}
+            write_run(f"{method}{numeric}", metrics, method=method, bits=bits, numeric=None)
+    table = paired_differences(read_runs([tmp_path]).scores)
+    nll = table[(table["metric"] == "test/nll") & (table["kind"] == "methods")]
+    found = dict(zip(nll["weight_bits"], nll["numeric"], strict=True))
+    assert found == {4: "simulated", 8: "int8"}
+    assert list(nll["difference"]) == [-0.5, -0.5]
