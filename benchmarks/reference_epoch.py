@@ -19,15 +19,14 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from random_data import RandomImages, RandomTable
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
 from torchvision.transforms.functional import to_pil_image, to_tensor
-from train_step import _config, machine, seconds
+from train_step import configuration, machine, seconds
 
 from bqnn.data import Rows, TensorData
-from bqnn.data.images import ImageData
-from bqnn.data.tables import TableData
 from bqnn.loggers import make_loggers
 from bqnn.methods import METHODS, Method
 from bqnn.optim import SGHMC
@@ -37,24 +36,6 @@ from bqnn.trainer import make_trainer
 
 TABLES = {"yacht": (277, 6), "power": (8611, 4)}
 NUM_IMAGES = 6000  # of MNIST's 60,000; validation rows are taken out of them
-
-
-class RandomImages(ImageData):
-    class_names = [str(digit) for digit in range(10)]  # noqa: RUF012
-
-    def _read(self) -> tuple[Rows, Rows]:
-        inputs = torch.randint(256, (NUM_IMAGES, 1, 28, 28), dtype=torch.uint8)
-        rows = Rows(inputs, torch.randint(10, (len(inputs),)))
-        return rows, rows
-
-
-class RandomTable(TableData):
-    shape = (0, 0)
-
-    def _read(self) -> tuple[Rows, Rows]:
-        inputs = torch.randn(self.shape, dtype=torch.float64)
-        rows = Rows(inputs, inputs.sum(1))
-        return rows, rows
 
 
 def main() -> None:
@@ -79,18 +60,17 @@ def main() -> None:
 
 def _pair(method: str, task: str, epochs: int) -> tuple[float, float]:
     """Seconds per epoch of both sides, measured one after the other."""
-    config = _config(method, task)
+    config = configuration(method, task)
     # An ensemble collects members in half of these epochs.
     config["method"] |= {"burn_in": max(1, epochs // 2)} if method == "sghmc" else {}
     config["trainer"] |= {"max_epochs": epochs + 1, "progress_bar": False}
-    options = {"data_dir": "", "seed": 0, "validation_share": config["task"]["validation_share"]}
-    # The reference's batch on tables, for both sides.
-    batch_size = config["task"]["batch_size"] if task == "mnist" else 1000
-    if task == "mnist":
-        data: TensorData = RandomImages(batch_size=batch_size, **options)
-    else:
-        data = RandomTable(batch_size=batch_size, **options)
-        data.shape = TABLES[task]  # type: ignore[attr-defined]
+    share, batch_size = config["task"]["validation_share"], config["task"]["batch_size"]
+    data: TensorData = (
+        RandomImages(NUM_IMAGES, batch_size=batch_size, validation_share=share)
+        if task == "mnist"
+        # The reference's batch on tables, for both sides.
+        else RandomTable(TABLES[task], batch_size=1000, validation_share=share)
+    )
     data.setup()
     with tempfile.TemporaryDirectory() as folder:
         return _ours(config, data, Path(folder)), _theirs(config, data, Path(folder), epochs)
@@ -239,7 +219,7 @@ class _Dropout(nn.Module):
 
 def _point(config: dict) -> dict:
     """The pointwise method, whose network the other layers are put into."""
-    return _config("pointwise", config["task"]["name"])["method"]
+    return configuration("pointwise", config["task"]["name"])["method"]
 
 
 def _in_their_way(net: nn.Module, name: str, config: dict) -> nn.Module:

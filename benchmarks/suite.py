@@ -12,10 +12,10 @@ import argparse
 import statistics
 
 import torch
+from random_data import RandomImages
 from torch import Tensor, nn
 from train_step import machine, seconds
 
-from bqnn.data import Rows
 from bqnn.data.images import ImageData
 from bqnn.methods import Method
 from bqnn.predict import BATCH_SIZE
@@ -36,20 +36,6 @@ METHODS = {
 }
 
 
-class RandomImages(ImageData):
-    """As many random pictures of MNIST's shape as asked for."""
-
-    def __init__(self, num_images: int) -> None:
-        super().__init__(data_dir="", seed=0, batch_size=256, validation_share=0)
-        self.class_names = [str(digit) for digit in range(10)]
-        self.num_images = num_images
-
-    def _read(self) -> tuple[Rows, Rows]:
-        images = torch.randint(256, (self.num_images, 1, 28, 28), dtype=torch.uint8)
-        rows = Rows(images, torch.randint(10, (self.num_images,)))
-        return rows, rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=3)
@@ -63,7 +49,7 @@ def main() -> None:
     print(machine(arguments.threads))
     print(f"17 sets of {arguments.images} images, {arguments.samples} draws,", end=" ")
     print(f"batches of {BATCH_SIZE}; seconds of the suite / of plain float passes, and their ratio")
-    data = RandomImages(arguments.images)
+    data = RandomImages(arguments.images, batch_size=256)
     data.setup()
     for name in arguments.methods:
         model = _model(name, data, arguments.samples)

@@ -25,12 +25,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
+from random_data import RandomImages, RandomTable
 from torch import Tensor
 
 from bqnn.config import CONF, plain
-from bqnn.data import Rows, TensorData, TensorLoader
-from bqnn.data.images import ImageData
-from bqnn.data.tables import TableData
+from bqnn.data import TensorData, TensorLoader
 from bqnn.methods import METHODS, Method, SGHMCEnsemble
 from bqnn.optim import make_optimizer
 from bqnn.quant.callback import quantize_module
@@ -40,26 +39,6 @@ from bqnn.run import Job, versions
 from bqnn.trainer import keep_freed_memory, make_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-class RandomImages(ImageData):
-    """Pictures like MNIST's in shape and type; what they show does not change the time."""
-
-    class_names = [str(digit) for digit in range(10)]  # noqa: RUF012
-
-    def _read(self) -> tuple[Rows, Rows]:
-        inputs = torch.randint(256, (256 * 20, 1, 28, 28), dtype=torch.uint8)
-        rows = Rows(inputs, torch.randint(10, (len(inputs),)))
-        return rows, rows
-
-
-class RandomTable(TableData):
-    """A table of yacht's size: 277 rows to train on, 6 features."""
-
-    def _read(self) -> tuple[Rows, Rows]:
-        inputs = torch.randn(277, 6, dtype=torch.float64)
-        rows = Rows(inputs, inputs.sum(1))
-        return rows, rows
 
 
 def main() -> None:
@@ -80,12 +59,13 @@ def main() -> None:
 
 def _path_and_hand(num_pairs: int) -> None:
     print("\n1. train.py's path / hand-written loop, medians")
-    for label, task, kind in (
-        ("MNIST LeNet, batch 256", "mnist", RandomImages),
-        ("yacht MLP, one step an epoch", "yacht", RandomTable),
+    for label, task, data in (
+        ("MNIST LeNet, batch 256", "mnist", RandomImages(256 * 20, batch_size=256)),
+        ("yacht MLP, one step an epoch", "yacht", RandomTable((277, 6), batch_size=1000)),
     ):
+        data.setup()
         for method in METHODS:
-            ours, by_hand = _lightning_and_hand(method, task, kind, num_pairs)
+            ours, by_hand = _lightning_and_hand(method, task, data, num_pairs)
             _print_pairs(f"{method:<10} {label}", ours, by_hand)
 
 
@@ -123,14 +103,11 @@ def _interleaved(steps: dict[str, Callable[[], None]], num_pairs: int) -> dict[s
 
 
 def _lightning_and_hand(
-    method: str, task: str, kind: type[TensorData], pairs: int
+    method: str, task: str, data: TensorData, pairs: int
 ) -> tuple[list[float], list[float]]:
     """Seconds of epochs through Lightning, and of the same steps by hand right after each."""
-    config = _config(method, task, "trainer.save_every=1e9")
+    config = configuration(method, task, "trainer.save_every=1e9")
     config["trainer"]["max_epochs"] = pairs + 3
-    options = {"batch_size": config["task"]["batch_size"] if task != "yacht" else 1000}
-    data = kind(data_dir="", seed=0, validation_share=0.0, **options)
-    data.setup()
     model, twin = (build(make_recipe(config, data.facts())) for _ in range(2))
     by_hand = _HandEpochs(twin, data)
     with tempfile.TemporaryDirectory() as folder:
@@ -168,18 +145,18 @@ def _step(model: Method, optimizer: torch.optim.Optimizer, inputs: Tensor, targe
 
 
 def _hand_step(method: str) -> Callable[[], None]:
-    data = RandomImages(data_dir="", seed=0, batch_size=256, validation_share=0.0)
+    data = RandomImages(256, batch_size=256)
     data.setup()
-    model = build(make_recipe(_config(method, "mnist"), data.facts())).train()
+    model = build(make_recipe(configuration(method, "mnist"), data.facts())).train()
     optimizer = _optimizer(model, steps_per_epoch=20)
     inputs, targets = data.normalize(data.train.inputs[:256]), data.train.targets[:256]
     return lambda: _step(model, optimizer, inputs, targets)
 
 
 def _quantized_step(method: str) -> Callable[[], None]:
-    data = RandomImages(data_dir="", seed=0, batch_size=256, validation_share=0.0)
+    data = RandomImages(256, batch_size=256)
     data.setup()
-    model = build(make_recipe(_config(method, "mnist"), data.facts()))
+    model = build(make_recipe(configuration(method, "mnist"), data.facts()))
     model.fine_tune({"name": "adam", "lr": 5e-4}, prior_weight=1.0)
     quantize_module(model, QuantSpec())
     optimizer = make_optimizer(model.train().trained_parameters(), **model.optimizer)
@@ -200,7 +177,7 @@ def _optimizer(model: Method, steps_per_epoch: int) -> torch.optim.Optimizer:
     return make_optimizer(model.trained_parameters(), **model.optimizer_options(steps_per_epoch))
 
 
-def _config(method: str, task: str, *overrides: str) -> dict[str, Any]:
+def configuration(method: str, task: str, *overrides: str) -> dict[str, Any]:
     arguments = [f"method={method}", f"task={task}", "logger=none", *overrides]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return plain(compose("train", arguments))

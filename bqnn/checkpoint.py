@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from glob import glob
+from math import isinf
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, ZipFile
@@ -133,6 +134,12 @@ def find_checkpoints(
         nll = _validation_nll(path)
         if key not in best or nll < best[key][0]:
             best[key] = (nll, path)
+    for (method, task), (nll, _) in best.items():
+        if isinf(nll) and len(found) > len(best):
+            raise ValueError(
+                f"select=best: no run of {method} on {task} has a val/nll to choose by; train with "
+                "task.validation_share above 0, or take select=all"
+            )
     chosen = {path for _, path in best.values()}
     return {path: r for path, r in found.items() if r is None or path in chosen}
 

@@ -238,7 +238,7 @@ class Job:
             "config_hash": self._hash,
             "host": socket.gethostname(),
             "versions": versions(),
-            **_cpu(),
+            **_hardware(),
             "git_commit": _git_commit(),
         }
         if self.parts:
@@ -336,15 +336,20 @@ def _is_interruption(error: BaseException) -> bool:
     )
 
 
-def _cpu() -> dict[str, str | bool | None]:
-    """What torch finds in the CPU. VNNI: it multiplies 8-bit integers without saturating."""
+def _hardware() -> dict[str, str | bool | None]:
+    """The GPU, if one is used, and what torch finds in the CPU.
+
+    VNNI: it multiplies 8-bit integers without saturating.
+    """
     # Asked only where torch is there already: importing it takes seconds.
     torch = sys.modules.get("torch")
     if torch is None:
-        return {"cpu_capability": None, "cpu_vnni": None}
+        return {"cpu_capability": None, "cpu_vnni": None, "gpu": None}
+    is_used = torch.cuda.is_initialized()
     return {
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_vnni": torch.cpu._is_vnni_supported(),
+        "gpu": torch.cuda.get_device_name() if is_used else None,
     }
 
 

@@ -1,0 +1,36 @@
+"""Data sets of real shapes and random content, which does not change the time."""
+
+from typing import Any
+
+import torch
+
+from bqnn.data import Rows
+from bqnn.data.images import ImageData
+from bqnn.data.tables import TableData
+
+
+class RandomImages(ImageData):
+    """Pictures of MNIST's shape and type, as many to train on as to test with."""
+
+    def __init__(self, num_images: int, **options: Any) -> None:
+        super().__init__(**{"data_dir": "", "seed": 0, "validation_share": 0.0, **options})
+        self.num_images = num_images
+        self.class_names = [str(digit) for digit in range(10)]
+
+    def _read(self) -> tuple[Rows, Rows]:
+        inputs = torch.randint(256, (self.num_images, 1, 28, 28), dtype=torch.uint8)
+        rows = Rows(inputs, torch.randint(10, (self.num_images,)))
+        return rows, rows
+
+
+class RandomTable(TableData):
+    """A table of `shape` [rows, features]."""
+
+    def __init__(self, shape: tuple[int, int], **options: Any) -> None:
+        super().__init__(**{"data_dir": "", "seed": 0, "validation_share": 0.0, **options})
+        self.shape = shape
+
+    def _read(self) -> tuple[Rows, Rows]:
+        inputs = torch.randn(self.shape, dtype=torch.float64)
+        rows = Rows(inputs, inputs.sum(1))
+        return rows, rows
