@@ -13,6 +13,9 @@ IGNORED = (
     "convergence",
 )  # fmt: skip
 IGNORED_OF_TRAINER = ("accelerator", "progress_bar", "save_every", "threads")
+# Methods are compared where these are equal. Others, the number of epochs for one, are chosen for
+# each method, and only tell apart the runs of one.
+SCHEME = ("net.", "quant.", "suite.", "numeric")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -24,11 +27,6 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{key}"] = str(value)
     return flat
-
-
-# Methods are compared where these are equal. Others, the number of epochs for one, are chosen for
-# each method, and only tell apart the runs of one.
-SCHEME = ("net.", "quant.", "suite.", "numeric")
 
 
 def method_labels(configs: Sequence[Mapping[str, str]]) -> list[str]:
