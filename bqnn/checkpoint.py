@@ -126,21 +126,18 @@ def find_checkpoints(
         log.info("left out: %d checkpoints that are not %s", len(paths) - len(found), stage)
     if select == "all":
         return found
-    best: dict[tuple[str, str], tuple[float, Path]] = {}
+    candidates: dict[tuple[str, str], dict[Path, float]] = {}
     for path, recipe in found.items():
-        if recipe is None:
-            continue
-        key = (recipe["method"]["name"], recipe["task"]["name"])
-        nll = _validation_nll(path)
-        if key not in best or nll < best[key][0]:
-            best[key] = (nll, path)
-    for (method, task), (nll, _) in best.items():
-        if isinf(nll) and len(found) > len(best):
+        if recipe is not None:
+            key = (recipe["method"]["name"], recipe["task"]["name"])
+            candidates.setdefault(key, {})[path] = _validation_nll(path)
+    for (method, task), nll in candidates.items():
+        if len(nll) > 1 and isinf(min(nll.values())):
             raise ValueError(
                 f"select=best: no run of {method} on {task} has a val/nll to choose by; train with "
                 "task.validation_share above 0, or take select=all"
             )
-    chosen = {path for _, path in best.values()}
+    chosen = {min(nll, key=nll.__getitem__) for nll in candidates.values()}
     return {path: r for path, r in found.items() if r is None or path in chosen}
 
 

@@ -25,7 +25,7 @@ ALLOWED = {
     "predict": {"layers"},
     "plots": {"metrics", "style"},
     "style": {"files"},
-    "report": {"report", "files", "style"},
+    "report": {"report", "files", "style", "status"},
     "suite": {"data", "methods", "likelihoods", "metrics", "detection"},
     "suite_results": {"suite", "data", "likelihoods", "plots", "files", "results"},
     "secrets": set(),

@@ -197,6 +197,14 @@ def test_names_that_are_paths_never_become_folders(tmp_path: Path) -> None:
     assert find_checkpoints(str(tmp_path / "*.ckpt"), "float", "all") == {path: None}
 
 
+def test_the_best_of_what_has_no_validation_is_not_known(tmp_path: Path) -> None:
+    paths = [saved(tmp_path / f"{name}.ckpt") for name in "ab"]
+    with pytest.raises(ValueError, match=r"no run of .* has a val/nll to choose by"):
+        find_checkpoints(str(tmp_path / "*.ckpt"), "float", "best")
+    paths[0].unlink()
+    assert list(find_checkpoints(str(tmp_path / "*.ckpt"), "float", "best")) == paths[1:]
+
+
 def test_a_checkpoint_does_not_choose_what_is_read_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
