@@ -124,8 +124,11 @@ def find_checkpoints(
         )
     if len(found) < len(paths):
         log.info("left out: %d checkpoints that are not %s", len(paths) - len(found), stage)
-    if select == "all":
-        return found
+    return found if select == "all" else _best_of_each(found)
+
+
+def _best_of_each(found: dict[Path, dict[str, Any] | None]) -> dict[Path, dict[str, Any] | None]:
+    """The best of each method and task, and what cannot be read, so that it is not dropped."""
     candidates: dict[tuple[str, str], dict[Path, float]] = {}
     for path, recipe in found.items():
         if recipe is not None:

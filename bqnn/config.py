@@ -101,8 +101,6 @@ def run_job(cfg: DictConfig, task: Callable[[Job], None], verb: str) -> str:
     job = Job(Path(hydra_config.runtime.output_dir), verb)
     if is_sweep:
         job.sweep = Path(hydra_config.sweep.dir).name
-    else:
-        job.resume_command = _resume_command("hydra.run.dir", job.folder)
     with job:
         try:
             config = plain(cfg)
@@ -113,8 +111,8 @@ def run_job(cfg: DictConfig, task: Callable[[Job], None], verb: str) -> str:
         if resume:
             job.folder = _folder_to_resume(config_hash(config))
             _log_into(job.folder)
-            if not is_sweep:
-                job.resume_command = _resume_command("hydra.run.dir", job.folder)
+        if not is_sweep:
+            job.resume_command = _resume_command("hydra.run.dir", job.folder)
         if job.take(config, resume):
             task(job)
         else:

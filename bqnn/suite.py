@@ -43,13 +43,15 @@ class Prediction:
 class Findings:
     """All that one set of draws says.
 
-    metrics: every metric of every set, under keys such as test/nll. steps: the test metrics after
+    metrics: every metric of every set, under keys such as test/nll. risk: of the test set at
+    coverage 1/N, 2/N, ..., 1, for each score that orders its rows. steps: the test metrics after
     1, 2, ... draws, or nothing.
     """
 
     likelihood: Likelihood
     predictions: dict[str, Prediction]
     metrics: dict[str, float]
+    risk: dict[str, Tensor]
     steps: list[dict[str, float]]
 
 
@@ -100,7 +102,15 @@ def judge(
     likelihood: Likelihood, predictions: dict[str, Prediction], convergence: bool = False
 ) -> Findings:
     """Score predictions; of a distortion's five levels also the mean, as shift/rotation_mean."""
-    sets = {name: _set_metrics(likelihood, each) for name, each in predictions.items()}
+    curves = {
+        name: risk_curves(likelihood, each)
+        for name, each in predictions.items()
+        if each.targets is not None
+    }
+    sets = {
+        name: _set_metrics(likelihood, each, curves.get(name, {}))
+        for name, each in predictions.items()
+    }
     familiar = likelihood.scores(predictions["test"].summary)
     for name, each in predictions.items():
         if name.startswith("ood/"):
@@ -117,7 +127,7 @@ def judge(
     test = predictions["test"]
     assert test.targets is not None
     steps = likelihood.convergence(test.samples, test.targets) if convergence else []
-    return Findings(likelihood, predictions, metrics, steps)
+    return Findings(likelihood, predictions, metrics, curves["test"], steps)
 
 
 def distortions_in(names: Mapping[str, Any]) -> list[str]:
@@ -133,10 +143,11 @@ def risk_curves(likelihood: Likelihood, each: Prediction) -> dict[str, Tensor]:
     return {name: risk_coverage(values, losses) for name, values in scores.items()}
 
 
-def _set_metrics(likelihood: Likelihood, each: Prediction) -> dict[str, float]:
+def _set_metrics(
+    likelihood: Likelihood, each: Prediction, curves: Mapping[str, Tensor]
+) -> dict[str, float]:
     uncertainty = likelihood.uncertainty(each.summary)
     if each.targets is None:
         return uncertainty
-    curves = risk_curves(likelihood, each)
     areas = {f"aurc_{score}": risk.mean().item() for score, risk in curves.items()}
     return likelihood.metrics(each.samples, each.targets) | uncertainty | areas

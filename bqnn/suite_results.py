@@ -10,7 +10,7 @@ from bqnn.data.shift import DISTORTIONS
 from bqnn.files import write_csv, written_beside
 from bqnn.likelihoods import Regression
 from bqnn.results import text_table
-from bqnn.suite import Findings, Prediction, distortions_in, risk_curves
+from bqnn.suite import Findings, Prediction, distortions_in
 
 TABLE = ("error", "nll", "ape", "mi", "ece", "rmse", "std", "epistemic_std")
 DETECTION = ("auroc_entropy", "auroc_mi", "auroc_std")
@@ -36,10 +36,9 @@ def write_curves(folder: Path, findings: Findings) -> None:
     """shift_<distortion>.csv, risk_coverage.csv, and convergence.csv where there are steps."""
     for distortion in distortions_in(findings.predictions):
         write_csv(folder / f"shift_{distortion}.csv", level_rows(findings.metrics, distortion))
-    curves = risk_curves(findings.likelihood, findings.predictions["test"])
-    num_rows = len(next(iter(curves.values())))
+    num_rows = len(next(iter(findings.risk.values())))
     columns = {"coverage": np.arange(1, num_rows + 1) / num_rows}
-    columns |= {f"risk_{score}": risk.numpy() for score, risk in curves.items()}
+    columns |= {f"risk_{score}": risk.numpy() for score, risk in findings.risk.items()}
     rows = zip(*(values.tolist() for values in columns.values()), strict=True)
     write_csv(folder / "risk_coverage.csv", [dict(zip(columns, r, strict=True)) for r in rows])
     if findings.steps:
@@ -53,8 +52,7 @@ def draw_suite(folder: Path, findings: Findings) -> list[Path]:
     metrics, steps = findings.metrics, findings.steps
     is_regression = isinstance(likelihood, Regression)
     risk = "mean squared error of the kept" if is_regression else "error of the kept"
-    curves = risk_curves(likelihood, predictions["test"])
-    figures = {"risk_coverage": plots.risk_coverage(curves, risk)}
+    figures = {"risk_coverage": plots.risk_coverage(findings.risk, risk)}
     shifted = {name: level_rows(metrics, name) for name in distortions_in(predictions)}
     if shifted:
         names = [key.removeprefix("test/") for key in metrics if key.startswith("test/")]

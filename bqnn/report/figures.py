@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bqnn.report.runs import UNIT
-from bqnn.report.summary import MAIN_KEYS, summarize
+from bqnn.report.summary import MAIN_KEYS, executed, summarize
 from bqnn.style import COLORS, GREY, new_figure, style
 
 if TYPE_CHECKING:
@@ -49,16 +49,11 @@ class Sweep:
 
 def sweeps(scores: "DataFrame") -> Iterator[Sweep]:
     """Every sweep over weight or activation bits, the other one fixed: at least two widths."""
-    quantized = scores[scores["mode"] != "float"]
-    for (task, verb, mode, setting), group in quantized.groupby(
-        ["task", "verb", "mode", "setting"]
-    ):
-        numerics = set(group["numeric"]) & {"int8", "simulated"}
-        numeric = "int8" if "int8" in numerics else "simulated"
-        executed = summarize(group[group["numeric"] == numeric])
+    place = ["task", "verb", "mode", "setting", "numeric"]
+    for (task, verb, mode, setting, numeric), group in executed(scores).groupby(place):
         floats = _float_means(scores, task, verb, setting)
         for axis, fixed in AXES.items():
-            for width, lines in executed.groupby(fixed):
+            for width, lines in summarize(group).groupby(fixed):
                 if lines[axis].nunique() < 2:
                     continue
                 kind = f"{'' if verb == 'quantize' else verb} {mode} {setting}".strip()

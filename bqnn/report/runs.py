@@ -39,7 +39,7 @@ class Run:
             return "train"
         return "evaluate" if "numeric" in self.config else "quantize"
 
-    @property
+    @cached_property
     def options(self) -> dict[str, str]:
         """All that may have made its numbers what they are, flat: see `bqnn.report.settings`."""
         training = {"trainer": self.source.get("trainer", {})}
@@ -102,6 +102,7 @@ class Run:
             "split": self.config["task"].get("split"),
         }
 
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """The bytes of its parameters, where it has quantized them."""
         path = self.folder / "size.json"
@@ -187,7 +188,7 @@ def read(folder: Path, has_parts: bool) -> Run | Problem | None:
     try:
         config = _yaml(folder / "config.yaml")
         run = Run(folder, config, _numbers(metrics), status.get("start", ""))
-        run.row(), run.options, run.sizes()
+        run.row(), run.options, run.sizes  # what is odd in them is odd in this run alone
     except FileNotFoundError:
         return Problem(str(folder), "MISSING", "there is no config.yaml")
     except (ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
@@ -214,7 +215,7 @@ def _tables(finished: list[Run], problems: list[Problem]) -> Runs:
         )
         runs.loc[table.index, "setting"] = labels
     runs["method"] = (runs["method"] + " " + said).str.strip()
-    numbers = pd.DataFrame([run.metrics | run.sizes() for run in finished])
+    numbers = pd.DataFrame([run.metrics | run.sizes for run in finished])
     runs = pd.concat([runs[["run", *CELL, *UNIT, "started"]], numbers], axis=1)
     for name in ("weight_bits", "activation_bits", "seed", "split"):
         runs[name] = runs[name].astype("Int64")

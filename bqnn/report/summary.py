@@ -105,8 +105,8 @@ def _columns(scores: "DataFrame") -> "dict[str, DataFrame]":
     others = others[~pd.MultiIndex.from_frame(others[["task", "method"]]).isin(known)]
     where = ["task", "setting", "metric", "weight_bits", "activation_bits", "method", *UNIT]
     columns = {"float": pd.concat([floats, others]).drop_duplicates(where)}
-    executed = scores[scores["numeric"] == "int8"].groupby(["verb", "mode"])
-    groups = {at: group for at, group in executed if at in PROCEDURES}
+    in_int8 = scores[scores["numeric"] == "int8"].groupby(["verb", "mode"])
+    groups = {at: group for at, group in in_int8 if at in PROCEDURES}
     return columns | {name: groups[at] for at, name in PROCEDURES.items() if at in groups}
 
 
