@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from bare_trainer import bare_trainer
 from torch import Tensor, nn
 
 from bqnn.data.loader import TensorLoader
@@ -66,17 +67,7 @@ def table_method(name: str, **changes: Any) -> Method:
 
 
 def trainer(max_epochs: int = 1, **options: Any) -> pl.Trainer:
-    return pl.Trainer(
-        max_epochs=max_epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        inference_mode=False,
-        **options,
-    )
+    return bare_trainer(max_epochs, num_sanity_val_steps=0, inference_mode=False, **options)
 
 
 class AtEpochEnd(pl.Callback):

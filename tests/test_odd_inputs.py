@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
+from bare_trainer import bare_trainer
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -192,15 +192,7 @@ def trained_metrics(name: str, table: list[list[float]], batch_size: int) -> dic
     net = MLP(data.train.inputs.shape[1:], [1, 1], hidden_features=[8])
     options = {"num_train": len(data.train), "seed": 0, "num_samples": 2, **OPTIONS[name]}
     method = METHODS[name](net, likelihood_from(facts), **options)
-    trainer = pl.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        inference_mode=False,
-    )
+    trainer = bare_trainer(2, inference_mode=False)
     trainer.fit(method, datamodule=data)
     return trainer.test(method, datamodule=data, verbose=False)[0]
 

@@ -35,7 +35,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    environment = {**os.environ, "PYTHONPATH": paths}
     processes = [
         subprocess.Popen(
             [sys.executable, str(WORKER), rank, port, str(folder)],

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from pytorch_lightning import LightningModule, Trainer
+from bare_trainer import bare_trainer
+from pytorch_lightning import LightningModule
 
 from bqnn.data import DATASETS, build_data
 from bqnn.data.synthetic import SyntheticData
@@ -185,16 +186,7 @@ class Marked(SyntheticData):
 
 def test_lightning_trains_each_epoch_in_its_own_order_and_augments_training_alone(tmp_path):
     data, model = Marked(batch_size=64), Recorder()
-    trainer = Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
-    )
+    trainer = bare_trainer(2, num_sanity_val_steps=0, default_root_dir=tmp_path)
     trainer.fit(model, datamodule=data)
     trainer.test(model, datamodule=data, verbose=False)
     first, second = model.epochs

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from bare_trainer import bare_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -58,18 +59,8 @@ def data() -> DataLoader:
 
 
 def trainer(folder: Path, max_epochs: int, **options: object) -> pl.Trainer:
-    spec = QuantSpec(weight_bits=4)
-    return pl.Trainer(
-        max_epochs=max_epochs,
-        accelerator="cpu",
-        callbacks=[QuantizationCallback(spec, freeze_epochs=1)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **options,  # type: ignore[arg-type]
-    )
+    callback = QuantizationCallback(QuantSpec(weight_bits=4), freeze_epochs=1)
+    return bare_trainer(max_epochs, callbacks=[callback], default_root_dir=folder, **options)
 
 
 def same_state(a: nn.Module, b: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from bare_trainer import bare_trainer
 
 from bqnn.data import SyntheticData
 from bqnn.layers.markers import Enter
@@ -67,14 +68,9 @@ class Spread(torch.nn.Module):
 
 def fit(method: Method, data: SyntheticData, callbacks: list[pl.Callback], **options: Any) -> Any:
     """Two epochs, then a test: the metrics, and the state of the method."""
-    trainer = pl.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
+    trainer = bare_trainer(
+        2,
         callbacks=[ShareBuffers(), *callbacks],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         inference_mode=False,
