@@ -140,7 +140,7 @@ class _HandEpochs(pl.Callback):
 
 def _step(model: Method, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor) -> None:
     optimizer.zero_grad()
-    model.loss_terms(model(inputs), targets)["loss"].backward()
+    model.loss_terms(inputs, targets)["loss"].backward()
     optimizer.step()
 
 

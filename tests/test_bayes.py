@@ -9,7 +9,15 @@ from torch.distributions import Normal
 from torch.distributions import kl_divergence as torch_kl
 from torch.nn import functional as F
 
-from bqnn.layers.bayes import BayesConv2d, BayesLinear, GaussianWeight, kl_divergence, to_bayes
+from bqnn.layers.bayes import (
+    BayesConv2d,
+    BayesLinear,
+    GaussianWeight,
+    JointPosterior,
+    kl_divergence,
+    to_bayes,
+)
+from bqnn.layers.linear_map import Geometry, linear_map
 from bqnn.layers.noise import noise_like
 
 CONVOLUTIONS = {
@@ -37,7 +45,7 @@ def bayes_conv(in_channels: int = 4, bias: bool = True, **geometry: int) -> Baye
 def plain_map(layer: GaussianWeight, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What torch makes of `x` with these weights, by its own functions."""
     if isinstance(layer, BayesConv2d):
-        return F.conv2d(x, weight, bias, **layer.geometry)
+        return F.conv2d(x, weight, bias, *layer.geometry)
     return F.linear(x, weight, bias)
 
 
@@ -89,6 +97,45 @@ def test_kl_of_a_network_is_the_sum_over_its_layers_whatever_the_layout():
     )
     torch.testing.assert_close(kl_divergence(net), expected)
     torch.testing.assert_close(kl_divergence(net.to(memory_format=torch.channels_last)), expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_joint_posterior_gives_layers_what_they_compute_on_their_own(layout):
+    net = nn.Sequential(
+        bayes_conv(),
+        nn.ReLU(),
+        nn.Flatten(),
+        BayesLinear.like(nn.Linear(24, 2), prior_std=0.2, init_rho=-2.0),
+    ).to(memory_format=layout)
+    conv, linear = net[0], net[3]
+    parameters = list(net.parameters())
+    x = torch.randn(3, 4, 4, 4).to(memory_format=layout)
+
+    def draw() -> Tensor:
+        torch.manual_seed(3)
+        return net.train()(x)
+
+    alone = draw()
+    expected_kl = kl_divergence(conv) + kl_divergence(linear)
+    expected = torch.autograd.grad(alone.square().sum() + expected_kl, parameters)
+    with JointPosterior(net) as posterior:
+        for layer in (conv, linear):
+            assert layer.sigma.stride() == layer.mean.stride()
+            torch.testing.assert_close(layer.sigma, F.softplus(layer.rho))
+            torch.testing.assert_close(layer.variance, F.softplus(layer.rho).square())
+        joint = draw()
+    torch.testing.assert_close(joint, alone)
+    torch.testing.assert_close(posterior.kl(), expected_kl)
+    loss = joint.square().sum() + posterior.kl()
+    torch.testing.assert_close(torch.autograd.grad(loss, parameters), expected)
+
+
+def test_layers_forget_a_joint_posterior_when_it_ends_even_by_an_error():
+    layer = bayes_linear()
+    with pytest.raises(RuntimeError), JointPosterior(layer):
+        raise RuntimeError
+    layer.set_sigma(torch.full_like(layer.mean, 0.5))
+    torch.testing.assert_close(layer.sigma, torch.full_like(layer.mean, 0.5))
 
 
 def test_kl_of_a_network_without_gaussian_weights_is_a_type_error():
@@ -188,13 +235,12 @@ def test_an_input_of_zeros_gives_the_bias_and_no_gradient_to_sigma(layer):
 
 def test_a_variance_rounded_below_zero_counts_as_zero(monkeypatch):
     layer = bayes_linear()
-    plain = layer.apply_weight
 
-    def rounded(x: Tensor, weight: Tensor, with_bias: bool = True) -> Tensor:
-        out = plain(x, weight, with_bias)
-        return out if with_bias else out * torch.tensor([1.0, 0.0, -1e-9])
+    def rounded(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: None) -> Tensor:
+        out = F.linear(x, weight, bias)
+        return out if bias is not None else out * torch.tensor([1.0, 0.0, -1e-9])
 
-    monkeypatch.setattr(layer, "apply_weight", rounded)
+    monkeypatch.setattr("bqnn.layers.bayes.linear_map", rounded)
     x = torch.ones(2, 5)
     out = layer.train()(x)
     expected = F.linear(x, layer.mean, layer.bias)
@@ -219,8 +265,7 @@ def test_both_memory_layouts_give_the_same_moments_and_one_layout_of_outputs(in_
             out = layer(many)
             assert out.is_contiguous(memory_format=layout)
             assert_moments(out, mean[0], variance[0])
-            scale = layer.apply_weight(many, layer.variance, with_bias=False)
-            assert scale.stride() == layer.apply_weight(many, layer.mean).stride()
+            assert layer.variance.stride() == layer.mean.stride()
 
 
 @pytest.mark.parametrize("layer", [bayes_linear(), bayes_conv()], ids=["linear", "conv"])
@@ -253,6 +298,21 @@ def test_conversion_keeps_weights_biases_and_geometry():
     assert isinstance(net[2], BayesLinear)
     torch.testing.assert_close(net.eval()(x), expected)
     torch.testing.assert_close(net.train()(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("padding", "options"),
+    [("same", {"dilation": 2}), ("valid", {"stride": 2, "groups": 2}), ((2, 0), {})],
+)
+def test_the_geometry_of_a_convolution_says_all_but_its_weights(padding, options):
+    layer = nn.Conv2d(2, 4, (3, 5), padding=padding, **options)
+    x = torch.randn(2, 2, 9, 9)
+    assert torch.equal(linear_map(x, layer.weight, layer.bias, Geometry.of(layer)), layer(x))
+
+
+def test_a_geometry_that_pads_one_side_more_is_refused():
+    with pytest.raises(TypeError, match=r"padding='same' at kernel_size=\(2, 2\).*odd kernel_size"):
+        Geometry.of(nn.Conv2d(1, 1, 2, padding="same"))
 
 
 def test_conversion_refuses_what_it_cannot_convert():

@@ -292,8 +292,8 @@ class Recorded(BayesByBackprop):
         super().__init__(*args, **options)
         self.terms: list[dict[str, Tensor | float]] = []
 
-    def loss_terms(self, output: Tensor, targets: Tensor) -> dict[str, Tensor | float]:
-        self.terms.append(super().loss_terms(output, targets))
+    def loss_terms(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor | float]:
+        self.terms.append(super().loss_terms(inputs, targets))
         return self.terms[-1]
 
 
@@ -306,10 +306,11 @@ def recorded(max_epochs: int, **changes: Any) -> Recorded:
 
 def test_loss_is_the_mean_nll_plus_beta_times_the_kl_over_the_rows_trained_on():
     method = table_method("bbb", num_train=1234, beta=0.7)
-    output, targets = torch.randn(4, 2), torch.randn(4)
-    nll = method.likelihood.loss(output, targets)
+    inputs, targets = torch.randn(4, 3), torch.randn(4)
+    with torch.random.fork_rng():
+        nll = method.likelihood.loss(method(inputs), targets)
     kl = kl_divergence(method.net)
-    terms = method.loss_terms(output, targets)
+    terms = method.loss_terms(inputs, targets)
     torch.testing.assert_close(terms["loss"], nll + 0.7 * kl / 1234)
     torch.testing.assert_close(terms["nll"], nll)
     torch.testing.assert_close(terms["kl"], kl)

@@ -19,10 +19,7 @@ def noise_like(x: Tensor, std: float = 1.0) -> Tensor:
     that the global one seeds: the same numbers on any number of cores.
     """
     eps = torch.empty_like(x)
-    if eps.dim() == 4 and eps.is_contiguous(memory_format=torch.channels_last):
-        in_order = eps.permute(0, 2, 3, 1)
-    else:
-        in_order = eps
+    in_order = in_memory_order(eps)
     if eps.device.type != "cpu" or eps.numel() < MIN_PARALLEL or not in_order.is_contiguous():
         in_order.normal_(std=std)
         return eps
@@ -33,6 +30,15 @@ def noise_like(x: Tensor, std: float = 1.0) -> Tensor:
     seeds = torch.randint(2**32, (NUM_STREAMS,)).tolist()
     list(_threads().map(draw, in_order.view(-1).chunk(NUM_STREAMS), seeds))
     return eps
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """Pictures or filters in channels_last as [N, H, W, C]; anything else as it is."""
+    # With one channel both layouts are contiguous, and strides tell which one is meant.
+    is_channels_last = (
+        x.dim() == 4 and x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
+    )
+    return x.permute(0, 2, 3, 1) if is_channels_last else x
 
 
 def coins_like(x: Tensor, probability: float) -> Tensor:

@@ -102,9 +102,9 @@ class Method(pl.LightningModule):
         """The number of draws to make where this many are asked for, None for the method's own."""
         return self.available_samples if num_samples is None else num_samples
 
-    def loss_terms(self, output: Tensor, targets: Tensor) -> Terms:
+    def loss_terms(self, inputs: Tensor, targets: Tensor) -> Terms:
         """The loss of a training batch under `loss`, and the terms it is made of."""
-        nll = self.likelihood.loss(output, targets)
+        nll = self.likelihood.loss(self(inputs), targets)
         return {"loss": nll, "nll": nll}
 
     def initialize(self) -> None:
@@ -173,7 +173,7 @@ class Method(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         inputs, targets = batch
-        terms = self.loss_terms(self(inputs), targets)
+        terms = self.loss_terms(inputs, targets)
         self._record(terms, len(targets))
         loss = terms["loss"]
         assert isinstance(loss, Tensor)

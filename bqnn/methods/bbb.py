@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.checkpoint import read_checkpoint
-from bqnn.layers.bayes import GaussianWeight, kl_divergence, to_bayes
+from bqnn.layers.bayes import GaussianWeight, JointPosterior, to_bayes
 from bqnn.likelihoods import Likelihood
 from bqnn.methods.base import Method, Terms
 
@@ -49,12 +49,18 @@ class BayesByBackprop(Method):
         if self.init_from is not None:
             self.initialize_from(self.init_from)
 
-    def loss_terms(self, output: Tensor, targets: Tensor) -> Terms:
-        nll = self.likelihood.loss(output, targets)
-        kl = kl_divergence(self.net)
+    def loss_terms(self, inputs: Tensor, targets: Tensor) -> Terms:
+        with JointPosterior(self.net) as posterior:
+            nll = self.likelihood.loss(self(inputs), targets)
+        kl = posterior.kl()
         beta = self.current_beta()
         loss = nll + beta * kl / self.num_train
         return {"loss": loss, "nll": nll, "kl": kl, "beta": beta}
+
+    @torch.no_grad()
+    def predictive_sets(self, *arguments: Any, **options: Any) -> list[Tensor]:
+        with JointPosterior(self.net):  # for all draws
+            return super().predictive_sets(*arguments, **options)
 
     def fine_tune(self, optimizer: dict[str, Any], prior_weight: float) -> None:
         super().fine_tune(optimizer, prior_weight)

@@ -22,6 +22,7 @@ from torch.ao.quantization.observer import (
     ObserverBase,
 )
 
+from bqnn.layers.linear_map import Geometry
 from bqnn.quant.grids import Grid
 
 SMALLEST_SCALE = 2.0**-60  # torch's own floor, 2**-23, rounds small standard deviations to zero
@@ -283,7 +284,7 @@ class PackedWeight:
     """An integer weight and a float bias, packed for an engine's linear map or convolution."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, geometry: dict[str, Any] | None, engine: str
+        self, weight: Tensor, bias: Tensor | None, geometry: Geometry | None, engine: str
     ) -> None:
         ops = torch.ops.quantized
         self._is_conv = geometry is not None
@@ -291,7 +292,7 @@ class PackedWeight:
             if geometry is None:
                 self._packed = ops.linear_prepack(weight, bias)
             else:
-                self._packed = ops.conv2d_prepack(weight, bias, *_conv_arguments(geometry))
+                self._packed = ops.conv2d_prepack(weight, bias, *geometry)
 
     def __call__(self, x: Tensor, relu: bool, scale: float, zero_point: int) -> Tensor:
         """The quantized output for a quantized input, at the scale and zero point given."""
@@ -374,17 +375,6 @@ def quantized_like(x: Tensor, like: Tensor) -> Tensor:
 def _layout(x: Tensor) -> torch.memory_format:
     is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if is_last else torch.contiguous_format
-
-
-def _conv_arguments(geometry: dict[str, Any]) -> list[Any]:
-    pairs = [geometry.get(name, default) for name, default in _GEOMETRY]
-    return [
-        value if name == "groups" or isinstance(value, tuple | list) else (value, value)
-        for value, (name, _) in zip(pairs, _GEOMETRY, strict=True)
-    ]
-
-
-_GEOMETRY = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bqnn.layers.bayes import BayesConv2d, BayesLinear
 from bqnn.layers.chain import is_chain
+from bqnn.layers.linear_map import Geometry
 from bqnn.layers.markers import Leave
 
 Layer = nn.Linear | nn.Conv2d | BayesLinear | BayesConv2d
@@ -34,14 +35,11 @@ class Fused(nn.Module):
         self.is_output = is_output
 
     @property
-    def geometry(self) -> dict[str, Any] | None:
-        """stride, padding, dilation and groups of a convolution; None for a linear layer."""
-        if isinstance(self.layer, BayesConv2d):
-            return self.layer.geometry
+    def geometry(self) -> Geometry | None:
+        """That of a convolution; None for a linear layer."""
         if isinstance(self.layer, nn.Conv2d):
-            names = ("stride", "padding", "dilation", "groups")
-            return {name: getattr(self.layer, name) for name in names}
-        return None
+            return Geometry.of(self.layer)
+        return self.layer.geometry if isinstance(self.layer, BayesConv2d) else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer(x)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bqnn.layers.bayes import GaussianWeight, local_reparametrization
 from bqnn.layers.ensemble import Ensemble
+from bqnn.layers.linear_map import linear_map
 from bqnn.layers.markers import Add, Enter, Pool
 from bqnn.layers.noise import noise_like
 from bqnn.quant.fbgemm import FakeQuant, check_engine, requantize, requantized_sum
@@ -108,11 +108,7 @@ class SimulatedLayer(nn.Module):
         return self.linear_map(x, self.rounded_weight(factor), bias)
 
     def linear_map(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self.geometry is None:
-            return F.linear(x, weight, bias)
-        if x.is_contiguous(memory_format=torch.channels_last):
-            weight = weight.to(memory_format=torch.channels_last)
-        return F.conv2d(x, weight, bias, **self.geometry)
+        return linear_map(x, _laid_out_as(x, weight), bias, self.geometry)
 
     def extra_repr(self) -> str:
         return f"relu={self.relu}"
@@ -161,7 +157,7 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):
             return super().apply_weights(x, factor, bias)
         mean, sigma = self.grids.parameters_on_grid(*self.folded_parameters(factor))
         return local_reparametrization(
-            self.linear_map(x, mean, bias), self.linear_map(x.square(), sigma.square())
+            x, _laid_out_as(x, mean), sigma.square(), bias, self.geometry
         )
 
     def draw(self) -> Tensor:
@@ -304,6 +300,12 @@ def _nonzero(factor: Tensor | None) -> Tensor:
     """The factor, and 1 where dividing by it would overflow: batch norm is constant there."""
     assert factor is not None
     return torch.where(factor.abs() > 1e-12, factor, torch.ones_like(factor))
+
+
+def _laid_out_as(x: Tensor, weight: Tensor) -> Tensor:
+    """The weight in channels_last where the inputs are: a convolution goes by its weight."""
+    is_channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return weight.to(memory_format=torch.channels_last) if is_channels_last else weight
 
 
 def _like_outputs(values: Tensor) -> Tensor:
