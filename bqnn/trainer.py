@@ -159,6 +159,10 @@ def prepare_torch(job: Job) -> str:
         torch.set_num_threads(options["threads"])
     silence_known_warnings()
     keep_freed_memory()
+    if not torch.cuda.is_available():
+        # Set by Lightning: torch's optimizers, which ask for GPUs at every step, would each time
+        # look for NVIDIA's library, for longer than Adam takes on a small network.
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     accelerator: str = options["accelerator"]
     if accelerator == "auto":  # Lightning would take a device without float64
         return "cuda" if torch.cuda.is_available() else "cpu"

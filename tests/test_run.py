@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from bqnn.config import fresh_folder
 from bqnn.run import Job
 from bqnn.status import config_hash, find_run, is_running
+from bqnn.trainer import prepare_torch
 
 
 def status(folder: Path) -> dict:
@@ -196,3 +198,16 @@ def test_a_run_that_is_done_is_found_before_newer_ones(tmp_path: Path) -> None:
     (tmp_path / "deep" / "b" / "status.json").unlink()
     assert find_run(tmp_path, key) == tmp_path / "deep" / "c"
     assert find_run(tmp_path, config_hash({"seed": 1})) is None
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_optimizers_do_not_search_for_gpus_at_every_step_where_there_is_none(
+    has_gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "PYTORCH_NVML_BASED_CUDA_CHECK"  # set by Lightning when it is imported
+    monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    job = Job(tmp_path, "train")
+    job.configure({"trainer": {"threads": None, "accelerator": "auto"}})
+    assert prepare_torch(job) == ("cuda" if has_gpu else "cpu")
+    assert (name in os.environ) == has_gpu
