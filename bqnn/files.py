@@ -1,6 +1,7 @@
 """Files that are either whole or not there."""
 
 import csv
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,13 +21,33 @@ def written_beside(path: Path) -> Iterator[Path]:
         yield beside
         os.replace(beside, path)
     except OSError as error:
-        raise OSError(
-            f"{path} cannot be written ({error.strerror or error}), and is as it was before; make "
-            "room there, or choose another folder"
-        ) from error
+        raise _unwritten(path, error) from error
     finally:
         with suppress(OSError):  # it may be the folder that is gone
             beside.unlink()
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add text to the end of a file: all of it, or nothing with the OSError of `written_beside`."""
+    data = text.encode()
+    try:
+        with path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                if file.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(end)
+                raise
+    except OSError as error:
+        raise _unwritten(path, error) from error
+
+
+def _unwritten(path: Path, error: OSError) -> OSError:
+    return OSError(
+        f"{path} cannot be written ({error.strerror or error}), and is as it was before; make "
+        "room there, or choose another folder"
+    )
 
 
 def write_text(path: Path, text: str) -> None:

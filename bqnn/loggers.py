@@ -1,9 +1,10 @@
 """Where metrics, configuration and pictures go while a job runs."""
 
 import csv
+import io
 import netrc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
 from bqnn.data import TensorData
 from bqnn.data.images import ImageData
-from bqnn.files import written_beside
+from bqnn.files import append_text, write_text
 from bqnn.methods import Method
 from bqnn.results import Predictions
 from bqnn.run import Job
@@ -38,6 +39,7 @@ class MetricsCsv(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rows: list[dict[str, float]] = []
+        self._columns: list[str] = []
         self._was_validated = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -57,7 +59,11 @@ class MetricsCsv(Checkpoint):
             if name.startswith("train/") or (validated and name.startswith("val/")):
                 row[name] = float(value)
         self._rows.append(row)
-        if trainer.is_global_zero:
+        if not trainer.is_global_zero:
+            return
+        if row.keys() <= set(self._columns) and self.path.exists():
+            append_text(self.path, self._lines([row]))
+        else:
             self._write()
 
     def state_dict(self) -> dict[str, Any]:
@@ -68,10 +74,15 @@ class MetricsCsv(Checkpoint):
 
     def _write(self) -> None:
         names = sorted({name for row in self._rows for name in row} - {"epoch", "step"})
-        with written_beside(self.path) as beside, beside.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["epoch", "step", *names], restval="")
-            writer.writeheader()
-            writer.writerows(self._rows)
+        self._columns = ["epoch", "step", *names]
+        header = dict(zip(self._columns, self._columns, strict=True))
+        write_text(self.path, self._lines([header, *self._rows]))
+
+    def _lines(self, rows: Sequence[Mapping[str, object]]) -> str:
+        lines = io.StringIO()
+        writer = csv.DictWriter(lines, self._columns, restval="", lineterminator="\n")
+        writer.writerows(rows)
+        return lines.getvalue()
 
 
 def make_loggers(job: Job) -> list[Logger]:

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 
 from bqnn.checkpoint import save_checkpoint
-from bqnn.files import write_json, write_text, written_beside
+from bqnn.files import append_text, write_json, write_text, written_beside
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -50,6 +50,15 @@ def test_a_full_disk_is_said_in_one_line_with_the_path_and_leaves_the_old_file(
         write_text(path, "new" * 1000)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_text_is_appended_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "one\n")
+    append_text(path, "two\n")
+    with pytest.raises(OSError, match=r"a\.txt cannot be written \([^\n]+\)[^\n]+$"), room_for(100):
+        append_text(path, "three" * 1000)
+    assert path.read_text() == "one\ntwo\n"
 
 
 def test_a_folder_that_is_gone_or_no_folder_is_said_with_the_path(tmp_path: Path) -> None:

@@ -54,6 +54,19 @@ def test_an_epoch_without_validation_leaves_its_cells_empty(tmp_path: Path, modu
     assert [row["val/nll"] for row in rows(tmp_path / "metrics.csv")] == ["", "3.0", ""]
 
 
+def test_rows_that_fit_the_header_are_appended(tmp_path: Path, module: Method) -> None:
+    path = tmp_path / "metrics.csv"
+    table = MetricsCsv(path)
+    for epoch in range(3):
+        table.on_train_epoch_end(trainer(epoch, train_nll=float(epoch)), module)
+    path.write_text(path.read_text().replace("0.0", "seen"))
+    table.on_train_epoch_end(trainer(3, train_nll=3.0), module)
+    assert [row["train/nll"] for row in rows(path)] == ["seen", "1.0", "2.0", "3.0"]
+    path.unlink()  # as a user may
+    table.on_train_epoch_end(trainer(4, train_nll=4.0), module)
+    assert [row["train/nll"] for row in rows(path)] == ["0.0", "1.0", "2.0", "3.0", "4.0"]
+
+
 def test_a_resumed_table_is_cut_back_to_its_checkpoint(tmp_path: Path, module: Method) -> None:
     table = MetricsCsv(tmp_path / "metrics.csv")
     table.on_train_epoch_end(trainer(0, train_nll=1.0), module)
