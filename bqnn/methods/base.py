@@ -201,10 +201,18 @@ class Method(pl.LightningModule):
         if not self.is_logged_epoch():
             return
         rows = torch.tensor(self._epoch_rows, dtype=torch.float64)
-        for name, values in self._epoch_terms.items():
-            mean = torch.dot(torch.stack(values).cpu().double(), rows) / rows.sum()
-            self.log(f"train/{name}", mean.float().to(self.device), sync_dist=True)
-        self.log("train/lr", self._epoch_lr)
+        values = [torch.stack(term).cpu().double() for term in self._epoch_terms.values()]
+        means = (torch.stack(values) @ rows / rows.sum()).float().to(self.device)
+        means = self.trainer.strategy.reduce(means)  # over ranks
+        terms = {f"train/{name}": mean for name, mean in zip(self._epoch_terms, means, strict=True)}
+        terms["train/lr"] = torch.tensor(self._epoch_lr, device=self.device)
+        # The way of Lightning's LearningRateMonitor: `self.log`, which prepares for terms of steps,
+        # of several devices and of many batches, would take a tenth of an epoch of a small table.
+        self.trainer.callback_metrics.update(terms)
+        for logger in self.loggers:
+            numbers = {name: term.item() for name, term in terms.items()}
+            logger.log_metrics({"epoch": self.current_epoch, **numbers}, step=self.global_step)
+            logger.save()
 
     def on_validation_epoch_start(self) -> None:
         self._refuse_non_finite()
