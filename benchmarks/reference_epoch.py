@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["mnist", *TABLES])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--pairs", type=int, default=5, help="pairs of runs")
-    parser.add_argument("--epochs", type=int, default=20, help="epochs of a run on a table")
+    parser.add_argument("--epochs", type=int, default=100, help="epochs of a run on a table")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
