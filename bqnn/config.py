@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -80,11 +81,11 @@ def launch(task: Callable[[Job], None], verb: str) -> None:
                 SweepCallback.finish("interrupted")
             sys.exit(130)
         except Exception as error:  # of Hydra or a launcher: a job keeps its own to itself
-            message = _one_line(error)
+            is_sweep = {"-m", "--multirun"} & set(sys.argv)
+            message = _one_line(error) + (_hint_for_sweep(error) if is_sweep else "")
             if SweepCallback.sweep is not None:
                 SweepCallback.finish(message)
             elif not _asks_only(sys.argv[1:]):
-                is_sweep = {"-m", "--multirun"} & set(sys.argv)
                 record = record_refused_sweep if is_sweep else record_refusal
                 with contextlib.suppress(OSError):  # the folder may be what was wrong
                     record(_refused_folder(verb, sys.argv[1:]), message)
@@ -295,6 +296,14 @@ def _one_line(error: Exception) -> str:
     if error.__cause__ is not None:
         text += " " + str(error.__cause__).partition("\n")[0]
     return " ".join(text.split())
+
+
+def _hint_for_sweep(error: Exception) -> str:
+    """What helps where Hydra missed a key: it composes a sweep without the choices it sweeps."""
+    key = re.match(r"Could not override '([^']+)'", str(error))
+    if key is None:
+        return ""
+    return f"; if the choices that are swept have this key, write {key[1]}=choice(<value>)"
 
 
 def _refused_folder(verb: str, arguments: list[str]) -> Path:

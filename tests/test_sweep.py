@@ -46,6 +46,17 @@ def test_what_failed_is_said_and_the_rest_runs_also_in_later_batches(
     assert len(list((tmp_path / "s").rglob("status.json"))) == 3
 
 
+def test_a_key_that_only_swept_choices_have_is_refused_with_a_way_to_write_it(
+    script_here: ScriptHere, tmp_path: Path
+) -> None:
+    # The default method, bbb, has no such key, and no job of this sweep is of it.
+    arguments = ["-m", *QUICK, "method=mcdropout,mcdropout", "hydra.sweep.dir=s"]
+    code, errors = script_here("train", *arguments, "method.rate=0.1")
+    assert code == 1
+    assert "method.rate=choice(<value>)" in errors
+    assert script_here("train", *arguments, "method.rate=choice(0.1)")[0] == 0
+
+
 def test_a_resumed_sweep_does_what_is_not_done(
     script_here: ScriptHere, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
