@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
 from bqnn.data import TensorData
 from bqnn.data.images import ImageData
-from bqnn.files import append_text, write_text
+from bqnn.files import append_text, written_beside
 from bqnn.methods import Method
 from bqnn.results import Predictions
 from bqnn.run import Job
@@ -76,12 +76,12 @@ class MetricsCsv(Checkpoint):
         names = sorted({name for row in self._rows for name in row} - {"epoch", "step"})
         self._columns = ["epoch", "step", *names]
         header = dict(zip(self._columns, self._columns, strict=True))
-        write_text(self.path, self._lines([header, *self._rows]))
+        with written_beside(self.path) as beside, beside.open("w", newline="") as file:
+            file.write(self._lines([header, *self._rows]))
 
     def _lines(self, rows: Sequence[Mapping[str, object]]) -> str:
-        lines = io.StringIO()
-        writer = csv.DictWriter(lines, self._columns, restval="", lineterminator="\n")
-        writer.writerows(rows)
+        lines = io.StringIO(newline="")
+        csv.DictWriter(lines, self._columns, restval="").writerows(rows)
         return lines.getvalue()
 
 

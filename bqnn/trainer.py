@@ -159,14 +159,22 @@ def prepare_torch(job: Job) -> str:
         torch.set_num_threads(options["threads"])
     silence_known_warnings()
     keep_freed_memory()
-    if not torch.cuda.is_available():
-        # Set by Lightning: torch's optimizers, which ask for GPUs at every step, would each time
-        # look for NVIDIA's library, for longer than Adam takes on a small network.
-        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
+    stop_searching_for_gpus()
     accelerator: str = options["accelerator"]
     if accelerator == "auto":  # Lightning would take a device without float64
         return "cuda" if torch.cuda.is_available() else "cpu"
     return accelerator
+
+
+def stop_searching_for_gpus() -> None:
+    """Where there is no GPU, have torch's optimizers take that as known.
+
+    They ask at every step. Lightning sets how: by loading NVIDIA's library, which is searched for
+    in vain for longer than Adam takes on a small network. That is for processes that fork, and
+    ours do not.
+    """
+    if not torch.cuda.is_available():
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
 
 
 def keep_freed_memory() -> None:

@@ -1,5 +1,6 @@
 """Gaussian weights: KL and sigma against torch, output draws against their closed-form moments."""
 
+import copy
 import math
 
 import pytest
@@ -138,6 +139,12 @@ def test_layers_forget_a_joint_posterior_when_it_ends_even_by_an_error():
     torch.testing.assert_close(layer.sigma, torch.full_like(layer.mean, 0.5))
 
 
+def test_kl_of_millions_of_weights_is_as_exact_as_float32_allows():
+    layer = BayesLinear(torch.randn(3000, 3000) * 0.05, None, prior_std=0.1, init_rho=-2.2)
+    exact = kl_divergence(copy.deepcopy(layer).double())
+    assert abs(kl_divergence(layer).double() / exact - 1) < 1e-5
+
+
 def test_kl_of_a_network_without_gaussian_weights_is_a_type_error():
     with pytest.raises(TypeError, match="no Gaussian weights"):
         kl_divergence(nn.Linear(2, 2))
@@ -251,21 +258,31 @@ def test_a_variance_rounded_below_zero_counts_as_zero(monkeypatch):
     assert torch.autograd.grad(out[:, 0].sum(), layer.rho)[0][0].all()
 
 
-@pytest.mark.parametrize("in_channels", [1, 4])
-def test_both_memory_layouts_give_the_same_moments_and_one_layout_of_outputs(in_channels):
+@pytest.mark.parametrize(("in_channels", "kernel_size"), [(1, 3), (4, 3), (4, 1), (1, 1)])
+def test_both_memory_layouts_give_the_same_moments_and_one_layout_of_outputs(
+    in_channels, kernel_size, monkeypatch
+):
     torch.manual_seed(1)
     x = torch.randn(1, in_channels, 6, 5)
-    layer = bayes_conv(in_channels, padding=1).train()
+    plain = nn.Conv2d(in_channels, 6, kernel_size)
+    layer = BayesConv2d.like(plain, prior_std=0.7, init_rho=-1.0).train()
+    strides = []
+
+    def watched(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        strides.append(weight.stride())
+        return linear_map(x, weight, bias, geometry)
+
+    monkeypatch.setattr("bqnn.layers.bayes.linear_map", watched)
     with torch.no_grad():
-        mean = F.conv2d(x, layer.mean, layer.bias, padding=1)
-        variance = F.conv2d(x.square(), F.softplus(layer.rho).square(), padding=1)
+        mean = F.conv2d(x, layer.mean, layer.bias)
+        variance = F.conv2d(x.square(), F.softplus(layer.rho).square())
         for layout in (torch.contiguous_format, torch.channels_last):
             layer.to(memory_format=layout)
             many = x.repeat(4000, 1, 1, 1).to(memory_format=layout)
             out = layer(many)
             assert out.is_contiguous(memory_format=layout)
             assert_moments(out, mean[0], variance[0])
-            assert layer.variance.stride() == layer.mean.stride()
+            assert strides.pop() == strides.pop() == layer.mean.stride()
 
 
 @pytest.mark.parametrize("layer", [bayes_linear(), bayes_conv()], ids=["linear", "conv"])

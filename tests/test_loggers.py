@@ -7,9 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from bare_trainer import bare_trainer
+from pytorch_lightning.loggers import CSVLogger
 
+from bqnn.data import SyntheticData
+from bqnn.likelihoods import Regression
 from bqnn.loggers import MetricsCsv, log_final, make_loggers
-from bqnn.methods import Method
+from bqnn.methods import Method, Pointwise
+from bqnn.nets import MLP
 from bqnn.run import Job
 
 
@@ -76,6 +81,23 @@ def test_a_resumed_table_is_cut_back_to_its_checkpoint(tmp_path: Path, module: M
     resumed.load_state_dict(state)
     resumed.on_fit_start(trainer(1), module)
     assert [row["epoch"] for row in rows(tmp_path / "metrics.csv")] == ["0"]
+
+
+def test_loggers_get_both_rows_of_an_epoch_with_the_step_of_metrics_csv(tmp_path: Path) -> None:
+    data = SyntheticData(num_train=40, num_test=4, batch_size=8, validation_share=0.2)
+    data.setup()
+    net = MLP([1], [1, 1], hidden_features=[4])
+    options = {"num_train": len(data.train), "seed": 0, "optimizer": {"name": "sgd", "lr": 1e-3}}
+    method = Pointwise(net, Regression(0.0, 1.0), **options)
+    logger = CSVLogger(tmp_path, name="csv", version="")
+    table = MetricsCsv(tmp_path / "metrics.csv")
+    fit = bare_trainer(3, logger=logger, callbacks=[table], enable_checkpointing=True)
+    fit.fit(method, data)
+    lightning, own = (rows(tmp_path / name) for name in ("csv/metrics.csv", "metrics.csv"))
+    places = [(row["epoch"], row["step"]) for row in own]
+    assert places == [("0", "3"), ("1", "7"), ("2", "11")]
+    for kind in ("train/nll", "val/nll"):
+        assert [(row["epoch"], row["step"]) for row in lightning if row[kind]] == places
 
 
 def test_a_resumed_job_keeps_the_csv_of_its_earlier_starts(tmp_path: Path) -> None:

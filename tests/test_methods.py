@@ -8,6 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from bare_trainer import bare_trainer
+from pytorch_lightning.callbacks import EarlyStopping
 from torch import Tensor, nn
 
 from bqnn.data.loader import TensorLoader
@@ -155,6 +156,15 @@ def test_training_metrics_are_averages_over_rows_not_batches():
     with torch.no_grad():
         expected = method.likelihood.loss(method(rows.inputs), rows.targets)
     torch.testing.assert_close(fit.callback_metrics["train/nll"], expected)
+
+
+def test_training_metrics_are_there_for_callbacks_of_lightning():
+    method = table_method("pointwise", optimizer={"name": "sgd", "lr": 1e-30})
+    stopping = EarlyStopping("train/loss", patience=1, check_on_train_epoch_end=True)
+    fit = trainer(max_epochs=5, callbacks=[stopping])
+    fit.fit(method, table())
+    assert fit.current_epoch == 2  # the loss of the first was not improved
+    assert {"train/loss", "train/nll", "train/lr"} <= fit.logged_metrics.keys()
 
 
 def test_validation_draws_fewer_samples_while_training_than_after(monkeypatch):

@@ -69,10 +69,10 @@ class GaussianWeight(DrawnWeights):
         return self._from_joint(1)
 
     def _from_joint(self, index: int) -> Tensor:
-        if self._joint is None:
-            with JointPosterior(self):  # of this layer alone
-                return self._from_joint(index)
-        return _shaped_like(self.rho, self._joint[index])
+        joint = self._joint
+        if joint is None:
+            (joint,), _ = _moments_and_kl(self.prior_std, [self])
+        return _shaped_like(self.rho, joint[index])
 
     def draw(self) -> Tensor:
         """One draw of the weights."""
@@ -154,6 +154,7 @@ class JointPosterior:
 
     In a `with` statement the layers use it, each time that they need sigma or its square, and
     compute none of their own. On small networks this halves what a posterior costs in a step.
+    Gradients of all means and rhos come together, at the end of the backward pass.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -161,33 +162,38 @@ class JointPosterior:
         for module in net.modules():
             if isinstance(module, GaussianWeight):
                 by_prior[module.prior_std].append(module)
-        self._layers = list(by_prior.values())
+        self._layers = [layer for layers in by_prior.values() for layer in layers]
         self._moments: list[tuple[Tensor, Tensor]] = []
         self._kls: list[Tensor] = []
         for prior_std, layers in by_prior.items():
-            parameters = [layer.mean for layer in layers] + [layer.rho for layer in layers]
-            sigma, variance, kl = _Posterior.apply(prior_std, *parameters)
-            self._moments.append((sigma, variance))
+            moments, kl = _moments_and_kl(prior_std, layers)
+            self._moments += moments
             self._kls.append(kl)
 
     def __enter__(self) -> Self:
-        for layers, moments in zip(self._layers, self._moments, strict=True):
-            sizes = [layer.rho.numel() for layer in layers]
-            parts = (flat.split(sizes) for flat in moments)
-            for layer, *joint in zip(layers, *parts, strict=True):
-                layer._joint = tuple(joint)
+        for layer, moments in zip(self._layers, self._moments, strict=True):
+            layer._joint = moments
         return self
 
     def __exit__(self, *_: object) -> None:
-        for layers in self._layers:
-            for layer in layers:
-                layer._joint = None
+        for layer in self._layers:
+            layer._joint = None
 
     def kl(self) -> Tensor:
         """`kl_divergence` of the network."""
         if not self._kls:
             raise TypeError("kl_divergence: this network has no Gaussian weights")
         return torch.stack(self._kls).sum()
+
+
+def _moments_and_kl(
+    prior_std: float, layers: list[GaussianWeight]
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """sigma and its square for each layer, flat, and the KL of all these layers."""
+    parameters = [layer.mean for layer in layers] + [layer.rho for layer in layers]
+    sigma, variance, kl = _Posterior.apply(prior_std, *parameters)
+    sizes = [layer.rho.numel() for layer in layers]
+    return list(zip(sigma.split(sizes), variance.split(sizes), strict=True)), kl
 
 
 class _Posterior(torch.autograd.Function):
@@ -204,7 +210,7 @@ class _Posterior(torch.autograd.Function):
         mean, rho = _flat(parameters[:number]), _flat(parameters[number:])
         sigma = softplus(rho)
         variance = sigma.square()
-        squares = torch.dot(mean, mean) + variance.sum()
+        squares = mean.square().sum() + variance.sum()
         constant = len(mean) * (math.log(prior_std) - 0.5)
         kl = squares / (2 * prior_std**2) - sigma.log().sum() + constant
         ctx.save_for_backward(mean, rho, sigma)
@@ -273,10 +279,10 @@ class _LocalReparametrization(torch.autograd.Function):
         bias: Tensor | None,
         geometry: Geometry | None,
     ) -> Tensor:
-        if mean.dim() == 4 and mean.stride(1) == 1:
-            # Arithmetic on a weight with one input channel forgets that it was channels_last,
-            # and a convolution goes by its weight: the two outputs would differ in layout.
-            variance = variance.to(memory_format=torch.channels_last)
+        if geometry is not None and variance.stride() != mean.stride():
+            # A convolution goes by the layout of its weight, and arithmetic on weights may change
+            # that: the two outputs would differ in theirs.
+            variance = torch.empty_like(mean).copy_(variance)
         squares = x.square()
         out = linear_map(x, mean, bias, geometry)
         std = linear_map(squares, variance, None, geometry).clamp_min_(1e-30).sqrt_()

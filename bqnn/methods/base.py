@@ -204,14 +204,15 @@ class Method(pl.LightningModule):
         values = [torch.stack(term).cpu().double() for term in self._epoch_terms.values()]
         means = (torch.stack(values) @ rows / rows.sum()).float().to(self.device)
         means = self.trainer.strategy.reduce(means)  # over ranks
-        terms = {f"train/{name}": mean for name, mean in zip(self._epoch_terms, means, strict=True)}
-        terms["train/lr"] = torch.tensor(self._epoch_lr, device=self.device)
-        # The way of Lightning's LearningRateMonitor: `self.log`, which prepares for terms of steps,
-        # of several devices and of many batches, would take a tenth of an epoch of a small table.
-        self.trainer.callback_metrics.update(terms)
+        names = [f"train/{name}" for name in self._epoch_terms]
+        terms = {**dict(zip(names, means.tolist(), strict=True)), "train/lr": self._epoch_lr}
+        # As Lightning's LearningRateMonitor does, and with the step that Lightning gives to what an
+        # epoch logs. `self.log` of these would take a tenth of an epoch of a small table.
+        tensors = {name: torch.tensor(term, device=self.device) for name, term in terms.items()}
+        self.trainer.callback_metrics.update(tensors)
+        self.trainer.logged_metrics.update(tensors)
         for logger in self.loggers:
-            numbers = {name: term.item() for name, term in terms.items()}
-            logger.log_metrics({"epoch": self.current_epoch, **numbers}, step=self.global_step)
+            logger.log_metrics({"epoch": self.current_epoch, **terms}, step=self.global_step - 1)
             logger.save()
 
     def on_validation_epoch_start(self) -> None:

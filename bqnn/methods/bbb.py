@@ -1,5 +1,6 @@
 """Bayes-by-backprop: a Gaussian per weight, learned by variational inference."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,9 +59,14 @@ class BayesByBackprop(Method):
         return {"loss": loss, "nll": nll, "kl": kl, "beta": beta}
 
     @torch.no_grad()
-    def predictive_sets(self, *arguments: Any, **options: Any) -> list[Tensor]:
-        with JointPosterior(self.net):  # for all draws
-            return super().predictive_sets(*arguments, **options)
+    def predictive_sets(
+        self,
+        sets: Sequence[Tensor],
+        normalize: Callable[[Tensor], Tensor],
+        num_samples: int | None = None,
+    ) -> list[Tensor]:
+        with JointPosterior(self.net):  # one for all draws
+            return super().predictive_sets(sets, normalize, num_samples)
 
     def fine_tune(self, optimizer: dict[str, Any], prior_weight: float) -> None:
         super().fine_tune(optimizer, prior_weight)

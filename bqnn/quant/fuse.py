@@ -33,13 +33,11 @@ class Fused(nn.Module):
         self.bn = bn
         self.relu = relu
         self.is_output = is_output
-
-    @property
-    def geometry(self) -> Geometry | None:
-        """That of a convolution; None for a linear layer."""
-        if isinstance(self.layer, nn.Conv2d):
-            return Geometry.of(self.layer)
-        return self.layer.geometry if isinstance(self.layer, BayesConv2d) else None
+        self.geometry: Geometry | None = None
+        if isinstance(layer, nn.Conv2d):
+            self.geometry = Geometry.of(layer)
+        elif isinstance(layer, BayesConv2d):
+            self.geometry = layer.geometry
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer(x)
@@ -91,8 +89,6 @@ def _fused(parent: nn.Module, layer: Any, followers: list[str]) -> Fused:
     assert bn is None or isinstance(bn, nn.BatchNorm2d)
     if bn is not None and (bn.weight is None or bn.running_var is None):
         raise TypeError("a batch norm without affine parameters or running statistics is not fused")
-    if getattr(layer, "padding_mode", "zeros") != "zeros":
-        raise TypeError(f"padding_mode={layer.padding_mode!r}: integers know 'zeros' only")
     return Fused(layer, bn, relu, is_output).train(layer.training)
 
 
