@@ -130,8 +130,8 @@ def test_fresh_folders_are_never_shared(tmp_path: Path) -> None:
 def test_a_second_signal_ends_a_job_at_once(tmp_path: Path) -> None:
     def stubborn() -> None:
         with Job(tmp_path, "train") as job:
-            job.claim()
             job.at_end(lambda _: time.sleep(60))
+            job.claim()  # the first signal may come before this returns
             time.sleep(60)
 
     process = multiprocessing.get_context("fork").Process(target=stubborn)
