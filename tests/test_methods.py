@@ -158,13 +158,14 @@ def test_training_metrics_are_averages_over_rows_not_batches():
     torch.testing.assert_close(fit.callback_metrics["train/nll"], expected)
 
 
-def test_training_metrics_are_there_for_callbacks_of_lightning():
+@pytest.mark.parametrize("monitored", ["train/loss", "val/nll"])
+def test_metrics_are_there_for_callbacks_of_lightning(monitored):
     method = table_method("pointwise", optimizer={"name": "sgd", "lr": 1e-30})
-    stopping = EarlyStopping("train/loss", patience=1, check_on_train_epoch_end=True)
+    stopping = EarlyStopping(monitored, patience=1)
     fit = trainer(max_epochs=5, callbacks=[stopping])
-    fit.fit(method, table())
-    assert fit.current_epoch == 2  # the loss of the first was not improved
-    assert {"train/loss", "train/nll", "train/lr"} <= fit.logged_metrics.keys()
+    fit.fit(method, table(), table())
+    assert fit.current_epoch == 2  # that of the first was not improved
+    assert {"train/loss", "train/nll", "train/lr", "val/rmse"} <= fit.logged_metrics.keys()
 
 
 def test_validation_draws_fewer_samples_while_training_than_after(monkeypatch):
