@@ -4,9 +4,9 @@ import csv
 import io
 import netrc
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
@@ -62,7 +62,9 @@ class MetricsCsv(Checkpoint):
         if not trainer.is_global_zero:
             return
         if row.keys() <= set(self._columns) and self.path.exists():
-            append_text(self.path, self._lines([row]))
+            line = io.StringIO(newline="")
+            self._writer(line).writerow(row)
+            append_text(self.path, line.getvalue())
         else:
             self._write()
 
@@ -75,14 +77,13 @@ class MetricsCsv(Checkpoint):
     def _write(self) -> None:
         names = sorted({name for row in self._rows for name in row} - {"epoch", "step"})
         self._columns = ["epoch", "step", *names]
-        header = dict(zip(self._columns, self._columns, strict=True))
         with written_beside(self.path) as beside, beside.open("w", newline="") as file:
-            file.write(self._lines([header, *self._rows]))
+            writer = self._writer(file)
+            writer.writeheader()
+            writer.writerows(self._rows)
 
-    def _lines(self, rows: Sequence[Mapping[str, object]]) -> str:
-        lines = io.StringIO(newline="")
-        csv.DictWriter(lines, self._columns, restval="").writerows(rows)
-        return lines.getvalue()
+    def _writer(self, file: TextIO) -> "csv.DictWriter[str]":
+        return csv.DictWriter(file, self._columns, restval="")
 
 
 def make_loggers(job: Job) -> list[Logger]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from bqnn.layers.bayes import JointPosterior
 from bqnn.layers.chain import is_chain
 from bqnn.layers.draws import Drawn, Stochastic, held_draw
 from bqnn.layers.noise import reseed
@@ -50,13 +51,14 @@ def predictive_sets(
         raise ValueError(f"num_samples={num_samples}: at least one draw is needed")
     # Where a draw costs nothing to begin, each set gets all the room for itself.
     is_drawn = any(isinstance(module, Drawn) for module in net.modules())
+    posterior = JointPosterior(net)  # one for all draws
     samples = []
     for group in [list(sets)] if is_drawn else [[x] for x in sets]:
         room = MAX_KEPT_BYTES // len(group) if num_samples > 1 else 0
         passes = [_one_pass(net, x.split(batch_size), prepare, room) for x in group]
         devices = [x.device for x in group[:1] if x.device.type == "cuda"]
         draws: list[list[Tensor]] = [[] for _ in group]
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), posterior:
             for index in range(num_samples):
                 reseed(group[0].device, seed, FIRST_STREAM + index)
                 with held_draw(net, index):

@@ -1,6 +1,5 @@
 """Bayes-by-backprop: a Gaussian per weight, learned by variational inference."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,16 +56,6 @@ class BayesByBackprop(Method):
         beta = self.current_beta()
         loss = nll + beta * kl / self.num_train
         return {"loss": loss, "nll": nll, "kl": kl, "beta": beta}
-
-    @torch.no_grad()
-    def predictive_sets(
-        self,
-        sets: Sequence[Tensor],
-        normalize: Callable[[Tensor], Tensor],
-        num_samples: int | None = None,
-    ) -> list[Tensor]:
-        with JointPosterior(self.net):  # one for all draws
-            return super().predictive_sets(sets, normalize, num_samples)
 
     def fine_tune(self, optimizer: dict[str, Any], prior_weight: float) -> None:
         super().fine_tune(optimizer, prior_weight)
