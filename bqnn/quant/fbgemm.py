@@ -350,7 +350,7 @@ def keep_scaled(x: Tensor, kept: Tensor, factor: float) -> Tensor:
         scale=x.q_scale() * factor,
         zero_point=zero_point,
         dtype=torch.quint8,
-        memory_format=_layout(x),
+        memory_format=layout(x),
     )
     source, target = _integers(x), _integers(out)
     if zero_point == 0:
@@ -368,11 +368,12 @@ def _integers(x: Tensor) -> Tensor:
 
 def quantized_like(x: Tensor, like: Tensor) -> Tensor:
     """Floats on the grid, and in the memory layout, of a quantized activation."""
-    x = x.to(memory_format=_layout(like))
+    x = x.to(memory_format=layout(like))
     return torch.quantize_per_tensor(x, like.q_scale(), like.q_zero_point(), torch.quint8)
 
 
-def _layout(x: Tensor) -> torch.memory_format:
+def layout(x: Tensor) -> torch.memory_format:
+    """channels_last for pictures that are in it; contiguous_format for anything else."""
     is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if is_last else torch.contiguous_format
 

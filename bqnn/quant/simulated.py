@@ -17,7 +17,7 @@ from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.linear_map import linear_map
 from bqnn.layers.markers import Add, Enter, Pool
 from bqnn.layers.noise import noise_like
-from bqnn.quant.fbgemm import FakeQuant, check_engine, requantize, requantized_sum
+from bqnn.quant.fbgemm import FakeQuant, check_engine, layout, requantize, requantized_sum
 from bqnn.quant.fuse import Fused
 from bqnn.quant.grids import Grid, carry_grids, grid_of, on_grid
 from bqnn.quant.spec import QuantSpec
@@ -304,8 +304,8 @@ def _nonzero(factor: Tensor | None) -> Tensor:
 
 def _laid_out_as(x: Tensor, weight: Tensor) -> Tensor:
     """The weight in channels_last where the inputs are: a convolution goes by its weight."""
-    is_channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return weight.to(memory_format=torch.channels_last) if is_channels_last else weight
+    last = torch.channels_last
+    return weight.to(memory_format=last) if layout(x) == last else weight
 
 
 def _like_outputs(values: Tensor) -> Tensor:
