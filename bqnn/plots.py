@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bqnn.metrics import calibration_bins, expected_calibration_error, interval_coverage
-from bqnn.style import BLUE, COLORS, GREY, INK, ORANGE, VERMILION, new_figure, style
+from bqnn.style import BLUE, COLORS, GREY, INK, ORANGE, VERMILION, new_figure, plain_labels, style
 from bqnn.style import save as save  # part of what this module offers
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def reliability_diagram(probabilities: Tensor, targets: Tensor, num_bins: int = 
         axes.legend(loc="upper left", frameon=True, framealpha=0.9, edgecolor="none")
         histogram.bar(centers, counts, color=GREY, **bar)
         histogram.set(xlabel="confidence", ylabel="rows", yscale="log", ylim=(0.7, None))
+        plain_labels(histogram.yaxis)
     return figure
 
 
@@ -147,6 +148,7 @@ def score_histograms(groups: Mapping[str, Tensor], score: str, num_bins: int = 4
                 histtype="stepfilled", facecolor=color + "30", edgecolor=color, linewidth=1.4,
             )  # fmt: skip
         axes.set(xlabel=score, ylabel="share of the group", yscale="log")
+        plain_labels(axes.yaxis)
         axes.legend()
     return figure
 

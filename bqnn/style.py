@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bqnn.files import written_beside
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.typing import RcKeyType
 
@@ -59,6 +60,16 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height))
 
 
+def plain_labels(axis: "Axis", minor: str = "") -> None:
+    """Label a logarithmic axis in plain numbers.
+
+    Matplotlib's own labels are mathematical text, which is off in this style. `minor` is the format
+    of the labels between powers of ten, none by default.
+    """
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(minor)
+
+
 _STYLE: "dict[RcKeyType, Any]" = {
     "axes.edgecolor": GREY,
     "axes.grid": True,
@@ -78,6 +89,7 @@ _STYLE: "dict[RcKeyType, Any]" = {
     "lines.linewidth": 1.7,
     "lines.solid_capstyle": "round",
     "text.color": INK,
+    "text.parse_math": False,  # names may hold dollar signs
     "xtick.color": INK,
     "ytick.color": INK,
 }

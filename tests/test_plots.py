@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch import Tensor
 
 from bqnn.plots import (
@@ -17,7 +18,9 @@ from bqnn.plots import (
     regression_fit,
     reliability_diagram,
     save,
+    score_histograms,
     synthetic_fit,
+    weight_grids,
 )
 
 PNG_SIGNATURE, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
@@ -47,6 +50,8 @@ DRAWN: dict[str, Callable[[], Figure]] = {
     "interval": lambda: interval_calibration(*regressed()),
     "regression": lambda: regression_fit(*regressed()),
     "synthetic": synthetic,
+    "scores": lambda: score_histograms({"$\\frac{$": torch.rand(50), "test": torch.rand(50)}, "x"),
+    "weights": lambda: weight_grids([("$a_{$", torch.randn(50), torch.randint(-8, 8, (50,)))]),
 }
 
 
@@ -60,6 +65,14 @@ def test_figures_are_written_as_whole_pngs(name, tmp_path):
     assert content.startswith(PNG_SIGNATURE)
     assert content.endswith(PNG_END)
     assert [path.name for path in (tmp_path / "new").iterdir()] == [f"{name}.png"]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_labels_are_plain_text_whatever_names_hold(name):
+    figure = DRAWN[name]()
+    figure.draw_without_rendering()
+    texts = [text.get_text() for text in figure.findobj(Text)]
+    assert not [text for text in texts if "mathdefault" in text]
 
 
 def test_a_save_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):

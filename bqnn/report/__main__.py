@@ -35,10 +35,11 @@ def write(runs: Runs, out: Path) -> "Section":
     index.html."""
     from bqnn.report.contents import contents
     from bqnn.report.page import document, page
+    from bqnn.report.tables import csv
 
     report, tables = contents(runs, out / "plots")
     for name, table in tables.items():
-        write_text(out / f"{name}.csv", table.to_csv(index=False))
+        write_text(out / f"{name}.csv", csv(table))
     write_text(out / "report.md", document(report))
     write_text(out / "index.html", page(report))
     return report

@@ -16,6 +16,7 @@ from bqnn.report.figures import (
 from bqnn.report.page import Section
 from bqnn.report.paired import paired_differences
 from bqnn.report.runs import CELL, UNIT, Runs
+from bqnn.report.suite_figures import SuiteRuns, level_figures, ood_figure, suite_runs
 from bqnn.report.summary import (
     BASELINE,
     MAIN_KEYS,
@@ -28,6 +29,7 @@ from bqnn.report.tables import cells
 from bqnn.style import save_small
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
 LEFT_OUT = "Nothing that is listed here is in any number below."
@@ -35,6 +37,19 @@ BESIDE = (
     "Means over the n seeds and splits that a method shares with the pointwise network of the same "
     "bits, whose value is beside each. float: as it was trained; PTQ: calibrated; QAT: fine-tuned; "
     "both executed in int8."
+)
+MEANS = (
+    "Means over n seeds and splits. float: as it was trained; PTQ: calibrated; QAT: fine-tuned; "
+    "both executed in int8. There is no pointwise network with the same bits to compare with."
+)
+LEVELS = (
+    "Metrics on images that are distorted more and more; level 0 is the test set. Lines: means "
+    "over seeds and splits. Bands: one standard deviation to either side."
+)
+OOD = (
+    "Can uncertainty tell other data from test data? auroc: 0.5 (dots) is chance, 1 is always; "
+    "the others are means over the rows of a set. Bars: one standard deviation over seeds and "
+    "splits."
 )
 BANDS = (
     "Lines: means over seeds and splits. Bands: one standard deviation to either side. Dashes: "
@@ -76,7 +91,11 @@ def contents(runs: Runs, plots: Path) -> "tuple[Section, dict[str, DataFrame]]":
         "beside_pointwise": beside_pointwise(scores),
         "differences": paired_differences(unlevelled),
     }
-    colors, found = method_colors(scores), list(sweeps(unlevelled))
+    colors, found, suites = (
+        method_colors(scores),
+        list(sweeps(unlevelled)),
+        list(suite_runs(scores)),
+    )
     for task in sorted(set(table["task"])):
         own = {
             name: file[file["task"] == task].drop(columns="task") if len(file) else file
@@ -85,6 +104,7 @@ def contents(runs: Runs, plots: Path) -> "tuple[Section, dict[str, DataFrame]]":
         parts = [
             _beside(own["beside_pointwise"]),
             *(_sweep(sweep, colors, plots) for sweep in found if sweep.task == task),
+            *(_suite(each, colors, plots) for each in suites if each.task == task),
             _size(task, own["results"], colors, plots),
             _pairs(own["differences"]),
             Section("Summary", 3, SUMMARY, table=_shown(main_metrics(own["summary"])), folded=True),
@@ -97,12 +117,14 @@ def contents(runs: Runs, plots: Path) -> "tuple[Section, dict[str, DataFrame]]":
 
 
 def _beside(table: "DataFrame") -> Section | None:
-    """The methods alone, where there are others than the pointwise one."""
+    """Each method beside the pointwise one; where there is no pair, their means alone."""
     if table.empty:
         return None
-    others = table[table["method"] != BASELINE]
-    title = "Methods beside the pointwise network"
-    return Section(title, 3, BESIDE, table=_shown(table if others.empty else others))
+    pairs = [name for name in table if name.endswith(f", {BASELINE}")]
+    if table[pairs].notna().to_numpy().any():
+        others = table[table["method"] != BASELINE]
+        return Section("Methods beside the pointwise network", 3, BESIDE, table=_shown(others))
+    return Section("Means", 3, MEANS, table=_shown(table))
 
 
 def _sweep(sweep: Sweep, colors: Mapping[str, str], plots: Path) -> Section:
@@ -111,7 +133,7 @@ def _sweep(sweep: Sweep, colors: Mapping[str, str], plots: Path) -> Section:
     section = Section(f"Against {axis} ({sweep.title})", 3, BANDS)
 
     def draw(name: str, metrics: list[str]) -> tuple[str, Path]:
-        path = plots / f"{file_name(f'{sweep.name}_{name}')}.png"
+        path = plots / f"{sweep.name}_{file_name(*name.split('/'))}.png"
         return f"{name} against {axis}", save_small(bit_widths(sweep, metrics, colors), path)
 
     for name, metrics in sweep.sets().items():
@@ -123,11 +145,31 @@ def _sweep(sweep: Sweep, colors: Mapping[str, str], plots: Path) -> Section:
     return section
 
 
+def _suite(runs: SuiteRuns, colors: Mapping[str, str], plots: Path) -> Section:
+    """What evaluations on distorted images and on other data found."""
+    section = Section(f"Shift and other data ({runs.title})", 3)
+
+    def saved(name: str, figure: "Figure") -> Path:
+        return save_small(figure, plots / f"{file_name(runs.task, runs.name, name)}.png")
+
+    levels = [
+        (f"{name} against the level of distortion", saved(f"shift_{name}", figure))
+        for name, figure in level_figures(runs, colors)
+    ]
+    if levels:
+        section.parts.append(Section("Against the level of distortion", 4, LEVELS, levels))
+    figure = ood_figure(runs, colors)
+    if figure is not None:
+        pictures = [("uncertainty on other data", saved("ood", figure))]
+        section.parts.append(Section("Out-of-distribution data", 4, OOD, pictures))
+    return section
+
+
 def _size(task: str, runs: "DataFrame", colors: Mapping[str, str], plots: Path) -> Section | None:
     figure = size_figure(runs, colors)
     if figure is None:
         return None
-    path = save_small(figure, plots / f"{file_name(f'{task}_size')}.png")
+    path = save_small(figure, plots / f"{file_name(task, 'size')}.png")
     return Section("Against size", 3, pictures=[("quality against the packed size", path)])
 
 

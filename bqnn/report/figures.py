@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from bqnn.report.runs import UNIT
 from bqnn.report.summary import MAIN_KEYS, executed, summarize
-from bqnn.style import COLORS, GREY, new_figure, style
+from bqnn.style import COLORS, GREY, new_figure, plain_labels, style
+from bqnn.text import valid_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 AXES = {"weight_bits": "activation_bits", "activation_bits": "weight_bits"}
-LONGEST_NAME = 150  # of a file, without its ending; file systems take 255 bytes
+LONGEST_PART = 50  # of a file's name; file systems take 255 bytes
 MARKERS, LINES = "os^DvP", ("-", "--", ":", "-.")
 UNITS = dict.fromkeys(("nll", "ape", "mi", "aleatoric"), "nats")
 
@@ -56,10 +57,11 @@ def sweeps(scores: "DataFrame") -> Iterator[Sweep]:
             for width, lines in summarize(group).groupby(fixed):
                 if lines[axis].nunique() < 2:
                     continue
-                kind = f"{'' if verb == 'quantize' else verb} {mode} {setting}".strip()
+                kind = ["" if verb == "quantize" else verb, mode, setting]
+                words = " ".join(word for word in kind if word)
                 yield Sweep(
-                    name=file_name(f"{task} {kind} {axis} {fixed[0]}{width}"),
-                    title=f"{kind}, {numeric}, {width} {fixed.replace('_', ' ')}",
+                    name=file_name(task, *kind, axis, f"{fixed[0]}{width}"),
+                    title=f"{words}, {numeric}, {width} {fixed.replace('_', ' ')}",
                     task=task,
                     axis=axis,
                     lines=lines.sort_values(axis),
@@ -88,18 +90,20 @@ def bit_widths(sweep: Sweep, metrics: Sequence[str], colors: Mapping[str, str]) 
             _panel(axes, sweep, metric, colors)
         for axes in list(grid):
             axes.remove()
-        _legend(figure)
+        legend(figure)
     return figure
 
 
 def size_figure(runs: "DataFrame", colors: Mapping[str, str]) -> "Figure | None":
     """Accuracy (of a regression, RMSE) against the packed size, a line per method and mode.
 
+    A method has its colour, and PTQ, QAT and other settings have marks and lines of their own.
     Points go from few weight bits to many at the activation bits that most runs have; circles
     without a line are the float networks. runs: those of one task. None: none was quantized.
     """
     rows = runs[runs["verb"] == "quantize"].dropna(axis="columns", how="all")
-    if "size/packed_bytes" not in rows:
+    needed = {"size/packed_bytes", "size/float_bytes"}
+    if not needed <= set(rows) or not {"int8/test/error", "int8/test/rmse"} & set(rows):
         return None
     rows = rows[rows["activation_bits"] == rows["activation_bits"].mode()[0]]
     is_classification = "int8/test/error" in rows
@@ -107,34 +111,41 @@ def size_figure(runs: "DataFrame", colors: Mapping[str, str]) -> "Figure | None"
         figure = new_figure(5.2, 3.6)
         axes = figure.subplots()
         procedures = rows["mode"].str.cat(rows["setting"], sep=" ").str.strip()
-        looks = dict(zip(sorted(set(procedures)), itertools.cycle(LINES), strict=False))
+        # Circles are the float networks.
+        marks = zip(itertools.cycle(MARKERS[1:]), itertools.cycle(LINES), strict=False)
+        looks = dict(zip(sorted(set(procedures)), marks, strict=False))
         for (method, procedure), own in rows.groupby(["method", procedures]):
-            color, marker = colors[method], _marker(colors, method)
+            color, (mark, line) = colors[method], looks[procedure]
             groups = own.groupby("weight_bits")
             points = groups["size/packed_bytes"].mean() / 1000
             values = _quality(own, "int8", is_classification).groupby(own["weight_bits"])
             table = values.agg(mean="mean", std="std")
-            look = {"color": color, "marker": marker, "linestyle": looks[procedure]}
+            look = {"color": color, "marker": mark, "linestyle": line}
             _line(axes, points, table, label=f"{method} {procedure}", **look)
-            before = _quality(own, "float", is_classification)
-            axes.plot(
-                own["size/float_bytes"].mean() / 1000, before.mean(),
-                marker="o", markerfacecolor="none", color=color, linestyle="none",
-            )  # fmt: skip
+            if f"float/test/{'error' if is_classification else 'rmse'}" in own:
+                axes.plot(
+                    own["size/float_bytes"].mean() / 1000,
+                    _quality(own, "float", is_classification).mean(),
+                    marker="o", markerfacecolor="none", color=color, linestyle="none",
+                )  # fmt: skip
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
+        plain_labels(axes.xaxis, minor="{x:g}")
         axes.set_xlabel("size of the parameters, kB (packed; circles: float)")
         axes.set_ylabel("accuracy" if is_classification else "RMSE")
-        _legend(figure)
+        legend(figure)
     return figure
 
 
-def file_name(text: str) -> str:
-    """A text with nothing in it that a file's name should not have, and not too long for one."""
-    name = "".join(c if c.isalnum() or c in "-." else "_" for c in text)
-    if len(name) <= LONGEST_NAME:
-        return name
-    return f"{name[:LONGEST_NAME]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+def file_name(*parts: str) -> str:
+    """A name for a file, of parts that may be any texts; empty ones are left out.
+
+    Of a part that has characters which no file's name should have, or is long, the hash tells it
+    apart from others that look the same then.
+
+    >>> file_name("digits", "", "weight_bits", "a7"), file_name("my digits")
+    ('digits_weight_bits_a7', 'my-digits_60fab83b')
+    """
+    return "_".join(_file_name(part) for part in parts if part)
 
 
 def label(metric: str) -> str:
@@ -153,19 +164,17 @@ def _panel(axes: "Axes", sweep: Sweep, metric: str, colors: Mapping[str, str]) -
     is_log = min(values) >= 0 and bool(positive) and max(positive) > 10 * min(positive)
     nothing = []
     for method, rows in lines.groupby("method"):
-        color, marker = colors[method], _marker(colors, method)
         if is_log and (rows["mean"] == 0).all():
             nothing.append(method)
-        _line(axes, rows[sweep.axis], rows, color=color, marker=marker, label=method)
+        mean_line(axes, rows, sweep.axis, method, colors)
         if (method, metric) in sweep.floats:
             value = sweep.floats[method, metric]
-            axes.axhline(value, color=color, linestyle=(0, (4, 2)), linewidth=1)
+            axes.axhline(value, color=colors[method], linestyle=(0, (4, 2)), linewidth=1)
     if is_log:
         axes.set_yscale("log", nonpositive="clip")
         axes.set_ylim(0.7 * min(positive), 1.4 * max(positive))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
+        plain_labels(axes.yaxis)
     if nothing:
         text = f"{', '.join(nothing)}: 0"
         axes.text(0.98, 0.96, text, transform=axes.transAxes, ha="right", va="top", color=GREY)
@@ -174,8 +183,17 @@ def _panel(axes: "Axes", sweep: Sweep, metric: str, colors: Mapping[str, str]) -
     axes.set_xticks(sorted(set(sweep.lines[sweep.axis])))
 
 
-def _marker(colors: Mapping[str, str], method: str) -> str:
+def marker(colors: Mapping[str, str], method: str) -> str:
+    """A mark for each method, the same in every figure with these colours."""
     return MARKERS[list(colors).index(method) % len(MARKERS)]
+
+
+def mean_line(
+    axes: "Axes", rows: "DataFrame", x: str, method: str, colors: Mapping[str, str]
+) -> None:
+    """A method's means against the column `x`, in a band of one standard deviation."""
+    look = {"color": colors[method], "marker": marker(colors, method)}
+    _line(axes, rows[x], rows, label=method, **look)
 
 
 def _line(axes: "Axes", x: Any, rows: "DataFrame", **look: Any) -> None:
@@ -185,7 +203,8 @@ def _line(axes: "Axes", x: Any, rows: "DataFrame", **look: Any) -> None:
     axes.fill_between(x, mean - spread, mean + spread, color=look["color"], alpha=0.15, linewidth=0)
 
 
-def _legend(figure: "Figure") -> None:
+def legend(figure: "Figure") -> None:
+    """One legend for all panels, above them."""
     handles, names = figure.axes[0].get_legend_handles_labels()
     columns = max(1, int(figure.get_figwidth() / 1.5))
     figure.legend(handles, names, loc="outside upper center", ncols=min(columns, len(names)))
@@ -212,3 +231,10 @@ def _float_means(
     rows = next((rows for rows in (of_setting, of_script, trained) if len(rows)), floats)
     once = rows.drop_duplicates(["method", "setting", "metric", *UNIT])
     return once.groupby(["method", "metric"])["value"].mean().to_dict()
+
+
+def _file_name(part: str) -> str:
+    name = valid_name(part, LONGEST_PART)
+    if name == part:
+        return name
+    return f"{name}_{hashlib.sha256(part.encode(errors='surrogatepass')).hexdigest()[:8]}"

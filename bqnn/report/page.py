@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-from bqnn.report.tables import html, markdown
+from bqnn.report.tables import html, markdown, plain
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -41,10 +41,12 @@ def page(report: Section) -> str:
 
 def document(report: Section) -> str:
     """The report in Markdown, its pictures in the folder that they are in beside it."""
-    blocks = [f"{'#' * report.level} {report.title}"]
+    blocks = [f"{'#' * report.level} {plain(report.title)}"]
     if report.text:
-        blocks.append(report.text)
-    blocks += [f"![{shows}]({path.parent.name}/{path.name})" for shows, path in report.pictures]
+        blocks.append(plain(report.text))
+    blocks += [
+        f"![{plain(shows)}]({path.parent.name}/{path.name})" for shows, path in report.pictures
+    ]
     if report.table is not None:
         blocks.append(markdown(report.table).rstrip())
     blocks += [document(part).rstrip() for part in report.parts]

@@ -35,35 +35,60 @@ def paired_differences(scores: "DataFrame") -> "DataFrame":
 
 
 def paired_test(a: Any, b: Any) -> dict[str, Any]:
-    """Two arrays [n, M] of paired values: differences and p values of each of the M columns."""
+    """Two arrays [n, M] of paired values: differences and p values of each of the M columns.
+
+    A p value is NaN where there is no test: of a single pair, of Wilcoxon where no pair differs,
+    and of t where all differences are equal, since their deviation is then 0 or a rounding
+    error. `remark` says why, a text per column. Differences are rounded to what their operands
+    can resolve in float64 first.
+    """
     import numpy as np
     from scipy import stats
 
     n = len(a)
-    differences = np.asarray(a) - np.asarray(b)
-    nothing = np.full(differences.shape[1], np.nan)
-    result = {"n": n, "difference": differences.mean(0), "std": nothing, "p_t": nothing}
-    result |= {"p_wilcoxon": nothing}
+    differences = _differences(np.asarray(a, dtype=float), np.asarray(b, dtype=float))
+    result: dict[str, Any] = {"n": n, "difference": differences.mean(0)}
+    for name in ("std", "p_t", "p_wilcoxon"):
+        result[name] = np.full(differences.shape[1], np.nan)
+    varies = (differences != differences[0]).any(0)
+    some = (differences != 0).any(0)
     if n >= 2:
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")  # equal differences have no t, and are not zero
-            result["std"] = differences.std(0, ddof=1)
-            result["p_t"] = stats.ttest_rel(a, b).pvalue
-            # Without any difference there is nothing to rank.
-            some = (differences != 0).any(0)
-            ranked = stats.wilcoxon(differences[:, some]).pvalue if some.any() else []
-            result["p_wilcoxon"] = nothing.copy()
-            result["p_wilcoxon"][some] = ranked
+        result["std"] = np.where(varies, differences.std(0, ddof=1), 0.0)
+        if varies.any():
+            result["p_t"][varies] = stats.ttest_1samp(differences[:, varies], 0).pvalue
+        if some.any():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of ties, for which scipy has its approximation
+                result["p_wilcoxon"][some] = stats.wilcoxon(differences[:, some]).pvalue
+    result["remark"] = [remark(n, *which) for which in zip(varies, some, strict=True)]
     return result
 
 
-def remark(n: int) -> str:
-    """What n pairs are too few for; empty where they are not."""
+def remark(n: int, varies: bool = True, some: bool = True) -> str:
+    """What the tests of n pairs cannot say; empty where they can.
+
+    varies: whether the differences are not all equal; some: whether any is not zero.
+    """
     if n < 2:
         return "one pair: no test"
+    remarks = []
+    if not some:
+        return "no pair differs: no test"
+    if not varies:
+        remarks.append("all differences are equal: no t test")
     if n < FEW:
-        return f"few pairs: Wilcoxon's p cannot fall below {2 / 2**n:.3g}"
-    return ""
+        t_test = ", and t rests on normal differences" if varies else ""
+        remarks.append(f"few pairs: Wilcoxon's p cannot fall below {2 / 2**n:.3g}{t_test}")
+    return "; ".join(remarks)
+
+
+def _differences(a: Any, b: Any) -> Any:
+    """a - b, rounded to a multiple of what a and b of that size can resolve."""
+    import numpy as np
+
+    largest = np.maximum(np.abs(a), np.abs(b)).max(0)
+    step = np.ldexp(1.0, np.frexp(largest)[1] - 49)  # 16 units in the last place
+    return np.round((a - b) / step) * step
 
 
 Comparison = tuple[str, dict[str, Any], str, str, "DataFrame"]
@@ -132,7 +157,6 @@ def _compare(
                 "b": b,
                 "n": n,
                 **{key: column[number] for key, column in result.items()},
-                "remark": remark(n),
             }
 
 

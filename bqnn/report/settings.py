@@ -1,9 +1,11 @@
 """What tells runs apart beyond their seed, split and bits, in as few words as possible."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bqnn.status import WITHOUT_EFFECT
+from bqnn.text import printable
 
 # Columns of their own, or without effect on the numbers.
 IGNORED = (
@@ -16,16 +18,22 @@ IGNORED_OF_TRAINER = ("accelerator", "progress_bar", "save_every", "threads")
 # Methods are compared where these are equal. Others, the number of epochs for one, are chosen for
 # each method, and only tell apart the runs of one.
 SCHEME = ("net.", "quant.", "suite.", "numeric")
+DEEPEST = 16  # groups within groups
+LONGEST = 80  # characters of a value in a label
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A nested configuration as dotted keys and texts."""
+    """A nested configuration as dotted keys and printable texts, each of at most about 80
+    characters. ValueError: groups are nested more than 16 deep.
+    """
+    if prefix.count(".") > DEEPEST:
+        raise ValueError(f"config.yaml: groups are nested more than {DEEPEST} deep")
     flat: dict[str, str] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = str(value)
+            flat[printable(f"{prefix}{key}")] = _value(value)
     return flat
 
 
@@ -96,3 +104,14 @@ def _is_ignored(key: str) -> bool:
 
 def _text(keys: Sequence[str], flat: Mapping[str, str], prefix: str = "") -> str:
     return " ".join(f"{key.removeprefix(prefix)}={flat[key]}" for key in keys if key in flat)
+
+
+def _value(value: object) -> str:
+    """The text of a value; a long one is cut, and has its hash in place of what is missing."""
+    try:
+        text = printable(str(value))
+    except (RecursionError, ValueError):  # ValueError: more than 4300 digits
+        raise ValueError("config.yaml: a value is nested too deeply, or too long") from None
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[:LONGEST]}...{hashlib.sha256(text.encode()).hexdigest()[:8]}"

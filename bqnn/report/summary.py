@@ -66,10 +66,7 @@ def beside_pointwise(scores: "DataFrame") -> "DataFrame":
         return pd.DataFrame()
     joined = pd.concat([pd.concat(parts) for parts in columns.values()], axis=1)
     counts = joined[[f"n {name}" for name in columns]]
-    joined["n"] = [
-        ", ".join(dict.fromkeys(f"{count:.0f}" for count in row if pd.notna(count)))
-        for row in counts.to_numpy()
-    ]
+    joined["n"] = [_counts(dict(zip(columns, row, strict=True))) for row in counts.to_numpy()]
     order = [c for name in columns for c in (name, f"{name}, {BASELINE}") if c in joined]
     table = joined[["n", *order]].reset_index()
     table["metric"] = pd.Categorical(table["metric"], MAIN_KEYS)  # sorted in this order
@@ -78,10 +75,17 @@ def beside_pointwise(scores: "DataFrame") -> "DataFrame":
 
 def missing_cells(runs: "DataFrame") -> list[Problem]:
     """Runs that the others suggest: a seed, split or bit width that one method has and another
-    lacks, for the same task, script and mode."""
+    lacks, for the same task, script and mode.
+
+    A single run whose method has more of another setting is taken for a trial, which suggests
+    nothing and lacks nothing.
+    """
     problems = []
     bits = ["weight_bits", "activation_bits"]
     for (task, verb, mode), group in runs.groupby(["task", "verb", "mode"]):
+        sizes = group.groupby(["method", "setting"])["run"].transform("size")
+        most = sizes.groupby(group["method"]).transform("max")
+        group = group[(sizes > 1) | (most == 1)]
         expected = group[[*bits, *UNIT]].drop_duplicates()
         for (method, setting), own in group.groupby(["method", "setting"]):
             merged = expected.merge(own, how="left", on=[*bits, *UNIT], indicator=True)
@@ -108,6 +112,13 @@ def _columns(scores: "DataFrame") -> "dict[str, DataFrame]":
     in_int8 = scores[scores["numeric"] == "int8"].groupby(["verb", "mode"])
     groups = {at: group for at, group in in_int8 if at in PROCEDURES}
     return columns | {name: groups[at] for at, name in PROCEDURES.items() if at in groups}
+
+
+def _counts(counts: dict[str, float]) -> str:
+    known = {name: f"{count:.0f}" for name, count in counts.items() if count == count}
+    if len(set(known.values())) == 1:
+        return next(iter(known.values()))
+    return ", ".join(f"{name} {count}" for name, count in known.items())
 
 
 def _unit(seed: object, split: object) -> str:

@@ -96,7 +96,7 @@ def test_too_few_pairs_are_said_to_be_too_few() -> None:
     assert one["difference"][0] == 1.0
     assert all(math.isnan(one[name][0]) for name in ("std", "p_t", "p_wilcoxon"))
     assert remark(1) == "one pair: no test"
-    assert remark(5) == "few pairs: Wilcoxon's p cannot fall below 0.0625"
+    assert remark(5).startswith("few pairs: Wilcoxon's p cannot fall below 0.0625, and t rests on")
     assert remark(6) == ""
 
 
@@ -158,3 +158,59 @@ def test_evaluations_in_simulation_are_compared_where_there_is_no_int8(
     found = dict(zip(nll["weight_bits"], nll["numeric"], strict=True))
     assert found == {4: "simulated", 8: "int8"}
     assert list(nll["difference"]) == [-0.5, -0.5]
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ([[0.03], [0.02]], [[0.02], [0.01]]),
+        ([[1.0], [2.0], [3.0]], [[0.0], [1.0], [2.0]]),
+        ([[1e9 + 0.3], [0.3]], [[1e9], [0.0]]),
+        ([[k / 7 + 0.1] for k in range(20)], [[k / 7] for k in range(20)]),
+    ],
+)
+def test_equal_differences_have_no_t_test_and_say_so(a: list, b: list) -> None:
+    result = paired_test(np.array(a), np.array(b))
+    assert math.isnan(result["p_t"][0])
+    assert result["std"][0] == 0
+    assert "all differences are equal: no t test" in result["remark"][0]
+
+
+def test_what_differs_by_more_than_rounding_is_tested() -> None:
+    a, b = np.array([[0.03], [0.02], [0.05]]), np.array([[0.02], [0.01], [0.04 + 1e-9]])
+    assert paired_test(a, b)["p_t"][0] == pytest.approx(stats.ttest_rel(a, b).pvalue[0], rel=1e-4)
+
+
+def test_pairs_without_any_difference_have_no_test_and_say_so() -> None:
+    result = paired_test(np.ones((9, 1)), np.ones((9, 1)))
+    assert math.isnan(result["p_t"][0])
+    assert math.isnan(result["p_wilcoxon"][0])
+    assert result["remark"] == ["no pair differs: no test"]
+
+
+def test_the_n_of_each_column_is_named_where_they_differ(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    for seed in range(2):
+        write_run(f"f{seed}", {"test/nll": 1.0}, seed=seed)
+    write_run("q", {"int8/test/nll": 1.0}, bits=(4, 7), mode="qat")
+    table = beside_pointwise(read_runs([tmp_path]).scores)
+    counts = set(table["n"])
+    assert counts == {"2", "1"}
+    for seed in range(2):
+        metrics = {"float/test/nll": 1.0, "int8/test/nll": 1.0}
+        write_run(f"p{seed}", metrics, seed=seed, bits=(3, 7))
+    write_run("p2", {"int8/test/nll": 1.0}, seed=2, bits=(3, 7))
+    table = beside_pointwise(read_runs([tmp_path]).scores)
+    assert set(table.loc[table["weight_bits"] == 3, "n"]) == {"float 2, PTQ 3"}
+
+
+def test_a_single_trial_suggests_no_missing_runs(write_run: WriteRun, tmp_path: Path) -> None:
+    for method in ("bbb", "pointwise"):
+        for seed in range(3):
+            write_run(f"{method}_{seed}", {"test/nll": 1.0}, method=method, seed=seed)
+    write_run("trial", {"test/nll": 1.0}, seed=7, trainer={"max_epochs": 50})
+    assert missing_cells(read_runs([tmp_path]).runs) == []
+    (tmp_path / "runs/pointwise_1/metrics.json").unlink()
+    (problem,) = missing_cells(read_runs([tmp_path]).runs)
+    assert problem.reason.endswith("seed 1")

@@ -1,0 +1,212 @@
+"""One odd run, of whatever kind, costs the report that run alone; nothing in it becomes markup."""
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+
+from bqnn.report.__main__ import main
+from bqnn.report.runs import read_runs
+from bqnn.report.tables import csv as as_csv
+from bqnn.report.tables import plain
+
+WriteRun = Callable[..., Path]
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [*{a},*{a},*{a},*{a},*{a},*{a},*{a},*{a},*{a}]\n"
+    for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+ODD_FILES = {
+    "metrics.json": [
+        b"[]", b"{}x", b'{"test/nll": "1"}', b'{"test/nll": true}', b'{"test/nll": null}',
+        b'{"test/nll": [1]}', b'{"test/nll": NaN}', b'{"test/nll": 1e999}', b'{"seed": 3}',
+        b'{"run": 1, "test/nll": 1}', b'{"a\\u001bb": 1}', b'{"' + b"x" * 300 + b'": 1}',
+        b'{"test/nll": ' + b"9" * 400 + b"}", b'{"test/nll": ' + b"9" * 9999 + b"}",
+        b'{"a": ' * 100_000, b"[" * 100_000, b"\xff\xfe{}", b"",
+    ],
+    "status.json": [
+        b"[]", b"5", b'{"state": 5}', b'{"state": null}', b'{"state": ["DONE"]}',
+        b'{"state": "DONE\\u001b[2J"}', b"{" * 100_000, b"\xff", b"",
+    ],
+    "size.json": [
+        b'{"packed_bytes": "many"}', b'{"packed_bytes": [1]}', b"[]", b"", b'{"x": 1e400}',
+        b'{"packed_bytes": {"a": 1}}',
+    ],
+    "config.yaml": [
+        b"", b"5", b"[1]", b"a: 1", b"a: &a\n  b: *a\n", BOMB.encode(), b"[" * 100_000,
+        b"{a: " * 5_000, b"!!python/object/apply:os.system ['true']", b"\xff\xfe", b"5: 1",
+        b"method: {", b"? [1, 2]\n: 3\n",
+    ],
+}  # fmt: skip
+ODD_VALUES = {
+    "seed": ["abc", None, -1, 2**70, 1.5, True, [0], {"a": 0}],
+    "task": [None, [], "digits", {"name": None}, {"name": ["a"]}, {"name": ""}, {"name": 5},
+             {"name": "a", "split": "x"}, {"name": "a", "split": -1}, {"name": "é" * 5000}],
+    "method": [None, "bbb", {"name": None}, {"name": {"a": 1}}],
+    "quant": [None, "none", [], {"name": None}, {"name": "default"},
+              {"name": "default", "mode": 5, "weight_bits": 4, "activation_bits": 7},
+              {"name": "default", "mode": "ptq", "weight_bits": 4.5, "activation_bits": 7},
+              {"name": "default", "mode": "ptq", "weight_bits": "4", "activation_bits": 7},
+              {"name": "default", "mode": "qat", "weight_bits": 4, "activation_bits": 7,
+               "fine_tuning": {"seed": "x"}}],
+    "checkpoint": [5, None, ["a"]],
+}  # fmt: skip
+KINDS = [(name, content) for name, contents in ODD_FILES.items() for content in contents]
+
+
+def only_the_good_one(tmp_path: Path, write_run: WriteRun) -> str:
+    """Report on the odd run and a good one: why the odd one is not among the numbers."""
+    write_run("good", {"test/nll": 1.0}, method="sghmc")
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) is None
+    runs = read_runs([tmp_path / "runs"])
+    assert [Path(run).name for run in runs.runs["run"]] == ["good"]
+    (problem,) = runs.problems
+    assert (Path(problem.run).name, problem.state) == ("odd", "BROKEN")
+    assert problem.reason.isprintable()
+    assert len(problem.reason) < 500
+    return problem.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), KINDS, ids=[f"{n}{i}" for i, (n, _) in enumerate(KINDS)]
+)
+def test_an_odd_file_costs_its_run_alone(
+    tmp_path: Path, write_run: WriteRun, name: str, content: bytes
+) -> None:
+    (write_run("odd", {"test/nll": 2.0}, size=10) / name).write_bytes(content)
+    only_the_good_one(tmp_path, write_run)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(key, value) for key, values in ODD_VALUES.items() for value in values],
+    ids=lambda each: str(each)[:40],
+)
+def test_an_odd_value_costs_its_run_alone(
+    tmp_path: Path, write_run: WriteRun, key: str, value: object
+) -> None:
+    folder = write_run("odd", {"test/nll": 2.0})
+    config = yaml.safe_load((folder / "config.yaml").read_text()) | {key: value}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    only_the_good_one(tmp_path, write_run)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "status.json", "config.yaml", "size.json"])
+def test_a_fifo_and_a_folder_in_place_of_a_file_are_no_run(
+    tmp_path: Path, write_run: WriteRun, name: str
+) -> None:
+    path = write_run("odd", {"test/nll": 2.0}, size=10) / name
+    path.unlink()
+    os.mkfifo(path)
+    assert "regular file" in only_the_good_one(tmp_path, write_run)
+    path.unlink()
+    path.mkdir()
+    reasons = [problem.reason for problem in read_runs([tmp_path / "runs"]).problems]
+    assert len(reasons) == 1
+
+
+def test_a_deep_group_or_a_long_value_does_not_stop_the_report(
+    tmp_path: Path, write_run: WriteRun
+) -> None:
+    deep: object = 1
+    for _ in range(100):
+        deep = {"a": deep}
+    write_run("odd", {"test/nll": 2.0}, net=deep)
+    assert "16 deep" in only_the_good_one(tmp_path, write_run)
+
+
+def test_long_values_still_tell_runs_apart(tmp_path: Path, write_run: WriteRun) -> None:
+    for number in range(2):
+        write_run(f"{number}", {"test/nll": 1.0}, net={"name": "x" * 500 + str(number)})
+    settings = set(read_runs([tmp_path]).runs["setting"])
+    assert len(settings) == 2
+    assert max(map(len, settings)) < 120
+
+
+NAMES = ["$\\frac{$", "$x$", "é" * 100, "a/b", "../../up", "=1+1", "名前", "%s{}", "\x1b[2J"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_names_are_drawn_and_written(tmp_path: Path, write_run: WriteRun, name: str) -> None:
+    for bits in (2, 4):
+        metrics = {
+            "float/test/nll": 1.0,
+            "int8/test/nll": 1 + 1 / bits,
+            f"int8/test/{bits}$x_{{": 1,
+        }
+        write_run(f"{bits}", metrics, task=name, method=name, bits=(bits, 7), size=bits)
+    out = tmp_path / "out"
+    assert main([str(tmp_path / "runs"), "--out", str(out)]) is None
+    assert len(read_runs([tmp_path / "runs"]).runs) == 2
+    pictures = list((out / "plots").iterdir())
+    assert any("weight_bits" in picture.name for picture in pictures)
+    assert "\x1b" not in (out / "report.md").read_text() + (out / "index.html").read_text()
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_reported(tmp_path: Path, write_run: WriteRun) -> None:
+    good = write_run("good", {"test/nll": 1.0})
+    odd = os.fsencode(tmp_path / "runs") + b"/\xff\xfe"
+    os.rename(good, odd)
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) is None
+    assert "\\udcff\\udcfe" in (tmp_path / "out" / "results.csv").read_text()
+
+
+def test_values_at_the_end_of_float64_do_not_stop_the_report(
+    tmp_path: Path, write_run: WriteRun
+) -> None:
+    for number, value in enumerate((1e308, -1e308, 5e-324, 0.0)):
+        for bits in (2, 4):
+            metrics = {"float/test/nll": value, "int8/test/nll": value, "int8/test/error": 0.1}
+            write_run(f"{number}_{bits}", metrics, seed=number, bits=(bits, 7), size=bits)
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) is None
+    assert len(read_runs([tmp_path / "runs"]).runs) == 8
+
+
+def test_what_started_last_counts_across_a_change_of_utc_offset(
+    tmp_path: Path, write_run: WriteRun
+) -> None:
+    write_run("earlier", {"test/nll": 1.0}, start="2026-10-25T02:30:00+02:00")
+    write_run("later", {"test/nll": 2.0}, start="2026-10-25T02:15:00+01:00", data_dir="x")
+    assert list(read_runs([tmp_path]).runs["test/nll"]) == [2.0]
+
+
+FORMULA = '=HYPERLINK("https://example.org","a")'
+
+
+def test_no_cell_of_a_csv_is_a_formula(tmp_path: Path, write_run: WriteRun) -> None:
+    write_run("a", {"test/nll": -1.0, "=1+1": 2.0}, task=FORMULA, method="@SUM(1)")
+    failed = write_run("b", {}, state="FAILED", seed=4)
+    (failed / "status.json").write_text(
+        json.dumps({"state": "FAILED", "error": "\t-1+cmd|' /C'!A"})
+    )
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) is None
+    for path in (tmp_path / "out").glob("*.csv"):
+        for row in csv.reader(path.read_text().splitlines()):
+            for cell in row:
+                is_number = cell.lstrip("-").replace(".", "").isdigit()
+                assert is_number or not cell.startswith(("=", "+", "-", "@", "\t")), path.name
+    _, first = (tmp_path / "out/results.csv").read_text().splitlines()
+    assert f"'{FORMULA}" in next(csv.reader([first]))
+
+
+def test_numbers_of_a_csv_stay_numbers() -> None:
+    import pandas as pd
+
+    assert as_csv(pd.DataFrame({"-a": [-1.5, 2.0], "b": ["x", "-y"]})) == "'-a,b\n-1.5,x\n2.0,'-y\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["![x](https://example.org/a.png)", "<img src=x>", "[a](javascript:b)", "`a`", "**a**", "_a_",
+     "https://example.org", "www.example.org", "me@example.org", "a\n# b", "~~a~~", "| a |", "\\*",
+     "<https://example.org>", "&lt;script>"],
+)  # fmt: skip
+def test_a_text_in_markdown_is_shown_as_it_is(text: str) -> None:
+    html = MarkdownIt("gfm-like").render(plain(text))
+    for markup in ("<img", "<a ", "<code", "<em", "<strong", "<h1", "<s>", "<script", "<table"):
+        assert markup not in html
