@@ -35,7 +35,7 @@ class Section:
 
 def page(report: Section) -> str:
     """The report as one HTML document, all of its text escaped and its pictures inside."""
-    template = Template(TEMPLATE.read_text())
+    template = Template(TEMPLATE.read_text(encoding="utf-8"))
     return template.substitute(title=escape(report.title), body=_html(report))
 
 

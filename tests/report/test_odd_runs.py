@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -210,3 +212,14 @@ def test_a_text_in_markdown_is_shown_as_it_is(text: str) -> None:
     html = MarkdownIt("gfm-like").render(plain(text))
     for markup in ("<img", "<a ", "<code", "<em", "<strong", "<h1", "<s>", "<script", "<table"):
         assert markup not in html
+
+
+def test_the_report_is_the_same_in_any_locale(tmp_path: Path, write_run: WriteRun) -> None:
+    write_run("a", {"test/nll": 1.0}, task="größe")
+    command = [sys.executable, "-m", "bqnn.report", str(tmp_path / "runs"), "--out"]
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    for name, locale in (("plain", plain), ("utf8", {"PYTHONUTF8": "1"})):
+        out = str(tmp_path / name)
+        subprocess.run([*command, out], env={**os.environ, **locale}, check=True, timeout=120)
+    pages = [(tmp_path / name / "index.html").read_bytes() for name in ("plain", "utf8")]
+    assert pages[0] == pages[1]
