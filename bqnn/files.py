@@ -53,7 +53,7 @@ def _unwritten(path: Path, error: OSError) -> OSError:
 def write_text(path: Path, text: str) -> None:
     """Make `text` all that the file holds."""
     with written_beside(path) as beside:
-        beside.write_text(text)
+        beside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: object) -> None:
@@ -63,7 +63,7 @@ def write_json(path: Path, content: object) -> None:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a header and a line per row; the first row has the columns, all others the same."""
-    with written_beside(path) as beside, beside.open("w", newline="") as file:
+    with written_beside(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
