@@ -261,11 +261,14 @@ def _folder_to_resume(key: str) -> Path:
 def _log_into(folder: Path) -> None:
     """Have Hydra's log file in this folder from now on."""
     config: Any = HydraConfig.instance().cfg
-    if Path(config.hydra.runtime.output_dir) != folder:
-        with read_write(config.hydra):
-            config.hydra.runtime.output_dir = str(folder)
-            config.hydra.run.dir = str(folder)  # Lightning hands it to the processes it starts
-        configure_log(config.hydra.job_logging, config.hydra.verbose)
+    if Path(config.hydra.runtime.output_dir) == folder:
+        return
+    with read_write(config.hydra):
+        config.hydra.runtime.output_dir = str(folder)
+        config.hydra.run.dir = str(folder)  # Lightning hands it to the processes it starts
+    # A copy: Hydra's own refers to the configuration that this one was taken from.
+    copy = OmegaConf.create({"hydra": OmegaConf.to_container(config.hydra)})
+    configure_log(copy.hydra.job_logging, copy.hydra.verbose)
 
 
 def _num_jobs(config: DictConfig) -> int | None:

@@ -183,15 +183,14 @@ class Job:
             signal.signal(number, self._interrupt)
         lines = self._conclude(error)
         if error is not None and self.state == "FAILED" and self._claimed:
-            # The log file has the traceback; the terminal is told in one line.
-            traceback_log.error("%s failed", self.verb, exc_info=(type(error), error, trace))
+            _log_traceback(f"{self.verb} failed", error)
         for action in self._at_end:
             try:
                 action(0 if self.state == "DONE" else 1)
             except (Exception, KeyboardInterrupt, SystemExit) as failure:
                 # The job has ended as its status says; the rest must still be done.
                 self._is_interrupted |= _is_interruption(failure)
-                traceback_log.error("after the end of the job", exc_info=failure)
+                _log_traceback("after the end of the job", failure)
                 lines.append(f"{self.verb}.py: after the end of the job: {describe(failure)}")
         if self._claimed and self.rank == 0:
             self._unlock()
@@ -364,6 +363,12 @@ def describe(error: BaseException) -> str:
     text = one_line(str(error))
     expected = (ValueError, TypeError, FloatingPointError, OSError)
     return text if text and isinstance(error, expected) else f"{type(error).__name__}: {text}"
+
+
+def _log_traceback(message: str, error: BaseException) -> None:
+    """The log file has the traceback; the terminal is told in one line."""
+    with contextlib.suppress(OSError):  # the folder is gone, and a file in it cannot be opened
+        traceback_log.error(message, exc_info=error)
 
 
 def _other_job(status: dict[str, Any], key: str) -> str | None:

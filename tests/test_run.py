@@ -74,25 +74,27 @@ def test_a_status_that_cannot_be_written_fails_the_job_in_one_line(
 def test_of_several_processes_the_first_writes_and_the_others_record_failures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    try:
-        with Job(tmp_path, "train") as first:
-            first.claim()
-            monkeypatch.setenv("LOCAL_RANK", "1")
-            before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-            with Job(tmp_path, "train") as second:
-                assert second.take({"seed": 0}, resume=False)
-            assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-            with Job(tmp_path, "train"):
-                raise ValueError("no memory left")
-            assert status(tmp_path)["error"] == "no memory left"
-            monkeypatch.delenv("LOCAL_RANK")
-            raise ValueError("what the first has to say")
-        monkeypatch.setenv("LOCAL_RANK", "1")
-        with Job(tmp_path, "train"):
-            raise ValueError("the connection is closed")
-        assert status(tmp_path)["error"] == "what the first has to say"
-    finally:
-        logging.disable(logging.NOTSET)
+    config = {"seed": 0, "trainer": {"devices": 2}}
+    for key, value in {"WORLD_SIZE": "2", "MASTER_PORT": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(key, value)
+
+    def fail_as_second(message: str) -> None:
+        with Job(tmp_path, "train") as second:
+            second.take(config, resume=False)
+            raise ValueError(message)
+
+    with Job(tmp_path, "train") as first:
+        first.claim()
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        with Job(tmp_path, "train") as second:
+            assert second.take(config, resume=False)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+        fail_as_second("no memory left")
+        assert status(tmp_path)["error"] == "no memory left"
+        raise ValueError("what the first has to say")
+    fail_as_second("the connection is closed")
+    assert status(tmp_path)["error"] == "what the first has to say"
+    assert logging.root.manager.disable == logging.NOTSET
 
 
 def test_an_unexpected_error_is_named_by_its_kind(tmp_path: Path) -> None:
