@@ -393,7 +393,7 @@ def _changes_since(status: dict[str, Any]) -> str:
     before = {**status.get("versions", {}), "commit": status.get("git_commit")}
     now = {**versions(), "commit": _git_commit()}
     return ", ".join(
-        f"{name} {now[name]} instead of {one_line(str(before[name]))[:60]}"
+        f"{name} {now[name] or 'unknown'} instead of {one_line(str(before[name]))[:60]}"
         for name in now
         if before.get(name) not in (None, now[name])
     )
