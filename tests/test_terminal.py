@@ -1,6 +1,7 @@
 """What is printed can fail in many ways, and none of them ends a job."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -80,3 +81,26 @@ def test_what_an_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     say("é \udce9")
     assert written.getvalue() == b"\\xe9 \\udce9\n"
+
+
+def test_a_sweep_and_a_report_are_made_though_nobody_reads_what_they_say(tmp_path: Path) -> None:
+    def run_unread(*arguments: str) -> int:
+        reader, writer = os.pipe()
+        os.close(reader)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, *arguments]
+        try:
+            return subprocess.run(
+                command, cwd=tmp_path, env=environment, stdout=writer, stderr=writer, timeout=300
+            ).returncode
+        finally:
+            os.close(writer)
+
+    arguments = ["-m", "task=synthetic", "method=pointwise", "trainer=smoke", "plots=false"]
+    arguments += ["logger=none", "seed=0,1", "hydra.sweep.dir=sweep"]
+    assert run_unread(str(ROOT / "train.py"), *arguments) == 0
+    record = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert [job["state"] for job in record["jobs"]] == ["done", "done"]
+    assert not list((tmp_path / "sweep").rglob(".lock"))
+    assert run_unread("-m", "bqnn.report", "sweep", "--out", "report") == 0
+    assert (tmp_path / "report" / "index.html").exists()
