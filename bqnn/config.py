@@ -29,7 +29,7 @@ from bqnn.run import Job, describe, end_with, record_refusal
 from bqnn.secrets import refuse_secrets
 from bqnn.status import ELSEWHERE, WITHOUT_EFFECT, config_hash, find_run, read_status
 from bqnn.sweep import Sweep, find_sweep, record_refused_sweep
-from bqnn.terminal import protect_output, say
+from bqnn.terminal import protect_output, say, say_once
 
 # Keys with numbers that would otherwise fail far from here: their kind and the least value.
 NUMBERS: dict[str, tuple[type, int]] = {
@@ -63,6 +63,7 @@ def launch(task: Callable[[Job], None], verb: str) -> None:
     exit code is 0 when every job is done.
     """
     protect_output()
+    say_once.cache_clear()
     # Hydra then hands its errors to us, and we say them in one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     states = []

@@ -29,7 +29,7 @@ from bqnn.files import write_json, write_text
 from bqnn.ranks import ALONE, find_place, hide_launcher
 from bqnn.status import config_hash, folder_lock, input_digests, is_finished, read_status
 from bqnn.terminal import say
-from bqnn.text import one_line
+from bqnn.text import one_line, short, valid_name
 
 log = logging.getLogger(__name__)
 traceback_log = logging.getLogger("bqnn.traceback")  # conf/hydra sends it to the log file alone
@@ -115,7 +115,7 @@ class Job:
         self._find_place(config)
         if self.rank > 0:  # the first process has taken it
             self.is_resumed = resume
-            self.id = (read_status(self.folder) or {}).get("id", self.id)
+            self._take_id(read_status(self.folder) or {})
             self.configure(config)
             return True
         if not resume:
@@ -136,7 +136,7 @@ class Job:
             raise FileExistsError(f"{self.folder} {reason}")
         self._claimed = True
         self.is_resumed = before.get("config_hash") == key
-        self.id = before.get("id", self.id)
+        self._take_id(before)
         for part in self.folder.glob(".*.part"):  # a killed process was writing it
             part.unlink()
         self.configure(config)
@@ -267,6 +267,12 @@ class Job:
             logging.disable(logging.WARNING)  # the first process says it, too
             self.at_end(lambda _: logging.disable(logging.NOTSET))
 
+    def _take_id(self, status: dict[str, Any]) -> None:
+        """Keep the name that the job has for Weights & Biases, where it is one."""
+        name = status.get("id", "")
+        if name == valid_name(name):
+            self.id = name
+
     def _lock(self) -> None:
         self._folder_lock = folder_lock(self.folder)
         try:
@@ -393,7 +399,7 @@ def _changes_since(status: dict[str, Any]) -> str:
     before = {**status.get("versions", {}), "commit": status.get("git_commit")}
     now = {**versions(), "commit": _git_commit()}
     return ", ".join(
-        f"{name} {now[name] or 'unknown'} instead of {one_line(str(before[name]))[:60]}"
+        f"{name} {now[name] or 'unknown'} instead of {short(before[name])}"
         for name in now
         if before.get(name) not in (None, now[name])
     )

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bqnn.records import instant, read_record
-from bqnn.terminal import say
+from bqnn.terminal import say_once
 from bqnn.text import printable, short
 
 # What results do not depend on: runs that differ in nothing else are the same run.
@@ -87,7 +87,7 @@ def read_status(folder: Path) -> dict[str, Any] | None:
 
 def tell_unreadable(folder: Path, error: ValueError) -> None:
     """Say, once in this process, that a record in a folder is none."""
-    _say_once(printable(f"{folder}: {error}"))
+    say_once(printable(f"{folder}: {error}"))
 
 
 def is_finished(status: dict[str, Any], config_hash: str) -> bool:
@@ -136,6 +136,8 @@ def is_running(folder: Path) -> bool:
         lock.acquire(timeout=0)
     except Timeout:
         return True
+    except OSError:  # .lock is no file, or this file system is read-only
+        return False
     lock.release()
     return False
 
@@ -145,11 +147,6 @@ def _recorded(folder: Path) -> dict[str, str]:
         return {"config_hash": config_hash(read_record(folder / "config.yaml"))}
     except (OSError, ValueError):
         return {}
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    say(message, error=True)
 
 
 def _node(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:

@@ -1,6 +1,7 @@
 """Standard output and error that cannot end a job: closed, full, or of a narrow encoding."""
 
 import contextlib
+import functools
 import io
 import os
 import select
@@ -24,6 +25,12 @@ def say(text: str, error: bool = False, end: str = "\n") -> None:
             encoding = stream.encoding or "utf-8"
             text = text.encode(encoding, "backslashreplace").decode(encoding)
             print(text, end=end, file=stream, flush=True)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Print a text on standard error, unless this process has done so before."""
+    say(text, error=True)
 
 
 def protect_output() -> None:

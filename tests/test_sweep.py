@@ -121,7 +121,7 @@ def test_an_interrupted_run_that_was_found_goes_on_in_its_folder(
     (run / "checkpoint.ckpt").unlink()  # killed before the first one
     code, errors = script_here("train", *arguments, "resume=true")
     assert code == 0, errors
-    assert "instead of abcdef" in (run / "train.log").read_text()
+    assert "instead of 'abcdef'" in (run / "train.log").read_text()
     assert list(run.parent.iterdir()) == [run]
 
 
