@@ -2,6 +2,7 @@
 
 from bqnn.config import launch
 from bqnn.run import Job, run_parts
+from bqnn.terminal import say
 
 
 def evaluate(job: Job) -> None:
@@ -55,8 +56,8 @@ def evaluate_one(job: Job) -> None:
     if config["plots"]:
         pictures = draw_pictures(job.folder, model, data, test)
         log_pictures(loggers, [*pictures, *draw_suite(job.folder, findings)])
-    print(suite_table(findings.metrics))
-    print(f"\n{num_samples} draws; results in {job.folder}")
+    say(suite_table(findings.metrics))
+    say(f"\n{num_samples} draws; results in {job.folder}")
 
 
 if __name__ == "__main__":

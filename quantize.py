@@ -5,6 +5,7 @@ from copy import deepcopy
 from bqnn.config import launch
 from bqnn.quant.spec import QuantSpec
 from bqnn.run import Job, run_parts
+from bqnn.terminal import say
 
 
 def quantize(job: Job) -> None:
@@ -96,8 +97,8 @@ def quantize_one(job: Job) -> None:
     if job.config["plots"]:
         pictures = draw_pictures(job.folder, models["int8"], data, predictions)
         log_pictures(loggers, [*pictures, *draw_weights(job.folder, models["simulated"])])
-    print(comparison_table(metrics))
-    print(f"\n{timer}\nresults in {job.folder}")
+    say(comparison_table(metrics))
+    say(f"\n{timer}\nresults in {job.folder}")
 
 
 if __name__ == "__main__":

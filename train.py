@@ -2,6 +2,7 @@
 
 from bqnn.config import launch
 from bqnn.run import Job
+from bqnn.terminal import say
 
 
 def train(job: Job) -> None:
@@ -58,8 +59,8 @@ def train(job: Job) -> None:
     log_checkpoint(loggers, job)
     if config["plots"]:
         log_pictures(loggers, draw_pictures(job.folder, model, data, evaluation.predictions))
-    print(table(metrics, splits))
-    print(f"\n{timer}\nresults in {job.folder}")
+    say(table(metrics, splits))
+    say(f"\n{timer}\nresults in {job.folder}")
 
 
 if __name__ == "__main__":

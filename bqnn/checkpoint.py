@@ -1,6 +1,5 @@
 """Checkpoint files: saved at epoch ends, and opened without trusting them."""
 
-import json
 import logging
 import time
 from glob import glob
@@ -15,6 +14,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
 from bqnn.files import written_beside
+from bqnn.records import read_record
 from bqnn.schema import check_recipe
 from bqnn.status import read_status
 
@@ -165,8 +165,8 @@ def _of_finished_runs(pattern: str, paths: list[Path]) -> list[Path]:
 
 def _validation_nll(path: Path) -> float:
     try:
-        return float(json.loads((path.parent / "metrics.json").read_text())["val/nll"])
-    except (OSError, ValueError, KeyError):
+        return float(read_record(path.parent / "metrics.json")["val/nll"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         log.warning("%s has no val/nll in a metrics.json beside it: counted as the worst", path)
         return float("inf")
 

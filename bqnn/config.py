@@ -1,6 +1,7 @@
 """The command line: Hydra in front, plain dictionaries behind; only here is OmegaConf known."""
 
 import contextlib
+import functools
 import math
 import os
 import re
@@ -24,10 +25,11 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from bqnn.files import write_json
-from bqnn.run import Job, end_with, record_refusal
+from bqnn.run import Job, describe, end_with, record_refusal
 from bqnn.secrets import refuse_secrets
 from bqnn.status import ELSEWHERE, WITHOUT_EFFECT, config_hash, find_run, read_status
 from bqnn.sweep import Sweep, find_sweep, record_refused_sweep
+from bqnn.terminal import protect_output, say, say_once
 
 # Keys with numbers that would otherwise fail far from here: their kind and the least value.
 NUMBERS: dict[str, tuple[type, int]] = {
@@ -60,6 +62,8 @@ def launch(task: Callable[[Job], None], verb: str) -> None:
     status.json; a multirun goes on with the next job, and ends with a table and sweep.json. The
     exit code is 0 when every job is done.
     """
+    protect_output()
+    say_once.cache_clear()
     # Hydra then hands its errors to us, and we say them in one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     states = []
@@ -96,6 +100,7 @@ def launch(task: Callable[[Job], None], verb: str) -> None:
 
 def run_job(cfg: DictConfig, task: Callable[[Job], None], verb: str) -> str:
     """Run one job in the folder that Hydra made, or that of the run it resumes: its state."""
+    protect_output()  # it may be a process of a launcher
     hydra_config = HydraConfig.get()
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
     resume = bool(OmegaConf.select(cfg, "resume"))
@@ -117,8 +122,21 @@ def run_job(cfg: DictConfig, task: Callable[[Job], None], verb: str) -> str:
         if job.take(config, resume):
             task(job)
         else:
-            print(f"done before: {job.folder}")
+            say(f"done before: {job.folder}")
     return job.state
+
+
+def _final(hook: Callable[..., None]) -> Callable[..., None]:
+    """Have an exception in a callback end the process: Hydra would warn of it, and go on."""
+
+    @functools.wraps(hook)
+    def guarded(self: Callback, config: DictConfig, **options: Any) -> None:
+        try:
+            hook(self, config, **options)
+        except Exception as error:
+            sys.exit(f"{config.hydra.job.name}.py: {describe(error)}")
+
+    return guarded
 
 
 class SweepCallback(Callback):
@@ -127,6 +145,7 @@ class SweepCallback(Callback):
     sweep: Sweep | None = None  # of this process, while it is launching one
     launched_from: int | None = None  # the process
 
+    @_final
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         verb, hydra_overrides = config.hydra.job.name, config.hydra.overrides.hydra
         overrides = [
@@ -151,12 +170,14 @@ class SweepCallback(Callback):
         SweepCallback.sweep = Sweep(folder, verb, overrides, _num_jobs(config), resume)
         self.launched_from = os.getpid()
 
+    @_final
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         # A job may be in another process. Those of joblib would go on alone after a kill -9.
         is_joblib = config.hydra.launcher._target_.endswith(".JoblibLauncher")
         if is_joblib and self.launched_from not in (None, os.getpid()):
             end_with(parent=self.launched_from)
 
+    @_final
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         if not self.finish():
             sys.exit(1)
@@ -168,7 +189,7 @@ class SweepCallback(Callback):
         all_done = cls.sweep.finish(error)
         if not all_done and cls.sweep.jobs:
             command = _resume_command("hydra.sweep.dir", cls.sweep.folder)
-            print(f"\nfor what is missing:\n  {command}")
+            say(f"\nfor what is missing:\n  {command}")
         return all_done
 
 
@@ -241,10 +262,14 @@ def _folder_to_resume(key: str) -> Path:
 def _log_into(folder: Path) -> None:
     """Have Hydra's log file in this folder from now on."""
     config: Any = HydraConfig.instance().cfg
-    if Path(config.hydra.runtime.output_dir) != folder:
-        with read_write(config.hydra.runtime):
-            config.hydra.runtime.output_dir = str(folder)
-        configure_log(config.hydra.job_logging, config.hydra.verbose)
+    if Path(config.hydra.runtime.output_dir) == folder:
+        return
+    with read_write(config.hydra):
+        config.hydra.runtime.output_dir = str(folder)
+        config.hydra.run.dir = str(folder)  # Lightning hands it to the processes it starts
+    # A copy: Hydra's own refers to the configuration that this one was taken from.
+    copy = OmegaConf.create({"hydra": OmegaConf.to_container(config.hydra)})
+    configure_log(copy.hydra.job_logging, copy.hydra.verbose)
 
 
 def _num_jobs(config: DictConfig) -> int | None:

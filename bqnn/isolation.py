@@ -5,6 +5,7 @@ import logging
 import warnings
 
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 
 from bqnn.run import Job
 
@@ -17,6 +18,9 @@ def leave_as_found(job: Job) -> None:
     kept_filters.__enter__()
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     engine, random_state = torch.backends.quantized.engine, torch.get_rng_state()
+    rank = rank_zero_only.rank  # type: ignore[attr-defined]
+    # Lightning read the environment when it was imported.
+    rank_zero_only.rank = job.rank  # type: ignore[attr-defined]
     levels = {name: logging.getLogger(name).level for name in CHANGED_LOGGERS}
 
     def restore(exit_code: int) -> None:
@@ -25,6 +29,7 @@ def leave_as_found(job: Job) -> None:
         torch.set_default_dtype(dtype)
         torch.backends.quantized.engine = engine
         torch.set_rng_state(random_state)
+        rank_zero_only.rank = rank  # type: ignore[attr-defined]
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
         gc.collect()  # a Trainer and its model hold each other

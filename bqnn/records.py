@@ -13,7 +13,7 @@ from bqnn.text import one_line
 
 LARGEST_RECORD = 16 * 2**20  # bytes
 
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def _text(path: Path) -> str:
 
 def _yaml(text: str) -> Any:
     # An alias can make a mapping hold itself, or ten lines stand for 10^10 entries.
-    for event in yaml.parse(text, Loader=_Loader):
+    for event in yaml.parse(text, Loader=_SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             raise ValueError("it uses aliases (*name), which are not read here")
-    return yaml.load(text, Loader=_Loader)
+    return yaml.load(text, _SafeLoader)

@@ -1,5 +1,7 @@
 """One job's life: its folder, its status.json, how it ended."""
 
+import _thread
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -24,13 +26,17 @@ import yaml
 from filelock import Timeout
 
 from bqnn.files import write_json, write_text
-from bqnn.status import config_hash, folder_lock, is_finished, read_status
+from bqnn.ranks import ALONE, find_place, hide_launcher
+from bqnn.status import config_hash, folder_lock, input_digests, is_finished, read_status
+from bqnn.terminal import say
+from bqnn.text import one_line, short, valid_name
 
 log = logging.getLogger(__name__)
 traceback_log = logging.getLogger("bqnn.traceback")  # conf/hydra sends it to the log file alone
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-core")
 PROCESS_STARTED = time.perf_counter()
+INSIST_SECONDS = 10.0  # after which an interruption that something swallowed is repeated
 
 
 class Job:
@@ -42,6 +48,9 @@ class Job:
     on, as SystemExit(130). `sweep` names the multirun that the job is part of, `resume_command` is
     what an interrupted one tells its user to type.
 
+    However it ends, its status is written, then the actions of `at_end` are done, then the folder
+    is unlocked, and what there is to say is said last: none of these keeps the next from happening.
+
     Where several processes train one model, the first writes. Of the others only a failure is
     recorded, because Lightning kills the first process when another one fails.
     """
@@ -52,7 +61,7 @@ class Job:
         self.config: dict[str, Any] = {}
         self.folder = folder
         self.verb = verb
-        self.rank = process_rank()
+        self.rank, self.launcher = ALONE
         self.sweep = sweep
         self.resume_command = resume_command
         self.id = uuid.uuid4().hex[:8]  # stays when the job is resumed
@@ -62,9 +71,12 @@ class Job:
         self.parts: list[str] = []
         self.is_resumed = False
         self._hash: str | None = None
+        self._input_digests: dict[str, str] = {}
         self._resumed_from_epoch: int | None = None
         self._claimed = False
-        self._interrupted = False
+        self._is_interrupted = False
+        self._insists = False
+        self._ended = threading.Event()
         self._at_end: list[Callable[[int], None]] = []
         self._handlers: dict[int, Any] = {}
         global _num_jobs
@@ -87,7 +99,7 @@ class Job:
         """Give the job its resolved configuration, and record it in config.yaml."""
         self.config = config
         if self._hash is None:  # what it was started with, by which it will be recognized
-            self._hash = config_hash(config)
+            self._hash, self._input_digests = config_hash(config), input_digests(config)
         if self.rank > 0:
             return
         write_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
@@ -97,11 +109,13 @@ class Job:
     def take(self, config: dict[str, Any], resume: bool) -> bool:
         """Claim and configure, or go on where an earlier process ended; False: it was DONE.
 
-        FileExistsError: the folder holds another job. BlockingIOError: a process runs it.
+        FileExistsError: the folder holds another job, or one that cannot be told. BlockingIOError:
+        a process runs it.
         """
+        self._find_place(config)
         if self.rank > 0:  # the first process has taken it
             self.is_resumed = resume
-            self.id = (read_status(self.folder) or {}).get("id", self.id)
+            self._take_id(read_status(self.folder) or {})
             self.configure(config)
             return True
         if not resume:
@@ -117,18 +131,21 @@ class Job:
         if is_finished(before, key):  # it has just ended
             self._unlock()
             return False
-        if before.get("config_hash") not in (None, key):
+        if reason := _other_job(before, key):
             self._unlock()
-            raise FileExistsError(
-                f"{self.folder} holds a job with another configuration, which resume=true does "
-                "not go on with; give another hydra.run.dir, or none"
-            )
+            raise FileExistsError(f"{self.folder} {reason}")
         self._claimed = True
         self.is_resumed = before.get("config_hash") == key
-        self.id = before.get("id", self.id)
+        self._take_id(before)
         for part in self.folder.glob(".*.part"):  # a killed process was writing it
             part.unlink()
         self.configure(config)
+        if self.is_resumed and (changes := _changes_since(before)):
+            log.warning(
+                "resumed with %s: the results may differ in their last bits from those of a run "
+                "that was never interrupted",
+                changes,
+            )
         return True
 
     def record_epoch(self, epoch: int) -> None:
@@ -150,8 +167,8 @@ class Job:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._interrupt)
-        if self.rank > 0:
-            logging.disable(logging.WARNING)  # the first process says it, too
+        # A log on a full disk would say so in fifty lines a record.
+        self._raises_in_logs, logging.raiseExceptions = logging.raiseExceptions, False
         return self
 
     def __exit__(
@@ -160,59 +177,101 @@ class Job:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
+        self._ended.set()
         # Lightning may have left other handlers behind.
         for number in self._handlers:
             signal.signal(number, self._interrupt)
-        if error is None:
-            self.state = "DONE"
-        elif _is_interruption(error):
-            self.state, self.error = "INTERRUPTED", "interrupted"
-            if self.resume_command is not None and self.rank == 0:
-                print(
-                    f"{self.verb}.py: interrupted; go on with\n  {self.resume_command}",
-                    file=sys.stderr,
-                )
-        else:
-            self.state, self.error = "FAILED", one_line(error)
-            if self.rank > 0:
-                first = read_status(self.folder) or {}
-                self._claimed = first.get("state") == "RUNNING"
-            # The log file has the traceback; the terminal is told in one line.
-            if self._claimed:
-                logging.raiseExceptions = False  # of a log on a full disk, in twenty lines
-                traceback_log.error("%s failed", self.verb, exc_info=(type(error), error, trace))
-            who = f" (process {self.rank})" if self.rank > 0 else ""
-            print(f"{self.verb}.py{who}: {self.error} [{self.folder}]", file=sys.stderr)
-        try:
-            if self._claimed:
-                self._write_status()
-        except OSError as unwritable:  # status.json stays at RUNNING; what failed first was said
-            if error is None:
-                self.state = "FAILED"
-                print(f"{self.verb}.py: {unwritable}", file=sys.stderr)
+        lines = self._conclude(error)
+        if error is not None and self.state == "FAILED" and self._claimed:
+            _log_traceback(f"{self.verb} failed", error)
         for action in self._at_end:
             try:
                 action(0 if self.state == "DONE" else 1)
-            except Exception:  # the job has ended as its status says; the rest must still be done
-                log.warning("after the end of the job", exc_info=True)
+            except (Exception, KeyboardInterrupt, SystemExit) as failure:
+                # The job has ended as its status says; the rest must still be done.
+                self._is_interrupted |= _is_interruption(failure)
+                _log_traceback("after the end of the job", failure)
+                lines.append(f"{self.verb}.py: after the end of the job: {describe(failure)}")
         if self._claimed and self.rank == 0:
             self._unlock()
+        elif self.rank > 0:
+            with contextlib.suppress(OSError):  # it holds something, or is the first process's
+                self.folder.rmdir()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if self.state == "INTERRUPTED":
+        logging.raiseExceptions = self._raises_in_logs
+        for line in lines:
+            say(line, error=True)
+        if self.state == "INTERRUPTED" or self._is_interrupted:
             raise SystemExit(130) from error
         return isinstance(error, Exception)
 
+    def _conclude(self, error: BaseException | None) -> list[str]:
+        """Write down how the job ended, and what there is to say about it."""
+        lines = []
+        if error is None:
+            self.state, self.error = "DONE", None
+        elif self._is_interrupted or _is_interruption(error):
+            self.state, self.error = "INTERRUPTED", "interrupted"
+            if self.resume_command is not None and self.rank == 0:
+                lines = [f"{self.verb}.py: interrupted; go on with", f"  {self.resume_command}"]
+        else:
+            self.state, self.error = "FAILED", describe(error)
+            if self.rank > 0:
+                first = read_status(self.folder) or {}
+                self._claimed = first.get("state") == "RUNNING"
+            who = f" (process {self.rank})" if self.rank > 0 else ""
+            lines = [f"{self.verb}.py{who}: {self.error} [{one_line(str(self.folder))}]"]
+        try:
+            if self._claimed:
+                self._write_status()
+        except Exception as unwritable:  # status.json stays as it was; what failed first is said
+            if self.state != "FAILED":
+                lines.append(f"{self.verb}.py: {describe(unwritable)}")
+            if self.state == "DONE":
+                self.state = "FAILED"
+        return lines
+
     def _interrupt(self, number: int, frame: Any) -> None:
         """End the job as soon as Python gets to it, and the second time at once."""
-        if self._interrupted:
+        if self._insists:
+            self._insists = False
+        elif self._is_interrupted:
             os._exit(130)
-        self._interrupted = True
-        if self._claimed and self.state == "RUNNING":  # said now: there may be no later
-            self.state, self.error = "INTERRUPTED", "interrupted"
-            self._write_status()
+        else:
+            self._is_interrupted = True
+            if self._claimed and self.state == "RUNNING":  # said now: there may be no later
+                self.state, self.error = "INTERRUPTED", "interrupted"
+                # Any exception of its own would be taken for a failure of what was interrupted.
+                with contextlib.suppress(Exception):
+                    self._write_status()
+            threading.Thread(target=self._insist, daemon=True).start()
         # Not KeyboardInterrupt: Lightning would ignore a second Ctrl-C from then on.
-        raise SystemExit(130)
+        if not self._ended.is_set():
+            raise SystemExit(130)
+
+    def _insist(self) -> None:
+        """Interrupt again until the job ends: libraries swallow exceptions, in callbacks say."""
+        while not self._ended.wait(INSIST_SECONDS):
+            self._insists = True
+            _thread.interrupt_main(signal.SIGTERM)
+
+    def _find_place(self, config: dict[str, Any]) -> None:
+        """Learn whether this is one of several processes; one that is none shall look so."""
+        if self.verb == "train" and self.sweep is None:
+            self.rank, self.launcher = find_place(config.get("trainer", {}))
+        if self.launcher is None:
+            hidden = hide_launcher()
+            self.at_end(lambda _: os.environ.update(hidden))
+        if self.rank > 0:
+            logging.disable(logging.WARNING)  # the first process says it, too
+            self.at_end(lambda _: logging.disable(logging.NOTSET))
+
+    def _take_id(self, status: dict[str, Any]) -> None:
+        """Keep the name that the job has for Weights & Biases, where it is one."""
+        name = status.get("id", "")
+        if name == valid_name(name):
+            self.id = name
 
     def _lock(self) -> None:
         self._folder_lock = folder_lock(self.folder)
@@ -223,7 +282,8 @@ class Job:
 
     def _unlock(self) -> None:
         # Removed while it is held: who opened it meanwhile sees that the file is gone.
-        (self.folder / ".lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may be gone as well
+            (self.folder / ".lock").unlink(missing_ok=True)
         self._folder_lock.release()
 
     def _write_status(self) -> None:
@@ -236,6 +296,7 @@ class Job:
             "resumed_from_epoch": self._resumed_from_epoch,
             "id": self.id,
             "config_hash": self._hash,
+            "input_digests": self._input_digests,
             "host": socket.gethostname(),
             "versions": versions(),
             **_hardware(),
@@ -282,12 +343,6 @@ def end_with(parent: int) -> None:
             raise SystemExit(130)
 
 
-def process_rank() -> int:
-    """Which of the processes that train one model this is, as Lightning tells them; 0 is first."""
-    ranks = (os.environ.get(key) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-    return next((int(rank) for rank in ranks if rank is not None), 0)
-
-
 def record_refusal(folder: Path, error: str) -> None:
     """Leave a status.json about a command line that could not become a job."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -309,11 +364,45 @@ def versions() -> dict[str, str]:
     }
 
 
-def one_line(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """What an exception says, in one line, after its kind where that is a surprise."""
-    text = " ".join(str(error).split())
+    text = one_line(str(error))
     expected = (ValueError, TypeError, FloatingPointError, OSError)
     return text if text and isinstance(error, expected) else f"{type(error).__name__}: {text}"
+
+
+def _log_traceback(message: str, error: BaseException) -> None:
+    """The log file has the traceback; the terminal is told in one line."""
+    with contextlib.suppress(OSError):  # the folder is gone, and a file in it cannot be opened
+        traceback_log.error(message, exc_info=error)
+
+
+def _other_job(status: dict[str, Any], key: str) -> str | None:
+    """Why a folder with this status is not one in which to go on; None: it is."""
+    if status.get("config_hash") == key:
+        return None
+    if status.get("is_unreadable"):
+        return (
+            f"holds a job that cannot be told ({status['error']}); remove its status.json to start "
+            "anew there, or give another hydra.run.dir, or none"
+        )
+    if status.get("config_hash") is None:  # killed before it was configured
+        return None
+    return (
+        "holds a job with another configuration, or of a checkpoint that has changed since, which "
+        "resume=true does not go on with; give another hydra.run.dir, or none"
+    )
+
+
+def _changes_since(status: dict[str, Any]) -> str:
+    """Which versions results may depend on are others than those of a job's earlier process."""
+    before = {**status.get("versions", {}), "commit": status.get("git_commit")}
+    now = {**versions(), "commit": _git_commit()}
+    return ", ".join(
+        f"{name} {now[name] or 'unknown'} instead of {short(before[name])}"
+        for name in now
+        if before.get(name) not in (None, now[name])
+    )
 
 
 def _part_folder(job: Job, config: dict[str, Any]) -> Path:

@@ -1,41 +1,93 @@
 """status.json: what a job says of itself, and how an earlier run is recognized by it."""
 
+import functools
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from copy import deepcopy
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from bqnn.records import instant, read_record
+from bqnn.terminal import say_once
+from bqnn.text import printable, short
+
 # What results do not depend on: runs that differ in nothing else are the same run.
 WITHOUT_EFFECT = ("resume", "logger", "data_dir", "trainer.threads", "trainer.progress_bar")
+# Files that results depend on: what they hold counts, too.
+INPUTS = ("checkpoint", "method.init_from")
 ELSEWHERE = "elsewhere.json"  # in a sweep, in place of a job that an older folder holds
+
+STATES = ("RUNNING", "DONE", "FAILED", "INTERRUPTED")
+# What else a status.json holds that is relied on. Anything of another type is taken for missing.
+TYPES: dict[str, type] = {
+    **dict.fromkeys(("start", "end", "error", "id", "config_hash", "git_commit"), str),
+    "versions": dict,
+    "parts": list,
+}
 
 
 def config_hash(config: dict[str, Any]) -> str:
-    """What two resolved configurations share exactly when they give the same results."""
+    """What two resolved configurations share exactly when they give the same results.
+
+    Of a checkpoint that a job starts from, the content counts as well as the path: one that was
+    trained anew gives other results.
+    """
     kept = deepcopy(config)
     for key in WITHOUT_EFFECT:
-        *groups, last = key.split(".")
-        node = kept
-        for group in groups:
-            node = node.get(group, {})
+        node, last = _node(kept, key)
         node.pop(last, None)
+    if digests := input_digests(config):
+        kept["input_digests"] = digests
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def input_digests(config: dict[str, Any]) -> dict[str, str]:
+    """The SHA-256 of each checkpoint that the configuration names, by its key.
+
+    A pattern names none: each of the files it stands for is the input of a job of its own.
+    """
+    digests = {}
+    for key in INPUTS:
+        node, last = _node(config, key)
+        if isinstance(node.get(last), str) and (digest := _digest(Path(node[last]))):
+            digests[key] = digest
+    return digests
+
+
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """The content of a job's status.json; None where no job is."""
+    """The content of a job's status.json; None where no job is.
+
+    Its `state` is one of STATES, and what it holds of TYPES has that type. A file that is no
+    status reads as that of a job that FAILED, with the reason as its `error`, and the reason is
+    said once: one such file must not stop all that look around here. Its job is then recognized
+    by config.yaml.
+    """
     path = folder / "status.json"
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
+        status = read_record(path)
+        if status.get("state") not in STATES:
+            raise ValueError(f"status.json has the state {short(status.get('state'))}")
+    except FileNotFoundError:
         return None
-    except ValueError as error:  # one such file is not to stop all that look around here
-        return {"state": "FAILED", "start": "", "error": f"{path} cannot be read: {error}"}
+    except ValueError as error:
+        if not os.path.lexists(path):  # the folder is none
+            return None
+        tell_unreadable(folder, error)
+        return {"state": "FAILED", "error": str(error), "is_unreadable": True} | _recorded(folder)
+    for key, kind in TYPES.items():
+        if not isinstance(status.get(key), kind):
+            status.pop(key, None)
+    return status
+
+
+def tell_unreadable(folder: Path, error: ValueError) -> None:
+    """Say, once in this process, that a record in a folder is none."""
+    say_once(printable(f"{folder}: {error}"))
 
 
 def is_finished(status: dict[str, Any], config_hash: str) -> bool:
@@ -47,20 +99,27 @@ def is_finished(status: dict[str, Any], config_hash: str) -> bool:
 def job_folders(root: Path) -> Iterator[Path]:
     """The folders of jobs at and below `root`, in order; what is below a job's is its own."""
     for folder, below, files in os.walk(root):
-        if "status.json" in files or ELSEWHERE in files:
-            below.clear()
-            yield Path(folder)
         below.sort()
+        if {"status.json", ELSEWHERE} & {*files, *below}:
+            path = Path(folder)
+            yield path
+            if not (read_status(path) or {}).get("is_unreadable"):  # or it may be no job's
+                below.clear()
 
 
 def find_run(root: Path, config_hash: str) -> Path | None:
-    """The newest run of this configuration below `root`, before which comes any that is DONE."""
+    """The newest run of this configuration below `root`; one that is DONE before all others."""
     found = []
     for folder in job_folders(root):
         status = read_status(folder)
         if status is not None and status.get("config_hash") == config_hash:
-            found.append((status["state"] == "DONE", status["start"], folder))
+            found.append((status["state"] == "DONE", start_of(status), folder))
     return max(found)[2] if found else None
+
+
+def start_of(record: dict[str, Any]) -> datetime:
+    """When a job or a sweep started; long ago, where its record does not tell."""
+    return instant(record.get("start")) or datetime.min.replace(tzinfo=UTC)
 
 
 def folder_lock(folder: Path) -> FileLock:
@@ -77,5 +136,42 @@ def is_running(folder: Path) -> bool:
         lock.acquire(timeout=0)
     except Timeout:
         return True
+    except OSError:  # .lock is no file, or this file system is read-only
+        return False
     lock.release()
     return False
+
+
+def _recorded(folder: Path) -> dict[str, str]:
+    try:
+        return {"config_hash": config_hash(read_record(folder / "config.yaml"))}
+    except (OSError, ValueError):
+        return {}
+
+
+def _node(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """The group that holds a dotted key, and the key in it; an empty one where there is none."""
+    *groups, last = key.split(".")
+    for group in groups:
+        found = config.get(group)
+        config = found if isinstance(found, dict) else {}
+    return config, last
+
+
+def _digest(path: Path) -> str | None:
+    """The SHA-256 of a file, or of the checkpoint in a run's folder; None where none is."""
+    if path.is_dir():
+        path = path / "checkpoint.ckpt"
+    try:
+        found = path.stat()
+        if not path.is_file():
+            return None
+        return _digest_of(path.absolute(), found.st_mtime_ns, found.st_size, found.st_ino)
+    except (OSError, ValueError):  # what opens it will say so; ValueError: a name with a zero byte
+        return None
+
+
+@functools.cache
+def _digest_of(path: Path, *_: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

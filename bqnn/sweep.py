@@ -1,14 +1,22 @@
 """A sweep's own record, sweep.json, and its table: what became of each of its jobs."""
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from bqnn.files import write_json
-from bqnn.status import ELSEWHERE, is_running, job_folders, read_status
+from bqnn.records import instant, read_record
+from bqnn.status import (
+    ELSEWHERE,
+    is_running,
+    job_folders,
+    read_status,
+    start_of,
+    tell_unreadable,
+)
+from bqnn.terminal import say
+from bqnn.text import one_line, printable, short
 
 
 @dataclass(frozen=True)
@@ -48,12 +56,19 @@ class Sweep:
         self._write("RUNNING", None)
 
     def finish(self, error: str | None = None) -> bool:
-        """Write down and print what became of all jobs; whether every one of them is done."""
+        """Write down and print what became of all jobs; whether every one of them is done.
+
+        A sweep whose record cannot be written is not done, and says so.
+        """
         self.jobs = [self._record(folder) for folder in _jobs_of(self.folder)]
         finished = sum(job.state in ("done", "skipped") for job in self.jobs)
         all_done = error is None and finished == max(len(self.jobs), self.num_jobs or 0)
-        self._write("DONE" if all_done else "FAILED", error)
-        print(self._table())
+        try:
+            self._write("DONE" if all_done else "FAILED", error)
+        except OSError as unwritable:  # the disk is full, or the folder gone
+            all_done = False
+            say(f"{self.verb}.py: {one_line(str(unwritable))}", error=True)
+        say(self._table())
         return all_done
 
     def _record(self, folder: Path) -> JobRecord:
@@ -61,23 +76,22 @@ class Sweep:
         state = _state(folder)
         if state == "done" and (folder in self._done_before or not _is_below(folder, self.folder)):
             state = "skipped" if self.resume else "refused"
-        seconds = None
-        if status.get("end") is not None:
-            span = datetime.fromisoformat(status["end"]) - datetime.fromisoformat(status["start"])
-            seconds = round(span.total_seconds(), 1)
+        seconds, start, end = None, instant(status.get("start")), instant(status.get("end"))
+        if start is not None and end is not None:
+            seconds = round((end - start).total_seconds(), 1)
         shown = folder.relative_to(self.folder) if _is_below(folder, self.folder) else folder
         error = None if state in ("done", "skipped", "running") else status.get("error")
         return JobRecord(str(shown), state, seconds, error or _explain(state))
 
     def _table(self) -> str:
         width = max((len(job.folder) for job in self.jobs), default=0)
-        lines = [f"\nsweep in {self.folder}: {self._summary()}"]
+        lines = ["", f"sweep in {self.folder}: {self._summary()}"]
         for job in self.jobs:
             seconds = "" if job.seconds is None else f"{job.seconds:.1f} s"
             lines.append(
                 f"  {job.state:<12}{seconds:>10}  {job.folder:<{width}}  {job.error or ''}"
             )
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(printable(line.rstrip()) for line in lines)
 
     def _summary(self) -> str:
         counts = Counter(job.state for job in self.jobs)
@@ -114,9 +128,15 @@ def find_sweep(root: Path, verb: str, overrides: list[str]) -> Path | None:
     """The newest folder directly below `root` in which this command was run as a sweep."""
     found = []
     for path in root.glob("*/sweep.json"):
-        record: dict[str, Any] = json.loads(path.read_text())
+        try:
+            record = read_record(path)
+        except FileNotFoundError:  # removed meanwhile
+            continue
+        except ValueError as error:
+            tell_unreadable(path.parent, error)
+            continue
         if (record.get("verb"), record.get("overrides")) == (verb, overrides):
-            found.append((record["start"], path.parent))
+            found.append((start_of(record), path.parent))
     return max(found)[1] if found else None
 
 
@@ -125,7 +145,7 @@ def _jobs_of(sweep: Path) -> list[Path]:
 
     def number(folder: Path) -> tuple[int, str]:
         first = folder.name.partition("_")[0]
-        return (int(first) if first.isdigit() else 0, folder.name)
+        return (int(first) if first.isdecimal() else 0, folder.name)
 
     folders = sorted(job_folders(sweep), key=number)
     return [_elsewhere(folder) or folder for folder in folders]
@@ -135,7 +155,16 @@ def _elsewhere(folder: Path) -> Path | None:
     """Where the job is that this folder of a sweep stands for, if it is not here."""
     if (folder / "status.json").exists():
         return None
-    return Path(json.loads((folder / ELSEWHERE).read_text())["folder"])
+    try:
+        there = read_record(folder / ELSEWHERE).get("folder")
+        if not isinstance(there, str) or "\0" in there:
+            raise ValueError(f"{ELSEWHERE} names the folder {short(there)}")
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        tell_unreadable(folder, error)
+        return None
+    return Path(there)
 
 
 def _state(folder: Path) -> str:

@@ -14,6 +14,12 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import (
+    LightningEnvironment,
+    LSFEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 
 from bqnn.checkpoint import SaveCheckpoint, read_checkpoint
 from bqnn.data import TensorData
@@ -22,6 +28,16 @@ from bqnn.methods import Method
 from bqnn.run import Job
 
 log = logging.getLogger(__name__)
+
+# How Lightning learns its rank from what started the processes of a job (bqnn/ranks.py). It would
+# choose by the environment alone, also for a job of one process.
+ENVIRONMENTS = {
+    "torchrun": TorchElasticEnvironment,
+    "srun": SLURMEnvironment,
+    "jsrun": LSFEnvironment,
+    "parent": LightningEnvironment,
+    None: LightningEnvironment,
+}
 
 
 class EpochTimer(pl.Callback):
@@ -96,7 +112,7 @@ def make_trainer(
         )
     del options["threads"]
     save = SaveCheckpoint(job.folder, options.pop("save_every"), options.pop("save_best"))
-    show_progress = options.pop("progress_bar") and sys.stdout.isatty()
+    show_progress = options.pop("progress_bar") and sys.stdout is not None and sys.stdout.isatty()
     progress: list[pl.Callback] = [TQDMProgressBar()] if show_progress else []
     # Lightning's remarks on the hardware it found are in status.json already.
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
@@ -110,6 +126,7 @@ def make_trainer(
             save,
         ],
         logger=loggers,
+        plugins=[ENVIRONMENTS[job.launcher]()],
         log_every_n_steps=0,  # metrics are logged once an epoch
         enable_progress_bar=show_progress,
         enable_model_summary=False,

@@ -1,9 +1,12 @@
 """A sweep goes on after failures, says what is missing, and does only that when resumed."""
 
 import json
+import os
 import shlex
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,10 @@ from typing import Any
 import pytest
 
 from bqnn.config import CONF
-from bqnn.status import folder_lock
+from bqnn.files import write_json
+from bqnn.run import Job
+from bqnn.status import ELSEWHERE, folder_lock
+from bqnn.sweep import Sweep, find_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 ScriptHere = Callable[..., tuple[int, str]]
@@ -101,7 +107,146 @@ def test_an_unreadable_status_stops_no_search(script_here: ScriptHere, tmp_path:
     (tmp_path / "outputs" / "train" / "b" / "status.json").write_text("")
     code, errors = script_here("train", *arguments, "resume=true")
     assert code == 0, errors
+    assert "outputs/train/b: status.json cannot be read" in errors
     assert sorted(path.name for path in (tmp_path / "outputs" / "train").iterdir()) == ["a", "b"]
+
+
+def test_an_interrupted_run_that_was_found_goes_on_in_its_folder(
+    script_here: ScriptHere, tmp_path: Path
+) -> None:
+    arguments = [*QUICK, "method=pointwise", "trainer.save_every=0"]
+    assert script_here("train", *arguments, "hydra.run.dir=outputs/train/a")[0] == 0
+    run = tmp_path / "outputs" / "train" / "a"
+    change_status(run, state="INTERRUPTED", git_commit="abcdef")
+    (run / "checkpoint.ckpt").unlink()  # killed before the first one
+    code, errors = script_here("train", *arguments, "resume=true")
+    assert code == 0, errors
+    assert "instead of 'abcdef'" in (run / "train.log").read_text()
+    assert list(run.parent.iterdir()) == [run]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "5", '{"start": 5, "jobs": {}}'])
+def test_an_odd_record_of_a_sweep_is_said_and_another_one_is_resumed(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = {"verb": "train", "overrides": ["seed=0,1"]}
+    starts = {"a": "2026-10-25T02:30:00+02:00", "b": "2026-10-25T02:15:00+01:00", "c": "soon"}
+    for name, start in starts.items():  # b is the newest; c does not tell
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "sweep.json", {**record, "start": start})
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "sweep.json").write_text(content)
+    (tmp_path / "e" / "sweep.json").mkdir(parents=True)
+    assert find_sweep(tmp_path, "train", ["seed=0,1"]) == tmp_path / "b"
+    said = capsys.readouterr().err
+    assert (f"{tmp_path}/d: sweep.json" in said) == (not content.startswith("{"))
+    assert f"{tmp_path}/e: sweep.json" in said
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"folder": 5}', '{"folder": "\\u0000"}'])
+def test_an_odd_elsewhere_is_said_and_its_job_is_not_done(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "0_a").mkdir()
+    (tmp_path / "0_a" / ELSEWHERE).write_text(content)
+    sweep = Sweep(tmp_path, "train", [], 1, resume=True)
+    assert not sweep.finish()
+    assert sweep.jobs[0].state == "interrupted"
+    assert f"{tmp_path}/0_a: {ELSEWHERE}" in capsys.readouterr().err
+
+
+def test_the_table_counts_seconds_between_instants(tmp_path: Path) -> None:
+    times = {
+        "0": ("2026-10-25T02:59:00+02:00", "2026-10-25T02:01:00+01:00", 120.0),
+        "1": ("2026-10-25T02:00:00", "2026-10-25T02:00:30+00:00", 30.0),
+        "2": ("yesterday", "2026-10-25T02:00:30+00:00", None),
+        "3": (5, None, None),
+    }
+    sweep = Sweep(tmp_path, "train", [], 4, resume=False)
+    for name, (start, end, _) in times.items():
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "status.json", {"state": "DONE", "start": start, "end": end})
+    assert sweep.finish()
+    assert [job.seconds for job in sweep.jobs] == [seconds for _, _, seconds in times.values()]
+
+
+def test_no_next_job_runs_after_a_signal_to_one_whose_folder_is_gone(
+    script_here: ScriptHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose_the_folder(job: Job, *_: object) -> None:
+        shutil.rmtree(job.folder)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr("bqnn.trainer.fit", lose_the_folder)
+    arguments = ["-m", *QUICK, "method=pointwise", "seed=0,1", "hydra.sweep.dir=s"]
+    code, errors = script_here("train", *arguments)
+    assert code == 130
+    assert "Traceback" not in errors
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {"multirun.yaml", "sweep.json"}
+    assert record(tmp_path / "s")["state"] == "FAILED"
+
+
+@pytest.mark.parametrize(("writes", "jobs"), [(0, 0), (1, 2)], ids=["start", "end"])
+def test_a_sweep_whose_record_cannot_be_written_fails_in_one_line(
+    writes: int,
+    jobs: int,
+    script_here: ScriptHere,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written: list[Path] = []
+
+    def full_after_some(path: Path, content: object) -> None:
+        written.append(path)
+        if len(written) > writes:
+            raise OSError(f"{path} cannot be written (No space left on device)")
+        write_json(path, content)
+
+    monkeypatch.setattr("bqnn.sweep.write_json", full_after_some)
+    arguments = ["-m", *QUICK, "method=pointwise", "seed=0,1", "hydra.sweep.dir=s"]
+    code, errors = script_here("train", *arguments)
+    assert code == 1
+    lines = [line for line in errors.splitlines() if "sweep.json cannot be written" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("train.py: ")
+    assert "Traceback" not in errors
+    assert len(list((tmp_path / "s").glob("*/metrics.json"))) == jobs
+
+
+def test_a_checkpoint_trained_anew_is_evaluated_anew(
+    script_here: ScriptHere, tmp_path: Path
+) -> None:
+    for seed in (0, 1):
+        trained = [*QUICK, "method=pointwise", f"seed={seed}", f"hydra.run.dir=f{seed}"]
+        assert script_here("train", *trained)[0] == 0
+    arguments = ["suite=test", "logger=none", "plots=false", "resume=true"]
+    one = [*arguments, "checkpoint=f0/checkpoint.ckpt"]
+    every = [*arguments, "checkpoint=f*/checkpoint.ckpt", "hydra.run.dir=every"]
+
+    def runs() -> dict[str, float]:
+        assert script_here("evaluate", *one)[0] == 0
+        assert script_here("evaluate", *every)[0] == 0
+        found = sorted((tmp_path / "outputs" / "evaluate").glob("*/metrics.json"))
+        found += sorted((tmp_path / "every").glob("*/metrics.json"))
+        return {str(path): json.loads(path.read_text())["test/nll"] for path in found}
+
+    before = runs()
+    assert runs() == before
+    (tmp_path / "f0" / "checkpoint.ckpt").write_bytes(
+        (tmp_path / "f1" / "checkpoint.ckpt").read_bytes()
+    )
+    after = runs()
+    new = {path: nll for path, nll in after.items() if path not in before}
+    assert len(new) == 2  # alone, and as a part
+    trained_nll = json.loads((tmp_path / "f1" / "metrics.json").read_text())["test/nll"]
+    assert list(new.values()) == pytest.approx([trained_nll] * 2, rel=1e-5)
+    (old,) = {nll for path, nll in before.items() if "f1" not in path and "/1_" not in path}
+    assert old != pytest.approx(trained_nll, rel=1e-5)
+    assert before.items() <= after.items()
+    code, errors = script_here("evaluate", *one, f"hydra.run.dir={Path(next(iter(before))).parent}")
+    assert code == 1
+    assert "a checkpoint that has changed since" in errors
 
 
 def test_without_a_folder_the_newest_like_it_is_resumed(

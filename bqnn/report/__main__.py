@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from bqnn.files import write_text
 from bqnn.report.runs import Runs, read_runs
+from bqnn.terminal import protect_output
 
 if TYPE_CHECKING:
     from bqnn.report.page import Section
@@ -46,4 +47,5 @@ def write(runs: Runs, out: Path) -> "Section":
 
 
 if __name__ == "__main__":
+    protect_output()
     sys.exit(main(sys.argv[1:]))

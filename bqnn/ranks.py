@@ -1,0 +1,82 @@
+"""Which of the processes that train one model this is; a job of one process is always the first."""
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+# What starts several processes, as Lightning tells it: the variables that mark it, that hold the
+# number of a process, and how many there are. A parent is Lightning itself, or a user by hand.
+LAUNCHERS = {
+    "torchrun": ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"),
+    "srun": ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_NTASKS"),
+    "jsrun": ("LSB_DJOB_RANKFILE", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
+    "parent": ("MASTER_PORT", "LOCAL_RANK", "WORLD_SIZE"),
+}
+# All by which Lightning, or torch, would take a process for one of several.
+VARIABLES = [
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE"),
+    *("SLURM_PROCID", "JSM_NAMESPACE_RANK"),
+]
+
+
+class Place(NamedTuple):
+    """A process among those that train one model; without a launcher it is, or starts, them all."""
+
+    rank: int
+    launcher: str | None
+
+
+ALONE = Place(0, None)
+
+
+def find_place(trainer: Mapping[str, Any]) -> Place:
+    """What the environment says of this process, where the trainer has several devices.
+
+    Clusters set the same variables for processes that have nothing to do with each other, so where
+    it has one, they do not count.
+
+    Args:
+        trainer: The group `trainer` of the configuration.
+
+    Raises:
+        ValueError: There are more, or fewer, processes than the trainer has devices.
+    """
+    devices, nodes = _num_devices(trainer.get("devices", 1)), _whole(trainer.get("num_nodes")) or 1
+    if devices == 1 and nodes == 1:
+        return ALONE
+    node = _whole(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK"))) or 0
+    for launcher, (mark, rank_key, size_key) in LAUNCHERS.items():
+        rank, size = (_whole(os.environ.get(key)) for key in (rank_key, size_key))
+        if mark not in os.environ or rank is None or size is None or not 0 <= rank < size > 1:
+            continue
+        if launcher == "srun" and os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+            continue  # Slurm lends the machine, and has started one process
+        if devices is not None and size != devices * nodes:
+            raise ValueError(
+                f"trainer.devices={trainer.get('devices')}: {size_key}={size} processes were "
+                f"started to train one model; start {devices * nodes}, or unset {rank_key}"
+            )
+        return Place(rank + node * (size // nodes) if launcher == "parent" else rank, launcher)
+    return Place(node * (devices or 1), "parent") if nodes > 1 else ALONE
+
+
+def hide_launcher() -> dict[str, str]:
+    """Remove all ranks from the environment, for a process that is alone; what was removed."""
+    return {key: os.environ.pop(key) for key in VARIABLES if key in os.environ}
+
+
+def _num_devices(devices: object) -> int | None:
+    """How many `trainer.devices` stands for, as Lightning reads it; None: all that it finds."""
+    if isinstance(devices, list | tuple):
+        return len(devices)
+    if isinstance(devices, str) and "," in devices:
+        return len([part for part in devices.split(",") if part.strip()])
+    number = _whole(devices)
+    return number if number is not None and number > 0 else None
+
+
+def _whole(value: object) -> int | None:
+    with suppress(TypeError, ValueError):
+        return int(value)  # type: ignore[call-overload]
+    return None
