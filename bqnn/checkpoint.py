@@ -1,22 +1,25 @@
 """Checkpoint files: saved at epoch ends, and opened without trusting them."""
 
-import json
 import logging
+import os
 import time
+from collections.abc import Iterable
 from glob import glob
 from math import isinf
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_STORED, ZipFile
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
-from bqnn.files import written_beside
-from bqnn.schema import check_recipe
+from bqnn.archive import check_archive
+from bqnn.files import open_regular, written_beside
+from bqnn.records import read_record
+from bqnn.schema import check_recipe, is_finite
 from bqnn.status import read_status
+from bqnn.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -164,27 +167,34 @@ def _of_finished_runs(pattern: str, paths: list[Path]) -> list[Path]:
 
 
 def _validation_nll(path: Path) -> float:
+    """The val/nll beside a checkpoint; infinity where there is none to compare."""
     try:
-        return float(json.loads((path.parent / "metrics.json").read_text())["val/nll"])
-    except (OSError, ValueError, KeyError):
-        log.warning("%s has no val/nll in a metrics.json beside it: counted as the worst", path)
-        return float("inf")
+        nll = read_record(path.parent / "metrics.json").get("val/nll")
+    except (OSError, ValueError):
+        nll = None
+    if is_finite(nll):
+        return float(nll)  # type: ignore[arg-type]
+    log.warning("%s has no val/nll in a metrics.json beside it: counted as the worst", path)
+    return float("inf")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint file, on the CPU, its recipe checked against the schema.
 
-    Opening it runs no code from the file and takes memory in proportion to its length.
+    Opening it runs no code from the file and takes time and memory in proportion to its length.
     FileNotFoundError, ValueError: there is none, or it is cut, altered or of another origin.
     """
     try:
-        size = Path(path).stat().st_size
-        _check_archive(path, size)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            check_archive(file, size)
+            file.seek(0)
+            # The file that was checked, though another may have its name by now.
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .ckpt file") from None
     except Exception as error:  # what a foreign or cut file raises is anybody's guess
-        reason = "".join(c if c.isprintable() else "?" for c in str(error).partition("\n")[0])
+        reason = printable(str(error).partition("\n")[0])
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict) or not {"recipe", "state_dict"} <= checkpoint.keys():
         raise ValueError(f"{path} holds no recipe and state_dict: it is not a checkpoint of bqnn")
@@ -196,25 +206,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _check_archive(path: str | Path, size: int) -> None:
-    """ValueError for what torch.save did not leave like this: torch itself checks no CRC."""
-    with ZipFile(path) as archive:
-        entries = archive.infolist()
-        is_stored = all(entry.compress_type == ZIP_STORED for entry in entries)
-        if not is_stored or sum(entry.file_size for entry in entries) > size:
-            raise ValueError("it is compressed, and could take more memory than the file")
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"its part {damaged} is damaged; copy the file again")
-
-
 def _check_state(state: object, size: int) -> None:
     """ValueError for a state of anything but tensors, or whose tensors outgrow the file."""
     if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
-        for name, value in state.items()
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
         raise ValueError("its state_dict holds other things than named, dense tensors")
     claimed = sum(value.numel() * value.element_size() for value in state.values())
     if claimed > size:
         raise ValueError(f"its tensors claim {claimed} bytes in a file of {size}")
+    for entry in _versions(state):
+        if not isinstance(entry, dict) or any(
+            key != "version" or not (value is None or type(value) is int)
+            for key, value in entry.items()
+        ):
+            raise ValueError("its state_dict says other things of its modules than versions")
+
+
+def _versions(state: object) -> Iterable[object]:
+    """What a state says of each of its modules, which torch looks at when it is loaded."""
+    metadata = getattr(state, "_metadata", {})
+    return metadata.values() if isinstance(metadata, dict) else [metadata]

@@ -1,13 +1,34 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and opening what may be no file."""
 
 import csv
 import errno
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file to read its bytes, if it is a regular one.
+
+    Anything else could wait for ever (a FIFO) or have no end (a device).
+
+    Raises:
+        ValueError: It is a folder, a FIFO, a socket or a device.
+        OSError: There is none, or it may not be read.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is no regular file")
+    # It may have been replaced meanwhile: opening a FIFO would wait for its writer.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    file = open(descriptor, "rb")
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return file
+    file.close()
+    raise ValueError("it is no regular file")
 
 
 @contextmanager
