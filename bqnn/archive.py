@@ -88,7 +88,12 @@ def _check_layout(file: BinaryIO, size: int, archive: ZipFile, entries: list[Zip
     has_extra = any(
         entry.extra and max(entry.file_size, entry.header_offset) < 2**32 - 1 for entry in entries
     )
-    if starts[0][0] != 0 or not is_apart or has_extra or _directory(file, size) != archive.start_dir:
+    if (
+        starts[0][0] != 0
+        or not is_apart
+        or has_extra
+        or _directory(file, size) != archive.start_dir
+    ):
         raise ValueError("it holds more than one archive, or other data beside it")
 
 
@@ -145,9 +150,8 @@ class _Walk:
 
     def run(self) -> None:
         """ValueError: it is refused."""
-        position: int | None = 0
-        name = ""
-        for operation, value, position in pickletools.genops(self.pickle):
+        end: int | None = None
+        for operation, value, end in pickletools.genops(self.pickle):  # noqa: B007
             name = operation.name
             if name in _SCALARS:
                 self.stack.append(_SCALARS[name](value))
@@ -158,7 +162,7 @@ class _Walk:
                     raise ValueError("its pickle is malformed") from None
             else:
                 raise ValueError(f"its pickle has the operation {name}, which torch.save has not")
-        if position != len(self.pickle) - 1 or self.below or len(self.stack) != 1:
+        if end != len(self.pickle) - 1 or self.below or len(self.stack) != 1:
             raise ValueError("its pickle is malformed")
 
     # ---- operations
@@ -194,11 +198,7 @@ class _Walk:
     def new_dict(self, _: object) -> None:
         self.push("dict")
 
-    def new_tuple(self, count: int | None) -> None:
-        if count is None:
-            parts = self.pop_mark()
-        else:
-            parts = [self.stack.pop() for _ in range(count)][::-1]
+    def new_tuple(self, parts: list[Any]) -> None:
         self.push("tuple")
         self.fill(self.stack[-1], parts)
         self.stack[-1].parts = parts
@@ -267,6 +267,9 @@ class _Walk:
         if self.made > 1000 + len(self.pickle) // 8:
             raise ValueError("its pickle makes more lists and dictionaries than it has values for")
         self.stack.append(_Made(kind, parts))
+
+    def pop(self, count: int) -> list[Any]:
+        return [self.stack.pop() for _ in range(count)][::-1]  # never across a mark
 
     def pop_mark(self) -> list[Any]:
         values = self.stack
@@ -359,11 +362,11 @@ _OPERATIONS: dict[str, Callable[[_Walk, Any], None]] = {
     "GLOBAL": _Walk.find_global,
     "EMPTY_LIST": _Walk.new_list,
     "EMPTY_DICT": _Walk.new_dict,
-    "EMPTY_TUPLE": lambda walk, _: walk.new_tuple(0),
-    "TUPLE1": lambda walk, _: walk.new_tuple(1),
-    "TUPLE2": lambda walk, _: walk.new_tuple(2),
-    "TUPLE3": lambda walk, _: walk.new_tuple(3),
-    "TUPLE": lambda walk, _: walk.new_tuple(None),
+    "EMPTY_TUPLE": lambda walk, _: walk.new_tuple(walk.pop(0)),
+    "TUPLE1": lambda walk, _: walk.new_tuple(walk.pop(1)),
+    "TUPLE2": lambda walk, _: walk.new_tuple(walk.pop(2)),
+    "TUPLE3": lambda walk, _: walk.new_tuple(walk.pop(3)),
+    "TUPLE": lambda walk, _: walk.new_tuple(walk.pop_mark()),
     "APPEND": _Walk.append,
     "APPENDS": _Walk.appends,
     "SETITEM": _Walk.set_item,

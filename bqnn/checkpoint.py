@@ -209,7 +209,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def _check_state(state: object, size: int) -> None:
     """ValueError for a state of anything but tensors, or whose tensors outgrow the file."""
     if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+        isinstance(name, str) and name.isprintable() and isinstance(value, Tensor)
+        for name, value in state.items()
     ):
         raise ValueError("its state_dict holds other things than named, dense tensors")
     claimed = sum(value.numel() * value.element_size() for value in state.values())

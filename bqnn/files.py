@@ -17,18 +17,18 @@ def open_regular(path: str | Path) -> BinaryIO:
     Anything else could wait for ever (a FIFO) or have no end (a device).
 
     Raises:
-        ValueError: It is a folder, a FIFO, a socket or a device.
-        OSError: There is none, or it may not be read.
+        ValueError: It is a FIFO, a socket or a device; the message does not repeat the path.
+        OSError: There is none, it is a folder, or it may not be read.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("it is no regular file")
-    # It may have been replaced meanwhile: opening a FIFO would wait for its writer.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    file = open(descriptor, "rb")
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+    # Without O_NONBLOCK opening a FIFO would wait for its writer.
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NONBLOCK))  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()
     raise ValueError("it is no regular file")
+
+
+_NONBLOCK: int = getattr(os, "O_NONBLOCK", 0)  # Windows has none, and no FIFOs to open
 
 
 @contextmanager

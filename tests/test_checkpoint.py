@@ -156,7 +156,7 @@ REFUSED = [
     ("task.url", "http://evil", "recipe.task: no key 'url'"),
     ("task.num_train", 10**12, "recipe.task.num_train="),
     ("facts.likelihood", "poisson", "poisson"),
-    ("facts.input_shape", [3.0], "recipe.facts.input_shape=[3.0]"),
+    ("facts.input_shape", [3.0], "recipe.facts.input_shape=a list of 1: expected"),
     ("facts.class_names", [Path("x")], "cannot be read as a checkpoint"),
     ("facts", "regression", "recipe.facts='regression': expected a dictionary"),
 ]
