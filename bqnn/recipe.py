@@ -195,8 +195,9 @@ def _refuse_unusable(model: Method) -> None:
         if isinstance(module, FakeQuant):
             scale, zero = module.scale, module.zero_point
             in_range = (module.quant_min <= zero) & (zero <= module.quant_max)
-            if not (scale.isfinite() & (scale >= 0) & in_range).all():
-                raise ValueError(f"{name} has no grid of finite steps that holds 0")
+            ends = scale * (module.quant_max - module.quant_min)
+            if not (ends.isfinite() & (scale >= 0) & in_range).all():
+                raise ValueError(f"{name} has no grid of floats that holds 0")
 
 
 def _construct(table: Mapping[str, Any], group: str, options: Mapping[str, Any], *args: Any) -> Any:
