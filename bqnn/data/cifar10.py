@@ -50,8 +50,8 @@ class CIFAR10Data(ImageData):
         )
         if source not in ("torchvision", "folder"):
             raise ValueError(
-                f"source={short(source)}: CIFAR-10 is read from torchvision's files or from a folder of "
-                "images; choose torchvision or folder"
+                f"source={short(source)}: CIFAR-10 is read from torchvision's files or from a "
+                "folder of images; choose torchvision or folder"
             )
         self.source = source
         self.root = self.data_dir / "cifar10" if root is None else Path(root).expanduser()

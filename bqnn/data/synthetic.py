@@ -42,7 +42,8 @@ class SyntheticData(TableData):
         )
         if function not in _FUNCTIONS:
             raise ValueError(
-                f"function={short(function)}: no such function; choose one of {', '.join(_FUNCTIONS)}"
+                f"function={short(function)}: no such function; choose one of "
+                f"{', '.join(_FUNCTIONS)}"
             )
         for name, count in (("num_train", num_train), ("num_test", num_test)):
             if count < 1:

@@ -88,8 +88,8 @@ class UCIData(TableData):
         missing = [name for name in names if not (self.folder / name).is_file()]
         if missing:
             raise FileNotFoundError(
-                f"table={short(self.table)}: {self.folder} has no {', '.join(missing)}. It must hold "
-                f"{', '.join(_TABLE_FILES)} and index_train_k.txt, index_test_k.txt for each "
+                f"table={short(self.table)}: {self.folder} has no {', '.join(missing)}. It must "
+                f"hold {', '.join(_TABLE_FILES)} and index_train_k.txt, index_test_k.txt for each "
                 "split k: put them there or set data_dir to the folder that has uci/<table>. "
                 f"Without the folder, these are downloaded: {', '.join(known_tables())}"
             )
