@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import SEEK_END
 from math import prod
 from typing import Any, BinaryIO
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
@@ -44,10 +45,8 @@ _PARTS = (
 )
 
 
-def check_archive(file: BinaryIO, size: int) -> None:
-    """Walk the archive in a file of `size` bytes, and the pickle in it.
-
-    Time and memory are proportional to `size`.
+def check_archive(file: BinaryIO) -> None:
+    """Walk the archive in a file, and the pickle in it, in time and memory proportional to both.
 
     Raises:
         ValueError: torch.save did not leave it like this, or it holds other things than plain
@@ -56,7 +55,7 @@ def check_archive(file: BinaryIO, size: int) -> None:
     """
     with ZipFile(file) as archive:
         entries = archive.infolist()
-        _check_layout(file, size, archive, entries)
+        _check_layout(file, archive, entries)
         if damaged := archive.testzip():  # torch checks no CRC
             raise ValueError(f"its part {printable(damaged)} is damaged; copy the file again")
         sizes = {entry.filename.partition("/")[2]: entry.file_size for entry in entries}
@@ -66,7 +65,7 @@ def check_archive(file: BinaryIO, size: int) -> None:
         _Walk(archive.read(f"{folder}/data.pkl"), sizes).run()
 
 
-def _check_layout(file: BinaryIO, size: int, archive: ZipFile, entries: list[ZipInfo]) -> None:
+def _check_layout(file: BinaryIO, archive: ZipFile, entries: list[ZipInfo]) -> None:
     """ValueError where two readers of zip archives could see different things in the file."""
     if any(entry.compress_type != ZIP_STORED for entry in entries):
         raise ValueError("it is compressed, and could take more memory than the file")
@@ -74,6 +73,7 @@ def _check_layout(file: BinaryIO, size: int, archive: ZipFile, entries: list[Zip
     folders = {name.partition("/")[0] for name in names}
     if (
         len(folders) != 1
+        or any(entry.orig_filename != entry.filename for entry in entries)  # cut at a zero byte
         or not all(re.fullmatch(_PARTS, name.partition("/")[2], re.ASCII) for name in names)
         or not any(name.endswith("/data.pkl") for name in names)
     ):
@@ -88,17 +88,13 @@ def _check_layout(file: BinaryIO, size: int, archive: ZipFile, entries: list[Zip
     has_extra = any(
         entry.extra and max(entry.file_size, entry.header_offset) < 2**32 - 1 for entry in entries
     )
-    if (
-        starts[0][0] != 0
-        or not is_apart
-        or has_extra
-        or _directory(file, size) != archive.start_dir
-    ):
+    if starts[0][0] != 0 or not is_apart or has_extra or _directory(file) != archive.start_dir:
         raise ValueError("it holds more than one archive, or other data beside it")
 
 
-def _directory(file: BinaryIO, size: int) -> int:
+def _directory(file: BinaryIO) -> int:
     """Where the list of parts begins if it ends where the end of the file says; or else -1."""
+    size = file.seek(0, SEEK_END)
     file.seek(max(size - 98, 0))
     tail = file.read(98)
     *_, count, length, start, comment = struct.unpack("<4s4H2LH", tail[-22:])
@@ -142,11 +138,13 @@ class _Walk:
     def __init__(self, pickle: bytes, sizes: dict[str, int]) -> None:
         self.pickle = pickle
         self.sizes = sizes
+        self.size = sum(sizes.values())
         self.types: dict[str, str] = {}  # of storages, by their number
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # stacks under the marks
         self.memo: dict[int, Any] = {}
         self.made = 0
+        self.claimed = 0  # bytes
 
     def run(self) -> None:
         """ValueError: it is refused."""
@@ -244,8 +242,11 @@ class _Walk:
             _parts(arguments, 0)
             self.push("OrderedDict")
         elif function.name == TENSOR:
+            self.claimed += _bytes_of_tensor(arguments)
+            if self.claimed > self.size:  # the same numbers in many tensors
+                raise ValueError(f"its tensors claim {self.claimed} bytes or more")
             self.push("tensor")
-            self.fill(self.stack[-1], [_checked_tensor(arguments)])
+            self.fill(self.stack[-1], [arguments])
         elif function.name == PARAMETER:
             tensor, needs_gradient, hooks = _parts(arguments, 3)
             _require(_is(tensor, "tensor") and type(needs_gradient) is bool and _no_hooks(hooks))
@@ -305,7 +306,8 @@ class _Walk:
             raise ValueError("it holds the same values again and again")
 
 
-def _checked_tensor(arguments: object) -> object:
+def _bytes_of_tensor(arguments: object) -> int:
+    """What a tensor takes in its storage; a ValueError for one that is not inside of it."""
     storage, offset, size, stride, needs_gradient, hooks = _parts(arguments, 6)
     _require(_is(storage, "storage") and type(needs_gradient) is bool and _no_hooks(hooks))
     _require(_is(size, "tuple") and _is(stride, "tuple"))
@@ -320,7 +322,7 @@ def _checked_tensor(arguments: object) -> object:
         )
     reach = sum((n - 1) * step for n, step in zip(size.parts, stride.parts, strict=True))
     _require(numel == 0 or offset + reach < length)
-    return arguments
+    return int(numel * itemsize)
 
 
 def _parts(value: object, count: int) -> Sequence[Any]:

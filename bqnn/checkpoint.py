@@ -1,7 +1,6 @@
 """Checkpoint files: saved at epoch ends, and opened without trusting them."""
 
 import logging
-import os
 import time
 from collections.abc import Iterable
 from glob import glob
@@ -19,7 +18,7 @@ from bqnn.files import open_regular, written_beside
 from bqnn.records import read_record
 from bqnn.schema import check_recipe, is_finite
 from bqnn.status import read_status
-from bqnn.text import printable
+from bqnn.text import printable, short
 
 log = logging.getLogger(__name__)
 
@@ -186,8 +185,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     try:
         with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            check_archive(file, size)
+            check_archive(file)
             file.seek(0)
             # The file that was checked, though another may have its name by now.
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -200,22 +198,46 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds no recipe and state_dict: it is not a checkpoint of bqnn")
     try:
         check_recipe(checkpoint["recipe"])
-        _check_state(checkpoint["state_dict"], size)
+        _check_state(checkpoint["state_dict"])
     except ValueError as error:
         raise ValueError(f"{path} is refused: {error}") from error
     return checkpoint
 
 
-def _check_state(state: object, size: int) -> None:
-    """ValueError for a state of anything but tensors, or whose tensors outgrow the file."""
+def trained_epochs(path: Path) -> int:
+    """How many epochs the training in a checkpoint has done.
+
+    ValueError: it is no checkpoint, or none of a training that can go on.
+    """
+    checkpoint = read_checkpoint(path)
+    for key, kind in RESUMED.items():
+        if type(checkpoint.get(key)) is not kind:
+            raise ValueError(f"{path} has no {key} of a training to go on with; start a new one")
+    epoch: int = checkpoint["epoch"]
+    if not 0 <= epoch < 2**31:
+        raise ValueError(f"{path} says that it is of epoch {short(epoch)}; start a new training")
+    return epoch + 1
+
+
+# What Lightning goes on from, beside the weights.
+RESUMED = {
+    "epoch": int,
+    "global_step": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "pytorch-lightning_version": str,
+}
+
+
+def _check_state(state: object) -> None:
+    """ValueError for a state of anything but tensors, and what torch says of its modules."""
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and name.isprintable() and isinstance(value, Tensor)
         for name, value in state.items()
     ):
         raise ValueError("its state_dict holds other things than named, dense tensors")
-    claimed = sum(value.numel() * value.element_size() for value in state.values())
-    if claimed > size:
-        raise ValueError(f"its tensors claim {claimed} bytes in a file of {size}")
     for entry in _versions(state):
         if not isinstance(entry, dict) or any(
             key != "version" or not (value is None or type(value) is int)

@@ -25,6 +25,7 @@ from filelock import Timeout
 
 from bqnn.files import write_json, write_text
 from bqnn.status import config_hash, folder_lock, is_finished, read_status
+from bqnn.text import valid_name
 
 log = logging.getLogger(__name__)
 traceback_log = logging.getLogger("bqnn.traceback")  # conf/hydra sends it to the log file alone
@@ -325,6 +326,7 @@ def _part_folder(job: Job, config: dict[str, Any]) -> Path:
             return path
     is_known = "method" in config  # a checkpoint that cannot be read tells none
     name = f"{config['method']['name']}_{config['task']['name']}" if is_known else "unreadable"
+    name = valid_name(name)  # of a stranger's checkpoint: 200 letters can be 800 bytes
     numbers = itertools.count(len(taken))
     folders = (job.folder / f"{number}_{name}" for number in numbers)
     return next(folder for folder in folders if not folder.exists())

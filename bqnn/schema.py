@@ -1,5 +1,6 @@
 """What a recipe may hold: its keys, and the kind and range of each value."""
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -69,7 +70,10 @@ def flag() -> Rule:
 
 
 def text() -> Rule:
-    return Rule("a text of at most 4096 characters", lambda v: type(v) is str and len(v) <= 4096)
+    return Rule(
+        "a text of at most 4096 characters that UTF-8 can hold",
+        lambda v: type(v) is str and len(v) <= 4096 and not re.search("[\ud800-\udfff]", v),
+    )
 
 
 def name() -> Rule:

@@ -34,7 +34,7 @@ ALLOWED = {
     "records": {"files", "text"},
     "archive": {"text"},
     "status": set(),
-    "run": {"files", "status"},
+    "run": {"files", "status", "text"},
     "sweep": {"files", "status"},
     "config": {"files", "secrets", "run", "status", "sweep"},
     "checkpoint": {"archive", "files", "records", "schema", "status", "text"},
