@@ -173,7 +173,9 @@ def _validation_nll(path: Path) -> float:
         nll = None
     if is_finite(nll):
         return float(nll)  # type: ignore[arg-type]
-    log.warning("%s has no val/nll in a metrics.json beside it: counted as the worst", path)
+    log.warning(
+        "%s has no val/nll in a metrics.json beside it: counted as the worst", printable(str(path))
+    )
     return float("inf")
 
 
@@ -183,6 +185,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Opening it runs no code from the file and takes time and memory in proportion to its length.
     FileNotFoundError, ValueError: there is none, or it is cut, altered or of another origin.
     """
+    where = printable(str(path))
     try:
         with open_regular(path) as file:
             check_archive(file)
@@ -190,17 +193,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             # The file that was checked, though another may have its name by now.
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .ckpt file") from None
+        raise FileNotFoundError(
+            f"no checkpoint at {where}; give the path of a .ckpt file"
+        ) from None
     except Exception as error:  # what a foreign or cut file raises is anybody's guess
         reason = printable(str(error).partition("\n")[0])
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+        raise ValueError(f"{where} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict) or not {"recipe", "state_dict"} <= checkpoint.keys():
-        raise ValueError(f"{path} holds no recipe and state_dict: it is not a checkpoint of bqnn")
+        raise ValueError(f"{where} holds no recipe and state_dict: it is not a checkpoint of bqnn")
     try:
         check_recipe(checkpoint["recipe"])
         _check_state(checkpoint["state_dict"])
     except ValueError as error:
-        raise ValueError(f"{path} is refused: {error}") from error
+        raise ValueError(f"{where} is refused: {error}") from error
     return checkpoint
 
 
@@ -209,13 +214,13 @@ def trained_epochs(path: Path) -> int:
 
     ValueError: it is no checkpoint, or none of a training that can go on.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint, where = read_checkpoint(path), printable(str(path))
     for key, kind in RESUMED.items():
         if type(checkpoint.get(key)) is not kind:
-            raise ValueError(f"{path} has no {key} of a training to go on with; start a new one")
+            raise ValueError(f"{where} has no {key} of a training to go on with; start a new one")
     epoch: int = checkpoint["epoch"]
     if not 0 <= epoch < 2**31:
-        raise ValueError(f"{path} says that it is of epoch {short(epoch)}; start a new training")
+        raise ValueError(f"{where} says that it is of epoch {short(epoch)}; start a new training")
     return epoch + 1
 
 

@@ -99,15 +99,15 @@ def load(path: str | Path, numeric: str | None = None) -> Method:
     """
     if numeric not in (None, *NUMERICS):
         raise ValueError(f"numeric={short(numeric)}: choose one of {', '.join(NUMERICS)}")
-    checkpoint = read_checkpoint(path)
+    checkpoint, where = read_checkpoint(path), printable(str(path))
     recipe = checkpoint["recipe"]
     if numeric is not None and recipe["stage"] == "float":
         raise ValueError(
-            f"numeric={numeric}: {path} is a float checkpoint; quantize it first "
-            f"(python quantize.py checkpoint={path})"
+            f"numeric={numeric}: {where} is a float checkpoint; quantize it first "
+            f"(python quantize.py checkpoint={where})"
         )
     state = checkpoint["state_dict"]
-    _refuse_unfitting(recipe, state, path)
+    _refuse_unfitting(recipe, state, where)
     model = _assembled(recipe)
     model.load_state_dict(state)
     model.eval()
@@ -118,7 +118,7 @@ def load(path: str | Path, numeric: str | None = None) -> Method:
         elif numeric == "int8":
             model.net = convert(model.net, QuantSpec.from_dict(recipe["quant"]).engine)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: {one_line(str(error))[:300]}") from error
+        raise ValueError(f"{where}: {one_line(str(error))[:300]}") from error
     return model
 
 
@@ -158,7 +158,7 @@ class _CallLimit(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _refuse_unfitting(recipe: Recipe, state: dict[str, Tensor], path: str | Path) -> None:
+def _refuse_unfitting(recipe: Recipe, state: dict[str, Tensor], where: str) -> None:
     """ValueError where a state is not that of the recipe's model, which takes no memory here."""
     limit = _CallLimit(1000 + 50 * len(state))  # about 10 for a tensor are usual
     try:
@@ -167,18 +167,18 @@ def _refuse_unfitting(recipe: Recipe, state: dict[str, Tensor], path: str | Path
             model = _assembled(recipe)
             model.load_state_dict(state)
     except ValueError as error:
-        raise ValueError(f"{path}: {one_line(str(error))[:500]}") from error
+        raise ValueError(f"{where}: {one_line(str(error))[:500]}") from error
     except RuntimeError as error:
         # The second line is the first difference; the first one says that there are some.
         reason = one_line(" ".join(str(error).splitlines()[:2]))[:300]
-        raise ValueError(f"{path}: its weights are not those of its recipe: {reason}") from error
+        raise ValueError(f"{where}: its weights are not those of its recipe: {reason}") from error
     except Exception as error:  # whatever a network does with options that do not suit it
         reason = one_line(f"{type(error).__name__}: {error}")[:300]
-        raise ValueError(f"{path}: its recipe describes no network: {reason}") from error
+        raise ValueError(f"{where}: its recipe describes no network: {reason}") from error
     for name, value in model.state_dict().items():
         if state[name].dtype != value.dtype:  # torch would convert it, and lose digits
             raise ValueError(
-                f"{path}: {printable(name)} is of {state[name].dtype}, and its recipe's network "
+                f"{where}: {name} is of {state[name].dtype}, and its recipe's network "
                 f"has {value.dtype} there"
             )
 
