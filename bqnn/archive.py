@@ -3,7 +3,8 @@
 `torch.load(weights_only=True)` runs no code of the file, but it calls functions that allocate as
 much memory as the file asks for, follows a shared list as often as it occurs, and reads what is no
 zip archive as a pickle of the old format. Here the archive and its pickle are walked first: only
-dictionaries, lists, tuples, texts, numbers and dense tensors that lie in the file may be in it.
+dictionaries, lists, tuples, texts, numbers, types of numbers and dense tensors that lie in the file
+may be in it.
 """
 
 import pickletools
@@ -37,7 +38,11 @@ STORAGES = {
 ORDERED_DICT = "collections OrderedDict"
 TENSOR = "torch._utils _rebuild_tensor_v2"
 PARAMETER = "torch._utils _rebuild_parameter"
-GLOBALS = {*STORAGES, ORDERED_DICT, TENSOR, PARAMETER}
+DTYPES = {
+    *("torch bool", "torch uint8", "torch int8", "torch int16", "torch int32", "torch int64"),
+    *("torch float16", "torch bfloat16", "torch float32", "torch float64"),
+}
+GLOBALS = {*STORAGES, *DTYPES, ORDERED_DICT, TENSOR, PARAMETER}
 
 _PARTS = (
     r"data\.pkl|data/\d+|version|byteorder|\.format_version|\.storage_alignment"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bqnn.quant.spec import QuantSpec
 from bqnn.text import short
 
 
@@ -29,6 +30,8 @@ def check_recipe(recipe: object) -> None:
     assert isinstance(recipe, dict)
     if recipe["stage"] != "float" and "quant" not in recipe:
         raise ValueError(f"recipe: has no quant, but its stage is {recipe['stage']}")
+    if "quant" in recipe:
+        QuantSpec.from_dict(recipe["quant"])
 
 
 def _check(where: str, value: object, rule: Rule | Schema) -> None:
@@ -217,7 +220,7 @@ RECIPE: Schema = {
     "net": NET,
     "task": TASK,
     "facts": FACTS,
-    "quant": Rule("a dictionary", lambda value: type(value) is dict),  # see QuantSpec.from_dict
+    "quant": Rule("a dictionary", lambda value: type(value) is dict),  # that QuantSpec checks
 }
 
 # Where other options than these may stand, for methods and networks of your own. What a task says

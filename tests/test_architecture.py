@@ -29,7 +29,7 @@ ALLOWED = {
     "suite": {"data", "methods", "likelihoods", "metrics", "detection"},
     "suite_results": {"suite", "data", "likelihoods", "plots", "files", "results"},
     "secrets": set(),
-    "schema": {"text"},
+    "schema": {"text", "quant.spec"},
     "text": set(),
     "records": {"files", "text"},
     "archive": {"text"},

@@ -75,6 +75,7 @@ def test_what_torch_writes_of_plain_values_and_tensors_is_taken() -> None:
         "optimizer": adam.state_dict(),
         "values": [None, True, -1, 2**40, -(2**80), 0.1, float("nan"), "é\x00", (), (1,), (1,) * 9],
         "shared": [word := "a text that is there twice", word],
+        "types": [torch.float32, torch.bool],
         7: {"deep": {"in": [[{}]]}},
     }
     check(torch_file(content))
@@ -123,7 +124,8 @@ REFUSED: dict[str, object] = {
     "bytes": b"x",
     "a size": torch.Size([2]),
     "a device": torch.device("cpu"),
-    "a type": torch.float32,
+    "a type of quantized numbers": torch.qint8,
+    "a layout": Call(torch.serialization._get_layout, "torch.strided"),
     "a counter": Counter("ab"),
     "a tensor of a device": Call(
         torch._utils._rebuild_device_tensor_from_cpu_tensor, EXPANDED, torch.float32, "cpu", False

@@ -242,12 +242,15 @@ def test_a_recipe_holds_what_the_schema_says_and_names_what_is_in_the_tables(
         {"overrides": 3},
         {"overrides": [{"layer": 3, "weight_bits": 3}]},
         {"engine": ["fbgemm"]},
+        {1: 2, "weight_bits": 3},
     ],
 )
 def test_a_quantization_is_checked_too(quant: dict, tmp_path: Path) -> None:
     recipe = {**RECIPE, "stage": "ptq", "quant": quant}
-    with pytest.raises(ValueError, match="quant"):
-        load(saved(tmp_path / "a.ckpt", recipe=recipe))
+    path = saved(tmp_path / "a.ckpt", recipe=recipe)
+    with pytest.raises(ValueError, match=r"a.ckpt is refused: quant"):
+        load(path)
+    assert find_checkpoints(str(tmp_path / "*.ckpt")) == {path: None}
 
 
 @pytest.mark.parametrize("odd", [altered("facts.target_std", 10**400), nested({}, 30), None])

@@ -146,7 +146,7 @@ def _decode(path: Path) -> np.ndarray:
 
     try:
         with open_regular(path) as file:
-            chunks = _png_chunks(file)
+            chunks = _chunks(file)
             with Image.open(file, formats=_FORMATS) as image:
                 refusal = _refusal(image, chunks)
                 if refusal is None:
@@ -170,6 +170,8 @@ def _refusal(image: Image.Image, chunks: dict[bytes, bytes]) -> str | None:
         return "has transparent pixels, whose color depends on what is behind them"
     if getattr(image, "n_frames", 1) > 1:
         return f"holds {getattr(image, 'n_frames', 1)} pictures, and one is read from a file"
+    if b"BMP profile" in chunks:
+        return "has a color profile"
     if b"cICP" in chunks:
         return "has a color space of its own (cICP)"
     if profile := image.info.get("icc_profile"):
@@ -190,12 +192,16 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if orientation == 1 else ImageOps.exif_transpose(image)
 
 
-def _png_chunks(file: BinaryIO) -> dict[bytes, bytes]:
-    """The first bytes of each chunk of a PNG file before its pixels; of other files nothing.
+def _chunks(file: BinaryIO) -> dict[bytes, bytes]:
+    """The first bytes of each chunk of a PNG file before its pixels, and a BMP file's profile.
 
-    PIL cuts 16 bits to 8, and leaves the gamma to the caller.
+    PIL cuts 16 bits to 8, leaves the gamma to the caller, and says nothing of the others.
     """
     chunks = {}
+    start = file.read(74)
+    if start[:2] == b"BM" and start[14:15] == b"\x7c" and start[70:] in (b"DEBM", b"KNIL"):
+        chunks[b"BMP profile"] = start[70:]  # in the file, or linked to
+    file.seek(0)
     if file.read(8) == b"\x89PNG\r\n\x1a\n":
         while len(head := file.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
             length = int.from_bytes(head[:4], "big")

@@ -313,6 +313,16 @@ def png(header: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
     return content
 
 
+def bmp(color_space: bytes) -> bytes:
+    """A BMP file of black pixels with a header of version 5, little-endian."""
+    size, header = 4 * 12, 124
+    start = b"BM" + (14 + header + size).to_bytes(4, "little") + bytes(4)
+    start += (14 + header).to_bytes(4, "little") + header.to_bytes(4, "little")
+    start += (4).to_bytes(4, "little") * 2 + b"\x01\0" + b"\x18\0" + bytes(4)
+    start += size.to_bytes(4, "little")
+    return start.ljust(70, b"\0") + color_space + bytes(14 + header - 74 + size)
+
+
 RGB8 = bytes([8, 2, 0, 0, 0])
 P8 = bytes([8, 3, 0, 0, 0])
 GAMMA_1 = (b"gAMA", (100_000).to_bytes(4, "big"))
@@ -354,6 +364,7 @@ REFUSED_PICTURES = {
     "linear gamma": (".png", written(png(RGB8, GAMMA_1)), "gamma"),
     "other primaries": (".png", written(png(RGB8, PRIMARIES)), "primary colors"),
     "a color space": (".png", written(png(RGB8, (b"cICP", bytes([9, 16, 0, 1])))), "cICP"),
+    "a profile of a BMP": (".bmp", written(bmp(b"DEBM")), "color profile"),
     "a profile": (".jpg", with_profile("LAB"), "color profile"),
     "a broken profile": (
         *(".jpg", lambda path: arrow().save(path, icc_profile=b"x" * 200), "color profile"),
@@ -375,6 +386,7 @@ TAKEN_PICTURES = {
     "4-bit": (".png", lambda path: arrow("P").quantize(16).save(path, bits=4)),
     "the usual gamma": (".png", written(png(RGB8, USUAL_GAMMA))),
     "sRGB, whatever the gamma": (".png", written(png(RGB8, (b"sRGB", b"\0"), GAMMA_1))),
+    "a BMP that says sRGB": (".bmp", written(bmp(b"BGRs"))),
     "the profile of sRGB": (".jpg", with_profile("sRGB")),
     "EXIF that is none": (".jpg", lambda path: arrow().save(path, exif=b"Exif\0\0" + b"x" * 99)),
 }
