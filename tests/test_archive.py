@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import random
+import sys
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -150,6 +151,7 @@ REFUSED: dict[str, object] = {
     "a deep list": nested(100),
     "a dictionary with a method of its own": ordered(keys=1),
     "a key that is a float": {0.5: 1},
+    "keys with the same hash": {0: 1, sys.hash_info.modulus: 2, 2 * sys.hash_info.modulus: 3},
 }
 
 
