@@ -164,7 +164,7 @@ class _Walk:
                 except (IndexError, KeyError):  # of the stack, the marks or the memo
                     raise ValueError("its pickle is malformed") from None
             else:
-                raise ValueError(f"its pickle has the operation {name}, which torch.save has not")
+                raise ValueError(f"its pickle has the operation {name}; torch.save writes none")
         if end != len(self.pickle) - 1 or self.below or len(self.stack) != 1:
             raise ValueError("its pickle is malformed")
 
@@ -323,7 +323,7 @@ def _bytes_of_tensor(arguments: object) -> int:
     numel = prod(size.parts)
     if numel > length:
         raise ValueError(
-            f"its tensors claim {numel * itemsize} bytes of a storage of {length * itemsize}"
+            f"its tensors claim {short(numel * itemsize)} bytes of a storage of {length * itemsize}"
         )
     reach = sum((n - 1) * step for n, step in zip(size.parts, stride.parts, strict=True))
     _require(numel == 0 or offset + reach < length)

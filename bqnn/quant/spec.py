@@ -66,12 +66,12 @@ class QuantSpec:
         _check_choice("engine", self.engine, ENGINES)
         if not isinstance(self.weight_symmetric, bool):
             raise ValueError(
-                f"quant.weight_symmetric={shown(self.weight_symmetric)}: true or false"
+                f"quant.weight_symmetric={_shown(self.weight_symmetric)}: true or false"
             )
         is_number = type(self.noise_range) in (int, float)
         if not (is_number and 0 < self.noise_range <= sys.float_info.max):
             raise ValueError(
-                f"quant.noise_range={shown(self.noise_range)}: in standard deviations, above 0; 3 "
+                f"quant.noise_range={_shown(self.noise_range)}: in standard deviations, above 0; 3 "
                 "is usual"
             )
         if self.engine == "onednn" and not self.weight_symmetric:
@@ -87,11 +87,11 @@ class QuantSpec:
         known = {field.name for field in fields(cls)}
         for key in options:
             if key not in known:
-                raise ValueError(f"quant.{shown(key)}: no such option of a quantization")
+                raise ValueError(f"quant.{_shown(key)}: no such option of a quantization")
         overrides = options.get("overrides", ())
         if not isinstance(overrides, list | tuple) or len(overrides) > 1000:
             raise ValueError(
-                f"quant.overrides={shown(overrides)}: give a list of at most 1000 dictionaries"
+                f"quant.overrides={_shown(overrides)}: give a list of at most 1000 dictionaries"
             )
         return cls(**options)
 
@@ -100,7 +100,7 @@ class QuantSpec:
         """The spec in a group `quant` of the configuration, which also says how to get there."""
         if options["mode"] not in ("qat", "ptq"):
             raise ValueError(
-                f"quant.mode={shown(options['mode'])}: choose qat, which trains, or ptq, which "
+                f"quant.mode={_shown(options['mode'])}: choose qat, which trains, or ptq, which "
                 "calibrates"
             )
         spec = {key: value for key, value in options.items() if key not in PROCEDURE}
@@ -138,23 +138,18 @@ LAYER_BITS = ("weight_bits", "activation_bits", "sigma_bits", "noise_bits")
 BITS = (*LAYER_BITS, "output_bits")
 
 
-def shown(value: object) -> str:
-    """A value for a message, as it is written on the command line: texts without quotes."""
-    return short(value)[1:-1] if type(value) is str else short(value)
-
-
 def _check_bits(name: str, bits: object) -> None:
     if name in ("sigma_bits", "output_bits") and bits is None:
         return
     if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
         raise ValueError(
-            f"quant.{name}={shown(bits)}: integers live in 8-bit containers; choose 2 to 8"
+            f"quant.{name}={_shown(bits)}: integers live in 8-bit containers; choose 2 to 8"
         )
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if type(value) is not str or value not in choices:
-        raise ValueError(f"quant.{name}={shown(value)}: choose {' or '.join(choices)}")
+        raise ValueError(f"quant.{name}={_shown(value)}: choose {' or '.join(choices)}")
 
 
 def _checked_override(override: object) -> dict[str, Any]:
@@ -165,7 +160,7 @@ def _checked_override(override: object) -> dict[str, Any]:
         )
     layer, unknown = override.get("layer"), override.keys() - {"layer", *LAYER_BITS}
     if type(layer) is not str or len(layer) > 200 or unknown or len(override) < 2:
-        keys = ", ".join(sorted(shown(key) for key in override)[:8])
+        keys = ", ".join(sorted(_shown(key) for key in override)[:8])
         raise ValueError(
             f"quant.overrides: one that has {keys or 'nothing'} needs a layer (a glob) and one or "
             f"more of {', '.join(LAYER_BITS)}"
@@ -173,3 +168,8 @@ def _checked_override(override: object) -> dict[str, Any]:
     for name in override.keys() - {"layer"}:
         _check_bits(name, override[name])
     return dict(override)
+
+
+def _shown(value: object) -> str:
+    """A value for a message, as it is written on the command line: texts without quotes."""
+    return short(value)[1:-1] if type(value) is str else short(value)
