@@ -2,21 +2,23 @@
 
 import logging
 import time
+from collections.abc import Iterable
 from glob import glob
 from math import isinf
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_STORED, ZipFile
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
-from bqnn.files import written_beside
+from bqnn.archive import check_archive
+from bqnn.files import open_regular, written_beside
 from bqnn.records import read_record
-from bqnn.schema import check_recipe
+from bqnn.schema import check_recipe, is_finite
 from bqnn.status import read_status
+from bqnn.text import printable, short
 
 log = logging.getLogger(__name__)
 
@@ -164,57 +166,92 @@ def _of_finished_runs(pattern: str, paths: list[Path]) -> list[Path]:
 
 
 def _validation_nll(path: Path) -> float:
+    """The val/nll beside a checkpoint; infinity where there is none to compare."""
     try:
-        return float(read_record(path.parent / "metrics.json")["val/nll"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        log.warning("%s has no val/nll in a metrics.json beside it: counted as the worst", path)
-        return float("inf")
+        nll = read_record(path.parent / "metrics.json").get("val/nll")
+    except (OSError, ValueError):
+        nll = None
+    if is_finite(nll):
+        return float(nll)  # type: ignore[arg-type]
+    log.warning(
+        "%s has no val/nll in a metrics.json beside it: counted as the worst", printable(str(path))
+    )
+    return float("inf")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint file, on the CPU, its recipe checked against the schema.
 
-    Opening it runs no code from the file and takes memory in proportion to its length.
+    Opening it runs no code from the file and takes time and memory in proportion to its length.
     FileNotFoundError, ValueError: there is none, or it is cut, altered or of another origin.
     """
+    where = printable(str(path))
     try:
-        size = Path(path).stat().st_size
-        _check_archive(path, size)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            check_archive(file)
+            file.seek(0)
+            # The file that was checked, though another may have its name by now.
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .ckpt file") from None
+        raise FileNotFoundError(
+            f"no checkpoint at {where}; give the path of a .ckpt file"
+        ) from None
     except Exception as error:  # what a foreign or cut file raises is anybody's guess
-        reason = "".join(c if c.isprintable() else "?" for c in str(error).partition("\n")[0])
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+        reason = printable(str(error).partition("\n")[0])
+        raise ValueError(f"{where} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict) or not {"recipe", "state_dict"} <= checkpoint.keys():
-        raise ValueError(f"{path} holds no recipe and state_dict: it is not a checkpoint of bqnn")
+        raise ValueError(f"{where} holds no recipe and state_dict: it is not a checkpoint of bqnn")
     try:
         check_recipe(checkpoint["recipe"])
-        _check_state(checkpoint["state_dict"], size)
+        _check_state(checkpoint["state_dict"])
     except ValueError as error:
-        raise ValueError(f"{path} is refused: {error}") from error
+        raise ValueError(f"{where} is refused: {error}") from error
     return checkpoint
 
 
-def _check_archive(path: str | Path, size: int) -> None:
-    """ValueError for what torch.save did not leave like this: torch itself checks no CRC."""
-    with ZipFile(path) as archive:
-        entries = archive.infolist()
-        is_stored = all(entry.compress_type == ZIP_STORED for entry in entries)
-        if not is_stored or sum(entry.file_size for entry in entries) > size:
-            raise ValueError("it is compressed, and could take more memory than the file")
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"its part {damaged} is damaged; copy the file again")
+def trained_epochs(path: Path) -> int:
+    """How many epochs the training in a checkpoint has done.
+
+    ValueError: it is no checkpoint, or none of a training that can go on.
+    """
+    checkpoint, where = read_checkpoint(path), printable(str(path))
+    for key, kind in RESUMED.items():
+        if type(checkpoint.get(key)) is not kind:
+            raise ValueError(f"{where} has no {key} of a training to go on with; start a new one")
+    epoch: int = checkpoint["epoch"]
+    if not 0 <= epoch < 2**31:
+        raise ValueError(f"{where} says that it is of epoch {short(epoch)}; start a new training")
+    return epoch + 1
 
 
-def _check_state(state: object, size: int) -> None:
-    """ValueError for a state of anything but tensors, or whose tensors outgrow the file."""
+# What Lightning goes on from, beside the weights.
+RESUMED = {
+    "epoch": int,
+    "global_step": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "pytorch-lightning_version": str,
+}
+
+
+def _check_state(state: object) -> None:
+    """ValueError for a state of anything but tensors, and what torch says of its modules."""
     if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+        isinstance(name, str) and name.isprintable() and isinstance(value, Tensor)
         for name, value in state.items()
     ):
         raise ValueError("its state_dict holds other things than named, dense tensors")
-    claimed = sum(value.numel() * value.element_size() for value in state.values())
-    if claimed > size:
-        raise ValueError(f"its tensors claim {claimed} bytes in a file of {size}")
+    for entry in _versions(state):
+        if not isinstance(entry, dict) or any(
+            key != "version" or not (value is None or type(value) is int)
+            for key, value in entry.items()
+        ):
+            raise ValueError("its state_dict says other things of its modules than versions")
+
+
+def _versions(state: object) -> Iterable[object]:
+    """What a state says of each of its modules, which torch looks at when it is loaded."""
+    metadata = getattr(state, "_metadata", {})
+    return metadata.values() if isinstance(metadata, dict) else [metadata]

@@ -1,13 +1,34 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and opening what may be no file."""
 
 import csv
 import errno
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file to read its bytes, if it is a regular one.
+
+    Anything else could wait for ever (a FIFO) or have no end (a device).
+
+    Raises:
+        ValueError: It is a FIFO, a socket or a device; the message does not repeat the path.
+        OSError: There is none, it is a folder, or it may not be read.
+    """
+    # Without O_NONBLOCK opening a FIFO would wait for its writer.
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NONBLOCK))  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise ValueError("it is no regular file")
+
+
+_NONBLOCK: int = getattr(os, "O_NONBLOCK", 0)  # Windows has none, and no FIFOs to open
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from bqnn.checkpoint import read_checkpoint
 from bqnn.data import TensorData, build_data
@@ -14,10 +16,12 @@ from bqnn.likelihoods import likelihood_from
 from bqnn.methods import METHODS, Method
 from bqnn.nets import NETS
 from bqnn.quant.callback import quantize_module
+from bqnn.quant.fbgemm import FakeQuant
 from bqnn.quant.integer import convert
 from bqnn.quant.simulated import enable
 from bqnn.quant.spec import QuantSpec
 from bqnn.schema import check_recipe
+from bqnn.text import one_line, printable, short
 
 Recipe = dict[str, Any]
 NUMERICS = ("unquantized", "simulated", "int8")
@@ -94,23 +98,27 @@ def load(path: str | Path, numeric: str | None = None) -> Method:
     not quantized. Weights load strictly.
     """
     if numeric not in (None, *NUMERICS):
-        raise ValueError(f"numeric={numeric!r}: choose one of {', '.join(NUMERICS)}")
-    checkpoint = read_checkpoint(path)
+        raise ValueError(f"numeric={short(numeric)}: choose one of {', '.join(NUMERICS)}")
+    checkpoint, where = read_checkpoint(path), printable(str(path))
     recipe = checkpoint["recipe"]
     if numeric is not None and recipe["stage"] == "float":
         raise ValueError(
-            f"numeric={numeric}: {path} is a float checkpoint; quantize it first "
-            f"(python quantize.py checkpoint={path})"
+            f"numeric={numeric}: {where} is a float checkpoint; quantize it first "
+            f"(python quantize.py checkpoint={where})"
         )
     state = checkpoint["state_dict"]
-    _refuse_unfitting(recipe, state, path)
+    _refuse_unfitting(recipe, state, where)
     model = _assembled(recipe)
     model.load_state_dict(state)
     model.eval()
-    if numeric == "unquantized":
-        enable(model.net, False)
-    elif numeric == "int8":
-        model.net = convert(model.net, QuantSpec.from_dict(recipe["quant"]).engine)
+    try:
+        _refuse_unusable(model)
+        if numeric == "unquantized":
+            enable(model.net, False)
+        elif numeric == "int8":
+            model.net = convert(model.net, QuantSpec.from_dict(recipe["quant"]).engine)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{where}: {one_line(str(error))[:300]}") from error
     return model
 
 
@@ -131,16 +139,65 @@ def _assembled(recipe: Recipe) -> Method:
     return model
 
 
-def _refuse_unfitting(recipe: Recipe, state: dict[str, Any], path: str | Path) -> None:
+class _CallLimit(TorchFunctionMode):
+    """ValueError after that many calls of torch.
+
+    A recipe of a few bytes can describe a network that takes hours to build, even without memory.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.left = most
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("its recipe describes a network of many more layers than it has")
+        return function(*args, **(kwargs or {}))
+
+
+def _refuse_unfitting(recipe: Recipe, state: dict[str, Tensor], where: str) -> None:
     """ValueError where a state is not that of the recipe's model, which takes no memory here."""
+    limit = _CallLimit(1000 + 50 * len(state))  # about 10 for a tensor are usual
     try:
-        with torch.device("meta"), warnings.catch_warnings():
+        with torch.device("meta"), limit, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that copies to the meta device copy nothing
-            _assembled(recipe).load_state_dict(state)
+            model = _assembled(recipe)
+            model.load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(f"{where}: {one_line(str(error))[:500]}") from error
     except RuntimeError as error:
         # The second line is the first difference; the first one says that there are some.
-        reason = " ".join(str(error).splitlines()[:2]).replace("\t", "")
-        raise ValueError(f"{path}: its weights are not those of its recipe: {reason}") from error
+        reason = one_line(" ".join(str(error).splitlines()[:2]))[:300]
+        raise ValueError(f"{where}: its weights are not those of its recipe: {reason}") from error
+    except Exception as error:  # whatever a network does with options that do not suit it
+        reason = one_line(f"{type(error).__name__}: {error}")[:300]
+        raise ValueError(f"{where}: its recipe describes no network: {reason}") from error
+    for name, value in model.state_dict().items():
+        if state[name].dtype != value.dtype:  # torch would convert it, and lose digits
+            raise ValueError(
+                f"{where}: {name} is of {state[name].dtype}, and its recipe's network "
+                f"has {value.dtype} there"
+            )
+
+
+def _refuse_unusable(model: Method) -> None:
+    """ValueError for weights that are no numbers, and for grids that no integers lie on."""
+    for name, value in model.state_dict().items():
+        if value.isnan().any():
+            raise ValueError(f"{name} has values that are no numbers (NaN)")
+    for name, param in model.named_parameters():
+        if not param.isfinite().all():
+            raise ValueError(f"{name} has infinite values; the training diverged")
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuant):
+            scale, zero = module.scale, module.zero_point
+            in_range = (module.quant_min <= zero) & (zero <= module.quant_max)
+            ends = scale * (module.quant_max - module.quant_min)
+            if not (ends.isfinite() & (scale >= 0) & in_range).all():
+                raise ValueError(f"{name} has no grid of floats that holds 0")
 
 
 def _construct(table: Mapping[str, Any], group: str, options: Mapping[str, Any], *args: Any) -> Any:
@@ -148,8 +205,10 @@ def _construct(table: Mapping[str, Any], group: str, options: Mapping[str, Any],
     rest = dict(options)
     name = rest.pop("name")
     if name not in table:
-        raise ValueError(f"{group}.name={name!r}: unknown; choose one of {', '.join(table)}")
+        raise ValueError(f"{group}.name={short(name)}: unknown; choose one of {', '.join(table)}")
     try:
         return table[name](*args, **rest)
     except TypeError as error:
-        raise ValueError(f"{group}={name} cannot be built from these options: {error}") from error
+        raise ValueError(
+            f"{group}={name} cannot be built from these options: {one_line(str(error))}"
+        ) from error

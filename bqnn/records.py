@@ -1,14 +1,13 @@
 """Read small JSON and YAML files that another program, or another person, may have written."""
 
 import json
-import os
-import stat
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from bqnn.files import open_regular
 from bqnn.text import one_line
 
 LARGEST_RECORD = 16 * 2**20  # bytes
@@ -58,12 +57,7 @@ def instant(value: object) -> datetime | None:
 
 
 def _text(path: Path) -> str:
-    # Opening a FIFO would wait for its writer.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with open(descriptor, "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("it is no regular file")
+    with open_regular(path) as file:
         data = file.read(LARGEST_RECORD + 1)
     if len(data) > LARGEST_RECORD:
         raise ValueError(f"it is larger than {LARGEST_RECORD // 2**20} MiB")

@@ -414,6 +414,7 @@ def _part_folder(job: Job, config: dict[str, Any]) -> Path:
             return path
     is_known = "method" in config  # a checkpoint that cannot be read tells none
     name = f"{config['method']['name']}_{config['task']['name']}" if is_known else "unreadable"
+    name = valid_name(name)  # of a stranger's checkpoint: 200 letters can be 800 bytes
     numbers = itertools.count(len(taken))
     folders = (job.folder / f"{number}_{name}" for number in numbers)
     return next(folder for folder in folders if not folder.exists())

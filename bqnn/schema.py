@@ -1,10 +1,13 @@
 """What a recipe may hold: its keys, and the kind and range of each value."""
 
-import math
+import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from reprlib import Repr
 from typing import Any
+
+from bqnn.quant.spec import QuantSpec
+from bqnn.text import short
 
 
 @dataclass(frozen=True)
@@ -27,20 +30,22 @@ def check_recipe(recipe: object) -> None:
     assert isinstance(recipe, dict)
     if recipe["stage"] != "float" and "quant" not in recipe:
         raise ValueError(f"recipe: has no quant, but its stage is {recipe['stage']}")
+    if "quant" in recipe:
+        QuantSpec.from_dict(recipe["quant"])
 
 
 def _check(where: str, value: object, rule: Rule | Schema) -> None:
     if isinstance(rule, Rule):
         if not rule.holds(value):
-            raise ValueError(f"{where}={_short(value)}: expected {rule.words}")
+            raise ValueError(f"{where}={short(value)}: expected {rule.words}")
         return
     if type(value) is not dict:
-        raise ValueError(f"{where}={_short(value)}: expected a dictionary")
+        raise ValueError(f"{where}={short(value)}: expected a dictionary")
     is_open = where in OPEN
     for key in value:
         if key not in rule and not (is_open and is_option(key)):
             raise ValueError(
-                f"{where}: no key {_short(key)} is known there; bqnn/schema.py has those that are"
+                f"{where}: no key {short(key)} is known there; bqnn/schema.py has those that are"
             )
     for key in REQUIRED[where]:
         if key not in value:
@@ -49,13 +54,9 @@ def _check(where: str, value: object, rule: Rule | Schema) -> None:
         _check(f"{where}.{key}", entry, rule.get(key, OPTION))
 
 
-def _short(value: object) -> str:
-    """A stranger's value, in a line that a terminal can show."""
-    return _repr.repr(value)
-
-
-_repr = Repr()
-_repr.maxstring = _repr.maxother = 60
+def is_finite(value: object) -> bool:
+    """Whether it is a number that a float can hold: 10**400 is none, and neither is NaN."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Rule:
@@ -64,9 +65,7 @@ def whole(least: int, most: int = 2**31 - 1) -> Rule:
 
 
 def number() -> Rule:
-    return Rule(
-        "a finite number", lambda value: type(value) in (int, float) and math.isfinite(value)
-    )
+    return Rule("a finite number", is_finite)
 
 
 def flag() -> Rule:
@@ -74,17 +73,21 @@ def flag() -> Rule:
 
 
 def text() -> Rule:
-    return Rule("a text of at most 4096 characters", lambda v: type(v) is str and len(v) <= 4096)
+    return Rule(
+        "a text of at most 4096 characters that UTF-8 can hold",
+        lambda v: type(v) is str and len(v) <= 4096 and not re.search("[\ud800-\udfff]", v),
+    )
 
 
 def name() -> Rule:
     """Text that becomes the name of a folder, and never a path to another one."""
     return Rule(
-        "a name without slashes, a dot in front or unprintable characters",
+        "a name without slashes, a dot in front or unprintable characters, of at most 200 bytes",
         lambda value: (
             type(value) is str
             and 0 < len(value) <= 200
-            and value.isprintable()
+            and value.isprintable()  # so it has no lone surrogates either
+            and len(value.encode()) <= 200
             and value[0] != "."
             and not set("/\\") & set(value)
         ),
@@ -122,7 +125,7 @@ def is_option(key: object) -> bool:
 # An option of a method, network or optimizer of your own, whose constructor judges it.
 NUMBER = either(
     whole(-10_000_000, 10_000_000),
-    Rule("a finite float", lambda value: type(value) is float and math.isfinite(value)),
+    Rule("a finite float", lambda value: type(value) is float and is_finite(value)),
 )
 OPTION = maybe(either(flag(), NUMBER, name(), many(NUMBER, 256)))
 
@@ -217,7 +220,7 @@ RECIPE: Schema = {
     "net": NET,
     "task": TASK,
     "facts": FACTS,
-    "quant": Rule("a dictionary", lambda value: type(value) is dict),  # see QuantSpec.from_dict
+    "quant": Rule("a dictionary", lambda value: type(value) is dict),  # that QuantSpec checks
 }
 
 # Where other options than these may stand, for methods and networks of your own. What a task says

@@ -21,7 +21,7 @@ from pytorch_lightning.plugins.environments import (
     TorchElasticEnvironment,
 )
 
-from bqnn.checkpoint import SaveCheckpoint, read_checkpoint
+from bqnn.checkpoint import SaveCheckpoint, trained_epochs
 from bqnn.data import TensorData
 from bqnn.loggers import MetricsCsv
 from bqnn.methods import Method
@@ -163,7 +163,7 @@ def fit(job: Job, trainer: pl.Trainer, model: Method, data: TensorData) -> None:
     path = job.folder / "checkpoint.ckpt"
     resumes = job.is_resumed and path.exists()
     if job.is_resumed:
-        job.record_epoch(read_checkpoint(path)["epoch"] + 1 if resumes else 0)
+        job.record_epoch(trained_epochs(path) if resumes else 0)
     if not resumes:
         model.initialize()
     trainer.fit(model, datamodule=data, ckpt_path=path if resumes else None, weights_only=True)

@@ -14,12 +14,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bqnn.config import fresh_folder
-from bqnn.run import Job
+from bqnn.run import Job, run_parts
 from bqnn.status import config_hash, find_run, is_running, read_status
 from bqnn.trainer import prepare_torch
 
@@ -343,6 +344,20 @@ def test_a_run_that_is_done_is_found_before_newer_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU to be found")
+def test_parts_have_folders_whatever_their_tasks_are_called(tmp_path: Path) -> None:
+    names = ["é" * 200, "x" * 200, "a/b", "\x1b[2J", ".", "digits"]
+    parts: dict[str, Any] = {"checkpoint": "*.ckpt", "method": {"name": "bbb"}}
+    ran = []
+    with Job(tmp_path, "evaluate") as job:
+        job.configure(parts)
+        configs = [{**parts, "task": {"name": name}} for name in names]
+        run_parts(job, configs, lambda part: ran.append(part.folder.name))
+    assert job.state == "DONE"
+    assert len(ran) == len(names)
+    assert ran[-1] == "5_bbb_digits"
+    assert all(name.isascii() and name.isprintable() and len(name) <= 140 for name in ran)
+
+
 def test_optimizers_do_not_search_for_gpus_where_there_are_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

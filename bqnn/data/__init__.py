@@ -13,6 +13,7 @@ from bqnn.data.loader import TensorLoader
 from bqnn.data.mnist import MNISTData
 from bqnn.data.synthetic import SyntheticData
 from bqnn.data.uci import UCIData
+from bqnn.text import short
 
 __all__ = ["DATASETS", "Rows", "TensorData", "TensorLoader", "build_data"]
 
@@ -33,7 +34,7 @@ def build_data(dataset: str, *, data_dir: str, seed: int, options: dict[str, obj
     """
     if dataset not in DATASETS:
         raise ValueError(
-            f"dataset={dataset!r}: no such data set; choose one of {', '.join(DATASETS)}"
+            f"dataset={short(dataset)}: no such data set; choose one of {', '.join(DATASETS)}"
         )
     parameters = signature(DATASETS[dataset]).parameters.values()
     known = {p.name: p for p in parameters if p.name not in ("data_dir", "seed")}

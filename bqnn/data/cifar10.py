@@ -11,6 +11,7 @@ from bqnn.data.base import Rows
 from bqnn.data.download import fetch, unpack
 from bqnn.data.folder import read_image_folder
 from bqnn.data.images import ImageData
+from bqnn.text import short
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10
@@ -49,8 +50,8 @@ class CIFAR10Data(ImageData):
         )
         if source not in ("torchvision", "folder"):
             raise ValueError(
-                f"source={source!r}: CIFAR-10 is read from torchvision's files or from a folder of "
-                "images; choose torchvision or folder"
+                f"source={short(source)}: CIFAR-10 is read from torchvision's files or from a "
+                "folder of images; choose torchvision or folder"
             )
         self.source = source
         self.root = self.data_dir / "cifar10" if root is None else Path(root).expanduser()
@@ -63,7 +64,8 @@ class CIFAR10Data(ImageData):
 
         folder = self.data_dir / CIFAR10.base_folder
         if not folder.is_dir():  # reading it checks the files
-            archive = fetch(CIFAR10.url, CIFAR10.tgz_md5, self._remedy(folder), kind="md5")
+            remedy = self._remedy(folder)
+            archive = fetch(CIFAR10.url, CIFAR10.tgz_md5, remedy, kind="md5", largest=2**28)
             unpack(archive, folder)
 
     def _read(self) -> tuple[Rows, Rows]:

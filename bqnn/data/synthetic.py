@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bqnn.data.base import Rows
 from bqnn.data.tables import TableData
+from bqnn.text import short
 
 Function = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -41,7 +42,8 @@ class SyntheticData(TableData):
         )
         if function not in _FUNCTIONS:
             raise ValueError(
-                f"function={function!r}: no such function; choose one of {', '.join(_FUNCTIONS)}"
+                f"function={short(function)}: no such function; choose one of "
+                f"{', '.join(_FUNCTIONS)}"
             )
         for name, count in (("num_train", num_train), ("num_test", num_test)):
             if count < 1:

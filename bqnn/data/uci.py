@@ -11,6 +11,8 @@ import torch
 from bqnn.data.base import Rows
 from bqnn.data.download import download_table, known_tables
 from bqnn.data.tables import TableData
+from bqnn.files import open_regular
+from bqnn.text import one_line, short
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class UCIData(TableData):
         )
         if table in ("", "..") or Path(table).name != table:
             raise ValueError(
-                f"table={table!r}: it names one folder inside {self.data_dir / 'uci'}; "
+                f"table={short(table)}: it names one folder inside {self.data_dir / 'uci'}; "
                 "choose a name without slashes or dots alone"
             )
         self.table = table
@@ -86,8 +88,8 @@ class UCIData(TableData):
         missing = [name for name in names if not (self.folder / name).is_file()]
         if missing:
             raise FileNotFoundError(
-                f"table={self.table!r}: {self.folder} has no {', '.join(missing)}. It must hold "
-                f"{', '.join(_TABLE_FILES)} and index_train_k.txt, index_test_k.txt for each "
+                f"table={short(self.table)}: {self.folder} has no {', '.join(missing)}. It must "
+                f"hold {', '.join(_TABLE_FILES)} and index_train_k.txt, index_test_k.txt for each "
                 "split k: put them there or set data_dir to the folder that has uci/<table>. "
                 f"Without the folder, these are downloaded: {', '.join(known_tables())}"
             )
@@ -135,13 +137,15 @@ class UCIData(TableData):
 
 def _read_numbers(path: Path) -> np.ndarray:
     try:
-        lines = path.read_text().splitlines()
+        with open_regular(path) as file:
+            lines = file.read().decode("utf-8-sig").splitlines()
         if not any(line.partition("#")[0].strip() for line in lines):
             raise ValueError("the file is empty")
         return np.loadtxt(lines, ndmin=2)
     except ValueError as error:  # a ragged row, a word, bytes that are no text
         raise ValueError(
-            f"{path}: expected rows of equally many numbers, separated by spaces: {error}"
+            f"{path}: expected rows of equally many numbers, separated by spaces: "
+            f"{one_line(str(error))[:300]}"
         ) from error
 
 

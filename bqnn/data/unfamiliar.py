@@ -12,9 +12,10 @@ from bqnn.data.base import TensorData
 from bqnn.data.cifar10 import CIFAR10Data
 from bqnn.data.download import fetch
 from bqnn.data.images import ImageData
-from bqnn.data.mnist import MNISTData, fetch_missing
+from bqnn.data.mnist import MNISTData, fetch_missing, read_part
 from bqnn.data.tables import TableData
 from bqnn.files import written_beside
+from bqnn.text import short
 
 # The authors' repository; torchvision's mirror has no https.
 FASHION_MNIST = (
@@ -37,7 +38,7 @@ def unfamiliar_sets(data: TensorData, names: Sequence[str] | None) -> dict[str, 
     for name in names or ():
         if name not in makers:
             raise ValueError(
-                f"suite.ood: no set {name!r} for this task; there are {', '.join(makers)}"
+                f"suite.ood: no set {short(name)} for this task; there are {', '.join(makers)}"
             )
     return {name: makers[name](data) for name in (makers if names is None else names)}
 
@@ -48,11 +49,8 @@ def fashion_mnist(data: MNISTData) -> Unfamiliar:
 
     folder = data.data_dir / "FashionMNIST" / "raw"
     fetch_missing(FashionMNIST, folder, FASHION_MNIST)
-    try:
-        part = FashionMNIST(str(data.data_dir), train=False)
-    except (RuntimeError, ValueError, AssertionError) as error:  # whatever is wrong with it
-        raise ValueError(f"FashionMNIST in {folder} is damaged ({error}); delete it") from error
-    return part.data.unsqueeze(1), part.targets.long()
+    rows = read_part(folder, "t10k")
+    return rows.inputs, rows.targets
 
 
 def svhn(data: CIFAR10Data) -> Unfamiliar:
@@ -64,7 +62,7 @@ def svhn(data: CIFAR10Data) -> Unfamiliar:
     if not path.is_file():
         address = address.replace("http://", "https://")
         remedy = f"put it at {path}, or leave the set out, as in suite.ood=[uniform,inverted]"
-        content = fetch(address, md5, remedy, kind="md5")
+        content = fetch(address, md5, remedy, kind="md5", largest=2**27)
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_beside(path) as beside:
             beside.write_bytes(content)

@@ -70,12 +70,25 @@ class Ensemble(Drawn):
 
 
 def _make_room(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Give the ensemble as many members as the state that is about to be loaded."""
+    """Give the ensemble as many members as the state that is about to be loaded.
+
+    RuntimeError, before any is made: the state does not have all tensors of that many.
+    """
     assert isinstance(module, Ensemble)
-    collected = state.get(f"{prefix}collected")
-    count = 0 if collected is None else min(int(collected), module.num_members)
-    if count > 0 and not any(key.startswith(f"{prefix}members.{count - 1}.") for key in state):
-        raise RuntimeError(f"{prefix}collected says {count} members, but not all are there")
+    count = min(_collected(state, prefix), module.num_members)
+    names = list(module.current.state_dict())
+    for index in range(count):
+        if any(f"{prefix}members.{index}.{name}" not in state for name in names):
+            raise RuntimeError(f"{prefix}collected says {count} members, but not all are there")
     while len(module.members) < count:
         module._add_member()
     del module.members[count:]
+
+
+def _collected(state: dict[str, Any], prefix: str) -> int:
+    collected = state.get(f"{prefix}collected")
+    if collected is None:
+        return 0
+    if collected.numel() != 1 or collected.dtype != torch.int64 or collected.item() < 0:
+        raise RuntimeError(f"{prefix}collected is no count of members")
+    return int(collected)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
+
+from bqnn.text import short
 
 ENGINES = ("fbgemm", "x86", "onednn")
 
@@ -63,11 +65,14 @@ class QuantSpec:
         _check_choice("sigma_grid", self.sigma_grid, ("linear", "log"))
         _check_choice("engine", self.engine, ENGINES)
         if not isinstance(self.weight_symmetric, bool):
-            raise ValueError(f"quant.weight_symmetric={self.weight_symmetric!r}: true or false")
-        is_number = isinstance(self.noise_range, int | float)
-        if not (is_number and 0 < self.noise_range < math.inf):
             raise ValueError(
-                f"quant.noise_range={self.noise_range}: in standard deviations, above 0; 3 is usual"
+                f"quant.weight_symmetric={_shown(self.weight_symmetric)}: true or false"
+            )
+        is_number = type(self.noise_range) in (int, float)
+        if not (is_number and 0 < self.noise_range <= sys.float_info.max):
+            raise ValueError(
+                f"quant.noise_range={_shown(self.noise_range)}: in standard deviations, above 0; 3 "
+                "is usual"
             )
         if self.engine == "onednn" and not self.weight_symmetric:
             raise ValueError(
@@ -79,11 +84,15 @@ class QuantSpec:
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> QuantSpec:
         """The spec in a configuration or recipe; keys that are no field are a ValueError."""
-        unknown = options.keys() - {field.name for field in fields(cls)}
-        if unknown:
-            raise ValueError(f"quant.{sorted(unknown)[0]}: no such option of a quantization")
-        if not isinstance(options.get("overrides", ()), list | tuple):
-            raise ValueError(f"quant.overrides={options['overrides']!r}: give a list")
+        known = {field.name for field in fields(cls)}
+        for key in options:
+            if key not in known:
+                raise ValueError(f"quant.{_shown(key)}: no such option of a quantization")
+        overrides = options.get("overrides", ())
+        if not isinstance(overrides, list | tuple) or len(overrides) > 1000:
+            raise ValueError(
+                f"quant.overrides={_shown(overrides)}: give a list of at most 1000 dictionaries"
+            )
         return cls(**options)
 
     @classmethod
@@ -91,7 +100,8 @@ class QuantSpec:
         """The spec in a group `quant` of the configuration, which also says how to get there."""
         if options["mode"] not in ("qat", "ptq"):
             raise ValueError(
-                f"quant.mode={options['mode']}: choose qat, which trains, or ptq, which calibrates"
+                f"quant.mode={_shown(options['mode'])}: choose qat, which trains, or ptq, which "
+                "calibrates"
             )
         spec = {key: value for key, value in options.items() if key not in PROCEDURE}
         if spec.get("activation_observer") is None:
@@ -117,7 +127,7 @@ class QuantSpec:
         for override in self.overrides:
             if not any(fnmatchcase(name, override["layer"]) for name in names):
                 raise ValueError(
-                    f"quant.overrides: layer={override['layer']!r} matches no layer; "
+                    f"quant.overrides: layer={short(override['layer'])} matches no layer; "
                     f"there are {', '.join(names)}"
                 )
 
@@ -132,26 +142,34 @@ def _check_bits(name: str, bits: object) -> None:
     if name in ("sigma_bits", "output_bits") and bits is None:
         return
     if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
-        raise ValueError(f"quant.{name}={bits}: integers live in 8-bit containers; choose 2 to 8")
+        raise ValueError(
+            f"quant.{name}={_shown(bits)}: integers live in 8-bit containers; choose 2 to 8"
+        )
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"quant.{name}={value}: choose {' or '.join(choices)}")
+    if type(value) is not str or value not in choices:
+        raise ValueError(f"quant.{name}={_shown(value)}: choose {' or '.join(choices)}")
 
 
 def _checked_override(override: object) -> dict[str, Any]:
     if not isinstance(override, Mapping):
         raise ValueError(
-            f"quant.overrides: {override!r} is no dictionary; write "
+            f"quant.overrides: {short(override)} is no dictionary; write "
             "'quant.overrides=[{layer: output.*, weight_bits: 8}]'"
         )
-    unknown = override.keys() - {"layer", *LAYER_BITS}
-    if not isinstance(override.get("layer"), str) or unknown or len(override) < 2:
+    layer, unknown = override.get("layer"), override.keys() - {"layer", *LAYER_BITS}
+    if type(layer) is not str or len(layer) > 200 or unknown or len(override) < 2:
+        keys = ", ".join(sorted(_shown(key) for key in override)[:8])
         raise ValueError(
-            f"quant.overrides: {dict(override)} needs a layer (a glob) and one or more of "
-            f"{', '.join(LAYER_BITS)}"
+            f"quant.overrides: one that has {keys or 'nothing'} needs a layer (a glob) and one or "
+            f"more of {', '.join(LAYER_BITS)}"
         )
     for name in override.keys() - {"layer"}:
         _check_bits(name, override[name])
     return dict(override)
+
+
+def _shown(value: object) -> str:
+    """A value for a message, as it is written on the command line: texts without quotes."""
+    return short(value)[1:-1] if type(value) is str else short(value)

@@ -4,12 +4,15 @@ import gzip
 import hashlib
 import io
 import tarfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
+from http.client import HTTPMessage
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 from torchvision.datasets import CIFAR10, MNIST
@@ -21,6 +24,119 @@ from bqnn.data.mnist import MNISTData
 
 Served = dict[str, bytes]
 CONTENT = b"x" * 1000
+
+
+class Server:
+    """Answers every request with a status, headers and then parts of a body, as it is told."""
+
+    def __init__(self) -> None:
+        self.status, self.headers = 200, dict[str, str]()
+        self.num_requests = 0
+        told = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                told.num_requests += 1
+                self.send_response(told.status)
+                for name, value in told.headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                with suppress(OSError):  # the client hung up, as it should
+                    for part in told.body():
+                        self.wfile.write(part)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.address = f"http://127.0.0.1:{self.http.server_port}/a"
+        Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def body(self) -> Iterable[bytes]:
+        return []
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server that stands for every https address."""
+    made, original = Server(), download.urlopen
+    monkeypatch.setattr(
+        download, "urlopen", lambda url, timeout: original(made.address, timeout=timeout)
+    )
+    yield made
+    made.http.shutdown()
+    made.http.server_close()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("address", ["http://other.example/\x1b[2J", "ftp://x/a", "//x/a", "/b"])
+def test_a_download_does_not_leave_https(server: Server, status: int, address: str) -> None:
+    server.status, server.headers = status, {"Location": address}
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        fetch("https://x/a", md5(b""), "do this", kind="md5")
+    assert str(error.value).isprintable()
+    assert str(error.value).endswith("; do this")
+    assert server.num_requests == 1
+
+
+def test_a_download_follows_redirects_within_https() -> None:
+    handler, headers = download._HttpsRedirects(), HTTPMessage()
+    follow = partial(
+        handler.redirect_request, Request("https://x/a"), io.BytesIO(), 302, "", headers
+    )
+    followed = follow("https://y/b")
+    assert followed is not None
+    assert followed.full_url == "https://y/b"
+    with pytest.raises(ValueError, match="redirects to http://y/b, which is no https"):
+        follow("http://y/b")
+
+
+def endless(part: bytes, pause: float = 0.0) -> Callable[[], Iterator[bytes]]:
+    def body() -> Iterator[bytes]:
+        while True:
+            time.sleep(pause)
+            yield part
+
+    return body
+
+
+@pytest.mark.parametrize(
+    ("headers", "part"),
+    [
+        ({}, b"x" * 2**16),
+        ({"Transfer-Encoding": "chunked"}, b"10000\r\n" + b"x" * 2**16 + b"\r\n"),
+        ({"Content-Length": str(10**15)}, b"x"),
+    ],
+    ids=["no length", "chunks", "a length"],
+)
+def test_a_body_without_an_end_is_cut_off(
+    server: Server, headers: dict[str, str], part: bytes
+) -> None:
+    server.headers, server.body = headers, endless(part)  # type: ignore[method-assign]
+    with pytest.raises(
+        ValueError, match=r"^https://x/a is refused \(it has more than 1 MiB\); do t"
+    ):
+        fetch("https://x/a", "", "do this", largest=2**20)
+
+
+@pytest.mark.parametrize("where", ["body", "headers", "chunk sizes"])
+def test_what_comes_byte_by_byte_is_given_up(
+    server: Server, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "_PATIENCE", 0.3)
+    server.body = endless(b"1", pause=0.02)  # type: ignore[method-assign]
+    if where == "headers":
+        server.headers = {"X": "1"}
+        monkeypatch.setattr(
+            BaseHTTPRequestHandler, "end_headers", BaseHTTPRequestHandler.flush_headers
+        )
+    elif where == "chunk sizes":
+        server.headers = {"Transfer-Encoding": "chunked"}
+    with pytest.raises(
+        FileNotFoundError, match=r"cannot be downloaded \(\d+ bytes came in 0.3 sec"
+    ):
+        fetch("https://x/a", "", "do this")
 
 
 @pytest.fixture
@@ -43,7 +159,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
 
     def here(url: str, timeout: float) -> object:
         assert url.startswith("https://")

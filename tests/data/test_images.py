@@ -2,12 +2,14 @@
 
 import json
 import os
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from bqnn.data import download
 from bqnn.data.base import TensorData
@@ -140,6 +142,38 @@ def test_truncated_mnist_is_refused(tmp_path):
         ready(MNISTData(data_dir=str(tmp_path)))
 
 
+def idx(shape: list[int], values: bytes = b"", kind: int = 8) -> bytes:
+    return bytes([0, 0, kind, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape) + values
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("train-labels-idx1-ubyte", idx([20], bytes([*range(10), 200, *range(9)])), "label 10 .*"),
+        ("train-labels-idx1-ubyte", idx([19], bytes(19)), "19 labels for 20 images"),
+        ("train-labels-idx1-ubyte", idx([20], bytes(80), kind=12), "does not begin"),
+        ("train-labels-idx1-ubyte", b"", "does not begin"),
+        ("t10k-images-idx3-ubyte", idx([2**32 - 1] * 3), "do not hold"),
+        ("t10k-images-idx3-ubyte", idx([0, 28, 28]), "do not hold"),
+        ("t10k-images-idx3-ubyte", idx([5, 28, 28], bytes(5 * 784 + 1)), "do not hold"),
+        ("t10k-images-idx3-ubyte", idx([5, 8, 8], bytes(320)), "8x8 pixels"),
+    ],
+)
+def test_damaged_mnist_is_one_line_with_the_file(tmp_path, name, content, said):
+    path = write_mnist(tmp_path) / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{path} is damaged [^\n]*{said}[^\n]*MNIST[^\n]*$"):
+        ready(MNISTData(data_dir=str(tmp_path)))
+
+
+def test_mnist_opens_no_other_files_beside_its_own(tmp_path):
+    processed = write_mnist(tmp_path).parent / "processed"
+    processed.mkdir()
+    for name in ("training.pt", "test.pt"):  # torchvision would load these instead
+        (processed / name).write_bytes(b"no tensors")
+    assert len(ready(MNISTData(data_dir=str(tmp_path))).test) == 5
+
+
 def write_images(root: Path, size: tuple[int, int] = (4, 3), mode: str = "RGB") -> None:
     """Three train and two test images for each of two classes; red tells class and number."""
     for part, count in (("train", 3), ("test", 2)):
@@ -216,6 +250,179 @@ def test_the_first_image_that_differs_is_named(tmp_path, image, message):
     image.save(odd)
     image.save(tmp_path / "test" / "dog" / "1.png")
     with pytest.raises(ValueError, match=f"{odd} .*{message}"):
+        ready(ImageFolderData(str(tmp_path)))
+
+
+# ---- what a screen shows is not always what the pixels are
+
+
+def arrow(mode: str = "RGB") -> Image.Image:
+    """4x4 pixels, no two rows or columns alike."""
+    pixels = np.arange(16, dtype=np.uint8).reshape(4, 4) * 16
+    return Image.fromarray(pixels).convert(mode)
+
+
+def read_one(folder: Path, suffix: str, save: Callable[[Path], None]) -> torch.Tensor:
+    """The picture that `save` writes as the first of a data set of 4x4 pixels: [C, 4, 4]."""
+    write_images(folder, size=(4, 4))
+    for path in folder.rglob("*.png"):
+        path.unlink()
+        if path.stem == "0":
+            save(path.with_suffix(suffix))
+    data = ready(ImageFolderData(str(folder), validation_share=0.0))
+    return data.train.inputs[0]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_as_they_are_displayed(tmp_path, suffix, orientation):
+    shown = np.asarray(arrow())
+    # What stands first in the file, by the EXIF standard: 6 is to be turned clockwise, and so on.
+    stored = {
+        1: shown,
+        2: shown[:, ::-1],
+        3: shown[::-1, ::-1],
+        4: shown[::-1],
+        5: shown.transpose(1, 0, 2),
+        6: shown.transpose(1, 0, 2)[::-1],
+        7: shown.transpose(1, 0, 2)[::-1, ::-1],
+        8: shown.transpose(1, 0, 2)[:, ::-1],
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+
+    def save(path: Path) -> None:
+        picture = Image.fromarray(np.ascontiguousarray(stored))
+        picture.save(path, exif=exif, quality=100, lossless=True)
+
+    found = read_one(tmp_path, suffix, save).permute(1, 2, 0).int().numpy()
+    np.testing.assert_allclose(found, shown, atol=4 if suffix == ".jpg" else 0)
+
+
+def png(header: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file of black pixels: what IHDR says after the size, and other chunks."""
+    depth, kind = header[0], header[1]
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
+    rows = bytes(4 * (1 + -(-4 * channels * depth // 8)))
+    size = (4).to_bytes(4, "big") * 2
+    parts = [(b"IHDR", size + header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, data in parts:
+        check = zlib.crc32(name + data).to_bytes(4, "big")
+        content += len(data).to_bytes(4, "big") + name + data + check
+    return content
+
+
+def bmp(color_space: bytes) -> bytes:
+    """A BMP file of black pixels with a header of version 5, little-endian."""
+    size, header = 4 * 12, 124
+    start = b"BM" + (14 + header + size).to_bytes(4, "little") + bytes(4)
+    start += (14 + header).to_bytes(4, "little") + header.to_bytes(4, "little")
+    start += (4).to_bytes(4, "little") * 2 + b"\x01\0" + b"\x18\0" + bytes(4)
+    start += size.to_bytes(4, "little")
+    return start.ljust(70, b"\0") + color_space + bytes(14 + header - 74 + size)
+
+
+RGB8 = bytes([8, 2, 0, 0, 0])
+P8 = bytes([8, 3, 0, 0, 0])
+GAMMA_1 = (b"gAMA", (100_000).to_bytes(4, "big"))
+USUAL_GAMMA = (b"gAMA", (45_455).to_bytes(4, "big"))
+PRIMARIES = (b"cHRM", b"".join(n.to_bytes(4, "big") for n in (31270, 32900, *[50000] * 6)))
+PALETTE = (b"PLTE", bytes(6))
+
+
+def written(content: bytes) -> Callable[[Path], None]:
+    return lambda path: (path.write_bytes(content), None)[1]
+
+
+def animated(suffix: str) -> Callable[[Path], None]:
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "green", "blue")]
+    return lambda path: frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def with_profile(name: str) -> Callable[[Path], None]:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile(name))
+    return lambda path: arrow().save(path, icc_profile=profile.tobytes(), quality=100)
+
+
+REFUSED_PICTURES = {
+    "16-bit RGB": (".png", written(png(bytes([16, 2, 0, 0, 0]))), "16 bits"),
+    "16-bit gray": (".png", written(png(bytes([16, 0, 0, 0, 0]))), "mode I;16"),
+    "alpha": (".png", written(png(bytes([8, 6, 0, 0, 0]))), "mode RGBA"),
+    "gray with alpha": (".png", written(png(bytes([8, 4, 0, 0, 0]))), "mode LA"),
+    "a transparent color": (".png", written(png(RGB8, (b"tRNS", bytes(6)))), "transparent"),
+    "a transparent gray": (
+        *(".png", written(png(bytes([8, 0, 0, 0, 0]), (b"tRNS", bytes(2)))), "transparent"),
+    ),
+    "a transparent palette": (".png", written(png(P8, PALETTE, (b"tRNS", b"\0"))), "transparent"),
+    "transparent WebP": (
+        *(".webp", lambda path: Image.new("RGBA", (4, 4), (9, 9, 9, 0)).save(path), "mode RGBA"),
+    ),
+    "animated PNG": (".png", animated(".png"), "holds 3 pictures"),
+    "animated WebP": (".webp", animated(".webp"), "holds 3 pictures"),
+    "CMYK": (".jpg", lambda path: arrow("CMYK").save(path), "mode CMYK"),
+    "linear gamma": (".png", written(png(RGB8, GAMMA_1)), "gamma"),
+    "other primaries": (".png", written(png(RGB8, PRIMARIES)), "primary colors"),
+    "a color space": (".png", written(png(RGB8, (b"cICP", bytes([9, 16, 0, 1])))), "cICP"),
+    "a profile of a BMP": (".bmp", written(bmp(b"DEBM")), "color profile"),
+    "a profile": (".jpg", with_profile("LAB"), "color profile"),
+    "a broken profile": (
+        *(".jpg", lambda path: arrow().save(path, icc_profile=b"x" * 200), "color profile"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED_PICTURES)
+def test_pictures_whose_colors_are_not_those_of_their_pixels_are_refused(tmp_path, kind):
+    suffix, save, said = REFUSED_PICTURES[kind]
+    with pytest.raises(ValueError, match=said) as error:
+        read_one(tmp_path, suffix, save)
+    assert str(tmp_path / "train" / "cat" / f"0{suffix}") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+TAKEN_PICTURES = {
+    "1-bit": (".png", lambda path: arrow("1").save(path)),
+    "4-bit": (".png", lambda path: arrow("P").quantize(16).save(path, bits=4)),
+    "the usual gamma": (".png", written(png(RGB8, USUAL_GAMMA))),
+    "sRGB, whatever the gamma": (".png", written(png(RGB8, (b"sRGB", b"\0"), GAMMA_1))),
+    "a BMP that says sRGB": (".bmp", written(bmp(b"BGRs"))),
+    "the profile of sRGB": (".jpg", with_profile("sRGB")),
+    "EXIF that is none": (".jpg", lambda path: arrow().save(path, exif=b"Exif\0\0" + b"x" * 99)),
+}
+
+
+@pytest.mark.parametrize("kind", TAKEN_PICTURES)
+def test_what_changes_no_color_is_taken(tmp_path, kind):
+    suffix, save = TAKEN_PICTURES[kind]
+    found = read_one(tmp_path, suffix, save)
+    plain = np.asarray(Image.open(tmp_path / "train" / "cat" / f"0{suffix}").convert("RGB"))
+    assert np.array_equal(found.expand(3, 4, 4).permute(1, 2, 0), plain)
+
+
+def test_a_picture_too_large_to_be_one_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    for folder, pixels in (("warned", 12), ("refused", 30)):
+        write_images(tmp_path / folder, size=(pixels // 3, 3))
+        path = tmp_path / folder / "train" / "cat" / "0.png"
+        with pytest.raises(ValueError, match=f"{path} cannot be read .*exceeds limit"):
+            ready(ImageFolderData(str(tmp_path / folder)))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["FIFO", "folder"])
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, make):
+    write_images(tmp_path)
+    path = tmp_path / "train" / "dog" / "1.png"
+    path.unlink()
+    make(path)
+    with pytest.raises(ValueError, match=f"{path} cannot be read as an image"):
+        ready(ImageFolderData(str(tmp_path)))
+
+
+def test_names_of_files_reach_no_terminal_as_they_are(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "train" / "cat" / "\x1b[2J.png").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"cat/\\x1b\[2J.png cannot be read"):
         ready(ImageFolderData(str(tmp_path)))
 
 

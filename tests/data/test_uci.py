@@ -100,6 +100,8 @@ NUMBERS = "\n".join(" ".join(map(str, row)) for row in TABLE)
     [
         ("data", NUMBERS.replace("-6.0", "nan"), "row 3, column 2.*nan"),
         ("data", NUMBERS.replace("28.0", "inf"), "row 9, column 3.*inf"),
+        ("data", NUMBERS.replace("-6.0", "1e400"), "row 3, column 2.*inf"),
+        ("data", NUMBERS.replace("-6.0", "\x1b[2J"), r"\\x1b\[2J"),
         ("data", NUMBERS[:-12], "row 10"),
         ("data", NUMBERS.replace("-6.0", "six"), "six"),
         ("data", "", "empty"),
@@ -122,6 +124,7 @@ def test_a_damaged_file_is_named(tmp_path, file, text, message):
     with pytest.raises(ValueError, match=message) as error:
         read(tmp_path)
     assert str(error.value).startswith(f"{folder}/")
+    assert str(error.value).isprintable()
     assert f"{file}.txt" in str(error.value)
 
 
@@ -135,6 +138,20 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
     folder = write_table(tmp_path)
     (folder / "data.txt").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(ValueError, match=r"data\.txt"):
+        read(tmp_path)
+
+
+def test_a_mark_of_utf_8_in_front_is_no_number(tmp_path):
+    write_table(tmp_path, data="\ufeff" + NUMBERS)
+    assert len(read(tmp_path).train) == 8
+
+
+@pytest.mark.parametrize("name", ["data.txt", "index_target.txt", "index_train_0.txt"])
+def test_a_fifo_in_place_of_a_file_is_not_waited_for(tmp_path, name):
+    folder = write_table(tmp_path)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(FileNotFoundError, match=f"{folder} has no {name}"):
         read(tmp_path)
 
 
