@@ -4,7 +4,7 @@ Sets have names: train, val, test; ood/fashion_mnist and the like; shift/rotatio
 shift/rotation_5 and the like. Those names are the first part of every metric's key.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,11 +85,15 @@ def make_sets(data: TensorData, suite: Mapping[str, Any]) -> dict[str, Evaluatio
 
 
 def predict_sets(
-    model: Method, data: TensorData, sets: Mapping[str, EvaluationSet], num_samples: int
+    model: Method,
+    data: TensorData,
+    sets: Mapping[str, EvaluationSet],
+    num_samples: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Prediction]:
-    """Predict all sets from one set of draws."""
+    """Predict all sets from one set of draws, of which `progress` is told (`predictive_sets`)."""
     inputs = [each.inputs.to(model.device) for each in sets.values()]
-    draws = model.predictive_sets(inputs, data.normalize, num_samples)
+    draws = model.predictive_sets(inputs, data.normalize, num_samples, progress)
     predictions = {}
     for (name, each), on_device in zip(sets.items(), draws, strict=True):
         samples = on_device.cpu()

@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "layers": {"layers"},
     "nets": {"nets", "layers.markers"},
-    "methods": {"methods", "layers", "likelihoods", "predict", "optim", "checkpoint"},
+    "methods": {"methods", "layers", "likelihoods", "predict", "optim", "checkpoint", "epochs"},
     "data": {"data", "files"},
     "quant": {"quant", "layers"},
     "optim": set(),
@@ -34,7 +34,9 @@ ALLOWED = {
     "run": {"files", "status"},
     "sweep": {"files", "status"},
     "config": {"files", "secrets", "run", "status", "sweep"},
-    "checkpoint": {"files", "schema", "status"},
+    "checkpoint": {"files", "schema", "status", "epochs"},
+    "epochs": set(),
+    "progress": {"methods", "epochs"},
     "isolation": {"run"},
 }
 

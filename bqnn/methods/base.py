@@ -1,8 +1,8 @@
 """What every method shares: the training step, evaluation by Monte-Carlo draws, logging."""
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from bqnn.epochs import is_last_epoch
 from bqnn.layers.noise import reseed
 from bqnn.likelihoods import Likelihood
 from bqnn.optim import make_optimizer
@@ -83,6 +84,7 @@ class Method(pl.LightningModule):
         sets: Sequence[Tensor],
         normalize: Callable[[Tensor], Tensor],
         num_samples: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[Tensor]:
         """The same for many sets of inputs that are not normalized yet, from one set of draws."""
         return predictive_sets(
@@ -91,6 +93,7 @@ class Method(pl.LightningModule):
             self.available_samples if num_samples is None else num_samples,
             prepare=lambda rows: channels_last(normalize(rows)),
             seed=self.seed,
+            progress=progress,
         )
 
     @property
@@ -155,8 +158,8 @@ class Method(pl.LightningModule):
     def is_logged_epoch(self) -> bool:
         """Whether this epoch's training terms are logged: with each validation, and at the end."""
         every = self.trainer.check_val_every_n_epoch
-        last = self.current_epoch + 1 == self.trainer.max_epochs
-        return last or every is None or (self.current_epoch + 1) % every == 0
+        is_due = every is None or (self.current_epoch + 1) % every == 0
+        return is_due or is_last_epoch(self.trainer)
 
     def on_fit_start(self) -> None:
         self.train()  # a loaded model is in eval mode, and Lightning would leave it there
@@ -202,8 +205,9 @@ class Method(pl.LightningModule):
             return
         rows = torch.tensor(self._epoch_rows, dtype=torch.float64)
         values = [torch.stack(term).cpu().double() for term in self._epoch_terms.values()]
-        means = (torch.stack(values) @ rows / rows.sum()).float().to(self.device)
-        means = self.trainer.strategy.reduce(means)  # over ranks
+        means = torch.stack(values) @ rows / rows.sum()
+        if self.trainer.world_size > 1:
+            means = self.trainer.strategy.reduce(means.to(self.device))
         names = [f"train/{name}" for name in self._epoch_terms]
         terms = dict(zip(names, means.tolist(), strict=True))
         self._log_in_fit({**terms, "train/lr": self._epoch_lr})
@@ -246,9 +250,21 @@ class Method(pl.LightningModule):
         metrics = self.likelihood.metrics(torch.cat(samples, dim=1), torch.cat(targets))
         named = {f"{split}/{name}": value for name, value in metrics.items()}
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self._refuse_spoilt(named)
             self._log_in_fit(named)
         else:
-            self.log_dict(named)
+            # Lightning makes float32 of plain numbers, and weighs by the rows of the batch.
+            self.log_dict(_in_float64(named), batch_size=1)
+
+    def _refuse_spoilt(self, metrics: dict[str, float]) -> None:
+        """ValueError where a metric is not finite: the curves would end there unseen."""
+        spoilt = [f"{name} is {value}" for name, value in metrics.items() if not isfinite(value)]
+        if spoilt:
+            raise ValueError(
+                f"{', '.join(spoilt)} in epoch {self.current_epoch}: a row lies so far from the "
+                "training rows that its error or its predicted variance leaves the range of "
+                "float64; look at that row, or lower method.optimizer.lr"
+            )
 
     def _log_in_fit(self, values: dict[str, float]) -> None:
         """What `self.log` does for values that need no averaging.
@@ -256,7 +272,7 @@ class Method(pl.LightningModule):
         It keeps a metric for each, which on a small table took an eighth of the time. Lightning's
         LearningRateMonitor goes this way, too.
         """
-        tensors = {name: torch.tensor(value, device=self.device) for name, value in values.items()}
+        tensors = _in_float64(values)
         self.trainer.callback_metrics.update(tensors)
         self.trainer.logged_metrics.update(tensors)
         for logger in self.loggers:
@@ -269,7 +285,7 @@ class Method(pl.LightningModule):
         first_new, self._num_checked = self._num_checked, len(self._epoch_norms)
         new = self._epoch_norms[first_new:]
         new += [loss.reshape(1) for loss in self._epoch_terms["loss"][first_new:]]
-        if not new or all(map(math.isfinite, torch.cat(new).tolist())):
+        if not new or all(map(isfinite, torch.cat(new).tolist())):
             return
         losses, norms = torch.stack(self._epoch_terms["loss"]), torch.stack(self._epoch_norms)
         bad_losses = ~losses[: len(norms)].isfinite()
@@ -305,6 +321,11 @@ class Method(pl.LightningModule):
 def _with_gradient(optimizer: Optimizer | LightningOptimizer) -> list[Tensor]:
     groups = optimizer.param_groups
     return [param for group in groups for param in group["params"] if param.grad is not None]
+
+
+def _in_float64(values: Mapping[str, float]) -> dict[str, Tensor]:
+    """The numbers as tensors that keep all of their digits and their range, on the CPU."""
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
 def channels_last(x: Tensor) -> Tensor:
