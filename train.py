@@ -28,7 +28,7 @@ def train(job: Job) -> None:
         write_metrics,
         write_predictions,
     )
-    from bqnn.trainer import EpochTimer, fit, make_trainer
+    from bqnn.trainer import EpochTimer, fit, make_trainer, measure
 
     leave_as_found(job)
     config = job.config
@@ -43,8 +43,8 @@ def train(job: Job) -> None:
     num_samples, show = model.available_samples, config["trainer"]["progress_bar"]
     metrics = {"num_samples": num_samples}
     if data.val is not None:
-        metrics |= trainer.validate(model, datamodule=data, verbose=False)[0]
-    metrics |= trainer.test(model, datamodule=data, verbose=False)[0]
+        metrics |= measure(trainer.validate, model, data)
+    metrics |= measure(trainer.test, model, data)
     if not trainer.is_global_zero:
         return
 

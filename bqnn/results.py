@@ -16,7 +16,7 @@ from bqnn import plots
 from bqnn.data import Rows, SyntheticData, TensorData
 from bqnn.files import write_csv, write_json, written_beside
 from bqnn.layers.ensemble import Ensemble
-from bqnn.likelihoods import Regression
+from bqnn.likelihoods import Regression, as_they_are
 from bqnn.methods import Method
 from bqnn.methods.base import channels_last
 from bqnn.quant.summary import (
@@ -56,9 +56,13 @@ def evaluate(
     num_samples: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Predictions, dict[str, float]]:
-    """Predict all rows, in as many draws as asked for or as the method makes, and score them."""
+    """Predict all rows, in as many draws as asked for or as the method makes, and score them.
+
+    A metric that is not finite is given as it is, for `require_results` to name it at the end.
+    """
     (samples,) = model.predictive_sets([rows.inputs], data.normalize, num_samples, progress)
-    return Predictions(samples, rows.targets), model.likelihood.metrics(samples, rows.targets)
+    metrics = as_they_are(model.likelihood.metrics, samples, rows.targets)
+    return Predictions(samples, rows.targets), metrics
 
 
 class Evaluation(pl.Callback):

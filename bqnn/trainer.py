@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bqnn.checkpoint import SaveCheckpoint, read_checkpoint
 from bqnn.data import TensorData
+from bqnn.likelihoods import NotFiniteError
 from bqnn.loggers import MetricsCsv
 from bqnn.methods import Method
 from bqnn.progress import TrainingProgress
@@ -193,6 +194,17 @@ def fit(job: Job, trainer: pl.Trainer, model: Method, data: TensorData) -> None:
         said = ", ".join(f"trainer.{name}={short(v)}" for name, v in given.items() if v is not None)
         raise ValueError(f"{said}: the training ended before its first step; raise that limit")
     trainer.loggers = []
+
+
+def measure(
+    run: Callable[..., Sequence[Mapping[str, float]]], model: Method, data: TensorData
+) -> dict[str, float]:
+    """The metrics of `trainer.validate` or `trainer.test`, all of them as they are."""
+    try:
+        (metrics,) = run(model, datamodule=data, verbose=False)
+    except NotFiniteError as error:
+        return error.metrics
+    return dict(metrics)
 
 
 def _refuse_single_values(trainer: pl.Trainer, model: Method, data: TensorData) -> None:

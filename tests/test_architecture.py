@@ -36,6 +36,7 @@ ALLOWED = {
     "config": {"files", "secrets", "run", "status", "sweep"},
     "checkpoint": {"files", "schema", "status", "epochs"},
     "epochs": set(),
+    "tracking": {"text"},
     "progress": {"methods", "epochs"},
     "isolation": {"run"},
 }
