@@ -18,7 +18,7 @@ from bqnn.methods import Method
 from bqnn.results import Predictions
 from bqnn.run import Job
 from bqnn.text import LONGEST_NAME, one_line, valid_name
-from bqnn.tracking import start_run
+from bqnn.tracking import end_service, start_run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -166,6 +166,8 @@ class WandbHistory(Logger):
         try:
             self.run.finish(exit_code=exit_code)
         except Exception as error:
+            if not isinstance(error, TimeoutError):
+                end_service()
             reason = one_line(str(error)) or type(error).__name__
             log.warning(
                 "not all was uploaded to Weights & Biases (%s); wandb sync %s does that later",

@@ -1,5 +1,6 @@
 """Start a run of Weights & Biases, whatever the network, the key and the home folder are like."""
 
+import contextlib
 import logging
 import netrc
 import os
@@ -60,27 +61,41 @@ def start_run(folder: Path, has_artifacts: bool, **options: Any) -> "wandb.Run":
     def init(**mode: Any) -> "wandb.Run":
         return wandb.init(dir=folder, settings=wandb.Settings(**quiet, **mode), **options)
 
+    def init_again(**mode: Any) -> "wandb.Run":
+        try:
+            return init(**mode)
+        except Exception:  # the service that W&B started for an earlier job may have died
+            end_service()
+            return init(**mode)
+
     if "WANDB_MODE" in os.environ:
-        return init()
-    if not _has_key(given):
-        return init(mode="offline")
+        is_online = os.environ["WANDB_MODE"] in ("online", "run", "shared")
+        return init() if is_online else init_again()
     server = given.base_url
-    if time.monotonic() < _asked_again_at.get(server, 0):
-        return init(mode="offline")
+    if not _has_key(given) or time.monotonic() < _asked_again_at.get(server, 0):
+        return init_again(mode="offline")
     why = _why_silent(server)
     if why is None:
         try:
             return init(mode="online")
         except Exception as error:  # of its own kinds, of its service's, and of what it imports
             why = one_line(str(error)).partition(" Consider increasing")[0] or type(error).__name__
-            wandb.teardown()  # else the run would count as one that is in use
+            end_service()  # else the run would count as one that is in use
     _asked_again_at[server] = time.monotonic() + RETRY_SECONDS
     log.warning(
         "Weights & Biases at %s: %s; runs are kept offline, to be uploaded with wandb "
         "sync; with WANDB_MODE=offline or logger=none nothing is asked",
         *(server, why),
     )
-    return init(mode="offline")
+    return init_again(mode="offline")
+
+
+def end_service() -> None:
+    """End W&B's process, whatever state it is in; the next run starts another one."""
+    import wandb
+
+    with contextlib.suppress(Exception, SystemExit):  # that it is dead is known
+        wandb.teardown()
 
 
 def _why_silent(server: str) -> str | None:
