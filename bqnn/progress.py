@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +46,7 @@ class TrainingProgress(Checkpoint):
             total=None if epochs is None or epochs < 0 else epochs * batches,
             initial=trainer.current_epoch * batches,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-            dynamic_ncols=True,
+            **_size(),
         )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -88,10 +89,12 @@ class TrainingProgress(Checkpoint):
     def _say(self, trainer: pl.Trainer) -> None:
         epoch, now, epochs = trainer.current_epoch + 1, time.monotonic(), trainer.max_epochs or 0
         is_due = epoch - self._line_at >= epochs / NUM_LINES or now - self._said_at >= PATIENCE
-        if not (is_due or is_last_epoch(trainer)):
+        is_last = is_last_epoch(trainer)
+        if not (is_due or is_last):
             return
         self._line_at, self._said_at = epoch, now
-        left = (now - self._started) / (epoch - self._first_epoch) * max(epochs - epoch, 0)
+        seconds = (now - self._started) / (epoch - self._first_epoch)
+        left = 0 if is_last else seconds * max(epochs - epoch, 0)
         text = _text(_metrics(trainer))
         log.info("epoch %d/%d: %s, %.0f s left", epoch, epochs, text, left)
 
@@ -111,7 +114,7 @@ def evaluation_progress(
     if not is_shown:
         yield None
     elif _is_terminal():
-        with tqdm(total=len(sets) * num_samples, leave=False, dynamic_ncols=True) as bar:
+        with tqdm(total=len(sets) * num_samples, leave=False, **_size()) as bar:
 
             def move(index: int, draw: int) -> None:
                 text = f"{what}: {sets[index]}, draw {draw + 1}/{num_samples}"
@@ -145,6 +148,12 @@ def _metrics(trainer: pl.Trainer) -> dict[str, float]:
 
 def _text(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)
+
+
+def _size() -> dict[str, int]:
+    """That of the terminal. tqdm shows nothing on one that does not say, as some do not."""
+    size = shutil.get_terminal_size()
+    return {"ncols": size.columns, "nrows": size.lines}
 
 
 def _is_terminal() -> bool:
