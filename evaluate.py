@@ -4,6 +4,8 @@ from bqnn.config import launch
 from bqnn.run import Job, run_parts
 from bqnn.terminal import say
 
+FILES = ("metrics.json", "predictions.npz", "uncertainty.npz", "risk_coverage.csv")
+
 
 def evaluate(job: Job) -> None:
     """Evaluate the network at the path, or each that the pattern stands for."""
@@ -23,8 +25,15 @@ def evaluate(job: Job) -> None:
 def evaluate_one(job: Job) -> None:
     from bqnn.isolation import leave_as_found
     from bqnn.loggers import log_final, log_pictures, log_uncertain, make_loggers
+    from bqnn.progress import evaluation_progress
     from bqnn.recipe import load, make_data
-    from bqnn.results import Predictions, draw_pictures, write_metrics, write_predictions
+    from bqnn.results import (
+        Predictions,
+        draw_pictures,
+        require_results,
+        write_metrics,
+        write_predictions,
+    )
     from bqnn.suite import judge, make_sets, predict_sets
     from bqnn.suite_results import draw_suite, suite_table, write_curves, write_uncertainty
     from bqnn.trainer import prepare_torch
@@ -40,7 +49,9 @@ def evaluate_one(job: Job) -> None:
     sets = make_sets(data, config["suite"])
     loggers = make_loggers(job)
 
-    predictions = predict_sets(model, data, sets, num_samples)
+    show = config["trainer"]["progress_bar"]
+    with evaluation_progress(numeric or "float", list(sets), num_samples, show) as progress:
+        predictions = predict_sets(model, data, sets, num_samples, progress)
     findings = judge(model.likelihood, predictions, config["convergence"])
     test = Predictions(predictions["test"].samples, data.test.targets)
 
@@ -53,11 +64,15 @@ def evaluate_one(job: Job) -> None:
     write_curves(job.folder, findings)
     log_final(loggers, metrics)
     log_uncertain(loggers, model, data, test)
+    promised = [*FILES]
     if config["plots"]:
         pictures = draw_pictures(job.folder, model, data, test)
-        log_pictures(loggers, [*pictures, *draw_suite(job.folder, findings)])
+        pictures += draw_suite(job.folder, findings)
+        log_pictures(loggers, pictures)
+        promised += pictures
     say(suite_table(findings.metrics))
     say(f"\n{num_samples} draws; results in {job.folder}")
+    require_results(job.folder, metrics, promised)
 
 
 if __name__ == "__main__":

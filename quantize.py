@@ -7,6 +7,8 @@ from bqnn.quant.spec import QuantSpec
 from bqnn.run import Job, run_parts
 from bqnn.terminal import say
 
+FILES = ("checkpoint.ckpt", "metrics.json", "predictions.npz", "quantization.csv", "size.json")
+
 
 def quantize(job: Job) -> None:
     """Quantize the network at the path, or each that the pattern stands for."""
@@ -33,6 +35,7 @@ def quantize_one(job: Job) -> None:
         log_uncertain,
         make_loggers,
     )
+    from bqnn.progress import evaluation_progress
     from bqnn.quant.callback import (
         calibrate_module,
         fine_tuning_optimizer,
@@ -45,6 +48,7 @@ def quantize_one(job: Job) -> None:
         draw_pictures,
         draw_weights,
         evaluate,
+        require_results,
         write_layers,
         write_metrics,
         write_predictions,
@@ -58,10 +62,13 @@ def quantize_one(job: Job) -> None:
     data = make_data(job.config)
     loggers = make_loggers(job)
     num_samples = model.check_samples(job.config["num_samples"])
-    evaluations = {"float": evaluate(model, data.test, data, num_samples)}
+    show = job.config["trainer"]["progress_bar"]
+    with evaluation_progress("float", ["test"], num_samples, show) as progress:
+        evaluations = {"float": evaluate(model, data.test, data, num_samples, progress)}
 
     path, timer = job.folder / "checkpoint.ckpt", EpochTimer(job)
-    if options["mode"] == "qat":
+    tuned = options["mode"] == "qat"
+    if tuned:
         callbacks = [timer, *quantization_callbacks(options)]
         trainer = make_trainer(job, loggers, callbacks, validate=data.val is not None)
         model.fine_tune(fine_tuning_optimizer(options), tuning["prior_weight"])
@@ -78,7 +85,8 @@ def quantize_one(job: Job) -> None:
 
     models = {numeric: load(path, numeric) for numeric in NUMERICS}
     for numeric, quantized in models.items():
-        evaluations[numeric] = evaluate(quantized, data.test, data, num_samples)
+        with evaluation_progress(numeric, ["test"], num_samples, show) as progress:
+            evaluations[numeric] = evaluate(quantized, data.test, data, num_samples, progress)
 
     metrics = {
         f"{numeric}/test/{name}": value
@@ -94,11 +102,15 @@ def quantize_one(job: Job) -> None:
     log_layers(loggers, layers)
     log_uncertain(loggers, models["int8"], data, predictions)
     log_checkpoint(loggers, job)
+    promised = [*FILES, *(["best.ckpt"] if tuned and job.config["trainer"]["save_best"] else [])]
     if job.config["plots"]:
         pictures = draw_pictures(job.folder, models["int8"], data, predictions)
-        log_pictures(loggers, [*pictures, *draw_weights(job.folder, models["simulated"])])
+        pictures += draw_weights(job.folder, models["simulated"])
+        log_pictures(loggers, pictures)
+        promised += pictures
     say(comparison_table(metrics))
     say(f"\n{timer}\nresults in {job.folder}")
+    require_results(job.folder, metrics, promised)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from bqnn.config import launch
 from bqnn.run import Job
 from bqnn.terminal import say
 
+FILES = ("checkpoint.ckpt", "metrics.csv", "metrics.json", "predictions.npz")
+
 
 def train(job: Job) -> None:
     # Imported here, so that a mistake on the command line is answered at once.
@@ -15,17 +17,19 @@ def train(job: Job) -> None:
         log_uncertain,
         make_loggers,
     )
+    from bqnn.progress import evaluation_progress
     from bqnn.quant.callback import quantization_callbacks
     from bqnn.recipe import build, load, make_data, make_recipe
     from bqnn.results import (
         Evaluation,
         draw_pictures,
         evaluate,
+        require_results,
         table,
         write_metrics,
         write_predictions,
     )
-    from bqnn.trainer import EpochTimer, fit, make_trainer
+    from bqnn.trainer import EpochTimer, fit, make_trainer, measure
 
     leave_as_found(job)
     config = job.config
@@ -37,17 +41,19 @@ def train(job: Job) -> None:
     trainer = make_trainer(job, loggers, callbacks, validate=data.val is not None)
 
     fit(job, trainer, model, data)
-    metrics = {"num_samples": model.available_samples}
+    num_samples, show = model.available_samples, config["trainer"]["progress_bar"]
+    metrics = {"num_samples": num_samples}
     if data.val is not None:
-        metrics |= trainer.validate(model, datamodule=data, verbose=False)[0]
-    metrics |= trainer.test(model, datamodule=data, verbose=False)[0]
+        metrics |= measure(trainer.validate, model, data)
+    metrics |= measure(trainer.test, model, data)
     if not trainer.is_global_zero:
         return
 
     splits = ["val", "test"]
     if config["quant"]["name"] != "none":  # test/ was simulated
         integer = load(job.folder / "checkpoint.ckpt", "int8")
-        _, executed = evaluate(integer, data.test, data)
+        with evaluation_progress("int8", ["test"], num_samples, show) as progress:
+            _, executed = evaluate(integer, data.test, data, num_samples, progress)
         metrics |= {f"int8/test/{name}": value for name, value in executed.items()}
         splits.append("int8/test")
 
@@ -57,10 +63,14 @@ def train(job: Job) -> None:
     log_final(loggers, metrics)
     log_uncertain(loggers, model, data, evaluation.predictions)
     log_checkpoint(loggers, job)
+    promised = [*FILES, *(["best.ckpt"] if config["trainer"]["save_best"] else [])]
     if config["plots"]:
-        log_pictures(loggers, draw_pictures(job.folder, model, data, evaluation.predictions))
+        pictures = draw_pictures(job.folder, model, data, evaluation.predictions)
+        log_pictures(loggers, pictures)
+        promised += pictures
     say(table(metrics, splits))
     say(f"\n{timer}\nresults in {job.folder}")
+    require_results(job.folder, metrics, promised)
 
 
 if __name__ == "__main__":

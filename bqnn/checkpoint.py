@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
 from bqnn.archive import check_archive
+from bqnn.epochs import is_last_epoch
 from bqnn.files import open_regular, written_beside
 from bqnn.records import read_record
 from bqnn.schema import check_recipe, is_finite
@@ -27,8 +28,8 @@ class SaveCheckpoint(Checkpoint):
     """Keeps `<folder>/checkpoint.ckpt` at the last epoch, and `best.ckpt` where it is asked for.
 
     Checkpoints are taken at epoch ends alone, after validation, at least `save_every` seconds
-    apart and always at the last epoch. `best.ckpt` is the epoch with the lowest val/nll, among
-    those that were validated.
+    apart and always at the last epoch, however the training ends. `best.ckpt` is the epoch with
+    the lowest val/nll, among those that were validated.
     """
 
     def __init__(self, folder: Path, save_every: float, save_best: bool) -> None:
@@ -48,9 +49,9 @@ class SaveCheckpoint(Checkpoint):
             if nll < self.best_nll:
                 self.best_nll = nll
                 self._save(trainer, self.best_path)
-        is_last = trainer.current_epoch + 1 == trainer.max_epochs
         is_due = time.monotonic() - self._saved_at >= self.save_every
-        if trainer.strategy.broadcast(is_last or is_due):  # clocks differ, and all must save
+        # Clocks differ, and all must save.
+        if trainer.strategy.broadcast(is_due or is_last_epoch(trainer)):
             self._save(trainer, self.path)
             self._saved_at = time.monotonic()
 
@@ -61,7 +62,8 @@ class SaveCheckpoint(Checkpoint):
         return {"best_nll": self.best_nll}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        self.best_nll = state_dict["best_nll"]
+        if self.best_path.exists():  # else the next one is the best that there is
+            self.best_nll = state_dict["best_nll"]
 
     def _save(self, trainer: pl.Trainer, path: Path) -> None:
         if not trainer.is_global_zero:

@@ -14,6 +14,8 @@ def detection(familiar: Tensor, unfamiliar: Tensor) -> dict[str, float]:
     from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
     scores = np.concatenate([familiar.cpu().numpy(), unfamiliar.cpu().numpy()])
+    # Only their order counts, which infinite ones have, too.
+    _, scores = np.unique(scores, return_inverse=True)
     is_unfamiliar = np.arange(len(scores)) >= len(familiar)
     false_positive, true_positive, _ = roc_curve(is_unfamiliar, scores, drop_intermediate=False)
     return {

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,24 @@ from bqnn.metrics import (
 )
 
 
+class NotFiniteError(ValueError):
+    """A metric of finite samples is infinite or NaN.
+
+    metrics: All of them as they are, so that the others are not lost.
+    """
+
+    def __init__(self, message: str, metrics: dict[str, float]) -> None:
+        super().__init__(message)
+        self.metrics = metrics
+
+
 class Likelihood(ABC):
     """p(target | output): the loss of one draw, and the predictive distribution of many.
 
     Samples are [S, N, num_outputs]; S may be 1. `metrics` and `summary` compute in float64, on
-    the samples' device, and raise ValueError where a sample is not finite.
+    the samples' device, and raise ValueError where a sample is not finite. Where finite samples
+    lead out of the range of float64, as a log variance of 1000 does, `metrics` and `uncertainty`
+    raise the ValueError NotFiniteError, and `convergence` says infinity or NaN.
     """
 
     heads: tuple[int, ...]  # the number of outputs of each output layer
@@ -88,12 +101,13 @@ class Classification(Likelihood):
         samples = _checked(samples, self.num_outputs)
         _require_one_target_per_row(samples[0], targets)
         probabilities = samples.softmax(-1)
-        return self._metrics(
+        found = self._metrics(
             probabilities.mean(0),
             log_mean_exp(_log_likelihood(samples, targets)),
             entropy(probabilities).mean(0),
             targets,
         )
+        return _finite(*found)
 
     def convergence(self, samples: Tensor, targets: Tensor) -> list[dict[str, float]]:
         samples = _checked(samples, self.num_outputs)
@@ -107,7 +121,8 @@ class Classification(Likelihood):
             mean += (probabilities - mean) / count
             mean_entropy += (entropy(probabilities) - mean_entropy) / count
             log_sum = torch.logaddexp(log_sum, _log_likelihood(draw, targets))
-            steps.append(self._metrics(mean, log_sum - math.log(count), mean_entropy, targets))
+            step, _ = self._metrics(mean, log_sum - math.log(count), mean_entropy, targets)
+            steps.append(step)
         return steps
 
     def summary(self, samples: Tensor) -> dict[str, Tensor]:
@@ -127,11 +142,12 @@ class Classification(Likelihood):
 
     def uncertainty(self, summary: Mapping[str, Tensor]) -> dict[str, float]:
         """ape, and the two parts that it is the sum of: aleatoric and mi."""
-        return {
-            "ape": _mean("ape", summary["entropy"]),
-            "aleatoric": _mean("aleatoric", summary["aleatoric"]),
-            "mi": _mean("mi", summary["mutual_information"]),
-        }
+        found = _means(
+            ape=summary["entropy"],
+            aleatoric=summary["aleatoric"],
+            mi=summary["mutual_information"],
+        )
+        return _finite(*found)
 
     def scores(self, summary: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Entropy, mutual information, and 1 - the largest probability."""
@@ -147,19 +163,22 @@ class Classification(Likelihood):
 
     def _metrics(
         self, mean: Tensor, log_likelihood: Tensor, mean_entropy: Tensor, targets: Tensor
-    ) -> dict[str, float]:
+    ) -> tuple[dict[str, float], str | None]:
         """mean: probabilities [N, C]; log_likelihood: log of that of the target [N]."""
         confidences, predictions = mean.max(-1)
         correct = predictions == targets
-        return {
-            "error": _mean("error", ~correct),
-            "nll": _mean("nll", -log_likelihood),
-            "brier": _mean("brier", brier_score(mean, targets)),
-            "ape": _mean("ape", entropy(mean)),
-            "mi": _mean("mi", mutual_information(mean, mean_entropy)),
+        means, problem = _means(
+            error=~correct,
+            nll=-log_likelihood,
+            brier=brier_score(mean, targets),
+            ape=entropy(mean),
+            mi=mutual_information(mean, mean_entropy),
+        )
+        calibration = {
             "ece": expected_calibration_error(confidences, correct, num_bins=15).item(),
             "ece10": expected_calibration_error(confidences, correct, num_bins=10).item(),
         }
+        return means | calibration, problem
 
 
 class Regression(Likelihood):
@@ -197,7 +216,7 @@ class Regression(Likelihood):
         targets = targets.double()
         means, log_variances = samples.unbind(-1)
         mixture_nll = gaussian_mixture_nll(means, log_variances, targets)
-        return self._metrics(moments(means, log_variances), mixture_nll, targets)
+        return _finite(*self._metrics(moments(means, log_variances), mixture_nll, targets))
 
     def convergence(self, samples: Tensor, targets: Tensor) -> list[dict[str, float]]:
         samples = _checked(samples, self.num_outputs)
@@ -214,7 +233,8 @@ class Regression(Likelihood):
             aleatoric = aleatoric + (log_variance.exp() - aleatoric) / count
             log_sum = torch.logaddexp(log_sum, -gaussian_nll(draw_mean, log_variance, targets))
             matched = Moments(mean, aleatoric, squares / count)
-            steps.append(self._metrics(matched, math.log(count) - log_sum, targets))
+            step, _ = self._metrics(matched, math.log(count) - log_sum, targets)
+            steps.append(step)
         return steps
 
     def summary(self, samples: Tensor) -> dict[str, Tensor]:
@@ -229,10 +249,14 @@ class Regression(Likelihood):
 
     def uncertainty(self, summary: Mapping[str, Tensor]) -> dict[str, float]:
         """The root mean square of std and of its parts, so that their squares add up."""
-        return {
-            name: math.sqrt(_mean(name, summary[name].square()))
+        # Standardized, since the square in original units may be no float64.
+        squares = {
+            name: (summary[name] / self.target_std).square()
             for name in ("std", "aleatoric_std", "epistemic_std")
         }
+        means, problem = _means(**squares)
+        roots = {name: self.target_std * math.sqrt(mean) for name, mean in means.items()}
+        return _finite(roots, problem)
 
     def scores(self, summary: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The predictive standard deviation, and its epistemic part."""
@@ -243,20 +267,36 @@ class Regression(Likelihood):
         original = self.target_mean + self.target_std * targets.double()
         return (summary["mean"] - original).square()
 
-    def _metrics(self, matched: Moments, mixture_nll: Tensor, targets: Tensor) -> dict[str, float]:
-        rmse = math.sqrt(_mean("rmse", (targets - matched.mean).square()))
-        nll = _mean("nll", gaussian_nll(matched.mean, matched.variance.log(), targets))
-        mixture = _mean("nll_mixture", mixture_nll)
+    def _metrics(
+        self, matched: Moments, mixture_nll: Tensor, targets: Tensor
+    ) -> tuple[dict[str, float], str | None]:
+        means, problem = _means(
+            rmse=(targets - matched.mean).square(),
+            nll=gaussian_nll(matched.mean, matched.variance.log(), targets),
+            nll_mixture=mixture_nll,
+        )
+        rmse, nll = math.sqrt(means["rmse"]), means["nll"]
         coverage = interval_coverage(matched.mean, matched.variance.sqrt(), targets, [0.95])
         log_std = math.log(self.target_std)
-        return {
+        metrics = {
             "rmse": rmse * self.target_std,
             "nll": nll + log_std,
-            "nll_mixture": mixture + log_std,
+            "nll_mixture": means["nll_mixture"] + log_std,
             "coverage95": coverage.item(),
             "rmse_standardized": rmse,
             "nll_standardized": nll,
         }
+        return metrics, problem
+
+
+def as_they_are(
+    measure: Callable[..., dict[str, float]], *arguments: Any, **options: Any
+) -> dict[str, float]:
+    """What `measure(...)` returns, or all of its metrics where some are not finite."""
+    try:
+        return measure(*arguments, **options)
+    except NotFiniteError as error:
+        return error.metrics
 
 
 def likelihood_from(facts: Mapping[str, Any]) -> Likelihood:
@@ -302,11 +342,20 @@ def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(-1, index).squeeze(-1) - logits.logsumexp(-1)
 
 
-def _mean(metric: str, rows: Tensor) -> float:
-    """The average of one metric over its rows; ValueError names it if a row is not finite."""
-    if bad := int((~rows.isfinite()).sum()):
-        raise ValueError(
-            f"{metric}: {bad} of {len(rows)} rows are not finite, although the samples are; "
-            "look for a log variance so large or small that exp() leaves the range of float64"
-        )
-    return rows.double().mean().item()
+def _means(**rows: Tensor) -> tuple[dict[str, float], str | None]:
+    """The average of each metric over its rows, and what to say of the first that is not finite."""
+    problem = None
+    for metric, values in rows.items():
+        if problem is None and (bad := int((~values.isfinite()).sum())):
+            problem = (
+                f"{metric}: {bad} of {len(values)} rows are not finite, although the samples are; "
+                "look for a row far from the training rows, or a log variance so large or small "
+                "that exp() leaves the range of float64"
+            )
+    return {metric: values.double().mean().item() for metric, values in rows.items()}, problem
+
+
+def _finite(metrics: dict[str, float], problem: str | None) -> dict[str, float]:
+    if problem is not None:
+        raise NotFiniteError(problem, metrics)
+    return metrics

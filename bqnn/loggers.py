@@ -2,15 +2,14 @@
 
 import csv
 import io
-import netrc
-import os
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
-from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.loggers import CSVLogger, Logger
 
 from bqnn.data import TensorData
 from bqnn.data.images import ImageData
@@ -18,12 +17,17 @@ from bqnn.files import append_text, written_beside
 from bqnn.methods import Method
 from bqnn.results import Predictions
 from bqnn.run import Job
+from bqnn.text import LONGEST_NAME, one_line, valid_name
+from bqnn.tracking import end_service, start_run
 
 if TYPE_CHECKING:
     import numpy as np
     import wandb
     from torch import Tensor
 
+log = logging.getLogger(__name__)
+
+LONGEST_TAG = 64  # what Weights & Biases takes
 NUM_UNCERTAIN = 50  # images in the table of the most uncertain ones
 LEAST_SIDE = 64  # pixels of an image there, so that small ones can be seen
 
@@ -86,6 +90,103 @@ class MetricsCsv(Checkpoint):
         return csv.DictWriter(file, self._columns, restval="")
 
 
+class WandbHistory(Logger):
+    """Shows what changes over epochs as curves in Weights & Biases, and all else in the summary.
+
+    A metric has no curve before it changes; then it gets the points that it had. What fails on
+    the way to W&B costs the job nothing: the log says so, once.
+
+    run: the run that it writes to.
+    """
+
+    def __init__(self, run: "wandb.Run") -> None:
+        super().__init__()
+        self.run = run
+        self._first: dict[str, tuple[float, float]] = {}  # epoch and value, while it is constant
+        self._last_epoch: dict[str, float] = {}
+        self._has_curve: set[str] = set()
+        self._is_lost = False
+
+    @property
+    def name(self) -> str:
+        return self.run.project
+
+    @property
+    def version(self) -> str:
+        return self.run.id
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Nothing: the run has had the whole configuration since it was started."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log metrics of the `epoch` that is one of them, or of the whole job where none is."""
+        values = dict(metrics)
+        epoch = values.pop("epoch", None)
+        if epoch is None:
+            self.attempt(self.run.summary.update, values)
+            return
+        points: dict[float, dict[str, float]] = {}
+        for name, value in values.items():
+            for at, known in self._new_points(name, epoch, value):
+                points.setdefault(at, {})[name] = known
+        constant = {name: value for name, value in values.items() if name not in self._has_curve}
+        self.attempt(self.run.summary.update, constant)
+        for at in sorted(points):
+            self.attempt(self.run.log, {"epoch": at, **points[at]})
+
+    def show_pictures(self, paths: list[Path]) -> None:
+        """Log pictures under their file names."""
+        import wandb
+
+        self.run.log({f"plots/{path.stem}": [wandb.Image(str(path))] for path in paths})
+
+    def show_table(self, key: str, columns: list[Any], rows: list[list[Any]]) -> None:
+        """Log a table."""
+        import wandb
+
+        self.run.log({key: wandb.Table(columns=columns, data=rows)})
+
+    def attempt(self, action: Callable[..., Any], *arguments: Any) -> None:
+        """Call `action`, unless W&B has failed before; if it does now, say so."""
+        if self._is_lost:
+            return
+        try:
+            action(*arguments)
+        except Exception as error:  # a service that died, a full disk, a server that refuses
+            self._is_lost = True
+            reason = one_line(str(error)) or type(error).__name__
+            log.warning(
+                "Weights & Biases gets no more of this job (%s); all results are in the job's "
+                "folder",
+                reason,
+            )
+
+    def finish(self, exit_code: int) -> None:
+        """End the run, within a time limit."""
+        try:
+            self.run.finish(exit_code=exit_code)
+        except Exception as error:
+            if not isinstance(error, TimeoutError):
+                end_service()
+            reason = one_line(str(error)) or type(error).__name__
+            log.warning(
+                "not all was uploaded to Weights & Biases (%s); wandb sync %s does that later",
+                *(reason, Path(self.run.dir).parent),
+            )
+
+    def _new_points(self, name: str, epoch: float, value: float) -> Iterator[tuple[float, float]]:
+        """Epoch and value of what the curve of this metric now gets."""
+        first_epoch, constant = self._first.setdefault(name, (epoch, value))
+        if name not in self._has_curve and value != constant:
+            self._has_curve.add(name)
+            yield first_epoch, constant
+            if self._last_epoch[name] != first_epoch:
+                yield self._last_epoch[name], constant
+        self._last_epoch[name] = epoch
+        if name in self._has_curve:
+            yield epoch, value
+
+
 def make_loggers(job: Job) -> list[Logger]:
     """The logger that the configuration names, if it names one; it is closed with the job."""
     loggers: list[Logger] = []
@@ -93,7 +194,7 @@ def make_loggers(job: Job) -> list[Logger]:
         return loggers
     kind = job.config["logger"]["name"]
     if kind == "wandb":
-        loggers.append(_wandb_logger(job))
+        loggers.append(_wandb_history(job))
     elif kind == "csv":
         # It would empty the folder of an earlier start.
         starts = len(list(job.folder.glob("csv*/metrics.csv")))
@@ -114,15 +215,15 @@ def log_final(loggers: list[Logger], metrics: Mapping[str, float]) -> None:
 
 def log_pictures(loggers: list[Logger], paths: list[Path]) -> None:
     """Show pictures in Weights & Biases, under their file names."""
-    for logger in _wandb_loggers(loggers):
-        for path in paths:
-            logger.log_image(f"plots/{path.stem}", [str(path)])
+    for logger in _wandb_histories(loggers):
+        logger.attempt(logger.show_pictures, paths)
 
 
 def log_layers(loggers: list[Logger], rows: list[dict[str, Any]]) -> None:
     """Show the rows of quantization.csv as a table in Weights & Biases."""
-    for logger in _wandb_loggers(loggers):
-        logger.log_table("quantization", list(rows[0]), [list(row.values()) for row in rows])
+    for logger in _wandb_histories(loggers):
+        cells = [list(row.values()) for row in rows]
+        logger.attempt(logger.show_table, "quantization", list(rows[0]), cells)
 
 
 def log_uncertain(
@@ -131,7 +232,7 @@ def log_uncertain(
     """Show the test images of highest predictive entropy as a table in Weights & Biases."""
     if not isinstance(data, ImageData):
         return
-    for logger in _wandb_loggers(loggers):
+    for logger in _wandb_histories(loggers):
         import wandb
 
         summary = model.likelihood.summary(predictions.samples)
@@ -149,53 +250,59 @@ def log_uncertain(
             for row in entropy.topk(min(NUM_UNCERTAIN, len(entropy))).indices.tolist()
         ]
         columns = ["picture", "truth", "prediction", "entropy", "mutual_information", "confidence"]
-        logger.log_table("most_uncertain", columns, rows)
+        logger.attempt(logger.show_table, "most_uncertain", columns, rows)
 
 
 def log_checkpoint(loggers: list[Logger], job: Job) -> None:
     """Keep the job's checkpoint as an artifact, where `logger.artifacts` asks for it."""
-    for logger in _wandb_loggers(loggers):
+    for logger in _wandb_histories(loggers):
         if job.config["logger"]["artifacts"]:
             path = job.folder / "checkpoint.ckpt"
-            logger.experiment.log_artifact(_artifact(job, _bits(job.config), path))
+            logger.attempt(logger.run.log_artifact, _artifact(job, _bits(job.config), path))
 
 
-def _wandb_loggers(loggers: list[Logger]) -> Iterator[WandbLogger]:
-    return (logger for logger in loggers if isinstance(logger, WandbLogger))
+def _wandb_histories(loggers: list[Logger]) -> Iterator[WandbHistory]:
+    return (logger for logger in loggers if isinstance(logger, WandbHistory))
 
 
-def _wandb_logger(job: Job) -> WandbLogger:
-    import wandb
-
+def _wandb_history(job: Job) -> WandbHistory:
     config, options = job.config, job.config["logger"]
     quant = config["quant"]
     if job.verb == "evaluate":
         stage = "evaluate"
     else:
         stage = "float" if quant["name"] == "none" else quant["mode"]
-    # A mode in the environment is the user's word; without a key a run online would ask for one.
-    settings = wandb.Settings(silent=True, console="off")
-    if "WANDB_MODE" not in os.environ:
-        settings.mode = "online" if _has_wandb_key() else "offline"
-    run = wandb.init(
+    group = options["group"] or job.sweep
+    run = start_run(
+        job.folder,
+        has_artifacts=bool(options["artifacts"]),
         id=job.id,  # a resumed job goes on in its run
         resume="allow",
         name=_run_name(config, _bits(config)),
-        project=options["project"],
-        entity=options["entity"],
-        group=options["group"] or job.sweep,
+        project=valid_name(str(options["project"] or "bqnn")),
+        entity=options["entity"] and valid_name(str(options["entity"])),
+        group=group and valid_name(str(group)),
         job_type=stage,
-        tags=[config["method"]["name"], config["task"]["name"], *options["tags"]],
+        tags=_tags(config),
         config=config,
-        dir=job.folder,
-        settings=settings,
     )
+    # Charts are those of what changes over epochs, without one of the epoch itself.
+    run.define_metric("epoch", hidden=True)
     run.define_metric("*", step_metric="epoch")
+    logger = WandbHistory(run)
     # Without this, the next job of the process would go on in this job's run.
-    job.at_end(lambda exit_code: wandb.finish(exit_code=exit_code))
+    job.at_end(logger.finish)
     if options["artifacts"] and "checkpoint" in config:
-        _use_checkpoint(run, job)
-    return WandbLogger(experiment=run)
+        logger.attempt(_use_checkpoint, run, job)
+    return logger
+
+
+def _tags(config: Mapping[str, Any]) -> list[str]:
+    """The method, the task and those that were asked for, each once."""
+    asked = config["logger"]["tags"] or []
+    names = [asked] if isinstance(asked, str) else asked
+    tags = [config["method"]["name"], config["task"]["name"], *names]
+    return list(dict.fromkeys(valid_name(str(tag), LONGEST_TAG) for tag in tags))
 
 
 def _use_checkpoint(run: "wandb.Run", job: Job) -> None:
@@ -222,7 +329,10 @@ def _artifact(job: Job, bits: str, path: Path) -> "wandb.Artifact":
 
 
 def _run_name(config: Mapping[str, Any], bits: str) -> str:
-    return f"{config['method']['name']}-{config['task']['name']}-{bits}-s{config['seed']}"
+    """A name for the run, and for the artifact of its checkpoint."""
+    ending = f"-{bits}-s{config['seed']}"  # which tells runs apart, and is not to be cut
+    start = f"{config['method']['name']}-{config['task']['name']}"
+    return valid_name(start, LONGEST_NAME - len(ending)) + ending
 
 
 def _bits(config: Mapping[str, Any]) -> str:
@@ -237,13 +347,3 @@ def _pixels(image: "Tensor", white: int) -> "np.ndarray":
     times = max(1, LEAST_SIDE // max(image.shape[1:]))
     scaled = (image.float() * (255 / white)).round().byte().permute(1, 2, 0)
     return scaled.repeat_interleave(times, 0).repeat_interleave(times, 1).numpy()
-
-
-def _has_wandb_key() -> bool:
-    """Whether a key is at hand; without one wandb would stop and ask."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

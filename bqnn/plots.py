@@ -57,9 +57,9 @@ def panels(lines: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: 
             for label, points in of_panel.items():
                 if points:
                     dot = "o" if len(points) == 1 else None
-                    color = colors[label]
+                    at, values = _array(torch.tensor(points, dtype=torch.float64)).T
                     (drawn[label],) = axes.plot(
-                        *zip(*points, strict=True), color=color, label=label, marker=dot
+                        at, values, color=colors[label], label=label, marker=dot
                     )
             axes.set_title(title)
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -136,14 +136,16 @@ def risk_coverage(curves: Mapping[str, Tensor], risk: str) -> "Figure":
 
 def score_histograms(groups: Mapping[str, Tensor], score: str, num_bins: int = 40) -> "Figure":
     """How a score of uncertainty is spread in each group, in shares of the group."""
-    low = min(float(values.min()) for values in groups.values())
-    high = max(float(values.max()) for values in groups.values())
+    shown = {name: _array(values) for name, values in groups.items()}
+    finite = [values[values == values] for values in shown.values()]  # _array makes NaN of others
+    low = min((values.min() for values in finite if len(values)), default=0.0)
+    high = max((values.max() for values in finite if len(values)), default=1.0)
     with style():
         figure = new_figure(4.8, 3.2)
         axes = figure.subplots()
         for (name, values), color in zip(groups.items(), itertools.cycle(COLORS), strict=False):
             axes.hist(
-                _array(values), weights=[1 / len(values)] * len(values), bins=num_bins,
+                shown[name], weights=[1 / len(values)] * len(values), bins=num_bins,
                 range=(low, high), label=f"{name}, mean {values.mean():.3g}",
                 histtype="stepfilled", facecolor=color + "30", edgecolor=color, linewidth=1.4,
             )  # fmt: skip
@@ -215,7 +217,7 @@ def regression_fit(mean: Tensor, std: Tensor, targets: Tensor) -> "Figure":
                 fmt=marker, color=color, ecolor=color + "50", markersize=3, elinewidth=1,
                 label=f"target {name} 95 % ({int(mask.sum())})",
             )  # fmt: skip
-        ends = [float(targets.min()), float(targets.max())]
+        ends = [_array(targets).min(), _array(targets).max()]
         axes.plot(ends, ends, color=INK, linestyle="--", linewidth=1, zorder=3)
         axes.set(xlabel="target", ylabel="prediction")
         axes.legend(loc="upper left")
@@ -281,4 +283,9 @@ def _confidence(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _array(values: Tensor) -> "np.ndarray":
-    return values.detach().double().cpu().numpy()
+    """Values to draw: what is not finite becomes NaN, which leaves a gap, as in Matplotlib itself.
+
+    It adds margins and differences, so numbers at the end of float64's range are cut to 1e300.
+    """
+    array = values.detach().double().cpu()
+    return torch.where(array.isfinite(), array.clamp(-1e300, 1e300), torch.nan).numpy()

@@ -37,6 +37,7 @@ def predictive_sets(
     prepare: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
     batch_size: int = BATCH_SIZE,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
     """The draws that `predictive` makes for each set of inputs alone, bit for bit: [S, B, ...].
 
@@ -44,6 +45,7 @@ def predictive_sets(
     is made, so that what a draw costs does not grow with the number of rows. What comes before
     the first random layer of nested Sequentials is computed once, where there is room for it.
     `prepare` makes inputs of the rows of a batch, so that sets can wait in a smaller form.
+    `progress` is called with the index of a set and of the draw that was made for it.
     """
     if net.training:
         raise ValueError("predictive: the network is in training mode; call eval() on it first")
@@ -52,7 +54,7 @@ def predictive_sets(
     # Where a draw costs nothing to begin, each set gets all the room for itself.
     is_drawn = any(isinstance(module, Drawn) for module in net.modules())
     posterior = JointPosterior(net)  # one for all draws
-    samples = []
+    samples: list[Tensor] = []
     for group in [list(sets)] if is_drawn else [[x] for x in sets]:
         room = MAX_KEPT_BYTES // len(group) if num_samples > 1 else 0
         passes = [_one_pass(net, x.split(batch_size), prepare, room) for x in group]
@@ -62,9 +64,11 @@ def predictive_sets(
             for index in range(num_samples):
                 reseed(group[0].device, seed, FIRST_STREAM + index)
                 with held_draw(net, index):
-                    for one_pass, outputs in zip(passes, draws, strict=True):
+                    for place, (one_pass, outputs) in enumerate(zip(passes, draws, strict=True)):
                         with torch.random.fork_rng(devices):  # as if there were no other set
                             outputs.append(one_pass())
+                        if progress is not None:
+                            progress(len(samples) + place, index)
         samples += [torch.stack(outputs) for outputs in draws]
     return samples
 

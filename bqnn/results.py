@@ -1,7 +1,9 @@
 """What a finished run leaves in its folder: metrics.json, predictions.npz, pictures, a table."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from bqnn import plots
 from bqnn.data import Rows, SyntheticData, TensorData
 from bqnn.files import write_csv, write_json, written_beside
 from bqnn.layers.ensemble import Ensemble
-from bqnn.likelihoods import Regression
+from bqnn.likelihoods import Regression, as_they_are
 from bqnn.methods import Method
 from bqnn.methods.base import channels_last
 from bqnn.quant.summary import (
@@ -29,6 +31,10 @@ from bqnn.quant.summary import (
 STAGES = ("float", "unquantized", "simulated", "int8")
 TABLE = ("error", "nll", "ape", "mi", "ece", "rmse")
 MAX_PREDICTION_BYTES = 32 * 2**20
+_WHY_MISSING = {
+    "best.ckpt": "no epoch was validated while it trained; lower trainer.check_val_every_n_epoch, "
+    "or leave trainer.save_best out",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +50,19 @@ class Predictions:
 
 
 def evaluate(
-    model: Method, rows: Rows, data: TensorData, num_samples: int | None = None
+    model: Method,
+    rows: Rows,
+    data: TensorData,
+    num_samples: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Predictions, dict[str, float]]:
-    """Predict all rows, in as many draws as asked for or as the method makes, and score them."""
-    samples = model.predictive(data.normalize(rows.inputs), num_samples)
-    return Predictions(samples, rows.targets), model.likelihood.metrics(samples, rows.targets)
+    """Predict all rows, in as many draws as asked for or as the method makes, and score them.
+
+    A metric that is not finite is given as it is, for `require_results` to name it at the end.
+    """
+    (samples,) = model.predictive_sets([rows.inputs], data.normalize, num_samples, progress)
+    metrics = as_they_are(model.likelihood.metrics, samples, rows.targets)
+    return Predictions(samples, rows.targets), metrics
 
 
 class Evaluation(pl.Callback):
@@ -73,8 +87,36 @@ class Evaluation(pl.Callback):
 
 
 def write_metrics(folder: Path, metrics: dict[str, float]) -> None:
-    """metrics.json: a flat object of finite numbers."""
-    write_json(folder / "metrics.json", {name: float(value) for name, value in metrics.items()})
+    """metrics.json: a flat object of those that are finite; `require_results` names the others."""
+    finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+    write_json(folder / "metrics.json", finite)
+
+
+def require_results(
+    folder: Path, metrics: Mapping[str, float], files: Iterable[str | Path]
+) -> None:
+    """The last step of a job: what it promised is there.
+
+    Args:
+        folder: The job's.
+        metrics: All of its metrics, which have to be finite.
+        files: Those that the job was to write into the folder, or their paths.
+
+    Raises:
+        FileNotFoundError: A file is missing, as best.ckpt is where no epoch was validated.
+        ValueError: A metric is infinite or NaN. metrics.json has the others.
+    """
+    for file in map(Path, files):
+        if not (folder / file).exists():
+            why = _WHY_MISSING.get(file.name, "something else has removed it")
+            raise FileNotFoundError(f"{file.name} is missing: {why}; other results are in {folder}")
+    spoilt = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    if spoilt:
+        raise ValueError(
+            f"{', '.join(spoilt)}: a row lies so far from the training rows that its error or its "
+            "predicted variance leaves the range of float64; look at that row. metrics.json has "
+            "all other metrics"
+        )
 
 
 def write_predictions(folder: Path, predictions: Predictions) -> None:
@@ -88,7 +130,8 @@ def write_predictions(folder: Path, predictions: Predictions) -> None:
         arrays = {"samples": samples.numpy()}
     else:
         is_logits = not targets.is_floating_point()
-        arrays = {"mean": (samples.softmax(-1) if is_logits else samples).mean(0).numpy()}
+        values = samples.softmax(-1) if is_logits else samples.double()  # their sum may overflow
+        arrays = {"mean": values.mean(0).float().numpy()}
     with written_beside(folder / "predictions.npz") as beside, beside.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, targets=targets.numpy(), **arrays)
 
@@ -98,7 +141,7 @@ def draw_pictures(
 ) -> list[Path]:
     """Curves, if there was a training, and how well calibrated the predictions are: the paths."""
     figures = {}
-    if (folder / "metrics.csv").exists():
+    if _has_rows(folder / "metrics.csv"):
         figures["curves"] = plots.curves(folder / "metrics.csv")
     summary, targets = model.likelihood.summary(predictions.samples), predictions.targets
     if isinstance(model.likelihood, Regression):
@@ -158,8 +201,8 @@ def comparison_table(metrics: Mapping[str, float]) -> str:
         changes = (cells[1] - cells[0], cells[3] - cells[1])
         lines.append(
             f"{name:<6}"
-            + "".join(f"{cell:>14.4f}" for cell in cells)
-            + "".join(f"{change:>+14.4f}" for change in changes)
+            + "".join(f"{_number(cell):>14}" for cell in cells)
+            + "".join(f"{_number(change, '+'):>14}" for change in changes)
         )
     return "\n".join(lines)
 
@@ -177,9 +220,22 @@ def text_table(
     """Named lines of numbers below a head; `first` and `others` are the columns' widths."""
     lines = [f"{'':<{first}}" + "".join(f"{title:>{others}}" for title in head)]
     for name, numbers in cells.items():
-        texts = ("" if x is None else f"{x:.4f}" for x in numbers)
+        texts = ("" if x is None else _number(x) for x in numbers)
         lines.append(f"{name:<{first}}" + "".join(f"{text:>{others}}" for text in texts))
     return "\n".join(lines)
+
+
+def _number(value: float, sign: str = "") -> str:
+    """The number in at most 12 characters."""
+    return f"{value:{sign}.4f}" if abs(value) < 1e6 else f"{value:{sign}.3e}"
+
+
+def _has_rows(path: Path) -> bool:
+    """Whether a CSV file exists and has more lines than its head."""
+    if not path.exists():
+        return False
+    with path.open() as file:
+        return sum(1 for _ in islice(file, 2)) == 2
 
 
 def _synthetic_fit(model: Method, data: SyntheticData) -> Any:

@@ -4,7 +4,7 @@ Sets have names: train, val, test; ood/fashion_mnist and the like; shift/rotatio
 shift/rotation_5 and the like. Those names are the first part of every metric's key.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from bqnn.data.images import ImageData
 from bqnn.data.shift import DISTORTIONS, distort
 from bqnn.data.unfamiliar import unfamiliar_sets
 from bqnn.detection import detection
-from bqnn.likelihoods import Likelihood
+from bqnn.likelihoods import Likelihood, as_they_are
 from bqnn.methods import Method
 from bqnn.metrics import risk_coverage
 
@@ -85,11 +85,15 @@ def make_sets(data: TensorData, suite: Mapping[str, Any]) -> dict[str, Evaluatio
 
 
 def predict_sets(
-    model: Method, data: TensorData, sets: Mapping[str, EvaluationSet], num_samples: int
+    model: Method,
+    data: TensorData,
+    sets: Mapping[str, EvaluationSet],
+    num_samples: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Prediction]:
-    """Predict all sets from one set of draws."""
+    """Predict all sets from one set of draws, of which `progress` is told (`predictive_sets`)."""
     inputs = [each.inputs.to(model.device) for each in sets.values()]
-    draws = model.predictive_sets(inputs, data.normalize, num_samples)
+    draws = model.predictive_sets(inputs, data.normalize, num_samples, progress)
     predictions = {}
     for (name, each), on_device in zip(sets.items(), draws, strict=True):
         samples = on_device.cpu()
@@ -101,7 +105,10 @@ def predict_sets(
 def judge(
     likelihood: Likelihood, predictions: dict[str, Prediction], convergence: bool = False
 ) -> Findings:
-    """Score predictions; of a distortion's five levels also the mean, as shift/rotation_mean."""
+    """Score predictions; of a distortion's five levels also the mean, as shift/rotation_mean.
+
+    Metrics that are not finite are given as they are.
+    """
     curves = {
         name: risk_curves(likelihood, each)
         for name, each in predictions.items()
@@ -146,8 +153,9 @@ def risk_curves(likelihood: Likelihood, each: Prediction) -> dict[str, Tensor]:
 def _set_metrics(
     likelihood: Likelihood, each: Prediction, curves: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    uncertainty = likelihood.uncertainty(each.summary)
+    uncertainty = as_they_are(likelihood.uncertainty, each.summary)
     if each.targets is None:
         return uncertainty
     areas = {f"aurc_{score}": risk.mean().item() for score, risk in curves.items()}
-    return likelihood.metrics(each.samples, each.targets) | uncertainty | areas
+    metrics = as_they_are(likelihood.metrics, each.samples, each.targets)
+    return metrics | uncertainty | areas

@@ -19,15 +19,16 @@ DETECTION = ("auroc_entropy", "auroc_mi", "auroc_std")
 def write_uncertainty(folder: Path, predictions: Mapping[str, Prediction]) -> None:
     """uncertainty.npz: what is predicted for each row of each set, and how sure it is.
 
-    For each set, `<set>/targets` where it has any, and everything in `Likelihood.summary`, as
-    float32: class probabilities, entropy and its parts, or a mean and its standard deviations.
+    For each set, `<set>/targets` where it has any, and everything in `Likelihood.summary`: class
+    probabilities (float32), entropy and its parts, or a mean and its standard deviations
+    (float64, whose range original units may need).
     """
     arrays = {}
     for name, each in predictions.items():
         if each.targets is not None:
             arrays[f"{name}/targets"] = each.targets.numpy()
         for key, values in each.summary.items():
-            arrays[f"{name}/{key}"] = values.float().numpy()
+            arrays[f"{name}/{key}"] = (values.float() if values.dim() > 1 else values).numpy()
     with written_beside(folder / "uncertainty.npz") as beside, beside.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
 

@@ -2,17 +2,18 @@
 
 import ctypes
 import logging
+import math
 import os
 import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import (
     LightningEnvironment,
@@ -20,12 +21,16 @@ from pytorch_lightning.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from torch import Tensor, nn
 
 from bqnn.checkpoint import SaveCheckpoint, trained_epochs
 from bqnn.data import TensorData
+from bqnn.likelihoods import NotFiniteError
 from bqnn.loggers import MetricsCsv
 from bqnn.methods import Method
+from bqnn.progress import TrainingProgress
 from bqnn.run import Job
+from bqnn.text import short
 
 log = logging.getLogger(__name__)
 
@@ -100,20 +105,15 @@ def make_trainer(
 ) -> pl.Trainer:
     """A Trainer as `trainer` of the configuration says, saving to the job's folder."""
     options = {**job.config["trainer"], "accelerator": prepare_torch(job)}
+    _refuse_options(options, validate)
     if str(options["precision"]).startswith("16"):
         raise ValueError(
             f"trainer.precision={options['precision']}: variances underflow in 16-bit floats; "
             "choose 32-true or bf16-mixed"
         )
-    if options["save_best"] and not validate:
-        raise ValueError(
-            "trainer.save_best=true: there are no validation rows to choose by; set "
-            "task.validation_share above 0"
-        )
     del options["threads"]
     save = SaveCheckpoint(job.folder, options.pop("save_every"), options.pop("save_best"))
-    show_progress = options.pop("progress_bar") and sys.stdout is not None and sys.stdout.isatty()
-    progress: list[pl.Callback] = [TQDMProgressBar()] if show_progress else []
+    progress: list[pl.Callback] = [TrainingProgress()] if options.pop("progress_bar") else []
     # Lightning's remarks on the hardware it found are in status.json already.
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     trainer = pl.Trainer(
@@ -121,14 +121,14 @@ def make_trainer(
         callbacks=[
             ShareBuffers(),
             *callbacks,
-            *progress,
             MetricsCsv(job.folder / "metrics.csv"),
             save,
+            *progress,
         ],
         logger=loggers,
         plugins=[ENVIRONMENTS[job.launcher]()],
         log_every_n_steps=0,  # metrics are logged once an epoch
-        enable_progress_bar=show_progress,
+        enable_progress_bar=False,  # ours is a callback of its own
         enable_model_summary=False,
         num_sanity_val_steps=0,
         limit_val_batches=1.0 if validate else 0,
@@ -139,6 +139,39 @@ def make_trainer(
     if trainer.world_size > 1:
         _prepare_ranks(job)
     return trainer
+
+
+# What a job could not keep its promises under, and what to write instead.
+_REFUSED = {
+    "fast_dev_run": "trainer=smoke is a short run",
+    "barebones": "logger=none plots=false leaves out what can be left out",
+    "overfit_batches": "trainer.limit_train_batches trains on fewer batches",
+    "limit_val_batches": "the validation rows are one batch; trainer.check_val_every_n_epoch says "
+    "how often they are used, and task.validation_share=0 that they are not",
+    "limit_test_batches": "the test rows are one batch, and are always used",
+    "enable_checkpointing": "checkpoint.ckpt is always written",
+}
+
+
+def _refuse_options(options: Mapping[str, Any], validate: bool) -> None:
+    """ValueError for options under which something that a job promises could not be there."""
+    for name, instead in _REFUSED.items():
+        if name in options:
+            raise ValueError(f"trainer.{name}={short(options[name])}: leave it out; {instead}")
+    if not options["save_best"]:
+        return
+    if not validate:
+        raise ValueError(
+            "trainer.save_best=true: there are no validation rows to choose by; set "
+            "task.validation_share above 0"
+        )
+    every, epochs = options["check_val_every_n_epoch"], options["max_epochs"]
+    if every is not None and epochs is not None and every > epochs:
+        raise ValueError(
+            f"trainer.save_best=true: no epoch would be validated to choose by, since "
+            f"trainer.check_val_every_n_epoch={every} and trainer.max_epochs={epochs}; lower the "
+            "first"
+        )
 
 
 def _prepare_ranks(job: Job) -> None:
@@ -159,14 +192,86 @@ def _prepare_ranks(job: Job) -> None:
 
 
 def fit(job: Job, trainer: pl.Trainer, model: Method, data: TensorData) -> None:
-    """Train to the end, from the last checkpoint in the job's folder where the job is resumed."""
+    """Train to the end, from the last checkpoint in the job's folder where the job is resumed.
+
+    What is measured afterwards is not logged by the trainer: it is for `log_final`, beside the
+    curves. ValueError: no step could be made, or batch norm would fail on the last batch.
+    """
     path = job.folder / "checkpoint.ckpt"
     resumes = job.is_resumed and path.exists()
     if job.is_resumed:
         job.record_epoch(trained_epochs(path) if resumes else 0)
+    _refuse_single_values(trainer, model, data)
     if not resumes:
         model.initialize()
     trainer.fit(model, datamodule=data, ckpt_path=path if resumes else None, weights_only=True)
+    if trainer.global_step == 0:
+        limits = ("limit_train_batches", "max_steps", "max_time")
+        given = {name: job.config["trainer"].get(name) for name in limits}
+        said = ", ".join(f"trainer.{name}={short(v)}" for name, v in given.items() if v is not None)
+        raise ValueError(f"{said}: the training ended before its first step; raise that limit")
+    trainer.loggers = []
+
+
+def measure(
+    run: Callable[..., Sequence[Mapping[str, float]]], model: Method, data: TensorData
+) -> dict[str, float]:
+    """The metrics of `trainer.validate` or `trainer.test`, all of them as they are."""
+    try:
+        (metrics,) = run(model, datamodule=data, verbose=False)
+    except NotFiniteError as error:
+        return error.metrics
+    return dict(metrics)
+
+
+def _refuse_single_values(trainer: pl.Trainer, model: Method, data: TensorData) -> None:
+    """ValueError where batch norm would get one value per channel, whose variance is none.
+
+    That is where a batch has one row, and a batch norm sees it without, or at one, position.
+    """
+    size, rows = data.batch_size, math.ceil(len(data.train) / trainer.world_size)
+    limit = trainer.limit_train_batches
+    num_batches = math.ceil(rows / size)
+    used = min(limit, num_batches) if isinstance(limit, int) else int(limit * num_batches)
+    is_last_used = used == num_batches
+    if 1 not in (size, rows % size if is_last_used else size):
+        return
+    name = _single_valued(model, data)
+    if name is None:
+        return
+    fitting = next((b for b in range(size + 1, rows + 1) if rows % b != 1), None)
+    remedy = "train on more than one row" if rows == 1 else f"choose task.batch_size={fitting}"
+    what = "every batch" if size == 1 else f"the last batch of {rows} training rows"
+    raise ValueError(
+        f"task.batch_size={size}: {what} has one row, of which the batch norm {name} sees one "
+        f"value per channel and can take no variance; {remedy}, or another network"
+    )
+
+
+@torch.no_grad()
+def _single_valued(model: Method, data: TensorData) -> str | None:
+    """The first batch norm that one row reaches with one value per channel, if there is one."""
+    found: list[str] = []
+
+    def look(name: str, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].numel() == inputs[0].shape[1]:
+            found.append(name)
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs))
+        for name, module in model.net.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    was_training = model.training
+    try:
+        if hooks:
+            with torch.random.fork_rng([]):  # in eval mode, where nothing is learned of the row
+                model.eval()(data.normalize(data.train.inputs[:1]))
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
 
 
 def prepare_torch(job: Job) -> str:

@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "layers": {"layers"},
     "nets": {"nets", "layers.markers"},
-    "methods": {"methods", "layers", "likelihoods", "predict", "optim", "checkpoint"},
+    "methods": {"methods", "layers", "likelihoods", "predict", "optim", "checkpoint", "epochs"},
     "data": {"data", "files", "text"},
     "quant": {"quant", "layers", "text"},
     "optim": set(),
@@ -35,11 +35,14 @@ ALLOWED = {
     "archive": {"text"},
     "terminal": set(),
     "ranks": set(),
+    "epochs": set(),
     "status": {"records", "terminal", "text"},
     "run": {"files", "ranks", "status", "terminal", "text"},
     "sweep": {"files", "records", "status", "terminal", "text"},
     "config": {"files", "secrets", "run", "status", "sweep", "terminal", "text"},
-    "checkpoint": {"archive", "files", "records", "schema", "status", "text"},
+    "checkpoint": {"archive", "files", "records", "schema", "status", "text", "epochs"},
+    "tracking": {"text"},
+    "progress": {"methods", "epochs"},
     "isolation": {"run"},
 }
 

@@ -100,8 +100,9 @@ def test_every_job_is_a_run_that_says_what_it_is(
     assert shown["tags"] == ["mcdropout", "digits"]
     assert shown["config"] == yaml.safe_load((run / "config.yaml").read_text())
     assert (shown["state"], shown["exit_code"]) == ("finished", 0)
-    (axis,) = records(run, "metric")
-    assert (axis["glob_name"], axis["step_metric"]) == ("*", "epoch")
+    metrics = records(run, "metric")
+    assert [m["step_metric"] for m in metrics if m.get("glob_name") == "*"] == ["epoch"]
+    assert [m["options"]["hidden"] for m in metrics if m.get("name") == "epoch"] == [True]
     final = json.loads((run / "metrics.json").read_text())
     assert {key: shown["summary"][key] for key in final} == pytest.approx(final)
     assert shown["summary"]["most_uncertain"]["nrows"] == 50

@@ -1,8 +1,8 @@
 """What every method shares: the training step, evaluation by Monte-Carlo draws, logging."""
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from bqnn.epochs import is_last_epoch
 from bqnn.layers.noise import reseed
-from bqnn.likelihoods import Likelihood
+from bqnn.likelihoods import Likelihood, NotFiniteError
 from bqnn.optim import make_optimizer
 from bqnn.predict import predictive_sets
 
@@ -83,6 +84,7 @@ class Method(pl.LightningModule):
         sets: Sequence[Tensor],
         normalize: Callable[[Tensor], Tensor],
         num_samples: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[Tensor]:
         """The same for many sets of inputs that are not normalized yet, from one set of draws."""
         return predictive_sets(
@@ -91,6 +93,7 @@ class Method(pl.LightningModule):
             self.available_samples if num_samples is None else num_samples,
             prepare=lambda rows: channels_last(normalize(rows)),
             seed=self.seed,
+            progress=progress,
         )
 
     @property
@@ -155,8 +158,8 @@ class Method(pl.LightningModule):
     def is_logged_epoch(self) -> bool:
         """Whether this epoch's training terms are logged: with each validation, and at the end."""
         every = self.trainer.check_val_every_n_epoch
-        last = self.current_epoch + 1 == self.trainer.max_epochs
-        return last or every is None or (self.current_epoch + 1) % every == 0
+        is_due = every is None or (self.current_epoch + 1) % every == 0
+        return is_due or is_last_epoch(self.trainer)
 
     def on_fit_start(self) -> None:
         self.train()  # a loaded model is in eval mode, and Lightning would leave it there
@@ -202,11 +205,12 @@ class Method(pl.LightningModule):
             return
         rows = torch.tensor(self._epoch_rows, dtype=torch.float64)
         values = [torch.stack(term).cpu().double() for term in self._epoch_terms.values()]
-        means = (torch.stack(values) @ rows / rows.sum()).float().to(self.device)
-        means = self.trainer.strategy.reduce(means)  # over ranks
+        means = torch.stack(values) @ rows / rows.sum()
+        if self.trainer.world_size > 1:
+            means = self.trainer.strategy.reduce(means.to(self.device))
         names = [f"train/{name}" for name in self._epoch_terms]
         terms = dict(zip(names, means.tolist(), strict=True))
-        self._log_in_fit({**terms, "train/lr": self._epoch_lr})
+        self._log_in_fit({**terms, "train/lr": self._epoch_lr}, torch.float32)
 
     def on_validation_epoch_start(self) -> None:
         self._refuse_non_finite()
@@ -243,20 +247,26 @@ class Method(pl.LightningModule):
     def _log_metrics(self, split: str) -> None:
         samples, targets = zip(*self._evaluated, strict=True)
         self._evaluated.clear()
-        metrics = self.likelihood.metrics(torch.cat(samples, dim=1), torch.cat(targets))
-        named = {f"{split}/{name}": value for name, value in metrics.items()}
+        try:
+            metrics = self.likelihood.metrics(torch.cat(samples, dim=1), torch.cat(targets))
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{split}/{error}", _prefixed(split, error.metrics)) from None
+        named = _prefixed(split, metrics)
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            self._log_in_fit(named)
+            self._log_in_fit(named, torch.float64)
         else:
-            self.log_dict(named)
+            # Of plain numbers Lightning makes float32, and it weighs by the rows of the batch.
+            self.log_dict(_tensors(named, torch.float64), batch_size=1)
 
-    def _log_in_fit(self, values: dict[str, float]) -> None:
+    def _log_in_fit(self, values: dict[str, float], dtype: torch.dtype) -> None:
         """What `self.log` does for values that need no averaging.
+
+        dtype: what callbacks get; loggers get the numbers as they are.
 
         It keeps a metric for each, which on a small table took an eighth of the time. Lightning's
         LearningRateMonitor goes this way, too.
         """
-        tensors = {name: torch.tensor(value, device=self.device) for name, value in values.items()}
+        tensors = _tensors(values, dtype)
         self.trainer.callback_metrics.update(tensors)
         self.trainer.logged_metrics.update(tensors)
         for logger in self.loggers:
@@ -269,7 +279,7 @@ class Method(pl.LightningModule):
         first_new, self._num_checked = self._num_checked, len(self._epoch_norms)
         new = self._epoch_norms[first_new:]
         new += [loss.reshape(1) for loss in self._epoch_terms["loss"][first_new:]]
-        if not new or all(map(math.isfinite, torch.cat(new).tolist())):
+        if not new or all(map(isfinite, torch.cat(new).tolist())):
             return
         losses, norms = torch.stack(self._epoch_terms["loss"]), torch.stack(self._epoch_norms)
         bad_losses = ~losses[: len(norms)].isfinite()
@@ -305,6 +315,14 @@ class Method(pl.LightningModule):
 def _with_gradient(optimizer: Optimizer | LightningOptimizer) -> list[Tensor]:
     groups = optimizer.param_groups
     return [param for group in groups for param in group["params"] if param.grad is not None]
+
+
+def _prefixed(split: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {f"{split}/{name}": value for name, value in metrics.items()}
+
+
+def _tensors(values: Mapping[str, float], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: torch.tensor(value, dtype=dtype) for name, value in values.items()}
 
 
 def channels_last(x: Tensor) -> Tensor:
