@@ -1,5 +1,6 @@
 """Optimizers and samplers, and the table that names them."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,6 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Gamma
 from torch.optim import SGD, Adam, AdamW, Optimizer
+
+log = logging.getLogger(__name__)
+
+# Of lr^2 V^(1/2) / friction: gradient noise then adds at most half of it, 10 %, to a variance.
+LARGEST_NOISE = 0.2
 
 
 class SGHMC(Optimizer):
@@ -18,17 +24,30 @@ class SGHMC(Optimizer):
     likelihood, so that the prior, and the Gibbs step of its precision, are exact at any
     temperature. With M = V^(-1/2) a step is
 
-        v <- (1 - friction) v - lr^2 M grad U + N(0, 2 friction lr^2 M - lr^4)
+        v <- (1 - friction) v - lr^2 M grad U + N(0, 2 friction lr^2 M)
         theta <- theta + v.
+
+    For a Gaussian exp(-U) with curvature c the mean is exact, and the variance is that of exp(-U)
+    divided by 1 - lr^2 M c / (4 - 2 friction).
+
+    Unlike the paper, the step subtracts nothing for the noise of the gradients. The paper's lr^4
+    assumes noise of variance V that is independent from step to step. The batches of an epoch
+    hold each row once, so that the noise cancels over an epoch where that is short beside the
+    chain's memory. Noise that does not cancel adds at most lr^2 V^(1/2) / (2 friction) of itself to
+    a variance. A warning after burn-in says for how many weights that is more than 0.1.
 
     In the first `num_burn_in_steps` steps V, an average of squared gradients over a window of
     1 + tau steps, adapts per parameter (their eq. 7 to 9); afterwards it is fixed. It is kept at or
     above the precision, the mean square of the prior's own gradient: a weight that the data
-    says nothing of would get an unstable step otherwise. Every
-    `resample_momentum` steps v is drawn anew from N(0, lr^2 M). The prior's
-    precision, one per tensor, has a Gamma(prior_shape, prior_rate) prior of its own and is
-    drawn from its conditional Gamma(prior_shape + n / 2, prior_rate + |theta|^2 / 2) every
-    `resample_prior` steps. 0 turns either of them off.
+    says nothing of would get an unstable step otherwise.
+
+    Every `resample_momentum` steps v is drawn anew from N(D / 2 grad U, D), with D = lr^2 M /
+    (1 - friction / 2). This is its distribution given theta in the chain: v belongs to the middle
+    of the last step and is not independent of theta at its end.
+
+    The prior's precision, one per tensor, has a Gamma(prior_shape, prior_rate) prior of its own
+    and is drawn from its conditional Gamma(prior_shape + n / 2, prior_rate + |theta|^2 / 2) every
+    `resample_prior` steps. 0 turns either draw off.
 
     A weight that is not finite is a FloatingPointError when the precision is next drawn.
 
@@ -109,13 +128,13 @@ class SGHMC(Optimizer):
             torch._foreach_clamp_min_(v_hat, [state["precision"] for state in states])
 
         inverse_mass = torch._foreach_sqrt(v_hat)
+        if step == group["num_burn_in_steps"]:
+            _warn_of_large_noise(inverse_mass, lr, group["friction"])
         torch._foreach_reciprocal_(inverse_mass)
 
         every = group["resample_momentum"]
         if every and step % every == 0:
-            std = torch._foreach_sqrt(inverse_mass)
-            torch._foreach_mul_(std, lr)
-            torch._foreach_copy_(velocity, torch._foreach_mul(std, _noise(params)))
+            _draw_momentum(velocity, inverse_mass, force, lr, group["friction"])
         every = group["resample_prior"]
         if every and step % every == 0:
             squares = torch.stack(torch._foreach_norm(params)).double().square().tolist()
@@ -131,8 +150,6 @@ class SGHMC(Optimizer):
         torch._foreach_mul_(velocity, 1 - group["friction"])
         torch._foreach_addcmul_(velocity, inverse_mass, force, value=-(lr**2))
         torch._foreach_mul_(inverse_mass, 2 * group["friction"] * lr**2)
-        torch._foreach_sub_(inverse_mass, lr**4)
-        torch._foreach_clamp_min_(inverse_mass, 0)
         torch._foreach_sqrt_(inverse_mass)  # now the standard deviation of the noise
         torch._foreach_addcmul_(velocity, inverse_mass, _noise(params))
         torch._foreach_add_(params, velocity)
@@ -179,6 +196,36 @@ def _adapt(tau: list[Tensor], g: list[Tensor], v_hat: list[Tensor], force: Any) 
     torch._foreach_mul_(change, tau)
     torch._foreach_sub_(tau, change)
     torch._foreach_add_(tau, 1)
+
+
+def _draw_momentum(
+    velocity: list[Tensor], inverse_mass: Any, force: Any, lr: float, friction: float
+) -> None:
+    variance = torch._foreach_mul(inverse_mass, lr**2 / (1 - friction / 2))
+    torch._foreach_copy_(velocity, torch._foreach_mul(variance, force))
+    torch._foreach_mul_(velocity, 0.5)
+    torch._foreach_sqrt_(variance)
+    torch._foreach_addcmul_(velocity, variance, _noise(velocity))
+
+
+def _warn_of_large_noise(root_v: Any, lr: float, friction: float) -> None:
+    """Say for how many weights lr^2 V^(1/2), the noise of their gradients, is not negligible."""
+    limit = LARGEST_NOISE * friction / lr**2
+    num_above = sum(int((root > limit).sum()) for root in root_v)
+    if not num_above:
+        return
+    largest = lr**2 * max(float(root.max()) for root in root_v)
+    log.warning(
+        "SGHMC: lr^2 sqrt(V) is above %g friction in %.3g %% of the weights (at most %.2g; "
+        "friction is %g): the noise of minibatch gradients, where it does not cancel over an "
+        "epoch, adds up to %.2g times the posterior's variance; choose a smaller "
+        "method.optimizer.lr, more method.optimizer.friction or a larger task.batch_size",
+        LARGEST_NOISE,
+        100 * num_above / sum(root.numel() for root in root_v),
+        largest,
+        friction,
+        largest / (2 * friction),
+    )
 
 
 def _noise(params: list[Tensor]) -> list[Tensor]:

@@ -227,6 +227,54 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_its_parameter(name, va
     assert torch.equal(weights_of(method.net)[: len(before[0])], before[0])  # no step was made
 
 
+def spoil_loss(method: Method) -> None:
+    nn.init.constant_(method.net.output.heads[0].linear.bias, torch.nan)
+
+
+def spoil_gradient(method: Method) -> None:
+    method.net.output.heads[0].linear.bias.register_hook(lambda grad: grad * torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [(spoil_loss, "the loss is nan"), (spoil_gradient, r"gradient of net\..*bias has a norm")],
+)
+@pytest.mark.parametrize(("step", "batch"), [(2, 0), (3, 2)])
+def test_steps_of_several_batches_are_watched_by_step_and_batch(spoil, said, step, batch):
+    # three batches an epoch, two to a step: steps 2 and 3 of epoch 1 start at batches 0 and 2
+    ends_with = {0: 0 if spoil is spoil_loss else 1, 2: 2}[batch]
+    callback = At(step, spoil)
+    fit = trainer(max_epochs=3, accumulate_grad_batches=2, callbacks=[callback])
+    with pytest.raises(
+        FloatingPointError, match=rf"{said}.* step {step} \(epoch 1, batch {ends_with}\)"
+    ):
+        fit.fit(table_method("pointwise"), table())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "expected"),
+    [
+        # lr (1 + cos(pi t / T)) / 2; three batches an epoch
+        ("cosine", {"max_steps": 6}, [0.1, 0.05]),
+        ("cosine", {"accumulate_grad_batches": 2, "max_steps": 4}, [0.1, 0.05]),
+        ("cosine_by_step", {"accumulate_grad_batches": 3}, [0.1, 0.0853553391, 0.05, 0.0146446609]),
+    ],
+)
+def test_the_rate_ends_at_0_with_the_last_step(schedule, options, expected):
+    logged = LoggedRate()
+    method = table_method("pointwise", schedule=schedule, optimizer={"name": "sgd", "lr": 0.1})
+    fit = trainer(max_epochs=4, callbacks=[logged], check_val_every_n_epoch=1, **options)
+    fit.fit(method, table())
+    assert logged.rates == pytest.approx(expected)
+    assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_trainer_that_overfits_is_refused(name):
+    with pytest.raises(ValueError, match=r"overfit_batches=2: .* choose trainer.limit_train"):
+        trainer(overfit_batches=2).fit(table_method(name), table())
+
+
 def test_fine_tuned_members_are_watched_too():
     method = table_method("sghmc", num_members=2)
     trainer(max_epochs=2).fit(method, table())
@@ -308,10 +356,11 @@ class Recorded(BayesByBackprop):
         return self.terms[-1]
 
 
-def recorded(max_epochs: int, **changes: Any) -> Recorded:
+def recorded(max_epochs: int, accumulate_grad_batches: int = 1, **changes: Any) -> Recorded:
     options = {"num_train": NUM_ROWS, "seed": 0, **OPTIONS["bbb"], **changes}
     method = Recorded(mlp(), Regression(0.0, 1.0), **options)
-    trainer(max_epochs=max_epochs).fit(method, table())
+    fit = trainer(max_epochs=max_epochs, accumulate_grad_batches=accumulate_grad_batches)
+    fit.fit(method, table())
     return method
 
 
@@ -328,8 +377,10 @@ def test_loss_is_the_mean_nll_plus_beta_times_the_kl_over_the_rows_trained_on():
     assert terms["beta"] == 0.7
 
 
-def test_beta_grows_linearly_in_steps_and_is_constant_after():
-    method = recorded(max_epochs=4, beta=0.6, warmup_epochs=2)  # three batches an epoch
+@pytest.mark.parametrize("accumulated", [1, 2, 3, 5])
+def test_beta_grows_linearly_in_batches_and_is_constant_after(accumulated):
+    # three batches an epoch
+    method = recorded(4, accumulate_grad_batches=accumulated, beta=0.6, warmup_epochs=2)
     betas = [terms["beta"] for terms in method.terms]
     assert betas == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5] + [0.6] * 6)
     for terms in method.terms:
@@ -482,6 +533,70 @@ def test_sampler_gets_the_rows_and_the_steps_of_burn_in_and_the_current_network_
     assert group["step"] == 4 * 3
     own = [id(parameter) for parameter in method.net.current.parameters()]
     assert [id(parameter) for parameter in group["params"]] == own
+
+
+@pytest.mark.parametrize(
+    ("options", "burn_in", "steps"),
+    [
+        ({"accumulate_grad_batches": 2}, 2 * 2, 4 * 2),  # three batches an epoch
+        ({"accumulate_grad_batches": 5}, 2, 4),
+        ({"limit_train_batches": 2}, 2 * 2, 4 * 2),
+        ({"max_steps": 7}, 2 * 3, 7),
+        ({"max_steps": 3, "accumulate_grad_batches": 2}, 2 * 2, 3),
+    ],
+)
+def test_burn_in_is_in_epochs_however_many_steps_they_have(options, burn_in, steps):
+    fit = trainer(max_epochs=4, **options)
+    fit.fit(table_method("sghmc", burn_in=2), table())
+    (group,) = fit.optimizers[0].param_groups
+    assert group["num_burn_in_steps"] == burn_in
+    assert group["step"] == steps
+
+
+class SumOfGradients(pl.Callback):
+    """Adds up the gradients that the optimizer gets."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: Any) -> None:
+        self.steps += 1
+        for name, param in module.net.current.named_parameters():
+            self.sums[name] = self.sums.get(name, 0) + param.grad
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "options", "num_rows"),
+    [
+        (4, {}, 12),
+        (5, {}, 12),  # 5, 5, 2
+        (11, {}, 12),
+        (5, {"limit_train_batches": 2}, 10),
+        (3, {"accumulate_grad_batches": 4}, 12),
+        (5, {"accumulate_grad_batches": 2}, 12),
+        (2, {"accumulate_grad_batches": 4}, 12),
+        (5, {"accumulate_grad_batches": 8}, 12),
+    ],
+)
+def test_noise_of_the_gradients_that_sghmc_gets_cancels_over_an_epoch(
+    batch_size, options, num_rows
+):
+    method = table_method("sghmc", optimizer={"name": "sghmc", "lr": 1e-12})  # holds the weights
+    method.double()
+    inputs, targets = table().inputs.double(), table().targets.double()
+    seen = SumOfGradients()
+    trainer(callbacks=[seen], **options).fit(method, TensorLoader(inputs, targets, batch_size))
+    method.zero_grad()
+    outputs = method.net.current(inputs[:num_rows])
+    method.likelihood.loss(outputs, targets[:num_rows]).backward()
+    for name, param in method.net.current.named_parameters():
+        torch.testing.assert_close(seen.sums[name] / seen.steps, param.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_sghmc_refuses_clipped_gradients():
+    with pytest.raises(ValueError, match=r"gradient_clip_val=1\.0: .* choose a smaller method"):
+        trainer(gradient_clip_val=1.0).fit(table_method("sghmc"), table())
 
 
 def test_evaluation_uses_the_members_there_are_and_warns_when_there_are_none(caplog):

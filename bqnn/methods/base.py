@@ -1,8 +1,9 @@
 """What every method shares: the training step, evaluation by Monte-Carlo draws, logging."""
 
+import math
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from math import isfinite
 from typing import Any
 
 import pytorch_lightning as pl
@@ -67,7 +68,8 @@ class Method(pl.LightningModule):
         self._epoch_terms: defaultdict[str, list[Tensor]] = defaultdict(list)
         self._epoch_norms: list[Tensor] = []  # of each parameter's gradient
         self._num_checked = 0  # of these
-        self._epoch_rows: list[int] = []
+        self._epoch_rows: list[int] = []  # of each batch
+        self._step_ends: list[int] = []  # batches of this epoch up to each step, its own included
         self._evaluated: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,19 +136,30 @@ class Method(pl.LightningModule):
         assert epochs is not None
         if epochs < 1:
             raise ValueError(f"max_epochs={epochs}: train for a number of epochs, 1 or more")
-        steps = int(self.trainer.estimated_stepping_batches)
-        steps_per_epoch = steps // epochs
-        options = self.optimizer_options(steps_per_epoch)
+        steps = int(self.trainer.estimated_stepping_batches)  # this loads the data, too
+        options = self.optimizer_options(self.steps_per_epoch)
         optimizer = make_optimizer(self.trained_parameters(), **options)
         if self.schedule == "constant":
             return optimizer
         by_step = self.schedule == "cosine_by_step"
+        epochs = min(epochs, math.ceil(steps / self.steps_per_epoch))  # max_steps may end it first
         schedule = CosineAnnealingLR(optimizer, T_max=steps if by_step else epochs)
         interval = "step" if by_step else "epoch"
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": interval},
         }
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of the optimizer in an epoch; of accumulated batches the last may be fewer."""
+        batches = int(self.trainer.num_training_batches)
+        return max(1, math.ceil(batches / self.trainer.accumulate_grad_batches))
+
+    @property
+    def epochs_done(self) -> float:
+        """Epochs trained so far, the part of the current one included."""
+        return self.current_epoch + len(self._epoch_rows) / int(self.trainer.num_training_batches)
 
     def optimizer_options(self, steps_per_epoch: int) -> dict[str, Any]:
         """What `make_optimizer` is called with."""
@@ -162,6 +175,12 @@ class Method(pl.LightningModule):
         return is_due or is_last_epoch(self.trainer)
 
     def on_fit_start(self) -> None:
+        overfit = self.trainer.overfit_batches  # type: ignore[attr-defined]
+        if overfit:
+            raise ValueError(
+                f"trainer.overfit_batches={overfit}: the loss is that of all training rows, "
+                "and a few of them have another posterior; choose trainer.limit_train_batches"
+            )
         self.train()  # a loaded model is in eval mode, and Lightning would leave it there
 
     def on_train_epoch_start(self) -> None:
@@ -173,6 +192,7 @@ class Method(pl.LightningModule):
         self._epoch_norms.clear()
         self._num_checked = 0
         self._epoch_rows.clear()
+        self._step_ends.clear()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         inputs, targets = batch
@@ -195,6 +215,7 @@ class Method(pl.LightningModule):
         # Here gradients are those of all ranks: what is wrong on one stops all of them.
         gradients: Any = [param.grad for param in _with_gradient(optimizer)]
         self._epoch_norms.append(torch.stack(torch._foreach_norm(gradients)).detach())
+        self._step_ends.append(len(self._epoch_rows))
         # Looking waits for the device, which costs nothing on the CPU.
         if self.device.type == "cpu" or len(self._epoch_norms) % 50 == 0:
             self._refuse_non_finite()
@@ -277,28 +298,34 @@ class Method(pl.LightningModule):
     def _refuse_non_finite(self) -> None:
         """FloatingPointError where a loss or a gradient of this epoch is not finite."""
         first_new, self._num_checked = self._num_checked, len(self._epoch_norms)
-        new = self._epoch_norms[first_new:]
-        new += [loss.reshape(1) for loss in self._epoch_terms["loss"][first_new:]]
-        if not new or all(map(isfinite, torch.cat(new).tolist())):
+        losses, norms = self._epoch_terms["loss"], self._epoch_norms
+        new = norms[first_new:]
+        new += [
+            loss.reshape(1) for loss in losses[self._step_ends[first_new - 1] if first_new else 0 :]
+        ]
+        if not new or all(map(math.isfinite, torch.cat(new).tolist())):
             return
-        losses, norms = torch.stack(self._epoch_terms["loss"]), torch.stack(self._epoch_norms)
-        bad_losses = ~losses[: len(norms)].isfinite()
-        batch = int((bad_losses | ~norms.isfinite().all(1)).nonzero()[0])
+        bad_steps = [step for step, norm in enumerate(norms) if not norm.isfinite().all()]
+        bad_batches = [batch for batch, loss in enumerate(losses) if not loss.isfinite()]
+        steps = [bisect_right(self._step_ends, batch) for batch in bad_batches]
+        is_loss = min(steps, default=math.inf) <= min(bad_steps, default=math.inf)
+        step = steps[0] if is_loss else bad_steps[0]
+        batch = bad_batches[0] if is_loss else self._step_ends[step] - 1
         where = (
-            f"at step {self._first_step + batch} (epoch {self.current_epoch}, batch {batch}); "
+            f"at step {self._first_step + step} (epoch {self.current_epoch}, batch {batch}); "
             "likely causes: method.optimizer.lr is too high, or "
         )
-        if bad_losses[batch]:
+        if is_loss:
             spoilt = [n for n, param in self.named_parameters() if not param.isfinite().all()]
             # Of earlier steps one no longer knows.
-            seen = f"; {spoilt[0]} is not finite" if spoilt and batch + 1 == len(norms) else ""
+            seen = f"; {spoilt[0]} is not finite" if spoilt and step + 1 >= len(norms) else ""
             raise FloatingPointError(
                 f"the loss is {losses[batch].item()} {where}inputs are far outside the range of "
                 f"the others{seen}"
             )
         optimizer = self.optimizers()
         assert isinstance(optimizer, Optimizer | LightningOptimizer)
-        first = int((~norms[batch].isfinite()).nonzero()[0])
+        first = int((~norms[step].isfinite()).nonzero()[0])
         param = _with_gradient(optimizer)[first]
         name = next(name for name, own in self.named_parameters() if own is param)
         cause = (
@@ -307,7 +334,7 @@ class Method(pl.LightningModule):
             else "a predicted variance or probability has become 0, as for targets without noise"
         )
         raise FloatingPointError(
-            f"the gradient of {name} has a norm of {norms[batch, first].item()} while the loss is "
+            f"the gradient of {name} has a norm of {norms[step][first].item()} while the loss is "
             f"{losses[batch].item():.4g}, {where}{cause}"
         )
 

@@ -64,11 +64,10 @@ class BayesByBackprop(Method):
         self.init_from = None
 
     def current_beta(self) -> float:
-        """beta at this step of the warm-up."""
+        """beta at this batch of the warm-up."""
         if self.current_epoch >= self.warmup_epochs:
             return self.beta
-        steps = self.warmup_epochs * int(self.trainer.num_training_batches)
-        return self.beta * self.global_step / steps
+        return self.beta * self.epochs_done / self.warmup_epochs
 
     @torch.no_grad()
     def initialize_from(self, path: str) -> None:

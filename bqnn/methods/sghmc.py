@@ -1,6 +1,7 @@
 """SGHMC: an ensemble of networks sampled from the posterior by one Markov chain."""
 
 import logging
+import math
 from typing import Any
 
 import pytorch_lightning as pl
@@ -91,9 +92,10 @@ class SGHMCEnsemble(Method):
         reseed(self.device, self.seed, stream=self.current_epoch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        if self._prior_weight is None:
-            return super().training_step(batch, batch_idx)
         inputs, targets = batch
+        if self._prior_weight is None:
+            sampled = super().training_step(batch, batch_idx)
+            return None if sampled is None else sampled * self._weight_of(len(targets))
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
@@ -113,6 +115,13 @@ class SGHMCEnsemble(Method):
         assert isinstance(schedule, LRScheduler)
         schedule.step()
         return None
+
+    def _weight_of(self, num_rows: int) -> float:
+        """A batch's rows as a multiple of the mean number in a batch, or in a step's batches."""
+        batches, largest = int(self.trainer.num_training_batches), self._epoch_rows[0]
+        rows = min(math.ceil(self.num_train / self.trainer.world_size), batches * largest)
+        # Lightning divides by the first of these, also where the last step has fewer batches.
+        return num_rows * self.trainer.accumulate_grad_batches * self.steps_per_epoch / rows
 
     def member_terms(self, member: nn.Module, inputs: Tensor, targets: Tensor) -> Terms:
         """The loss that a member is fine-tuned by, and the terms it is made of."""
@@ -146,6 +155,13 @@ class SGHMCEnsemble(Method):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        clip = self.trainer.gradient_clip_val
+        if clip:
+            raise ValueError(
+                f"trainer.gradient_clip_val={clip}: clipped gradients are not those of the "
+                "posterior that sghmc samples; leave it out, and choose a smaller "
+                "method.optimizer.lr where the chain is not stable"
+            )
         first = self.burn_in + self.collect_every
         if self._prior_weight is None and first > (self.trainer.max_epochs or 0):
             log.warning(
