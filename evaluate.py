@@ -41,7 +41,8 @@ def evaluate_one(job: Job) -> None:
     leave_as_found(job)
     config, accelerator = job.config, prepare_torch(job)
     numeric = config["numeric"]
-    model = load(config["checkpoint"], numeric)
+    allow_saturation = config["allow_saturation"]
+    model = load(config["checkpoint"], numeric, allow_saturation=allow_saturation)
     num_samples = model.check_samples(config["num_samples"])
     if accelerator != "cpu" and numeric != "int8":
         model.cuda()

@@ -14,6 +14,7 @@ from bqnn.data import TensorData, build_data
 from bqnn.layers.noise import reseed
 from bqnn.likelihoods import likelihood_from
 from bqnn.methods import METHODS, Method
+from bqnn.methods.base import channels_last
 from bqnn.nets import NETS
 from bqnn.quant.callback import quantize_module
 from bqnn.quant.fbgemm import FakeQuant
@@ -89,13 +90,15 @@ def build(recipe: Recipe) -> Method:
     return model
 
 
-def load(path: str | Path, numeric: str | None = None) -> Method:
+def load(path: str | Path, numeric: str | None = None, *, allow_saturation: bool = False) -> Method:
     """The model in a checkpoint, in eval mode.
 
     A quantized checkpoint can be had in three ways: `unquantized`, with its weights but without
     rounding; `simulated`, in floats that lie on the integers' grids (this is the default); and
-    `int8`, executed in integers. ValueError: the file is not a checkpoint of this package, or was
-    not quantized. Weights load strictly.
+    `int8`, executed in integers, whose layers are compared with the simulation for a few random
+    inputs. ValueError: the file is not a checkpoint of this package, or was not quantized, or this
+    CPU would compute other integers (`allow_saturation` makes that a warning). Weights load
+    strictly.
     """
     if numeric not in (None, *NUMERICS):
         raise ValueError(f"numeric={short(numeric)}: choose one of {', '.join(NUMERICS)}")
@@ -116,10 +119,22 @@ def load(path: str | Path, numeric: str | None = None) -> Method:
         if numeric == "unquantized":
             enable(model.net, False)
         elif numeric == "int8":
-            model.net = convert(model.net, QuantSpec.from_dict(recipe["quant"]).engine)
+            spec = QuantSpec.from_dict(recipe["quant"])
+            model.net = convert(
+                model.net,
+                spec.engine,
+                probe=_probe(recipe),
+                allow_saturation=allow_saturation or spec.allow_saturation,
+            )
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{where}: {one_line(str(error))[:300]}") from error
     return model
+
+
+def _probe(recipe: Recipe) -> torch.Tensor:
+    """A few inputs of the shape that the model reads, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    return channels_last(torch.randn(4, *recipe["facts"]["input_shape"], generator=generator))
 
 
 def _require_near(root: Path, folders: list[Path]) -> None:

@@ -25,6 +25,7 @@ from bqnn.quant.summary import (
     layer_rows,
     simulated_layers,
     sizes,
+    warn_of_differences,
     weight_integers,
 )
 
@@ -163,12 +164,14 @@ def write_layers(
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """quantization.csv, a row per quantized tensor, and size.json, the bytes of the parameters.
 
-    start: the quantized model before any fine-tuning. Returns what the two files hold.
+    start: the quantized model before any fine-tuning. Returns what the two files hold. Where int8
+    differs from the simulation on the first test rows, a warning says so.
     """
     x = channels_last(data.normalize(data.test.inputs[:256]))
     found: dict[str, Disagreement] = {}
     for index in range(len(simulated.net) if isinstance(simulated.net, Ensemble) else 1):
         found |= disagreements(simulated.net, integer.net, x, index)
+    warn_of_differences(found)
     rows, size = layer_rows(simulated.net, start.net, found), sizes(simulated.net)
     write_csv(folder / "quantization.csv", rows)
     write_json(folder / "size.json", size)

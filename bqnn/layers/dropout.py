@@ -8,7 +8,7 @@ from bqnn.layers.noise import coins_like
 
 
 class MCDropout(Stochastic):
-    """Drop whole channels of [B, C, H, W], or single features of [B, F], in training and after.
+    """Drop whole channels of [B, C, H, W], or single features of [B, ..., F], always.
 
     Each row has a mask of its own; what is kept is scaled by 1 / (1 - rate) (Gal &
     Ghahramani, 2016). It drops in eval mode too, so that evaluation never has to leave it, which
@@ -30,10 +30,10 @@ class MCDropout(Stochastic):
         return x * self.kept(x).to(x.dtype).mul_(1 / (1 - self.rate))
 
     def kept(self, x: Tensor) -> Tensor:
-        """Which channels or features of each row are kept: bool, [B, C, 1, 1] or [B, F]."""
+        """Which channels or features of each row are kept: bool, [B, C, 1, 1] or [B, ..., F]."""
         first = x[..., 0, 0] if x.dim() == 4 else x
         coins = coins_like(first, 1 - self.rate)
-        return coins.view(coins.shape + (1,) * (x.dim() - 2))
+        return coins.view(coins.shape + (1,) * (x.dim() - first.dim()))
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"

@@ -1,5 +1,6 @@
 """QuantizationCallback: quantization-aware training in any Lightning Trainer."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any, Protocol
@@ -9,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.layers.noise import reseed
+from bqnn.quant.fbgemm import FakeQuant
 from bqnn.quant.fuse import fuse
+from bqnn.quant.saturation import refuse_saturation
 from bqnn.quant.simulated import calibrate, enable, freeze, is_prepared, prepare
 from bqnn.quant.spec import QuantSpec
+
+log = logging.getLogger(__name__)
 
 
 class Data(Protocol):
@@ -50,12 +55,32 @@ class QuantizationCallback(pl.Callback):
                 "its ranges and the integers' scales are"
             )
         quantize_module(pl_module, self.spec)
+        if stage == "fit":
+            refuse_saturation(_net(pl_module))
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         enable(_net(pl_module), False)  # before any batch was seen there are no ranges
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         enable(_net(pl_module))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        net = _net(pl_module)
+        if not net.training:  # Lightning leaves it as it is
+            log.warning(
+                "the network was in eval mode; QuantizationCallback trains it in train mode"
+            )
+            net.train()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if (
+            batch_idx == 0
+        ):  # parts may be in eval mode on purpose; their ranges need data all the same
+            for module in _net(pl_module).modules():
+                if isinstance(module, FakeQuant):
+                    module.train()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epochs = trainer.max_epochs
@@ -99,6 +124,7 @@ def calibrate_module(
     if num_batches < 1:
         raise ValueError(f"quant.fine_tuning.calibration_batches={num_batches}: 1 or more")
     quantize_module(model, spec, stage="ptq")
+    refuse_saturation(_net(model))
     batches = islice(data.train_dataloader(), num_batches)
     reseed(torch.device("cpu"), 0)  # stochastic layers are drawn on the way
     calibrate(_net(model), (data.normalize(inputs) for inputs, _ in batches))

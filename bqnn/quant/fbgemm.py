@@ -9,7 +9,7 @@ rounding in `FakeQuant` uses core operators already.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -199,12 +199,12 @@ def _observer(
 
 
 def has_vnni() -> bool:
-    """Whether this CPU multiplies 8-bit integers without saturating in between."""
+    """Whether this CPU has instructions that add products of 8-bit integers in 32 bits."""
     return torch.cpu._is_vnni_supported()
 
 
 def can_saturate(weight_bits: int, activation_bits: int) -> bool:
-    """Whether sums of two products can leave 16 bits, which matters on CPUs without VNNI."""
+    """Whether sums of two products can leave 16 bits, in which some kernels add them up."""
     return 2 * (2**activation_bits - 1) * 2 ** (weight_bits - 1) > 32_767
 
 
@@ -217,6 +217,10 @@ def check_engine(engine: str) -> None:
         )
 
 
+# How a kernel rounds: see `requantize`, and bqnn/quant/kernels.py for which one does it how.
+Rounding = Literal["fbgemm", "fbgemm_fused", "onednn", "onednn_product"]
+
+
 def requantize(
     sums: Tensor,
     input_scale: float,
@@ -224,33 +228,48 @@ def requantize(
     bias: Tensor | None,
     output: FakeQuant,
     relu: bool,
-    engine: str,
+    rounding: Rounding,
 ) -> Tensor:
-    """What an engine makes of exact sums of integer products, in floats on the grid of `output`.
+    """What a kernel makes of exact sums of integer products, in floats on the grid of `output`.
 
-        FBGEMM    y = s_y * clamp(round((sums + bias / (s_x s_w)) * (s_x s_w / s_y)))
-        oneDNN    y = s_y * (clamp(round((sums * s_x * s_w + bias) * (1 / s_y) + z_y)) - z_y)
+        fbgemm          y = s_y clamp(round((sums + bias / (s_x s_w)) * (s_x s_w / s_y)))
+        fbgemm_fused    the same, with a fused multiply-add of the bias and 1 / (s_x s_w)
+        onednn          y = s_y (clamp(round((sums * s_x * s_w + bias) * (1 / s_y) + z_y)) - z_y)
+        onednn_product  the same, with sums * (s_x * s_w)
 
-    in float32 and in the engine's order of operations, so that even ties round alike.
+    in float32 and in the kernel's order of operations, so that even ties round alike.
 
     sums: [B, C, ...], whole numbers; bias: [C].
     """
     along = (1, -1) + (1,) * (sums.dim() - 2)
     zero_point = int(output.zero_point)
-    if _takes_onednn(engine, is_conv=sums.dim() == 4, weight=weight):
-        s_x = 1 / (1 / output.scale.new_tensor(input_scale))  # it is handed inverse scales
-        steps = sums * s_x * weight.scale.view(along)
+    if rounding in ("onednn", "onednn_product"):
+        # It is handed inverse scales, those of a linear layer's weights among them.
+        s_x = 1 / (1 / output.scale.new_tensor(input_scale))
+        s_w = (weight.scale if sums.dim() == 4 else 1 / (1 / weight.scale)).view(along)
+        steps = sums * s_x * s_w if rounding == "onednn" else sums * (s_x * s_w)
         if bias is not None:
             steps += bias.view(along)
         steps.mul_(1 / output.scale).add_(zero_point).round_().sub_(zero_point)
     else:
         product = weight.scale * input_scale
         if bias is not None:
-            in_steps = bias * (1 / product) if weight.channels is None else bias / product
-            sums = sums + in_steps.view(along)
+            sums = _plus_bias(sums, bias.view(along), product.view(along), weight, rounding)
         steps = (sums * (product / output.scale).view(along)).round_()
     low = 0 if relu else output.quant_min - zero_point
     return steps.clamp_(low, output.quant_max - zero_point).mul_(output.scale)
+
+
+def _plus_bias(
+    sums: Tensor, bias: Tensor, product: Tensor, weight: FakeQuant, rounding: Rounding
+) -> Tensor:
+    """sums + bias / product, as FBGEMM finds it."""
+    if weight.channels is not None:
+        return sums + bias / product
+    if rounding == "fbgemm":
+        return sums + bias * (1 / product)
+    # float64 holds the product of two float32 exactly.
+    return (sums.double() + bias.double() * (1 / product).double()).float()
 
 
 def requantized_sum(x: Tensor, x_grid: Grid, y: Tensor, y_grid: Grid, output: FakeQuant) -> Tensor:
@@ -273,11 +292,19 @@ def _multiplied_and_added(x: Tensor, grid: Grid) -> Tensor:
     return integers.double().mul_(scale.double()).sub_(offset).float()
 
 
-def _takes_onednn(engine: str, is_conv: bool, weight: FakeQuant) -> bool:
-    """Whether torch runs a layer in oneDNN: x86 chooses it for some convolutions."""
-    if engine == "x86":
-        return is_conv and has_vnni() and not weight.zero_point.any()
-    return engine == "onednn"
+def in_batch(x: Tensor, is_conv: bool) -> Tensor:
+    """The inputs of a linear map in the shape that kernels take: [N, F], or [B, C, H, W].
+
+    ValueError: pictures come without a batch dimension.
+    """
+    if not is_conv:
+        return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if x.dim() != 4:
+        raise ValueError(
+            f"inputs {tuple(x.shape)} of a quantized convolution: it takes [B, C, H, W]; add the "
+            "batch dimension with x[None]"
+        )
+    return x
 
 
 class PackedWeight:
@@ -301,7 +328,8 @@ class PackedWeight:
             run = ops.conv2d_relu if relu else ops.conv2d
         else:
             run = ops.linear_relu if relu else ops.linear
-        return run(x, self._packed, scale, zero_point)
+        out = run(in_batch(x, self._is_conv), self._packed, scale, zero_point)
+        return out if x.dim() == out.dim() else out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def quantized_weight(weight: Tensor, quant: FakeQuant) -> Tensor:

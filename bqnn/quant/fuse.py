@@ -67,7 +67,10 @@ def fuse(net: nn.Module) -> nn.Module:
         for name, child in list(parent._modules.items()):
             if type(child) in LAYERS:
                 followers = chain[chain.index(name) + 1 :] if chain else []
-                setattr(parent, name, _fused(parent, child, followers))
+                try:
+                    setattr(parent, name, _fused(parent, child, followers))
+                except TypeError as error:
+                    raise TypeError(f"{f'{path}.{name}'.lstrip('.')}: {error}") from None
                 count += 1
             else:
                 _refuse_unknown(f"{path}.{name}".lstrip("."), parent._modules[name])

@@ -1,42 +1,169 @@
-"""Activations that know the grid they lie on, so that a layer can compute with their integers."""
+"""Activations that know the grid they lie on, and what may be done with them before they leave it.
 
-from typing import Any, NamedTuple
+A simulated network passes its activations on as `OnGrid`: floats with the grid of their integers.
+Layers compute with those integers. Any other operation either gives the same integers in float
+and in int8, because it only moves them (or takes a maximum of them), or it is refused here.
+"""
 
-from torch import Tensor, nn
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
-from bqnn.layers.dropout import MCDropout
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 
 class Grid(NamedTuple):
-    """x = scale * (integer - zero_point), with |integer - zero_point| <= largest."""
+    """x = scale * (integer - zero_point), with |integer - zero_point| <= largest.
+
+    origin: the name of the module that put x there.
+    """
 
     scale: float
     zero_point: int
     largest: int
+    origin: str = ""
 
 
-def on_grid(x: Tensor, grid: Grid) -> Tensor:
-    """`x` itself, marked."""
-    x._grid = grid  # type: ignore[attr-defined]
-    return x
+class OnGrid(Tensor):
+    """An activation that lies on a grid.
+
+    TypeError: something else is done with it than moving its elements, taking a maximum of them,
+    or asking for its shape. The integers of an int8 network could not follow.
+    """
+
+    grid: Grid
+
+    @classmethod
+    def of(cls, x: Tensor, grid: Grid) -> Self:
+        """`x`, marked."""
+        marked = plain(x).as_subclass(cls)
+        marked.grid = grid
+        return marked
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in ASKING:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if not isinstance(args[0] if args else None, OnGrid) or not keeps_grid(func, args, kwargs):
+            origin = next(g.grid.origin for g in _flat([args, kwargs]) if isinstance(g, OnGrid))
+            raise TypeError(refusal(_name(func), origin))
+        grid = args[0].grid
+        out = func(*_plain_all(args), **kwargs)
+        if isinstance(out, Tensor):
+            return cls.of(out, grid)
+        return type(out)(cls.of(part, grid) for part in out)
+
+
+def plain(x: Tensor) -> Tensor:
+    """`x` as a plain tensor, whose grid nobody knows."""
+    return x.as_subclass(Tensor) if isinstance(x, OnGrid) else x
 
 
 def grid_of(x: Tensor) -> Grid | None:
-    """The grid that an activation was marked with; arithmetic on it does not pass it on."""
-    return getattr(x, "_grid", None)
+    """The grid that an activation lies on, if it is marked."""
+    return x.grid if isinstance(x, OnGrid) else None
 
 
-def carry_grids(net: nn.Module) -> None:
-    """Have the layers that change no step of a grid, or only its scale, pass it on."""
-    for module in net.modules():
-        if isinstance(module, nn.MaxPool2d | nn.Flatten | nn.ReLU | MCDropout):
-            module.register_forward_hook(_carry)
+def refusal(operation: str, origin: str) -> str:
+    """Why an operation is refused on what `origin` gives, and what to do about it."""
+    return (
+        f"{operation} on the output of {origin or 'a quantized module'}: int8 cannot follow, since "
+        "this is no operation on integers that quantization knows; use the modules of "
+        "bqnn.layers.markers (Add for a residual sum, Pool for the average over an image, Leave "
+        "before what is to stay in floats), or nn.ReLU and nn.MaxPool2d"
+    )
 
 
-def _carry(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grid = grid_of(inputs[0])
-    if grid is None or output is inputs[0]:
-        return
-    if isinstance(module, MCDropout):
-        grid = grid._replace(scale=grid.scale / (1 - module.rate))
-    on_grid(output, grid)
+def keeps_grid(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation gives the integers of its first argument, in float and in int8."""
+    if func in DROPPING:  # in evaluation the identity; int8 does not follow what is left on
+        is_on = kwargs.get("training", args[2] if len(args) > 2 else True)
+        return not is_on or torch.is_grad_enabled()
+    if func in (operator.getitem, Tensor.__getitem__):
+        return _is_basic_index(args[1])
+    if func is Tensor.to:
+        return not args[1:] and kwargs.keys() == {"memory_format"}
+    return func in KEEPING and not kwargs.get("return_indices", False)
+
+
+# Operations that move integers, or take a maximum of them. Quantized tensors have all of them.
+KEEPING = frozenset(
+    getattr(owner, name)
+    for owner, names in (
+        (torch, "chunk clone detach flatten max_pool2d movedim narrow permute relu relu_ reshape"),
+        (torch, "split squeeze swapaxes transpose unflatten unsqueeze"),
+        (Tensor, "chunk clone contiguous detach flatten movedim narrow permute relu relu_ reshape"),
+        (Tensor, "split squeeze swapaxes transpose unflatten unsqueeze view view_as"),
+        (F, "relu max_pool2d"),
+    )
+    for name in names.split()
+)
+DROPPING = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+
+# Questions about a tensor that are no arithmetic.
+ATTRIBUTES = (
+    "device",
+    "dtype",
+    "grad_fn",
+    "is_cuda",
+    "is_leaf",
+    "is_meta",
+    "is_quantized",
+    "layout",
+    "ndim",
+    "requires_grad",
+    "shape",
+)
+ASKING = frozenset(
+    [
+        Tensor.dim,
+        Tensor.element_size,
+        Tensor.is_contiguous,
+        Tensor.is_floating_point,
+        Tensor.nelement,
+        Tensor.numel,
+        Tensor.size,
+        Tensor.stride,
+        Tensor.__len__,
+        Tensor.__repr__,
+        Tensor.__hash__,
+        *(getattr(Tensor, attribute).__get__ for attribute in ATTRIBUTES),
+        torch.is_floating_point,
+        torch.numel,
+    ]
+)
+
+
+def _is_basic_index(index: Any) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is ... or isinstance(part, int | slice) for part in parts)
+
+
+def _plain_all(values: Sequence[Any]) -> list[Any]:
+    return [plain(value) if isinstance(value, Tensor) else value for value in values]
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return (
+        [x for part in value for x in _flat(part)] if isinstance(value, list | tuple) else [value]
+    )
+
+
+def _name(func: Any) -> str:
+    """What a user would call a function of torch."""
+    name = getattr(func, "__name__", repr(func))
+    if name in ("__get__", "__set__"):  # of an attribute
+        return str(func.__self__.__name__)
+    return str(name)

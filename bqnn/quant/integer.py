@@ -1,7 +1,7 @@
 """Integer modules: what a fake-quantized network becomes to run in int8."""
 
 import logging
-from typing import Any
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -9,27 +9,29 @@ from torch import Tensor, nn
 from bqnn.layers.draws import DrawnWeights, Stochastic
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
-from bqnn.layers.markers import Add, Leave, Pool
+from bqnn.layers.markers import Add, Pool
 from bqnn.layers.noise import noise_like
 from bqnn.quant.fbgemm import (
     ActivationGrid,
     FakeQuant,
     PackedWeight,
     add_relu,
-    can_saturate,
-    has_vnni,
     keep_scaled,
     quantized_weight,
 )
+from bqnn.quant.saturation import refuse_saturation
 from bqnn.quant.simulated import (
-    RoundedOutput,
     SimulatedAdd,
+    SimulatedDropout,
     SimulatedEnter,
     SimulatedGaussianLayer,
     SimulatedLayer,
+    SimulatedLeave,
     SimulatedPointLayer,
     SimulatedPool,
+    replace_modules,
 )
+from bqnn.quant.summary import check_agreement
 
 log = logging.getLogger(__name__)
 
@@ -139,54 +141,61 @@ class IntegerPool(Pool):
 
 
 @torch.no_grad()
-def convert(net: nn.Module, engine: str) -> nn.Module:
+def convert(
+    net: nn.Module, engine: str, *, probe: Tensor | None = None, allow_saturation: bool = False
+) -> nn.Module:
     """Make a prepared network run in int8, in place; it is left in eval mode, on the CPU.
 
-    ValueError: there is nothing to convert, or a fake quantizer has seen no data. On a CPU without
-    VNNI a warning says where 16-bit sums can saturate.
+    probe: inputs for which every layer is compared with its simulation. Integers that differ by
+    one step are a warning, those that differ by more a ValueError; what does not run, a TypeError.
+
+    ValueError: there is nothing to convert, a fake quantizer has seen no data, or this CPU would
+    compute wrong sums at the network's bits; `allow_saturation` makes that a warning, too.
     """
-    if isinstance(net, Ensemble) and len(net) > 0:
-        for index, member in enumerate(net.members):
-            net.members[index] = convert(member, engine)
-        net.current = nn.Identity()  # it answers in training, and as long as there is no member
-        return net.eval()
     unseen = [n for n, m in net.named_modules() if isinstance(m, FakeQuant) and not m.has_range]
+    is_ensemble = isinstance(net, Ensemble) and len(net) > 0
+    unseen = [name for name in unseen if not (is_ensemble and name.startswith("current."))]
     if unseen:
         raise ValueError(
             f"convert: {unseen[0]} has seen no data, so it has no range; train the prepared "
             "network, or calibrate it"
         )
-    _warn_of_saturation(net)
-    net.eval().cpu()
-    makers: dict[type[nn.Module], Any] = {
-        SimulatedPointLayer: lambda layer: IntegerLayer(layer, engine),
-        SimulatedGaussianLayer: lambda layer: IntegerGaussianLayer(layer, engine),
-        SimulatedEnter: IntegerEnter,
-        SimulatedAdd: IntegerAdd,
-        SimulatedPool: IntegerPool,
-        MCDropout: IntegerDropout,
-        Leave: lambda _: IntegerLeave(),
-    }
-    found = [(name, m) for name, m in net.named_modules() if type(m) in makers]
-    if not any(isinstance(module, SimulatedLayer) for _, module in found):
+    layers = [module for module in net.modules() if isinstance(module, SimulatedLayer)]
+    if not layers:
         raise ValueError("convert: the network has no fake-quantized layer; call prepare() first")
-    for name, module in found:
-        net.set_submodule(name, makers[type(module)](module))
-    return net.eval()
-
-
-def _warn_of_saturation(net: nn.Module) -> None:
-    weight_bits, activation_bits = 0, 0
-    for module in net.modules():
-        if isinstance(module, SimulatedLayer):
-            weight_bits = max(weight_bits, module.weight_grid.bits)
-        is_output = isinstance(module, SimulatedLayer) and module.is_output  # no layer reads it
-        if isinstance(module, SimulatedLayer | RoundedOutput) and not is_output:
-            activation_bits = max(activation_bits, module.output_quant.bits)
-    if can_saturate(weight_bits, activation_bits) and not has_vnni():
+    if layers[0].engine != engine:
         log.warning(
-            "this CPU has no VNNI: with %d-bit weights and %d-bit activations sums of two products "
-            "saturate, and int8 can differ from the simulation; quant.activation_bits=7 is safe",
-            weight_bits,
-            activation_bits,
+            "convert: the engine is %s, but the simulation rounds as %s does: they can differ by "
+            "one step; prepare the network with QuantSpec(engine=%r)",
+            engine,
+            layers[0].engine,
+            engine,
         )
+    refuse_saturation(net, allow_saturation)
+    net.eval().cpu()
+    simulated = None if probe is None else deepcopy(net)
+    if isinstance(net, Ensemble) and is_ensemble:
+        for member in net.members:
+            _replace_by_integers(member, engine)
+        net.current = nn.Identity()  # it answers in training, and as long as there is no member
+    else:
+        _replace_by_integers(net, engine)
+    net.eval()
+    if simulated is not None and probe is not None:
+        check_agreement(simulated, net, probe, only_warn=allow_saturation)
+    return net
+
+
+def _replace_by_integers(net: nn.Module, engine: str) -> None:
+    replace_modules(
+        net,
+        {
+            SimulatedPointLayer: lambda _, layer: IntegerLayer(layer, engine),
+            SimulatedGaussianLayer: lambda _, layer: IntegerGaussianLayer(layer, engine),
+            SimulatedEnter: lambda _, enter: IntegerEnter(enter),
+            SimulatedAdd: lambda _, add: IntegerAdd(add),
+            SimulatedPool: lambda _, pool: IntegerPool(pool),
+            SimulatedDropout: lambda _, dropout: IntegerDropout(dropout),
+            SimulatedLeave: lambda _, __: IntegerLeave(),
+        },
+    )

@@ -6,36 +6,73 @@ enough, and rounds as the int8 operators do. So what an int8 network computes is
 bit for bit.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bqnn.layers.bayes import GaussianWeight, local_reparametrization
+from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.linear_map import linear_map
-from bqnn.layers.markers import Add, Enter, Pool
+from bqnn.layers.markers import Add, Enter, Leave, Pool
 from bqnn.layers.noise import noise_like
-from bqnn.quant.fbgemm import FakeQuant, check_engine, layout, requantize, requantized_sum
+from bqnn.quant import kernels
+from bqnn.quant.fbgemm import (
+    FakeQuant,
+    check_engine,
+    in_batch,
+    layout,
+    requantize,
+    requantized_sum,
+)
 from bqnn.quant.fuse import Fused
-from bqnn.quant.grids import Grid, carry_grids, grid_of, on_grid
+from bqnn.quant.grids import Grid, OnGrid, grid_of, plain
+from bqnn.quant.region import check_region
 from bqnn.quant.spec import QuantSpec
 from bqnn.quant.stochastic import GaussianGrids, activation_fake_quant, weight_fake_quant
 
 
-class RoundedOutput(nn.Module):
-    """Rounds what the next class in line computes."""
+class OutputOnGrid(nn.Module):
+    """A module whose outputs are rounded to a grid, and whose inputs lie on one."""
+
+    path = ""  # its name in the network
 
     def __init__(self, spec: QuantSpec) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # the next class in line may want arguments
         self.output_quant = activation_fake_quant(spec)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return rounded(super().forward(*inputs), self.output_quant)
+    def grids_of(self, *inputs: Tensor) -> list[Grid] | None:
+        """The grids that the inputs lie on; None while nothing is rounded.
+
+        TypeError: an input lies on none, so that int8 would read floats.
+        """
+        grids = [grid for grid in map(grid_of, inputs) if grid is not None]
+        if not self.output_quant.enabled:
+            return None
+        if len(grids) < len(inputs):
+            raise TypeError(
+                f"{self.path or type(self).__name__} reads an input that is not quantized: it is "
+                "outside the integer region, or something before it computes in floats; put an "
+                "Enter before it (bqnn.layers.markers)"
+            )
+        return grids
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Outputs on their grid."""
+        return self.on_grid(self.output_quant(x))
+
+    def on_grid(self, x: Tensor) -> Tensor:
+        """Outputs that were rounded, marked."""
+        quant = self.output_quant
+        if not quant.enabled:
+            return x
+        grid = Grid(float(quant.scale), int(quant.zero_point), quant.largest, self.path)
+        return OnGrid.of(x, grid)
 
 
-class SimulatedLayer(nn.Module):
+class SimulatedLayer(OutputOnGrid):
     """A fused layer with its weights and its outputs on their grids.
 
     Batch norm is folded into the weights before they are rounded, as it will be in integers.
@@ -45,27 +82,50 @@ class SimulatedLayer(nn.Module):
     """
 
     def __init__(self, fused: Fused, spec: QuantSpec) -> None:
-        nn.Module.__init__(self)
+        OutputOnGrid.__init__(self, spec)
         self.bias: Any = fused.layer.bias
         self.bn = fused.bn
         self.relu = fused.relu
         self.geometry = fused.geometry
         self.is_output = fused.is_output
         self.engine = spec.engine
-        self.output_quant = activation_fake_quant(spec)
+        self.allow_saturation = spec.allow_saturation
         self.frozen = False
 
     def forward(self, x: Tensor) -> Tensor:
-        grid = grid_of(x)
-        if grid is None or self.training or torch.is_grad_enabled():
-            return rounded(self.before_rounding(x), self.output_quant)
+        grids = self.grids_of(x)
+        rows = in_batch(plain(x), is_conv=self.geometry is not None)
+        if grids is None or self.training or torch.is_grad_enabled():
+            out = self.output_quant(self.before_rounding(rows))
+        else:
+            out = self.executed(rows, grids[0])
+        if out.dim() != x.dim():  # of a linear layer
+            out = out.reshape(*x.shape[:-1], out.shape[-1])
+        return self.on_grid(out)
+
+    def executed(self, x: Tensor, grid: Grid) -> Tensor:
+        """What an int8 layer computes for inputs [N, F] or [B, C, H, W] on a grid."""
         factor, bias = self.fold()
         weight, quant = self.rounded_weight(factor), self.weight_grid
         integers = (weight / quant.along(weight, quant.scale)).round_()
         sums = self.exact_sums((x / grid.scale).round_(), integers, grid.largest)
-        output = self.output_quant
-        out = requantize(sums, grid.scale, quant, bias, output, self.relu, self.engine)
-        return on_grid(out, _grid(output))
+        kernel = self.kernel(grid.zero_point)
+        rounding = kernels.rounding_of(kernel, x.shape)
+        return requantize(sums, grid.scale, quant, bias, self.output_quant, self.relu, rounding)
+
+    def kernel(self, input_zero_point: int = 0) -> kernels.Layer:
+        """What an engine chooses the kernel by that executes this layer."""
+        weight, output = self.weight_grid, self.output_quant
+        zero_points = (weight.zero_point.any(), input_zero_point, output.zero_point.any())
+        return kernels.Layer(
+            self.engine,
+            self.weight_shape,
+            self.geometry,
+            per_channel=weight.channels is not None,
+            has_bias=self.bias is not None or self.bn is not None,
+            relu=self.relu,
+            is_zero=tuple(not bool(value) for value in zero_points),  # type: ignore[arg-type]
+        )
 
     def exact_sums(self, x: Tensor, weight: Tensor, largest: int) -> Tensor:
         """The linear map of whole numbers x, |x| <= largest: float32, rounded once at most."""
@@ -99,6 +159,10 @@ class SimulatedLayer(nn.Module):
         """Where the weights of a prediction lie."""
         raise NotImplementedError
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
     def rounded_weight(self, factor: Tensor | None) -> Tensor:
         """The weights of a prediction, each output channel times a factor, on their grid."""
         raise NotImplementedError
@@ -127,6 +191,10 @@ class SimulatedPointLayer(SimulatedLayer):
     def weight_grid(self) -> FakeQuant:
         return self.weight_quant
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
     def rounded_weight(self, factor: Tensor | None) -> Tensor:
         return self.weight_quant(self.folded_weight(factor))
 
@@ -148,6 +216,10 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):
     @property
     def weight_grid(self) -> FakeQuant:
         return self.grids.weight
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return tuple(self.mean.shape)
 
     def rounded_weight(self, factor: Tensor | None) -> Tensor:
         return self.weights()  # they are drawn with batch norm folded in
@@ -177,57 +249,95 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):
         return self.mean * factor, self.sigma * factor.abs()
 
 
-class SimulatedEnter(RoundedOutput, Enter):
+class SimulatedEnter(OutputOnGrid, Enter):
     """Rounds the network's inputs."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        if grid_of(x) is not None:
+            raise TypeError(
+                f"{self.path} is an Enter inside the integer region; remove it, or put a Leave "
+                "before it"
+            )
+        return self.rounded(x)
 
-class SimulatedAdd(RoundedOutput, Add):
+
+class SimulatedLeave(Leave):
+    """Gives back floats."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return plain(x)
+
+
+class SimulatedAdd(OutputOnGrid, Add):
     """The residual sum and its ReLU, rounded."""
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        x, y = inputs
-        x_grid, y_grid = grid_of(x), grid_of(y)
-        if x_grid is None or y_grid is None or self.training or torch.is_grad_enabled():
-            return super().forward(x, y)
-        out = requantized_sum(x, x_grid, y, y_grid, self.output_quant)
-        return on_grid(out, _grid(self.output_quant))
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        grids = self.grids_of(x, y)
+        x, y = plain(x), plain(y)
+        if grids is None or self.training or torch.is_grad_enabled():
+            return self.rounded(super().forward(x, y))
+        return self.on_grid(requantized_sum(x, grids[0], y, grids[1], self.output_quant))
 
 
-class SimulatedPool(RoundedOutput, Pool):
+class SimulatedPool(OutputOnGrid, Pool):
     """The average over an image, rounded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.grids_of(x)
+        return self.rounded(super().forward(plain(x)))
+
+
+class SimulatedDropout(MCDropout):
+    """Dropout that keeps a grid: what it scales is the step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = grid_of(x)
+        out = super().forward(plain(x))
+        if grid is None:
+            return out
+        return OnGrid.of(out, grid._replace(scale=grid.scale / (1 - self.rate)))
 
 
 def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
     """Give a fused network its fake quantizers, in place; an ensemble's members get their own.
 
-    ValueError: nothing is fused, no `Enter` marks where integers begin, an override of the spec
-    matches no layer, or this torch lacks the engine that the spec names.
+    ValueError: nothing is fused, `Enter` or `Leave` are missing, an override of the spec matches
+    no layer, or this torch lacks the engine that the spec names. TypeError: something between
+    `Enter` and `Leave` is not known in integers, or a layer stands outside.
     """
     check_engine(spec.engine)
+    if not any(isinstance(module, Fused) for module in net.modules()):
+        raise ValueError("prepare: the network has no fused layer; call fuse() on it first")
+    check_region(_parts(net)[0])  # members are copies of one network
     for part in _parts(net):
-        makers: dict[type[nn.Module], Any] = {
-            Fused: _simulated_layer,
-            Enter: lambda _, spec: SimulatedEnter(spec),
-            Add: lambda _, spec: SimulatedAdd(spec),
-            Pool: lambda _, spec: SimulatedPool(spec),
-        }
-        found = [(name, m) for name, m in part.named_modules() if type(m) in makers]
-        kinds = {type(module) for _, module in found}
-        if Fused not in kinds:
-            raise ValueError("prepare: the network has no fused layer; call fuse() on it first")
-        if Enter not in kinds:
-            raise ValueError(
-                "prepare: the network does not say where integers begin; put an Enter before its "
-                "first layer and a Leave after its last (bqnn.layers.markers)"
-            )
-        spec.check_overrides([name for name, _ in found])
-        for name, module in found:
+        device = next(part.parameters()).device
+        names = [name for name, module in part.named_modules() if type(module) in ROUNDED]
+        spec.check_overrides(names)
+
+        def made(name: str, module: nn.Module, device: torch.device = device) -> nn.Module:
             is_output = isinstance(module, Fused) and module.is_output
-            layer_spec = spec.for_layer(name, is_output)
-            made = makers[type(module)](module, layer_spec).train(module.training)
-            part.set_submodule(name, made.to(next(part.parameters()).device))
-        carry_grids(part)
+            new = SIMULATED[type(module)](module, spec.for_layer(name, is_output))
+            new.path = name
+            return new.train(module.training).to(device)
+
+        replace_modules(part, dict.fromkeys(SIMULATED, made))
     return net
+
+
+def replace_modules(
+    net: nn.Module, makers: Mapping[type[nn.Module], Callable[[str, Any], nn.Module]]
+) -> list[nn.Module]:
+    """Put what `makers[type(module)](name, module)` gives in each module's place: the new ones.
+
+    A module that stands in several places stays one.
+    """
+    made: dict[nn.Module, nn.Module] = {}
+    for name, module in list(net.named_modules(remove_duplicate=False)):
+        if type(module) in makers:
+            if module not in made:
+                made[module] = makers[type(module)](name, module)
+            net.set_submodule(name, made[module])
+    return list(made.values())
 
 
 def is_prepared(net: nn.Module) -> bool:
@@ -253,14 +363,17 @@ def enable(net: nn.Module, enabled: bool = True) -> None:
 def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """Set every range from what the float network computes for these inputs, without training.
 
-    ValueError: there are no inputs, or a fake quantizer saw nothing of them.
+    ValueError: there are no inputs, or a fake quantizer saw nothing of them. TypeError: the network
+    does something with its activations that integers cannot follow.
     """
     quants = [module for module in net.modules() if isinstance(module, FakeQuant)]
     net.eval()
     enable(net, False)
     for quant in quants:
         quant.train()
+    few = None  # inputs
     for inputs in batches:
+        few = inputs[:2] if few is None else few
         for part in _parts(net):
             part(inputs)
     for quant in quants:
@@ -273,17 +386,10 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
                 f"calibrate: {name} has seen no data, so it has no range; give one batch or more "
                 "that pass through all of the network"
             )
+    if few is not None:  # what no integers can follow is said now
+        for part in _parts(net):
+            part(few)
     return net
-
-
-def rounded(x: Tensor, quant: FakeQuant) -> Tensor:
-    """Activations rounded by `quant`, marked with its grid."""
-    out = quant(x)
-    return on_grid(out, _grid(quant)) if quant.enabled else out
-
-
-def _grid(quant: FakeQuant) -> Grid:
-    return Grid(float(quant.scale), int(quant.zero_point), quant.largest)
 
 
 def _parts(net: nn.Module) -> list[nn.Module]:
@@ -294,6 +400,17 @@ def _parts(net: nn.Module) -> list[nn.Module]:
 def _simulated_layer(fused: Fused, spec: QuantSpec) -> SimulatedLayer:
     is_gaussian = isinstance(fused.layer, GaussianWeight)
     return (SimulatedGaussianLayer if is_gaussian else SimulatedPointLayer)(fused, spec)
+
+
+ROUNDED = (Fused, Enter, Add, Pool)  # what an override can name
+SIMULATED: dict[type[nn.Module], Callable[[Any, QuantSpec], Any]] = {
+    Fused: _simulated_layer,
+    Enter: lambda _, spec: SimulatedEnter(spec),
+    Add: lambda _, spec: SimulatedAdd(spec),
+    Pool: lambda _, spec: SimulatedPool(spec),
+    MCDropout: lambda dropout, _: SimulatedDropout(dropout.rate),
+    Leave: lambda _, __: SimulatedLeave(),
+}
 
 
 def _nonzero(factor: Tensor | None) -> Tensor:

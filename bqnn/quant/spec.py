@@ -32,6 +32,9 @@ class QuantSpec:
     activation_observer: `moving_average` or `minmax` over training batches, or `histogram`, which
     minimizes the squared error and only calibrates (without training).
 
+    allow_saturation: run in int8 even where this CPU's instructions compute wrong sums, which is
+    refused otherwise.
+
     overrides: dictionaries with `layer`, a glob over layer names, and the bits that differ there;
     later ones win.
     """
@@ -49,6 +52,7 @@ class QuantSpec:
     noise_bits: int = 8
     noise_range: float = 3.0
     engine: str = "fbgemm"
+    allow_saturation: bool = False
     overrides: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -64,10 +68,10 @@ class QuantSpec:
         _check_choice("strategy", self.strategy, ("both", "parameters", "weights"))
         _check_choice("sigma_grid", self.sigma_grid, ("linear", "log"))
         _check_choice("engine", self.engine, ENGINES)
-        if not isinstance(self.weight_symmetric, bool):
-            raise ValueError(
-                f"quant.weight_symmetric={_shown(self.weight_symmetric)}: true or false"
-            )
+        for name in ("weight_symmetric", "allow_saturation"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"quant.{name}={_shown(value)}: true or false")
         is_number = type(self.noise_range) in (int, float)
         if not (is_number and 0 < self.noise_range <= sys.float_info.max):
             raise ValueError(

@@ -1,5 +1,6 @@
 """What quantization did to each layer: integers, sizes, how well int8 follows the simulation."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
@@ -12,8 +13,11 @@ from bqnn.layers.draws import held_draw
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.noise import reseed
 from bqnn.quant.fbgemm import FakeQuant, quantized_like
+from bqnn.quant.grids import plain
 from bqnn.quant.simulated import SimulatedGaussianLayer, SimulatedLayer, SimulatedPointLayer
 from bqnn.quant.stochastic import LogFakeQuant
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,55 @@ def disagreements(
     return results
 
 
+@torch.no_grad()
+def check_agreement(
+    simulated: nn.Module, integer: nn.Module, x: Tensor, *, only_warn: bool = False
+) -> dict[str, Disagreement]:
+    """Compare every layer, and the outputs, of an int8 network with the simulation, for inputs x.
+
+    A difference of one step is a warning: rounding ties may fall on another side on a CPU whose
+    kernels are not known. ValueError: there is more than that, unless `only_warn`. TypeError: the
+    network does not run in int8. Returns what differs in each layer, of all members of an ensemble.
+    """
+    found: dict[str, Disagreement] = {}
+    for index in range(len(simulated) if isinstance(simulated, Ensemble) and len(simulated) else 1):
+        try:
+            found |= disagreements(simulated, integer, x, index)
+            outputs = [_drawn_output(net, x, index) for net in (simulated, integer)]
+        except (NotImplementedError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0][:200]
+            raise TypeError(
+                f"int8: the network does not run in integers: {reason}; put a Leave before what is "
+                "no operation on integers (bqnn.layers.markers)"
+            ) from error
+        warn_of_differences(found, only_warn)
+        if not any(each.differing for each in found.values()) and not torch.equal(*outputs):
+            raise ValueError(
+                "int8: every layer computes the simulated integers, but the outputs differ: "
+                "something between the layers is no operation on integers; put a Leave before it "
+                "(bqnn.layers.markers)"
+            )
+    return found
+
+
+def warn_of_differences(found: dict[str, Disagreement], only_warn: bool = True) -> None:
+    """Say where integers differ; ValueError where they do by more than a step, not `only_warn`."""
+    differing = {name: each for name, each in found.items() if each.differing > 0}
+    if not differing:
+        return
+    name, worst = max(differing.items(), key=lambda item: item[1].largest)
+    message = (
+        f"int8 differs from the simulation in {len(differing)} of {len(found)} layers, most in "
+        f"{name}: {worst.differing} of {worst.total} integers, by up to {worst.largest} steps"
+    )
+    if worst.largest > 1 and not only_warn:
+        raise ValueError(
+            f"{message}; evaluate it with numeric=simulated, or quantize it with another "
+            "quant.engine"
+        )
+    log.warning("%s", message)
+
+
 @dataclass(frozen=True, eq=False)
 class Twin:
     """A fake-quantized module, what it read, its integers, and those of its int8 twin for that."""
@@ -188,6 +241,13 @@ def twins(simulated: nn.Module, integer: nn.Module, x: Tensor, index: int = 0) -
             yield Twin(name, module, inputs, quant.integers(output).int(), got)
 
 
+def _drawn_output(net: nn.Module, x: Tensor, index: int) -> Tensor:
+    reseed(x.device, 0)
+    with held_draw(net, index):
+        out: Tensor = net(x)
+    return out
+
+
 def _take_grids(to: nn.Module, source: nn.Module) -> None:
     """Give a layer the grids of its twin, so that their integers can be compared."""
     for name, module in source.named_modules():
@@ -203,14 +263,14 @@ def _record(
 
     def keep(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            kept[name] = (inputs, output)
+            kept[name] = (tuple(map(plain, inputs)), plain(output))
 
         return hook
 
     hooks = [m.register_forward_hook(keep(n)) for n, m in net.named_modules() if wanted(m)]
-    reseed(x.device, 0)
-    with held_draw(net, index):
-        net(x)
-    for hook in hooks:
-        hook.remove()
+    try:
+        _drawn_output(net, x, index)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return kept

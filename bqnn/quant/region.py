@@ -1,0 +1,133 @@
+"""The integer region of a network, from Enter to Leave: what stands in it has to be known."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from bqnn.layers.dropout import MCDropout
+from bqnn.layers.markers import Add, Enter, Leave, Pool
+from bqnn.quant.fuse import Fused
+from bqnn.quant.grids import ASKING, keeps_grid, refusal
+
+# Modules that keep a grid; an nn.ReLU that follows a layer directly is fused into it.
+KEEPING = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.Flatten,
+    nn.Identity,
+    nn.MaxPool2d,
+    nn.ReLU,
+    nn.Unflatten,
+    MCDropout,
+)
+COMPUTING = (Fused, Add, Pool)
+MARKED = (*COMPUTING, Enter, Leave, MCDropout)
+
+
+def check_region(net: nn.Module) -> None:
+    """TypeError, in one line, for what int8 could not execute as it is simulated.
+
+    Follows the activations of a fused network through its `forward`, without any input: what lies
+    on a grid may pass layers, markers, and what only moves it. A network whose `forward` cannot be
+    traced, because it decides by its inputs, is checked when it is run, by `OnGrid`.
+    """
+    for kind in (Enter, Leave):
+        if not any(isinstance(module, kind) for module in net.modules()):
+            raise ValueError(
+                f"prepare: the network has no {kind.__name__}, so it does not say where integers "
+                "begin and end; put an Enter before its first layer and a Leave after its last "
+                "(bqnn.layers.markers)"
+            )
+    graph = _traced(net)
+    if graph is not None:
+        with torch.no_grad():
+            _follow(graph, dict(net.named_modules(remove_duplicate=False)))
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, MARKED) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _traced(net: nn.Module) -> fx.Graph | None:
+    """What `forward` calls in evaluation; None where it cannot be said without inputs."""
+    modes = {module: module.training for module in net.modules()}
+    try:
+        return _Tracer().trace(net.eval())
+    except Exception:  # of a forward that is not ours, called with stand-ins for tensors
+        return None
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _follow(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
+    """Find out what of a graph lies on a grid, and refuse what must not be done with it."""
+    origins: dict[fx.Node, str] = {}  # of what lies on a grid: the module that put it there
+    for node in graph.nodes:
+        inputs = [each for each in node.all_input_nodes if each in origins]
+        if node.op == "call_module":
+            name, module = str(node.target), modules[str(node.target)]
+            if _is_on_grid_after(name, module, [origins[each] for each in inputs], node):
+                is_new = isinstance(module, (Enter, *COMPUTING))
+                origins[node] = name if is_new else origins[inputs[0]]
+        elif node.op == "output" and inputs:
+            raise TypeError(
+                f"prepare: the output of {origins[inputs[0]]} leaves the network in integers; put "
+                "a Leave after its last layer (bqnn.layers.markers)"
+            )
+        elif inputs and not _only_asks(node):
+            origin = origins[inputs[0]]
+            args = fx.node.map_arg(node.args, lambda each: each if each in origins else 0)
+            kwargs = fx.node.map_arg(node.kwargs, lambda each: each if each in origins else 0)
+            first = args[0] if args else None
+            if first not in inputs or not keeps_grid(_function(node), args, kwargs):
+                called = node.target if isinstance(node.target, str) else node.target.__name__
+                raise TypeError(f"prepare: {_caller(node)}{refusal(called, origin)}")
+            origins[node] = origin
+
+
+def _is_on_grid_after(name: str, module: nn.Module, origins: list[str], node: fx.Node) -> bool:
+    """Whether the output of a module lies on a grid; TypeError where the inputs do not fit it."""
+    kind, num_inputs = type(module).__name__, len(node.all_input_nodes)
+    if isinstance(module, Enter):
+        if origins:
+            raise TypeError(
+                f"prepare: {name} is an Enter inside the integer region, behind {origins[0]}; "
+                "remove it, or put a Leave before it"
+            )
+        return True
+    if isinstance(module, Leave | Fused | Add | Pool):
+        if len(origins) < num_inputs:
+            what = type(module.layer).__name__ if isinstance(module, Fused) else kind
+            raise TypeError(
+                f"prepare: {name} is a {what} outside the integer region; put an Enter before it, "
+                "and a Leave only after the last layer (bqnn.layers.markers)"
+            )
+        return not isinstance(module, Leave)
+    if not origins:
+        return False
+    if not isinstance(module, KEEPING) or getattr(module, "return_indices", False):
+        raise TypeError(f"prepare: {name} is a {refusal(kind, origins[0])}")
+    return True
+
+
+def _only_asks(node: fx.Node) -> bool:
+    if node.op == "call_function" and node.target is getattr:
+        return getattr(getattr(Tensor, str(node.args[1]), None), "__get__", None) in ASKING
+    return _function(node) in ASKING
+
+
+def _function(node: fx.Node) -> Any:
+    """What a node calls, as a function of its arguments."""
+    return getattr(Tensor, node.target, None) if isinstance(node.target, str) else node.target
+
+
+def _caller(node: fx.Node) -> str:
+    """The name of the module whose `forward` makes a call, where it is not the network's own."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return f"{stack[-1][0]} calls " if stack and stack[-1][0] else "its forward calls "

@@ -1,0 +1,54 @@
+"""Sums that this CPU's int8 instructions cannot hold: refused, unless they are asked for."""
+
+import logging
+from collections.abc import Iterator
+
+from torch import nn
+
+from bqnn.layers.ensemble import Ensemble
+from bqnn.quant import kernels
+from bqnn.quant.simulated import OutputOnGrid, SimulatedLayer
+
+log = logging.getLogger(__name__)
+
+
+def refuse_saturation(net: nn.Module, allow: bool = False) -> None:
+    """ValueError where int8 would compute wrong sums on this CPU, at a network's bits.
+
+    With `allow`, or where the spec of every such layer has `allow_saturation`, a warning.
+    """
+    found = list(_saturating(net))
+    if not found:
+        return
+    name, layer, activation_bits = found[0]
+    why = (
+        f"{len(found)} of the network's layers, {name} the first, would saturate on this CPU: with "
+        f"{layer.weight_grid.bits}-bit weights and {activation_bits}-bit activations the engine "
+        f"{layer.engine} adds products up in 16 bits here"
+    )
+    if not (allow or all(layer.allow_saturation for _, layer, _ in found)):
+        raise ValueError(
+            f"int8: {why}; choose quant.activation_bits=7, use a CPU with VNNI, or accept wrong "
+            "integers with allow_saturation=true (of quantize.py and train.py "
+            "quant.allow_saturation=true)"
+        )
+    log.warning("int8 can differ from the simulation: %s", why)
+
+
+def _saturating(net: nn.Module) -> Iterator[tuple[str, SimulatedLayer, int]]:
+    """The layers whose sums can be wrong, with the bits of what they may read."""
+    activation_bits = max(
+        (
+            module.output_quant.bits
+            for module in net.modules()
+            if isinstance(module, OutputOnGrid)
+            and not (isinstance(module, SimulatedLayer) and module.is_output)  # no layer reads it
+        ),
+        default=0,
+    )
+    part = net.current if isinstance(net, Ensemble) else net  # members are alike
+    for name, layer in part.named_modules():
+        if isinstance(layer, SimulatedLayer) and kernels.saturates(
+            layer.kernel(), layer.weight_grid.bits, activation_bits
+        ):
+            yield name, layer, activation_bits
