@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from bqnn.layers.bayes import JointPosterior
 from bqnn.layers.chain import is_chain
 from bqnn.layers.draws import Drawn, Stochastic, held_draw
-from bqnn.layers.noise import reseed
+from bqnn.layers.streams import Stream, stream_generator
 
-FIRST_STREAM = 500_000  # training has the streams of the epochs before it
 BATCH_SIZE = 256
 MAX_KEPT_BYTES = 512 * 2**20  # of what comes before the first random layer
 
@@ -20,9 +19,10 @@ def predictive(
 ) -> Tensor:
     """Stack independent draws of the network's output: [S, B, ...].
 
-    Equal seeds give equal draws (of dropout masks, for equal rows and `batch_size`); the global
-    random state is left as it was. The network must be in eval mode, which is a ValueError
-    otherwise: batch norm would learn from what it predicts.
+    Equal seeds give equal draws (of dropout masks, for equal rows and `batch_size`), on every
+    device and in any number of threads at once; the global random state is not touched. The network
+    must be in eval mode, which is a ValueError otherwise: batch norm would learn from what it
+    predicts.
     """
     (samples,) = predictive_sets(net, [x], num_samples, seed=seed, batch_size=batch_size)
     return samples
@@ -58,15 +58,15 @@ def predictive_sets(
     for group in [list(sets)] if is_drawn else [[x] for x in sets]:
         room = MAX_KEPT_BYTES // len(group) if num_samples > 1 else 0
         passes = [_one_pass(net, x.split(batch_size), prepare, room) for x in group]
-        devices = [x.device for x in group[:1] if x.device.type == "cuda"]
         draws: list[list[Tensor]] = [[] for _ in group]
-        with torch.random.fork_rng(devices), posterior:
+        with posterior:
             for index in range(num_samples):
-                reseed(group[0].device, seed, FIRST_STREAM + index)
-                with held_draw(net, index):
+                generator = stream_generator(seed, Stream.EVALUATION, index)
+                with held_draw(net, index, generator):
+                    begin = generator.get_state()
                     for place, (one_pass, outputs) in enumerate(zip(passes, draws, strict=True)):
-                        with torch.random.fork_rng(devices):  # as if there were no other set
-                            outputs.append(one_pass())
+                        generator.set_state(begin)  # as if there were no other set
+                        outputs.append(one_pass())
                         if progress is not None:
                             progress(len(samples) + place, index)
         samples += [torch.stack(outputs) for outputs in draws]

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from bqnn.checkpoint import read_checkpoint
 from bqnn.data import TensorData, build_data
-from bqnn.layers.noise import reseed
+from bqnn.layers.streams import Stream, reseed
 from bqnn.likelihoods import likelihood_from
 from bqnn.methods import METHODS, Method
 from bqnn.methods.base import channels_last
@@ -82,7 +82,7 @@ def build(recipe: Recipe) -> Method:
     """The untrained model that a recipe describes. A ValueError says what is wrong with it."""
     facts = recipe["facts"]
     likelihood = likelihood_from(facts)
-    reseed(torch.device("cpu"), recipe["seed"])
+    reseed(torch.device("cpu"), recipe["seed"], Stream.WEIGHTS)
     net = _construct(NETS, "net", recipe["net"], facts["input_shape"], likelihood.heads)
     extra = {"num_train": facts["num_train"], "seed": recipe["seed"]}
     model: Method = _construct(METHODS, "method", {**recipe["method"], **extra}, net, likelihood)

@@ -15,7 +15,7 @@ ALLOWED = {
     "layers": {"layers"},
     "nets": {"nets", "layers.markers"},
     "methods": {"methods", "layers", "likelihoods", "predict", "optim", "checkpoint", "epochs"},
-    "data": {"data", "files", "text"},
+    "data": {"data", "files", "text", "layers.streams"},
     "quant": {"quant", "layers", "text"},
     "optim": set(),
     "metrics": set(),

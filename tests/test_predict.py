@@ -9,9 +9,9 @@ from bqnn.layers.bayes import to_bayes
 from bqnn.layers.draws import Drawn, held_draw
 from bqnn.layers.dropout import MCDropout, to_mcdropout
 from bqnn.layers.ensemble import Ensemble
-from bqnn.layers.noise import reseed
+from bqnn.layers.streams import Stream, stream_generator
 from bqnn.nets import MLP, LeNet, ResNet
-from bqnn.predict import FIRST_STREAM, predictive, predictive_sets
+from bqnn.predict import predictive, predictive_sets
 
 
 class Counter(Drawn):
@@ -19,19 +19,14 @@ class Counter(Drawn):
 
     def __init__(self) -> None:
         super().__init__()
-        self.index: int | None = None
         self.num_draws = 0
 
-    def hold_draw(self, index: int) -> None:
-        self.index = index
+    def make_draw(self, index: int) -> int:
         self.num_draws += 1
-
-    def release_draw(self) -> None:
-        self.index = None
+        return index
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.index is not None
-        return x * self.index
+        return x * self.held()
 
 
 def bayes_net() -> nn.Module:
@@ -62,7 +57,7 @@ def test_a_draw_is_made_once_for_all_batches_and_released():
     net = Counter().eval()
     predictive(net, torch.ones(10, 1), 3, batch_size=2)
     assert net.num_draws == 3
-    assert net.index is None
+    assert net.held() is None
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -172,8 +167,7 @@ def test_what_comes_before_the_first_random_layer_is_computed_once(
     x = torch.randn(10, 4)
     expected = []
     for index in range(3):
-        with torch.random.fork_rng([]):
-            reseed(x.device, 0, FIRST_STREAM + index)
+        with held_draw(net, index, stream_generator(0, Stream.EVALUATION, index)):
             expected.append(torch.cat([net(rows) for rows in x.split(4)]).detach())
     calls.clear()
     monkeypatch.setattr(predict, "MAX_KEPT_BYTES", 1000 if kept else 300)

@@ -9,6 +9,7 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
 from bqnn.data.loader import TensorLoader, permutation
+from bqnn.layers.streams import Stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +122,7 @@ class TensorData(LightningDataModule):
                 f"validation_share={self.validation_share}: it would hold out all {len(part)} "
                 "training rows; choose a smaller share, or 0"
             )
-        order = permutation(len(part), self.seed)
+        order = permutation(len(part), self.seed, Stream.VALIDATION)
         # Sorted, so that the rows keep the order of the file.
         held_out, kept = order[:num_val].sort().values, order[num_val:].sort().values
         return part.take(kept), part.take(held_out), test

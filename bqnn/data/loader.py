@@ -8,6 +8,8 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from bqnn.layers.streams import Stream, stream_generator
+
 
 class TensorLoader:
     """Batches `(inputs[rows], targets[rows])` of one epoch; Lightning takes it as a dataloader.
@@ -84,7 +86,7 @@ class TensorLoader:
     def _rows(self) -> Tensor:
         num_rows = len(self.inputs)
         if self.shuffle:
-            order = permutation(num_rows, self.seed, self.epoch)
+            order = permutation(num_rows, self.seed, Stream.ORDER, self.epoch)
         else:
             order = torch.arange(num_rows)
         if self.world_size > 1:
@@ -93,9 +95,6 @@ class TensorLoader:
         return order.to(self.inputs.device)
 
 
-def permutation(num_rows: int, seed: int, epoch: int = 0) -> Tensor:
-    """A random order of `range(num_rows)` that depends on (seed, epoch) alone: int64 [N]."""
-    generator = torch.Generator()
-    # The CPU generator reads 32 bits of its seed; the factor keeps (seed, epoch) pairs apart.
-    generator.manual_seed((seed * 1_000_003 + epoch) % 2**32)
-    return torch.randperm(num_rows, generator=generator)
+def permutation(num_rows: int, seed: int, stream: Stream, epoch: int = 0) -> Tensor:
+    """A random order of `range(num_rows)` that depends on what is given alone: int64 [N]."""
+    return torch.randperm(num_rows, generator=stream_generator(seed, stream, epoch))

@@ -2,8 +2,10 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -32,8 +34,6 @@ class GaussianWeight(DrawnWeights):
     rho: nn.Parameter
     bias: nn.Parameter | None
     geometry: Geometry | None = None  # of a convolution
-    # sigma and its square in the order of memory, while a network's are computed jointly
-    _joint: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, *, prior_std: float, init_rho: float
@@ -69,7 +69,7 @@ class GaussianWeight(DrawnWeights):
         return self._from_joint(1)
 
     def _from_joint(self, index: int) -> Tensor:
-        joint = self._joint
+        joint = _joint_moments.get().get(self)
         if joint is None:
             (joint,), _ = _moments_and_kl(self.prior_std, [self])
         return _shaped_like(self.rho, joint[index])
@@ -149,11 +149,18 @@ def to_bayes(net: nn.Module, prior_std: float, init_rho: float) -> nn.Module:
     return net
 
 
+# sigma and its square of each layer, flat, in the order of memory, while they are computed jointly
+_joint_moments: ContextVar[Mapping[GaussianWeight, tuple[Tensor, Tensor]]] = ContextVar(
+    "joint_moments", default=MappingProxyType({})
+)
+
+
 class JointPosterior:
     """The Gaussian weights of a network, with sigma computed by one softplus over all of them.
 
-    In a `with` statement the layers use it, each time that they need sigma or its square, and
-    compute none of their own. On small networks this halves what a posterior costs in a step.
+    In a `with` statement the layers use it in this thread, each time that they need sigma or its
+    square, and compute none of their own. On small networks this halves what a posterior costs in
+    a step.
     Gradients of all means and rhos come together, at the end of the backward pass.
     """
 
@@ -171,13 +178,12 @@ class JointPosterior:
             self._kls.append(kl)
 
     def __enter__(self) -> Self:
-        for layer, moments in zip(self._layers, self._moments, strict=True):
-            layer._joint = moments
+        own = zip(self._layers, self._moments, strict=True)
+        self._token = _joint_moments.set({**_joint_moments.get(), **dict(own)})
         return self
 
     def __exit__(self, *_: object) -> None:
-        for layer in self._layers:
-            layer._joint = None
+        _joint_moments.reset(self._token)
 
     def kl(self) -> Tensor:
         """`kl_divergence` of the network."""

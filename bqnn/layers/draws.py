@@ -1,14 +1,23 @@
-"""Random modules that can hold one draw while it passes over many batches."""
+"""Random modules, and the draw that all of them share during one prediction.
+
+A draw belongs to the call that makes it: it is held in a context variable and not on the layers, so
+that any number of threads can predict with one network at the same time.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import nn
 
 
 class Stochastic(nn.Module):
-    """A module whose output is random in evaluation."""
+    """A module whose output is random in evaluation.
+
+    Its numbers come from `bqnn.layers.noise`, which knows the generator of the draw that is held.
+    """
 
 
 class Drawn(Stochastic):
@@ -17,18 +26,18 @@ class Drawn(Stochastic):
     Left alone it makes a draw per call. While a draw is held, every call uses that one.
     """
 
-    def hold_draw(self, index: int) -> None:
-        """Make draw number `index` and use it until `release_draw`."""
+    def make_draw(self, index: int) -> Any:
+        """What this module keeps of draw number `index` while it is held."""
         raise NotImplementedError
 
-    def release_draw(self) -> None:
-        raise NotImplementedError
+    def held(self) -> Any:
+        """What `make_draw` returned for the draw that this thread holds, None without one."""
+        draw = _held.get()
+        return None if draw is None else draw.kept.get(self)
 
 
 class DrawnWeights(Drawn):
-    """A layer whose weights are random: all that is left to say is how `draw` makes them."""
-
-    _held: Any = None
+    """Base class of layers with random weights. Subclasses implement `draw`."""
 
     def draw(self) -> Any:
         """One draw of the weights, in the form that `forward` needs."""
@@ -36,23 +45,49 @@ class DrawnWeights(Drawn):
 
     def weights(self) -> Any:
         """The draw that is held, or a new one."""
-        return self.draw() if self._held is None else self._held
+        held = self.held()
+        return self.draw() if held is None else held
 
-    def hold_draw(self, index: int) -> None:
-        self._held = self.draw()
+    def make_draw(self, index: int) -> Any:
+        return self.draw()
 
-    def release_draw(self) -> None:
-        self._held = None
+
+class Draw:
+    """A draw of all random modules of a network: what each keeps, and the source of its noise."""
+
+    def __init__(self, generator: torch.Generator | None, kept: dict[nn.Module, Any]) -> None:
+        self.generator = generator
+        self.kept = kept
+
+
+_held: ContextVar[Draw | None] = ContextVar("held_draw", default=None)
+
+
+def held_generator() -> torch.Generator | None:
+    """The generator of the draw that this thread holds; None: torch's global one."""
+    draw = _held.get()
+    return None if draw is None else draw.generator
 
 
 @contextmanager
-def held_draw(net: nn.Module, index: int) -> Iterator[None]:
-    """Hold draw number `index` of every random module of `net`."""
-    drawn = [module for module in net.modules() if isinstance(module, Drawn)]
+def held_draw(
+    net: nn.Module, index: int, generator: torch.Generator | None = None
+) -> Iterator[None]:
+    """Hold draw number `index` of every random module of `net`, in this thread.
+
+    Args:
+        net: The network; in eval mode.
+        index: The number of the draw, from 0. Members of an ensemble are chosen by it.
+        generator: A generator on the CPU, from which all noise is drawn while the draw is held, on
+            any device. Without one noise comes from torch's global generators.
+    """
+    outer = _held.get()
+    draw = Draw(generator, {} if outer is None else dict(outer.kept))
+    token = _held.set(draw)
     try:
-        for module in drawn:
-            module.hold_draw(index)
+        for module in net.modules():
+            if isinstance(module, Drawn):
+                draw.kept[module] = module.make_draw(index)
         yield
     finally:
-        for module in drawn:
-            module.release_draw()
+        _held.reset(token)

@@ -28,7 +28,6 @@ class Ensemble(Drawn):
         self.members = nn.ModuleList()
         self.register_buffer("collected", torch.zeros((), dtype=torch.int64))
         self.register_load_state_dict_pre_hook(_make_room)
-        self._held: int | None = None
         self._turn = 0
 
     def __len__(self) -> int:
@@ -44,23 +43,24 @@ class Ensemble(Drawn):
         self.members[slot].load_state_dict(self.current.state_dict())
         self.collected += 1
 
-    def hold_draw(self, index: int) -> None:
-        if self.members and index >= len(self.members):
+    def make_draw(self, index: int) -> int | None:
+        """The place of the member that is draw number `index`; None where there is no member."""
+        if not self.members:
+            return None
+        if index >= len(self.members):
             raise ValueError(
                 f"draw {index} of an ensemble with {len(self.members)} members: "
                 f"ask for at most {len(self.members)} samples"
             )
         newest = (int(self.collected) - 1) % self.num_members
-        self._held = (newest - index) % len(self.members) if self.members else None
-
-    def release_draw(self) -> None:
-        self._held = None
+        return (newest - index) % len(self.members)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training or not self.members:
             return self.current(x)
-        if self._held is not None:
-            return self.members[self._held](x)
+        held = self.held()
+        if held is not None:
+            return self.members[held](x)
         self._turn += 1
         return self.members[self._turn % len(self.members)](x)
 

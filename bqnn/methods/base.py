@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from bqnn.epochs import is_last_epoch
-from bqnn.layers.noise import reseed
+from bqnn.layers.streams import Stream, reseed
 from bqnn.likelihoods import Likelihood, NotFiniteError
 from bqnn.optim import make_optimizer
 from bqnn.predict import predictive_sets
@@ -207,9 +207,7 @@ class Method(pl.LightningModule):
 
         Of several ranks, each has draws of its own for its own rows.
         """
-        reseed(self.device, self.seed, stream=self.current_epoch)
-        if self.trainer.world_size > 1:
-            reseed(self.device, int(torch.randint(2**31, (self.global_rank + 1,))[-1]))
+        reseed(self.device, self.seed, Stream.TRAINING, self.current_epoch, self.global_rank)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # Here gradients are those of all ranks: what is wrong on one stops all of them.

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from bqnn.layers.noise import reseed
+from bqnn.layers.streams import Stream, reseed
 from bqnn.quant.fbgemm import FakeQuant
 from bqnn.quant.fuse import fuse
 from bqnn.quant.saturation import refuse_saturation
@@ -126,7 +126,7 @@ def calibrate_module(
     quantize_module(model, spec, stage="ptq")
     refuse_saturation(_net(model))
     batches = islice(data.train_dataloader(), num_batches)
-    reseed(torch.device("cpu"), 0)  # stochastic layers are drawn on the way
+    reseed(torch.device("cpu"), 0, Stream.CALIBRATION)  # stochastic layers are drawn on the way
     calibrate(_net(model), (data.normalize(inputs) for inputs, _ in batches))
 
 

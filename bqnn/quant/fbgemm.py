@@ -9,6 +9,7 @@ rounding in `FakeQuant` uses core operators already.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -406,12 +407,19 @@ def layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_last else torch.contiguous_format
 
 
+_packing = Lock()
+
+
 @contextmanager
 def _using(engine: str) -> Iterator[None]:
-    """Pack for an engine; running a packed weight needs no such setting."""
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = engine
-    try:
-        yield
-    finally:
-        torch.backends.quantized.engine = before
+    """Pack for an engine; running a packed weight needs no such setting.
+
+    The engine is a setting of the process, so one thread at a time packs.
+    """
+    with _packing:
+        before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = engine
+        try:
+            yield
+        finally:
+            torch.backends.quantized.engine = before

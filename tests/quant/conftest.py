@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from bqnn.layers.bayes import to_bayes
 from bqnn.layers.dropout import to_mcdropout
 from bqnn.layers.ensemble import Ensemble
-from bqnn.layers.noise import reseed
 from bqnn.nets import NETS
 from bqnn.quant.fuse import fuse
 from bqnn.quant.simulated import calibrate, prepare
@@ -27,7 +26,7 @@ Make = Callable[..., nn.Module]
 
 def float_net(method: str, net: str) -> nn.Module:
     """A network in eval mode whose batch norms are far from the identity."""
-    reseed(torch.device("cpu"), 3)
+    torch.manual_seed(3)
     made = NETS[net](SHAPES[net], (10,), **OPTIONS[net])
     for module in made.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -49,7 +48,7 @@ def float_net(method: str, net: str) -> nn.Module:
 
 
 def inputs(net: str, rows: int = 64) -> Tensor:
-    reseed(torch.device("cpu"), 5)
+    torch.manual_seed(5)
     x = torch.randn(rows, *SHAPES[net])
     return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
 

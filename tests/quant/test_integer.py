@@ -10,7 +10,7 @@ from bqnn.layers.draws import held_draw
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.markers import Enter, Leave
-from bqnn.layers.noise import reseed
+from bqnn.layers.streams import Stream, stream_generator
 from bqnn.predict import predictive
 from bqnn.quant.fbgemm import can_saturate, has_vnni
 from bqnn.quant.fuse import fuse
@@ -128,8 +128,7 @@ def test_the_simulation_rounds_what_float64_gives(method: str, net: str, simulat
             if not isinstance(twin.module, SimulatedLayer):
                 continue
             quant = twin.module.output_quant
-            reseed(torch.device("cpu"), 0)
-            with held_draw(made, 0):
+            with held_draw(made, 0, stream_generator(0, Stream.COMPARISON)):
                 exact = in_float64(twin.module, twin.inputs[0])
             steps = exact / quant.scale.double() + quant.zero_point
             from_tie = (steps - steps.floor() - 0.5).abs()
@@ -152,7 +151,6 @@ def test_gradients_see_the_same_network(method: str, simulated: Make) -> None:
     with held_draw(made, 0):
         with torch.no_grad():
             expected = made(x)
-        reseed(x.device, 0)
         got = made(x)
     if method != "mcdropout":  # whose masks are drawn in each pass
         assert (got - expected).abs().max() < 0.02 * expected.abs().max()
@@ -204,9 +202,9 @@ def test_noise_is_the_same_in_float_and_int8(method: str, simulated: Make) -> No
 def test_dropout_in_integers_is_exact() -> None:
     x = torch.quantize_per_tensor(torch.randn(64, 50), 0.05, 60, torch.quint8)
     dropout = MCDropout(0.25)
-    reseed(x.device, 1)
+    torch.manual_seed(1)
     got = IntegerDropout(dropout)(x)
-    reseed(x.device, 1)
+    torch.manual_seed(1)
     expected = dropout(x.dequantize())
     dropped = expected == 0
     assert torch.equal(got.int_repr()[~dropped], x.int_repr()[~dropped])
