@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bqnn.files import write_json
 from bqnn.run import Job, describe, end_with, record_refusal
 from bqnn.secrets import refuse_secrets
-from bqnn.status import ELSEWHERE, WITHOUT_EFFECT, config_hash, find_run, read_status
+from bqnn.status import ELSEWHERE, WITHOUT_EFFECT, config_hash, find_run, is_same, read_status
 from bqnn.sweep import Sweep, find_sweep, record_refused_sweep
 from bqnn.terminal import protect_output, say, say_once
 
@@ -240,7 +240,7 @@ def _folder_to_resume(key: str) -> Path:
     hydra_config = HydraConfig.get()
     own = Path(hydra_config.runtime.output_dir)
     status = read_status(own)
-    if status is not None and status.get("config_hash") in (None, key):
+    if status is not None and is_same(status.get("config_hash", key), key):
         return own
     if hydra_config.mode == RunMode.RUN:
         found = None if _is_given("hydra.run.dir", hydra_config) else find_run(OUTPUTS, key)

@@ -27,7 +27,14 @@ from filelock import Timeout
 
 from bqnn.files import write_json, write_text
 from bqnn.ranks import ALONE, find_place, hide_launcher
-from bqnn.status import config_hash, folder_lock, input_digests, is_finished, read_status
+from bqnn.status import (
+    config_hash,
+    folder_lock,
+    input_digest,
+    is_finished,
+    is_same,
+    read_status,
+)
 from bqnn.terminal import say
 from bqnn.text import one_line, short, valid_name
 
@@ -71,7 +78,7 @@ class Job:
         self.parts: list[str] = []
         self.is_resumed = False
         self._hash: str | None = None
-        self._input_digests: dict[str, str] = {}
+        self._input_digest: str | None = None
         self._resumed_from_epoch: int | None = None
         self._claimed = False
         self._is_interrupted = False
@@ -99,7 +106,7 @@ class Job:
         """Give the job its resolved configuration, and record it in config.yaml."""
         self.config = config
         if self._hash is None:  # what it was started with, by which it will be recognized
-            self._hash, self._input_digests = config_hash(config), input_digests(config)
+            self._hash, self._input_digest = config_hash(config), input_digest(config)
         if self.rank > 0:
             return
         write_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
@@ -135,7 +142,7 @@ class Job:
             self._unlock()
             raise FileExistsError(f"{self.folder} {reason}")
         self._claimed = True
-        self.is_resumed = before.get("config_hash") == key
+        self.is_resumed = is_same(before.get("config_hash"), key)
         self._take_id(before)
         for part in self.folder.glob(".*.part"):  # a killed process was writing it
             part.unlink()
@@ -296,7 +303,7 @@ class Job:
             "resumed_from_epoch": self._resumed_from_epoch,
             "id": self.id,
             "config_hash": self._hash,
-            "input_digests": self._input_digests,
+            "input_sha256": self._input_digest,
             "host": socket.gethostname(),
             "versions": versions(),
             **_hardware(),
@@ -379,7 +386,7 @@ def _log_traceback(message: str, error: BaseException) -> None:
 
 def _other_job(status: dict[str, Any], key: str) -> str | None:
     """Why a folder with this status is not one in which to go on; None: it is."""
-    if status.get("config_hash") == key:
+    if is_same(status.get("config_hash"), key):
         return None
     if status.get("is_unreadable"):
         return (
@@ -410,7 +417,7 @@ def _part_folder(job: Job, config: dict[str, Any]) -> Path:
     key = config_hash(config)
     taken = [path for path in job.folder.iterdir() if (path / "status.json").exists()]
     for path in taken:
-        if (read_status(path) or {}).get("config_hash") == key:
+        if is_same((read_status(path) or {}).get("config_hash"), key):
             return path
     is_known = "method" in config  # a checkpoint that cannot be read tells none
     name = f"{config['method']['name']}_{config['task']['name']}" if is_known else "unreadable"

@@ -18,8 +18,6 @@ from bqnn.text import printable, short
 
 # What results do not depend on: runs that differ in nothing else are the same run.
 WITHOUT_EFFECT = ("resume", "logger", "data_dir", "trainer.threads", "trainer.progress_bar")
-# Files that results depend on: what they hold counts, too.
-INPUTS = ("checkpoint", "method.init_from")
 ELSEWHERE = "elsewhere.json"  # in a sweep, in place of a job that an older folder holds
 
 STATES = ("RUNNING", "DONE", "FAILED", "INTERRUPTED")
@@ -34,29 +32,44 @@ TYPES: dict[str, type] = {
 def config_hash(config: dict[str, Any]) -> str:
     """What two resolved configurations share exactly when they give the same results.
 
-    Of a checkpoint that a job starts from, the content counts as well as the path: one that was
-    trained anew gives other results.
+    Where a job starts from a checkpoint, its SHA-256 follows after a dash: one that was trained
+    anew gives other results. `is_same` compares.
     """
     kept = deepcopy(config)
     for key in WITHOUT_EFFECT:
         node, last = _node(kept, key)
         node.pop(last, None)
-    if digests := input_digests(config):
-        kept["input_digests"] = digests
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    digest = input_digest(config)
+    return key if digest is None else f"{key}-{digest[:16]}"
 
 
-def input_digests(config: dict[str, Any]) -> dict[str, str]:
-    """The SHA-256 of each checkpoint that the configuration names, by its key.
+def input_digest(config: dict[str, Any]) -> str | None:
+    """The SHA-256 of the checkpoint that a job starts from, in the file or the run's folder.
 
-    A pattern names none: each of the files it stands for is the input of a job of its own.
+    None where it starts from none, where it is gone, and for a pattern: each of the files that it
+    stands for is the input of a job of its own.
     """
-    digests = {}
-    for key in INPUTS:
-        node, last = _node(config, key)
-        if isinstance(node.get(last), str) and (digest := _digest(Path(node[last]))):
-            digests[key] = digest
-    return digests
+    node, last = _node(config, "checkpoint" if "checkpoint" in config else "method.init_from")
+    named = node.get(last)
+    if not isinstance(named, str):
+        return None
+    try:
+        path = Path(named)
+        path = path / "checkpoint.ckpt" if path.is_dir() else path
+        found = path.stat()
+        if not path.is_file():  # a FIFO would be waited for
+            return None
+        return _digest(path.absolute(), found.st_mtime_ns, found.st_size, found.st_ino)
+    except (OSError, ValueError):  # what is no path is refused where it is opened
+        return None
+
+
+def is_same(recorded: str | None, config_hash: str) -> bool:
+    """Whether a job was recorded with this hash, or has it but for a checkpoint that is gone."""
+    return recorded == config_hash or (
+        recorded is not None and recorded.partition("-")[0] == config_hash
+    )
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
@@ -92,7 +105,7 @@ def tell_unreadable(folder: Path, error: ValueError) -> None:
 
 def is_finished(status: dict[str, Any], config_hash: str) -> bool:
     """Whether the job is this one, is done, and is not one of parts that may have become more."""
-    same = status.get("config_hash") == config_hash
+    same = is_same(status.get("config_hash"), config_hash)
     return same and status["state"] == "DONE" and not status.get("parts")
 
 
@@ -112,7 +125,7 @@ def find_run(root: Path, config_hash: str) -> Path | None:
     found = []
     for folder in job_folders(root):
         status = read_status(folder)
-        if status is not None and status.get("config_hash") == config_hash:
+        if status is not None and is_same(status.get("config_hash"), config_hash):
             found.append((status["state"] == "DONE", start_of(status), folder))
     return max(found)[2] if found else None
 
@@ -145,7 +158,7 @@ def is_running(folder: Path) -> bool:
 def _recorded(folder: Path) -> dict[str, str]:
     try:
         return {"config_hash": config_hash(read_record(folder / "config.yaml"))}
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, RecursionError):  # a date, or thousands of brackets
         return {}
 
 
@@ -158,20 +171,7 @@ def _node(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     return config, last
 
 
-def _digest(path: Path) -> str | None:
-    """The SHA-256 of a file, or of the checkpoint in a run's folder; None where none is."""
-    if path.is_dir():
-        path = path / "checkpoint.ckpt"
-    try:
-        found = path.stat()
-        if not path.is_file():
-            return None
-        return _digest_of(path.absolute(), found.st_mtime_ns, found.st_size, found.st_ino)
-    except (OSError, ValueError):  # what opens it will say so; ValueError: a name with a zero byte
-        return None
-
-
 @functools.cache
-def _digest_of(path: Path, *_: int) -> str:
+def _digest(path: Path, *_: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 import pytest
 import torch
 
-from bqnn.checkpoint import find_checkpoints, read_checkpoint, trained_epochs
+from bqnn.checkpoint import _best_of_each, find_checkpoints, read_checkpoint, trained_epochs
 from bqnn.layers.ensemble import Ensemble
 from bqnn.quant.callback import quantize_module
 from bqnn.quant.spec import QuantSpec
@@ -453,3 +453,16 @@ def _folder(path: Path) -> Path:
 
 def _pickle(content: object, path: Path) -> None:
     path.write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"val/nll": null}', '{"val/nll": [1]}', '{"val/nll": NaN}', "1" * 400],
+)
+def test_an_odd_metrics_file_counts_as_the_worst(content: str, tmp_path: Path) -> None:
+    for name, text in (("a", content), ("b", '{"val/nll": 1.5}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(text)
+    recipe = {"method": {"name": "bbb"}, "task": {"name": "digits"}}
+    found: dict[Path, dict | None] = {tmp_path / name / "x.ckpt": recipe for name in ("a", "b")}
+    assert list(_best_of_each(found)) == [tmp_path / "b" / "x.ckpt"]

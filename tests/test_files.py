@@ -1,6 +1,9 @@
 """Files are whole or not there."""
 
+import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +81,17 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path) ->
         save_checkpoint(trainer, Wide(1_000_000), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_are_utf_8_under_every_locale(tmp_path: Path) -> None:
+    code = "from pathlib import Path; from bqnn.files import write_csv, write_text; "
+    code += "write_text(Path('a.txt'), '\\xe9'); write_csv(Path('a.csv'), [{'x': '\\xe9'}])"
+    root = str(Path(__file__).resolve().parents[1])
+    narrow = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": root}
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, **narrow}, check=True, timeout=60)
+    assert (tmp_path / "a.txt").read_bytes() == "é".encode()
+    assert "é".encode() in (tmp_path / "a.csv").read_bytes()
 
 
 class Wide(pl.LightningModule):

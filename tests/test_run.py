@@ -453,25 +453,35 @@ def test_the_newest_run_is_found_across_a_change_of_utc_offset(tmp_path: Path) -
     assert find_run(tmp_path, config_hash({"seed": 0})) == tmp_path / "newer"
 
 
-@pytest.mark.parametrize("key", ["checkpoint", "method.init_from"])
-def test_a_job_is_recognized_by_what_its_checkpoint_holds(key: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("group", [None, "method"])
+def test_a_job_is_recognized_by_what_its_checkpoint_holds(
+    group: str | None, tmp_path: Path
+) -> None:
     path = tmp_path / "checkpoint.ckpt"
-    group, _, last = key.rpartition(".")
-
-    def recognized_by(where: Path) -> str:
-        return config_hash({group: {last: str(where)}} if group else {last: str(where)})
-
     path.write_bytes(b"first")
-    first = recognized_by(path)
-    assert recognized_by(path) == first
-    assert recognized_by(tmp_path) != first  # of a folder, the checkpoint in it
-    of_folder = recognized_by(tmp_path)
-    path.write_bytes(b"other")  # of the same length
-    assert recognized_by(path) != first
-    assert recognized_by(tmp_path) != of_folder
-    path.unlink()
-    os.mkfifo(path)
-    assert recognized_by(path) not in (first, recognized_by(tmp_path / "none"))
+    for where in (path, tmp_path):  # of a run's folder, the checkpoint in it
+        start: dict[str, object] = {"checkpoint": str(where)}
+        config = start if group is None else {group: {"init_from": str(where)}}
+        run = tmp_path / f"run_{where.name}"
+        run.mkdir()
+
+        def is_recognized(config: dict = config, run: Path = run) -> bool:
+            key = config_hash(config)
+            return find_run(run, key) == run
+
+        path.write_bytes(b"first")
+        with Job(run, "train") as job:
+            job.take(config, resume=False)
+        assert is_recognized()
+        path.write_bytes(b"other")  # of the same length
+        assert not is_recognized()
+        with pytest.raises(FileExistsError, match="changed since"):
+            Job(run, "train").take(config, resume=True)
+        path.unlink()
+        assert is_recognized()  # nothing says that it is another one
+        os.mkfifo(path)
+        assert is_recognized()
+        path.unlink()
 
 
 def test_a_resumed_job_says_which_versions_have_changed(
