@@ -153,7 +153,7 @@ def _find_folders(instead: Path, environment: Mapping[str, str] = os.environ) ->
     ):
         usual = environment.get(moved) or (home and os.path.join(home, inside))
         if not (usual and _takes_files(Path(usual))):
-            os.environ.setdefault(name, str(instead / inside.rpartition(".")[2]))
+            os.environ.setdefault(name, str(instead.absolute() / name.split("_")[1].lower()))
 
 
 def _takes_files(folder: Path) -> bool:
