@@ -175,6 +175,19 @@ def test_where_home_takes_no_files_caches_are_elsewhere(
         assert Path(os.environ[name]).parent == tmp_path
 
 
+def test_a_user_without_a_home_gets_one_for_whatever_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"WANDB_{kind}_DIR" for kind in ("CACHE", "DATA", "CONFIG")]
+    names += [f"XDG_{kind}_HOME" for kind in ("CACHE", "DATA", "CONFIG")]
+    for name in names:
+        monkeypatch.setenv(name, "to be restored")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where no user is known
+    tracking._find_folders(tmp_path, {})
+    assert {Path(os.environ[name]).parent for name in names} == {tmp_path}
+
+
 def test_a_home_that_takes_files_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR")
     for name in names:
