@@ -1,8 +1,8 @@
 """What every method shares: the training step, evaluation by Monte-Carlo draws, logging."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from math import isfinite
 from typing import Any
 
 import pytorch_lightning as pl
@@ -279,7 +279,7 @@ class Method(pl.LightningModule):
         first_new, self._num_checked = self._num_checked, len(self._epoch_norms)
         new = self._epoch_norms[first_new:]
         new += [loss.reshape(1) for loss in self._epoch_terms["loss"][first_new:]]
-        if not new or all(map(isfinite, torch.cat(new).tolist())):
+        if not new or all(map(math.isfinite, torch.cat(new).tolist())):
             return
         losses, norms = torch.stack(self._epoch_terms["loss"]), torch.stack(self._epoch_norms)
         bad_losses = ~losses[: len(norms)].isfinite()
