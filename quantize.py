@@ -101,7 +101,6 @@ def quantize_one(job: Job) -> None:
     log_final(loggers, metrics | {f"size/{name}": count for name, count in size.items()})
     log_layers(loggers, layers)
     log_uncertain(loggers, models["int8"], data, predictions)
-    log_checkpoint(loggers, job)
     promised = [*FILES, *(["best.ckpt"] if tuned and job.config["trainer"]["save_best"] else [])]
     if job.config["plots"]:
         pictures = draw_pictures(job.folder, models["int8"], data, predictions)
@@ -111,6 +110,7 @@ def quantize_one(job: Job) -> None:
     say(comparison_table(metrics))
     say(f"\n{timer}\nresults in {job.folder}")
     require_results(job.folder, metrics, promised)
+    log_checkpoint(loggers, job)
 
 
 if __name__ == "__main__":

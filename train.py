@@ -62,7 +62,6 @@ def train(job: Job) -> None:
     write_predictions(job.folder, evaluation.predictions)
     log_final(loggers, metrics)
     log_uncertain(loggers, model, data, evaluation.predictions)
-    log_checkpoint(loggers, job)
     promised = [*FILES, *(["best.ckpt"] if config["trainer"]["save_best"] else [])]
     if config["plots"]:
         pictures = draw_pictures(job.folder, model, data, evaluation.predictions)
@@ -71,6 +70,7 @@ def train(job: Job) -> None:
     say(table(metrics, splits))
     say(f"\n{timer}\nresults in {job.folder}")
     require_results(job.folder, metrics, promised)
+    log_checkpoint(loggers, job)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import csv
 import io
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -286,12 +287,12 @@ def _wandb_history(job: Job) -> WandbHistory:
         tags=_tags(config),
         config=config,
     )
-    # Charts are those of what changes over epochs, without one of the epoch itself.
-    run.define_metric("epoch", hidden=True)
-    run.define_metric("*", step_metric="epoch")
     logger = WandbHistory(run)
     # Without this, the next job of the process would go on in this job's run.
     job.at_end(logger.finish)
+    # Charts are those of what changes over epochs, without one of the epoch itself.
+    logger.attempt(partial(run.define_metric, "epoch", hidden=True))
+    logger.attempt(partial(run.define_metric, "*", step_metric="epoch"))
     if options["artifacts"] and "checkpoint" in config:
         logger.attempt(_use_checkpoint, run, job)
     return logger

@@ -140,6 +140,9 @@ def score_histograms(groups: Mapping[str, Tensor], score: str, num_bins: int = 4
     finite = [values[values == values] for values in shown.values()]  # _array makes NaN of others
     low = min((values.min() for values in finite if len(values)), default=0.0)
     high = max((values.max() for values in finite if len(values)), default=1.0)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # too close together for bins
+        margin = max(0.5, abs(high) / 2)
+        low, high = low - margin, high + margin
     with style():
         figure = new_figure(4.8, 3.2)
         axes = figure.subplots()

@@ -34,6 +34,7 @@ class TrainingProgress(Checkpoint):
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
+        self._values: dict[str, float] = {}  # that the bar shows
         self._line_at = -math.inf  # the epoch
         self._said_at = -math.inf  # the time
 
@@ -59,15 +60,15 @@ class TrainingProgress(Checkpoint):
     ) -> None:
         # The loss is looked at where it is displayed, since a GPU would be waited for.
         if self._bar is not None and self._bar.update():
-            values = _metrics(trainer)
             if isinstance(outputs, dict) and "loss" in outputs:
-                values["train/loss"] = float(outputs["loss"])
-            self._bar.set_postfix_str(_text(values), refresh=False)
+                self._values["train/loss"] = float(outputs["loss"])
+            self._bar.set_postfix_str(_text(self._values), refresh=False)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Method)
         if self._bar is not None:
-            self._bar.set_postfix_str(_text(_metrics(trainer)))
+            self._values |= _metrics(trainer)
+            self._bar.set_postfix_str(_text(self._values))
         elif trainer.is_global_zero and pl_module.is_logged_epoch():
             self._say(trainer)
 
@@ -124,7 +125,7 @@ def evaluation_progress(
             yield move
     else:
         names = sets[0] if len(sets) == 1 else f"{len(sets)} sets"
-        log.info("evaluating %s: %s in %d draws", what, names, num_samples)
+        log.info("evaluating %s: %s; draws: %d", what, names, num_samples)
         said_at = time.monotonic()
 
         def say(index: int, draw: int) -> None:
@@ -138,7 +139,7 @@ def evaluation_progress(
 
 def _say_evaluation(pl_module: pl.LightningModule, rows: str) -> None:
     assert isinstance(pl_module, Method)
-    log.info("evaluating the %s rows in %d draws", rows, pl_module.available_samples)
+    log.info("evaluating the %s rows; draws: %d", rows, pl_module.available_samples)
 
 
 def _metrics(trainer: pl.Trainer) -> dict[str, float]:

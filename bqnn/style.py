@@ -5,6 +5,7 @@ Colours are those of Okabe and Ito, apart for every eye.
 """
 
 import io
+import logging
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,10 @@ def save_small(figure: "Figure", path: Path) -> Path:
 
 def style() -> AbstractContextManager[None]:
     """A context in which what is drawn gets this look."""
+    # What it remarks on a home without room for its caches concerns no figure.
+    logger = logging.getLogger("matplotlib")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.ERROR)
     import matplotlib
 
     return matplotlib.rc_context(_STYLE)

@@ -153,7 +153,10 @@ def _find_folders(instead: Path, environment: Mapping[str, str] = os.environ) ->
     ):
         usual = environment.get(moved) or (home and os.path.join(home, inside))
         if not (usual and _takes_files(Path(usual))):
-            os.environ.setdefault(name, str(instead / inside.rpartition(".")[2]))
+            folder = str(instead.absolute() / name.split("_")[1].lower())
+            os.environ.setdefault(name, folder)
+            if not os.path.isabs(os.path.expanduser("~")):  # W&B asks for a home even so
+                os.environ.setdefault(moved, folder)
 
 
 def _takes_files(folder: Path) -> bool:

@@ -42,3 +42,10 @@ def test_auroc_is_the_probability_of_a_higher_score_and_scores_may_be_beyond_one
     thresholds = unfamiliar.sort(descending=True).values
     needed = thresholds[int(0.95 * 200) - 1]
     assert found["fpr95"] == pytest.approx((familiar >= needed).double().mean().item())
+
+
+def test_infinite_scores_have_an_order_like_others():
+    infinity = float("inf")
+    familiar, unfamiliar = [0.0, 0.1, 0.2], [0.3, 0.9]
+    expected = detection(torch.tensor(familiar), torch.tensor(unfamiliar))
+    assert detection(torch.tensor(familiar), torch.tensor([0.3, infinity])) == expected

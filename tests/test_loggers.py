@@ -1,6 +1,7 @@
-"""metrics.csv has one header and a row per logged epoch, on disk at once."""
+"""metrics.csv has a row per logged epoch, on disk at once; W&B gets curves of what changes."""
 
 import csv
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from pytorch_lightning.loggers import CSVLogger
 
 from bqnn.data import SyntheticData
 from bqnn.likelihoods import Regression
-from bqnn.loggers import MetricsCsv, log_final, make_loggers
+from bqnn.loggers import MetricsCsv, WandbHistory, log_checkpoint, log_final, make_loggers
 from bqnn.methods import Method, Pointwise
 from bqnn.nets import MLP
 from bqnn.run import Job
@@ -108,3 +109,107 @@ def test_a_resumed_job_keeps_the_csv_of_its_earlier_starts(tmp_path: Path) -> No
         log_final([logger], {"test/nll": value})
     values = [rows(tmp_path / name / "metrics.csv")[0]["test/nll"] for name in ("csv", "csv_2")]
     assert values == ["1.0", "2.0"]
+
+
+# ---- Weights & Biases
+
+
+class Summary(dict[str, float]):
+    """What wandb.Run.summary is, as far as it is used."""
+
+
+class FakeRun:
+    """Keeps what a wandb.Run is given; `broken` makes it fail as one does whose service died."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.history: list[dict[str, float]] = []
+        self.summary = Summary()
+        self.artifacts: list[str] = []
+        self.broken = False
+        self.dir = "run/wandb/offline-run-1/files"
+        self.offline = True
+
+    def log(self, row: dict[str, float]) -> None:
+        if self.broken:
+            raise ConnectionResetError("Connection lost")
+        self.history.append(row)
+
+    def define_metric(self, name: str, **options: Any) -> None:
+        """Nothing."""
+
+    def finish(self, exit_code: int) -> None:
+        if self.broken:
+            raise TimeoutError("60 s are over")
+
+    def log_artifact(self, artifact: Any) -> None:
+        self.artifacts.append(artifact.name)
+
+
+def test_only_what_changes_over_epochs_is_history() -> None:
+    run: Any = FakeRun()
+    history = WandbHistory(run)
+    for epoch, (loss, beta) in enumerate([(3.0, 0.1), (2.0, 0.1), (1.0, 0.1), (1.0, 0.2)]):
+        history.log_metrics({"epoch": epoch, "train/loss": loss, "train/beta": beta}, step=epoch)
+        history.log_metrics({"epoch": epoch, "train/lr": 0.5})
+    log_final([history], {"test/nll": 0.7, "num_samples": 20})
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in run.history:
+        for name, value in row.items():
+            if name != "epoch":
+                curves.setdefault(name, []).append((row["epoch"], value))
+    assert {name: sorted(points) for name, points in curves.items()} == {
+        "train/loss": [(0, 3.0), (1, 2.0), (2, 1.0), (3, 1.0)],
+        "train/beta": [(0, 0.1), (2, 0.1), (3, 0.2)],
+    }
+    assert {"train/lr": 0.5, "test/nll": 0.7, "num_samples": 20}.items() <= run.summary.items()
+
+
+def test_what_fails_on_the_way_to_wandb_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    run: Any = FakeRun()
+    history = WandbHistory(run)
+    run.broken = True
+    for epoch in range(4):
+        history.log_metrics({"epoch": epoch, "train/loss": float(epoch)})
+    (message,) = caplog.messages
+    assert "Connection lost" in message
+    history.finish(0)
+    assert "wandb sync run/wandb/offline-run-1 does that later" in caplog.messages[-1]
+
+
+def test_names_are_made_valid_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bqnn.loggers.start_run", lambda folder, **options: FakeRun(**options))
+    job = Job(tmp_path, "train", sweep="s" * 200)
+    logger = {"name": "wandb", "project": "a/b?#%:\\c", "entity": "me & you", "group": None}
+    job.configure(
+        {
+            "logger": {**logger, "tags": ["x" * 100, "a b", 7, "digits"], "artifacts": True},
+            "method": {"name": "bbb"},
+            "task": {"name": "my tableü/" + "é" * 200},
+            "quant": {"name": "none"},
+            "seed": 3,
+        }
+    )
+    (tmp_path / "checkpoint.ckpt").touch()
+    (history,) = make_loggers(job)
+    assert isinstance(history, WandbHistory)
+    options = history.run.options  # type: ignore[attr-defined]
+    for key in ("name", "project", "entity", "group"):
+        assert re.fullmatch(r"[\w.-]{1,128}", options[key], re.ASCII), options[key]
+    assert options["name"].startswith("bbb-my-tableu-")
+    assert options["name"].endswith("-float-s3")
+    for tag in options["tags"]:
+        assert re.fullmatch(r"[\w.-]{1,64}", tag, re.ASCII), tag
+    assert options["tags"][-2:] == ["7", "digits"]
+    log_checkpoint([history], job)
+    assert history.run.artifacts == [options["name"]]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("tags", "expected"), [(None, []), ("mine", ["mine"]), ([], [])])
+def test_tags_may_be_a_list_a_text_or_nothing(tags: Any, expected: list[str]) -> None:
+    from bqnn.loggers import _tags
+
+    config = {"method": {"name": "bbb"}, "task": {"name": "digits"}, "logger": {"tags": tags}}
+    assert _tags(config) == ["bbb", "digits", *expected]

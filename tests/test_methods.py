@@ -158,6 +158,21 @@ def test_training_metrics_are_averages_over_rows_not_batches():
     torch.testing.assert_close(fit.callback_metrics["train/nll"], expected)
 
 
+def test_metrics_of_validation_and_test_keep_the_range_and_the_digits_of_float64():
+    rows = table()
+    rows.targets[3] = 1e30  # of which the square is no float32
+    method = table_method("pointwise", optimizer={"name": "sgd", "lr": 1e-30})
+    fit = trainer()
+    fit.fit(method, table(), rows)
+    method.eval()
+    whole = TensorLoader(rows.inputs, rows.targets, batch_size=NUM_ROWS)
+    expected = method.likelihood.metrics(method.predictive(rows.inputs), rows.targets)
+    assert expected["nll"] > 1e50
+    for split, run in (("val", fit.validate), ("test", fit.test)):
+        (found,) = run(method, whole, verbose=False)
+        assert found == {f"{split}/{name}": value for name, value in expected.items()}
+
+
 @pytest.mark.parametrize("monitored", ["train/loss", "val/nll"])
 def test_metrics_are_there_for_callbacks_of_lightning(monitored):
     method = table_method("pointwise", optimizer={"name": "sgd", "lr": 1e-30})

@@ -1,5 +1,6 @@
 """Every figure is drawn, written as a whole PNG, and shows the numbers that it was given."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from bqnn.plots import (
     confidence_histogram,
     curves,
     interval_calibration,
+    panels,
     regression_fit,
     reliability_diagram,
+    risk_coverage,
     save,
     score_histograms,
     synthetic_fit,
@@ -189,3 +192,36 @@ def test_drawing_leaves_the_global_settings_alone():
     before = dict(matplotlib.rcParams)
     interval_calibration(*regressed())
     assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e60, 1e300, 1.7e308, float("inf"), float("nan")])
+def test_numbers_of_any_size_are_drawn(size: float, tmp_path: Path) -> None:
+    values = torch.rand(20, dtype=torch.float64)
+    values[::3] *= size
+    points = [(float(x), float(value)) for x, value in enumerate(values)]
+    figures = [
+        regression_fit(values, values.abs(), -values),
+        interval_calibration(values, values.abs(), -values),
+        risk_coverage({"std": values}, "squared error"),
+        score_histograms({"test": values, "ood/far": values.flip(0)}, "std"),
+        score_histograms({"test": values[:1]}, "std"),
+        panels({"nll": {"train": points, "val": points[:1]}}, "epoch"),
+    ]
+    for number, figure in enumerate(figures):
+        assert save(figure, tmp_path / f"{number}.png").stat().st_size > 1000
+
+
+def test_matplotlib_has_nothing_to_say_where_home_takes_no_files(tmp_path: Path) -> None:
+    code = (
+        "import logging; logging.basicConfig(level=logging.INFO); "
+        "from bqnn.plots import panels, save; "
+        "save(panels({'nll': {'val': [(0.0, 1.0)]}}, 'epoch'), 'a.png')"
+    )
+    environment = {n: v for n, v in os.environ.items() if n not in ("MPLCONFIGDIR", "HOME")}
+    environment |= {"HOME": os.devnull + "/home", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment |= dict.fromkeys(("XDG_CONFIG_HOME", "XDG_CACHE_HOME"), os.devnull + "/xdg")
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "a.png").exists()

@@ -117,6 +117,14 @@ def test_what_a_training_shows(project: Path) -> None:
     assert pictures == dict.fromkeys((f"plots/{name}" for name in names), "images/separated")
     epochs = [record["item"] for record in records(run, "history")]
     assert [item["epoch"] for item in epochs if "train/nll" in item] == [0, 1, 2]
+    curves: dict[str, list[float]] = {}
+    for item in epochs:
+        for name, value in item.items():
+            # Others are W&B's own, and what it says of pictures and tables.
+            if isinstance(value, int | float) and name[0] != "_" and "." not in name:
+                curves.setdefault(name, []).append(value)
+    assert {"train/loss", "val/nll", "epoch"} <= curves.keys()
+    assert [name for name, values in curves.items() if len(set(values)) == 1] == []
 
 
 def test_what_a_quantization_shows(project: Path) -> None:
