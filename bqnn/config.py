@@ -244,6 +244,11 @@ def _log_into(folder: Path) -> None:
     if Path(config.hydra.runtime.output_dir) != folder:
         with read_write(config.hydra.runtime):
             config.hydra.runtime.output_dir = str(folder)
+        # In a sweep Hydra has resolved the name for the folder that it made.
+        file = OmegaConf.select(config, "hydra.job_logging.handlers.file")
+        if file is not None:
+            with read_write(file):
+                file.filename = str(folder / f"{config.hydra.job.name}.log")
         configure_log(config.hydra.job_logging, config.hydra.verbose)
 
 
