@@ -267,8 +267,12 @@ def _log_into(folder: Path) -> None:
     with read_write(config.hydra):
         config.hydra.runtime.output_dir = str(folder)
         config.hydra.run.dir = str(folder)  # Lightning hands it to the processes it starts
-    # A copy: Hydra's own refers to the configuration that this one was taken from.
+    # A copy: Hydra's own refers to the configuration that this one was taken from, and in a sweep
+    # it has resolved the name of the file.
     copy = OmegaConf.create({"hydra": OmegaConf.to_container(config.hydra)})
+    file = OmegaConf.select(copy, "hydra.job_logging.handlers.file")
+    if file is not None:
+        file.filename = str(folder / f"{config.hydra.job.name}.log")
     configure_log(copy.hydra.job_logging, copy.hydra.verbose)
 
 
