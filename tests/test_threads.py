@@ -138,3 +138,10 @@ def test_dropout_masks_of_a_set_do_not_depend_on_the_sets_before_it() -> None:
     net = network("mcdropout")
     together = predictive_sets(net, [X, -X, X[:3]], 3)
     assert torch.equal(together[1], predictive(net, -X, 3))
+
+
+def test_a_draw_is_the_same_network_in_every_layout() -> None:
+    net = network("bbb")
+    expected = predictive(net, X, 3)
+    got = predictive(net.to(memory_format=torch.channels_last), X, 3)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)  # sums in another order

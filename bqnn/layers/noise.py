@@ -20,24 +20,21 @@ MIN_PARALLEL = 2**20
 def noise_like(x: Tensor, std: float = 1.0) -> Tensor:
     """N(0, std^2) noise of the shape, memory layout and device of `x`.
 
-    The numbers are drawn into memory in order and then seen in the layout of `x`, since
-    `normal_` on channels_last memory takes a path on the CPU that is many times slower. It also
-    uses one core only, so large tensors on the CPU are drawn in four parts, each from a generator
-    that a common one seeds: the same numbers on any number of cores.
+    From torch's global generators the numbers are drawn into memory in order and then seen in the
+    layout of `x`, since `normal_` on channels_last memory takes a path on the CPU that is many times
+    slower. From the generator of a draw they are in the order of the shape, so that a draw is the
+    same network in every layout. It also uses one core only, so large tensors on the CPU are drawn
+    in four parts, each from a generator that a common one seeds: the same numbers on any number of
+    cores.
     """
     generator = held_generator()
-    eps = torch.empty_like(x, device=x.device if generator is None else generator.device)
-    in_order = in_memory_order(eps)
-    if eps.device.type != "cpu" or eps.numel() < MIN_PARALLEL or not in_order.is_contiguous():
-        in_order.normal_(std=std, generator=generator)
-        return eps.to(x.device)
-
-    def draw(part: Tensor, seed: int) -> None:
-        part.normal_(std=std, generator=torch.Generator().manual_seed(seed))
-
-    seeds = torch.randint(2**32, (NUM_PARTS,), generator=generator).tolist()
-    list(_threads().map(draw, in_order.view(-1).chunk(NUM_PARTS), seeds))
-    return eps.to(x.device)
+    if generator is None:
+        eps = torch.empty_like(x)
+        _fill(in_memory_order(eps), std, None)
+        return eps
+    drawn = torch.empty(x.shape, dtype=x.dtype, device=generator.device)
+    _fill(drawn, std, generator)
+    return torch.empty_like(x).copy_(drawn)
 
 
 def in_memory_order(x: Tensor) -> Tensor:
@@ -60,6 +57,19 @@ def coins_like(x: Tensor, probability: float) -> Tensor:
     words.random_(-(2**63), None, generator=generator)
     threshold = round(probability * 2**16) - 2**15
     return (words.view(torch.int16)[: x.numel()] < threshold).view(x.shape).to(x.device)
+
+
+def _fill(eps: Tensor, std: float, generator: torch.Generator | None) -> None:
+    """Draw N(0, std^2) into a tensor, in the order of its dimensions."""
+    if eps.device.type != "cpu" or eps.numel() < MIN_PARALLEL or not eps.is_contiguous():
+        eps.normal_(std=std, generator=generator)
+        return
+
+    def draw(part: Tensor, seed: int) -> None:
+        part.normal_(std=std, generator=torch.Generator().manual_seed(seed))
+
+    seeds = torch.randint(2**32, (NUM_PARTS,), generator=generator).tolist()
+    list(_threads().map(draw, eps.view(-1).chunk(NUM_PARTS), seeds))
 
 
 @functools.cache
