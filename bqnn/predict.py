@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from bqnn.layers.bayes import JointPosterior
 from bqnn.layers.chain import is_chain
 from bqnn.layers.draws import Drawn, Stochastic, held_draw
+from bqnn.layers.finite import refuse_non_finite
 from bqnn.layers.streams import Stream, stream_generator
 
 BATCH_SIZE = 256
@@ -20,9 +21,10 @@ def predictive(
     """Stack independent draws of the network's output: [S, B, ...].
 
     Equal seeds give equal draws (of dropout masks, for equal rows and `batch_size`), on every
-    device and in any number of threads at once; the global random state is not touched. The network
-    must be in eval mode, which is a ValueError otherwise: batch norm would learn from what it
-    predicts.
+    device and in any number of threads at once; the global random state is not touched.
+
+    ValueError: the network is in training mode, where batch norm would learn from what it predicts,
+    or inputs are not finite.
     """
     (samples,) = predictive_sets(net, [x], num_samples, seed=seed, batch_size=batch_size)
     return samples
@@ -51,6 +53,8 @@ def predictive_sets(
         raise ValueError("predictive: the network is in training mode; call eval() on it first")
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}: at least one draw is needed")
+    for index, x in enumerate(sets):
+        refuse_non_finite(x, f"inputs of set {index}" if len(sets) > 1 else "inputs")
     # Where a draw costs nothing to begin, each set gets all the room for itself.
     is_drawn = any(isinstance(module, Drawn) for module in net.modules())
     posterior = JointPosterior(net)  # one for all draws

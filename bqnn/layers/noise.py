@@ -21,11 +21,12 @@ def noise_like(x: Tensor, std: float = 1.0) -> Tensor:
     """N(0, std^2) noise of the shape, memory layout and device of `x`.
 
     From torch's global generators the numbers are drawn into memory in order and then seen in the
-    layout of `x`, since `normal_` on channels_last memory takes a path on the CPU that is many times
-    slower. From the generator of a draw they are in the order of the shape, so that a draw is the
-    same network in every layout. It also uses one core only, so large tensors on the CPU are drawn
-    in four parts, each from a generator that a common one seeds: the same numbers on any number of
-    cores.
+    layout of `x`: `normal_` on channels_last memory is many times slower on the CPU. From the
+    generator of a draw they are in the order of the shape, so that a draw is the same network in
+    every layout.
+
+    `normal_` uses one core only, so large tensors on the CPU are drawn in four parts, each from a
+    generator that a common one seeds: the same numbers on any number of cores.
     """
     generator = held_generator()
     if generator is None:

@@ -64,6 +64,19 @@ class OnGrid(Tensor):
         return type(out)(cls.of(part, grid) for part in out)
 
 
+def _refusing(name: str) -> Callable[..., Any]:
+    def method(self: OnGrid, *_: Any) -> Any:
+        raise TypeError(refusal(name, self.grid.origin))
+
+    return method
+
+
+# Of a TypeError in these, torch would tell Python only that the types do not fit.
+for _operator in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
+    for _prefix in ("", "r", "i"):
+        setattr(OnGrid, f"__{_prefix}{_operator}__", _refusing(_operator))
+
+
 def plain(x: Tensor) -> Tensor:
     """`x` as a plain tensor, whose grid nobody knows."""
     return x.as_subclass(Tensor) if isinstance(x, OnGrid) else x
@@ -77,10 +90,9 @@ def grid_of(x: Tensor) -> Grid | None:
 def refusal(operation: str, origin: str) -> str:
     """Why an operation is refused on what `origin` gives, and what to do about it."""
     return (
-        f"{operation} on the output of {origin or 'a quantized module'}: int8 cannot follow, since "
-        "this is no operation on integers that quantization knows; use the modules of "
-        "bqnn.layers.markers (Add for a residual sum, Pool for the average over an image, Leave "
-        "before what is to stay in floats), or nn.ReLU and nn.MaxPool2d"
+        f"{operation} cannot run in int8 on the integers of {origin or 'a quantized module'}; put "
+        "a Leave before it and an Enter behind it, or use what int8 knows: nn.ReLU, nn.MaxPool2d, "
+        "Add for a residual sum, Pool for the average over an image (bqnn.layers.markers)"
     )
 
 

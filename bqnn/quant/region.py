@@ -86,8 +86,7 @@ def _follow(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
             kwargs = fx.node.map_arg(node.kwargs, lambda each: each if each in origins else 0)
             first = args[0] if args else None
             if first not in inputs or not keeps_grid(_function(node), args, kwargs):
-                called = node.target if isinstance(node.target, str) else node.target.__name__
-                raise TypeError(f"prepare: {_caller(node)}{refusal(called, origin)}")
+                raise TypeError(f"prepare: {refusal(_named(node), origin)}")
             origins[node] = origin
 
 
@@ -112,7 +111,7 @@ def _is_on_grid_after(name: str, module: nn.Module, origins: list[str], node: fx
     if not origins:
         return False
     if not isinstance(module, KEEPING) or getattr(module, "return_indices", False):
-        raise TypeError(f"prepare: {name} is a {refusal(kind, origins[0])}")
+        raise TypeError(f"prepare: {refusal(f'{name}, a {kind},', origins[0])}")
     return True
 
 
@@ -127,7 +126,10 @@ def _function(node: fx.Node) -> Any:
     return getattr(Tensor, node.target, None) if isinstance(node.target, str) else node.target
 
 
-def _caller(node: fx.Node) -> str:
-    """The name of the module whose `forward` makes a call, where it is not the network's own."""
+def _named(node: fx.Node) -> str:
+    """What a node calls, and the module whose `forward` does."""
+    called: Any = node.args[1] if node.target is getattr else node.target
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    return f"{stack[-1][0]} calls " if stack and stack[-1][0] else "its forward calls "
+    caller = stack[-1][0] if stack else ""
+    name = called if isinstance(called, str) else called.__name__
+    return f"{name}, called by {caller or 'the network itself'},"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bqnn.layers.bayes import GaussianWeight, local_reparametrization
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
+from bqnn.layers.finite import refuse_non_finite
 from bqnn.layers.linear_map import linear_map
 from bqnn.layers.markers import Add, Enter, Leave, Pool
 from bqnn.layers.noise import noise_like
@@ -363,8 +364,8 @@ def enable(net: nn.Module, enabled: bool = True) -> None:
 def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """Set every range from what the float network computes for these inputs, without training.
 
-    ValueError: there are no inputs, or a fake quantizer saw nothing of them. TypeError: the network
-    does something with its activations that integers cannot follow.
+    ValueError: there are no inputs, they are not finite, or a fake quantizer saw nothing of them.
+    TypeError: the network does something with its activations that integers cannot follow.
     """
     quants = [module for module in net.modules() if isinstance(module, FakeQuant)]
     net.eval()
@@ -373,6 +374,7 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
         quant.train()
     few = None  # inputs
     for inputs in batches:
+        refuse_non_finite(inputs)
         few = inputs[:2] if few is None else few
         for part in _parts(net):
             part(inputs)
