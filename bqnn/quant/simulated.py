@@ -372,10 +372,10 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     enable(net, False)
     for quant in quants:
         quant.train()
-    few = None  # inputs
+    first = None  # batch
     for inputs in batches:
         refuse_non_finite(inputs)
-        few = inputs[:2] if few is None else few
+        first = inputs if first is None else first
         for part in _parts(net):
             part(inputs)
     for quant in quants:
@@ -388,9 +388,9 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
                 f"calibrate: {name} has seen no data, so it has no range; give one batch or more "
                 "that pass through all of the network"
             )
-    if few is not None:  # what no integers can follow is said now
+    if first is not None:  # what integers cannot follow is said now
         for part in _parts(net):
-            part(few)
+            part(first)
     return net
 
 

@@ -266,7 +266,8 @@ def _record(
 
     def keep(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            kept[name] = (tuple(map(plain, inputs)), plain(output))
+            # Copies: what comes next may change them in place, as nn.ReLU(inplace=True) does.
+            kept[name] = (tuple(plain(x).clone() for x in inputs), plain(output).clone())
 
         return hook
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bqnn.layers.markers import Enter, Leave
+from bqnn.quant import fbgemm
 from bqnn.quant.callback import QuantizationCallback, calibrate_module
 from bqnn.quant.fbgemm import FakeQuant
 from bqnn.quant.integer import convert
@@ -165,6 +166,46 @@ def test_calibrating_needs_data_and_a_network_in_reach() -> None:
         calibrate_module(Classifier(), QuantSpec(), Nothing(), 1)
     with pytest.raises(TypeError, match="under the name `net`"):
         calibrate_module(pl.LightningModule(), QuantSpec(), Nothing(), 1)
+
+
+def test_a_network_in_eval_mode_is_put_in_train_mode(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = Classifier()
+    module.net.eval()
+    before = module.net[2].running_mean.clone()
+    trainer(tmp_path, 1).fit(module, data(), data())
+    assert "was in eval mode" in caplog.text
+    convert(module.net, "fbgemm")  # every range was seen
+    trained = Classifier()
+    trainer(tmp_path, 1).fit(trained, data())
+    assert not torch.equal(before, trained.net[1].bn.running_mean)
+
+
+def test_parts_in_eval_mode_stay_so_and_still_get_ranges(tmp_path: Path) -> None:
+    class Frozen(Classifier):
+        def on_train_epoch_start(self) -> None:
+            self.net[1].eval()  # whose batch norm is to keep its statistics
+
+    module = Frozen()
+    before = module.net[2].running_mean.clone()
+    trainer(tmp_path, 2).fit(module, data(), data())
+    assert torch.equal(module.net[1].bn.running_mean, before)
+    convert(module.net, "fbgemm")
+
+
+def test_saturating_bits_are_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fbgemm, "has_vnni", lambda: False)
+    module = Classifier()
+    callback = QuantizationCallback(QuantSpec(activation_bits=8))
+    before = copy.deepcopy(module.net[1].weight)
+    with pytest.raises(ValueError, match="would saturate on this CPU"):
+        bare_trainer(1, callbacks=[callback], default_root_dir=tmp_path).fit(module, data())
+    assert torch.equal(module.net[1].weight, before)
+    allowed = QuantizationCallback(QuantSpec(activation_bits=8, allow_saturation=True))
+    bare_trainer(1, callbacks=[allowed], default_root_dir=tmp_path).fit(Classifier(), data())
 
 
 def test_half_precision_is_refused(tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
 """The int8 kernels of this CPU: `requantize` follows them at rounding ties, on every engine."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
 from bqnn.layers.linear_map import Geometry, linear_map
-from bqnn.quant import kernels
+from bqnn.quant import fbgemm, kernels
 from bqnn.quant.fbgemm import PackedWeight, make_fake_quant, quantized_weight, requantize
 
 SUPPORTED = torch.backends.quantized.supported_engines
@@ -99,3 +103,19 @@ def test_ties_fall_on_the_side_that_the_kernel_takes(engine: str, kind: str, sch
                         made, engine, has_bias=has_bias, relu=relu, offset=offset
                     )
                     assert torch.equal(got, expected), (rows, has_bias, relu, offset)
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
+def test_ties_are_followed_on_lesser_cpus(isa: str) -> None:
+    """As far as a variable of the environment makes this CPU one; FBGEMM does not read it."""
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "ties_fall and not fbgemm"]
+    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_only_bits_that_leave_16_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = kernels.Layer("fbgemm", (4, 8), None, True, False, False, (True, True, True))
+    monkeypatch.setattr(fbgemm, "has_vnni", lambda: False)
+    found = {(w, a) for w in range(2, 9) for a in range(2, 9) if kernels.saturates(layer, w, a)}
+    assert found == {(8, 8)}
