@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from bqnn.layers.bayes import JointPosterior
 from bqnn.layers.chain import is_chain
 from bqnn.layers.draws import Drawn, Stochastic, held_draw
-from bqnn.layers.noise import reseed
+from bqnn.precision import full_precision
+from bqnn.seeds import Stream, stream_seed
 
-FIRST_STREAM = 500_000  # training has the streams of the epochs before it
 BATCH_SIZE = 256
 MAX_KEPT_BYTES = 512 * 2**20  # of what comes before the first random layer
 
@@ -20,14 +20,16 @@ def predictive(
 ) -> Tensor:
     """Stack independent draws of the network's output: [S, B, ...].
 
-    Equal seeds give equal draws (of dropout masks, for equal rows and `batch_size`); the global
-    random state is left as it was. The network must be in eval mode, which is a ValueError
-    otherwise: batch norm would learn from what it predicts.
+    Equal seeds give equal draws (of dropout masks, for equal rows and `batch_size`), on every
+    device. The global random state is neither used nor changed, and threads may predict with one
+    network at the same time: each gets what it would get alone. The network must be in eval mode,
+    which is a ValueError otherwise: batch norm would learn from what it predicts.
     """
     (samples,) = predictive_sets(net, [x], num_samples, seed=seed, batch_size=batch_size)
     return samples
 
 
+@full_precision()
 @torch.no_grad()
 def predictive_sets(
     net: nn.Module,
@@ -56,15 +58,15 @@ def predictive_sets(
     for group in [list(sets)] if is_drawn else [[x] for x in sets]:
         room = MAX_KEPT_BYTES // len(group) if num_samples > 1 else 0
         passes = [_one_pass(net, x.split(batch_size), prepare, room) for x in group]
-        devices = [x.device for x in group[:1] if x.device.type == "cuda"]
         draws: list[list[Tensor]] = [[] for _ in group]
-        with torch.random.fork_rng(devices), posterior:
-            for index in range(num_samples):
-                reseed(group[0].device, seed, FIRST_STREAM + index)
-                with held_draw(net, index):
-                    for one_pass, outputs in zip(passes, draws, strict=True):
-                        with torch.random.fork_rng(devices):  # as if there were no other set
-                            outputs.append(one_pass())
+        for index in range(num_samples):
+            generator = torch.Generator()
+            generator.manual_seed(stream_seed(seed, Stream.EVALUATION_WEIGHTS, index))
+            with posterior, held_draw(net, index, generator):
+                mask_seed = stream_seed(seed, Stream.EVALUATION_MASKS, index)
+                for one_pass, outputs in zip(passes, draws, strict=True):
+                    generator.manual_seed(mask_seed)  # as if there were no other set
+                    outputs.append(one_pass())
         samples += [torch.stack(outputs) for outputs in draws]
     return samples
 

@@ -18,6 +18,7 @@ from bqnn.quant.integer import convert
 from bqnn.quant.simulated import enable
 from bqnn.quant.spec import QuantSpec
 from bqnn.schema import check_recipe
+from bqnn.seeds import Stream, stream_seed
 
 Recipe = dict[str, Any]
 NUMERICS = ("unquantized", "simulated", "int8")
@@ -77,7 +78,7 @@ def build(recipe: Recipe) -> Method:
     """The untrained model that a recipe describes. A ValueError says what is wrong with it."""
     facts = recipe["facts"]
     likelihood = likelihood_from(facts)
-    reseed(torch.device("cpu"), recipe["seed"])
+    reseed(torch.device("cpu"), stream_seed(recipe["seed"], Stream.INITIAL_WEIGHTS))
     net = _construct(NETS, "net", recipe["net"], facts["input_shape"], likelihood.heads)
     extra = {"num_train": facts["num_train"], "seed": recipe["seed"]}
     model: Method = _construct(METHODS, "method", {**recipe["method"], **extra}, net, likelihood)

@@ -2,7 +2,8 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Self
 
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bqnn.layers.draws import DrawnWeights
+from bqnn.layers.draws import DrawnWeights, evaluation_noise
 from bqnn.layers.linear_map import Geometry, linear_map, linear_map_gradients
 from bqnn.layers.noise import in_memory_order, noise_like
 from bqnn.layers.swap import swap
+
+Moments = tuple[Tensor, Tensor]  # sigma and its square, flat, in the order of memory
 
 
 class GaussianWeight(DrawnWeights):
@@ -32,8 +35,6 @@ class GaussianWeight(DrawnWeights):
     rho: nn.Parameter
     bias: nn.Parameter | None
     geometry: Geometry | None = None  # of a convolution
-    # sigma and its square in the order of memory, while a network's are computed jointly
-    _joint: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, *, prior_std: float, init_rho: float
@@ -69,14 +70,15 @@ class GaussianWeight(DrawnWeights):
         return self._from_joint(1)
 
     def _from_joint(self, index: int) -> Tensor:
-        joint = self._joint
+        computed = _joint_moments.get()
+        joint = None if computed is None else computed.get(self)
         if joint is None:
             (joint,), _ = _moments_and_kl(self.prior_std, [self])
         return _shaped_like(self.rho, joint[index])
 
     def draw(self) -> Tensor:
         """One draw of the weights."""
-        return torch.addcmul(self.mean, self.sigma, noise_like(self.mean))
+        return torch.addcmul(self.mean, self.sigma, evaluation_noise(self.mean))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -149,12 +151,18 @@ def to_bayes(net: nn.Module, prior_std: float, init_rho: float) -> nn.Module:
     return net
 
 
+# What this thread has computed jointly, while it uses that.
+_joint_moments: ContextVar[dict[GaussianWeight, Moments] | None] = ContextVar(
+    "joint moments", default=None
+)
+
+
 class JointPosterior:
     """The Gaussian weights of a network, with sigma computed by one softplus over all of them.
 
-    In a `with` statement the layers use it, each time that they need sigma or its square, and
-    compute none of their own. On small networks this halves what a posterior costs in a step.
-    Gradients of all means and rhos come together, at the end of the backward pass.
+    In a `with` statement the layers use it, each time that they need sigma or its square in this
+    thread, and compute none of their own. On small networks this halves what a posterior costs in
+    a step. Gradients of all means and rhos come together, at the end of the backward pass.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -162,22 +170,19 @@ class JointPosterior:
         for module in net.modules():
             if isinstance(module, GaussianWeight):
                 by_prior[module.prior_std].append(module)
-        self._layers = [layer for layers in by_prior.values() for layer in layers]
-        self._moments: list[tuple[Tensor, Tensor]] = []
+        self._moments: dict[GaussianWeight, Moments] = {}
         self._kls: list[Tensor] = []
         for prior_std, layers in by_prior.items():
             moments, kl = _moments_and_kl(prior_std, layers)
-            self._moments += moments
+            self._moments.update(zip(layers, moments, strict=True))
             self._kls.append(kl)
 
     def __enter__(self) -> Self:
-        for layer, moments in zip(self._layers, self._moments, strict=True):
-            layer._joint = moments
+        self._token = _joint_moments.set({**(_joint_moments.get() or {}), **self._moments})
         return self
 
     def __exit__(self, *_: object) -> None:
-        for layer in self._layers:
-            layer._joint = None
+        _joint_moments.reset(self._token)
 
     def kl(self) -> Tensor:
         """`kl_divergence` of the network."""
@@ -186,12 +191,13 @@ class JointPosterior:
         return torch.stack(self._kls).sum()
 
 
-def _moments_and_kl(
-    prior_std: float, layers: list[GaussianWeight]
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+def _moments_and_kl(prior_std: float, layers: list[GaussianWeight]) -> tuple[list[Moments], Tensor]:
     """sigma and its square for each layer, flat, and the KL of all these layers."""
     parameters = [layer.mean for layer in layers] + [layer.rho for layer in layers]
-    sigma, variance, kl = _Posterior.apply(prior_std, *parameters)
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+        sigma, variance, kl = _Posterior.apply(prior_std, *parameters)
+    else:  # torch.compile loses the parameters of a Function that needs no gradient
+        _, _, sigma, variance, kl = _posterior(prior_std, parameters)
     sizes = [layer.rho.numel() for layer in layers]
     return list(zip(sigma.split(sizes), variance.split(sizes), strict=True)), kl
 
@@ -199,20 +205,12 @@ def _moments_and_kl(
 class _Posterior(torch.autograd.Function):
     """sigma, its square and the KL of weights with one prior; the first two flat, as in memory.
 
-    One node of the graph: on small networks nodes cost more than their arithmetic. The KL is the
-    sum of log(prior_std / sigma) + (sigma^2 + mean^2) / (2 prior_std^2) - 1/2. The parameters are
-    all means, then all rhos.
+    One node of the graph: on small networks nodes cost more than their arithmetic.
     """
 
     @staticmethod
     def forward(ctx: Any, prior_std: float, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        number = len(parameters) // 2
-        mean, rho = _flat(parameters[:number]), _flat(parameters[number:])
-        sigma = softplus(rho)
-        variance = sigma.square()
-        squares = mean.square().sum() + variance.sum()
-        constant = len(mean) * (math.log(prior_std) - 0.5)
-        kl = squares / (2 * prior_std**2) - sigma.log().sum() + constant
+        mean, rho, sigma, variance, kl = _posterior(prior_std, parameters)
         ctx.save_for_backward(mean, rho, sigma)
         ctx.prior_variance, ctx.parameters = prior_std**2, parameters
         return sigma, variance, kl
@@ -229,6 +227,23 @@ class _Posterior(torch.autograd.Function):
         sizes = [parameter.numel() for parameter in ctx.parameters]
         parts = torch.cat([mean * scale, by_rho]).split(sizes)
         return None, *map(_shaped_like, ctx.parameters, parts)
+
+
+def _posterior(
+    prior_std: float, parameters: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Mean, rho, sigma and its square, flat, and the KL, of all means, then all rhos.
+
+    The KL is the sum of log(prior_std / sigma) + (sigma^2 + mean^2) / (2 prior_std^2) - 1/2.
+    """
+    number = len(parameters) // 2
+    mean, rho = _flat(parameters[:number]), _flat(parameters[number:])
+    sigma = softplus(rho)
+    variance = sigma.square()
+    squares = mean.square().sum() + variance.sum()
+    constant = len(mean) * (math.log(prior_std) - 0.5)
+    kl = squares / (2 * prior_std**2) - sigma.log().sum() + constant
+    return mean, rho, sigma, variance, kl
 
 
 def kl_divergence(net: nn.Module) -> Tensor:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from bqnn.layers.draws import Stochastic
+from bqnn.layers.draws import Stochastic, evaluation_coins
 from bqnn.layers.markers import DropoutSite
 from bqnn.layers.noise import coins_like
 
@@ -32,8 +32,9 @@ class MCDropout(Stochastic):
     def kept(self, x: Tensor) -> Tensor:
         """Which channels or features of each row are kept: bool, [B, C, 1, 1] or [B, F]."""
         first = x[..., 0, 0] if x.dim() == 4 else x
-        coins = coins_like(first, 1 - self.rate)
-        return coins.view(coins.shape + (1,) * (x.dim() - 2))
+        # Coins say what is dropped: a tiny rate would be lost in 1 - rate.
+        dropped = (coins_like if self.training else evaluation_coins)(first, self.rate)
+        return dropped.logical_not_().view(dropped.shape + (1,) * (x.dim() - 2))
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"

@@ -14,7 +14,8 @@ class Ensemble(Drawn):
 
     In training the current network answers. In evaluation draw number 0 is the newest member,
     draw number 1 the one before it and so on, and outside a held draw the members take
-    turns; as long as there is none, the current network answers.
+    turns (of two threads at once, both may get the same one); as long as there is none, the
+    current network answers.
     """
 
     collected: Tensor
@@ -28,7 +29,6 @@ class Ensemble(Drawn):
         self.members = nn.ModuleList()
         self.register_buffer("collected", torch.zeros((), dtype=torch.int64))
         self.register_load_state_dict_pre_hook(_make_room)
-        self._held: int | None = None
         self._turn = 0
 
     def __len__(self) -> int:
@@ -44,25 +44,28 @@ class Ensemble(Drawn):
         self.members[slot].load_state_dict(self.current.state_dict())
         self.collected += 1
 
-    def hold_draw(self, index: int) -> None:
+    def make_draw(self, index: int) -> int:
+        """The place of member number `index`, the newest first."""
         if self.members and index >= len(self.members):
             raise ValueError(
                 f"draw {index} of an ensemble with {len(self.members)} members: "
                 f"ask for at most {len(self.members)} samples"
             )
         newest = (int(self.collected) - 1) % self.num_members
-        self._held = (newest - index) % len(self.members) if self.members else None
-
-    def release_draw(self) -> None:
-        self._held = None
+        return (newest - index) % max(len(self.members), 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training or not self.members:
             return self.current(x)
-        if self._held is not None:
-            return self.members[self._held](x)
-        self._turn += 1
-        return self.members[self._turn % len(self.members)](x)
+        return self._member()(x)
+
+    # Which member answers is not a part of any graph.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _member(self) -> nn.Module:
+        place = self.held()
+        if place is None:
+            self._turn = place = (self._turn + 1) % len(self.members)
+        return self.members[place]
 
     def _add_member(self) -> None:
         member = copy.deepcopy(self.current).requires_grad_(False)

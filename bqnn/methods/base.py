@@ -16,6 +16,7 @@ from bqnn.layers.noise import reseed
 from bqnn.likelihoods import Likelihood
 from bqnn.optim import make_optimizer
 from bqnn.predict import predictive_sets
+from bqnn.seeds import Stream, stream_seed
 
 Batch = tuple[Tensor, Tensor]
 SCHEDULES = ("cosine", "cosine_by_step", "constant")  # cosine lowers the rate at epoch ends
@@ -62,6 +63,7 @@ class Method(pl.LightningModule):
         self.schedule = schedule
         self.num_samples = num_samples
         self.val_samples = val_samples
+        self.stream = Stream.TRAINING
         self.recipe: dict[str, Any] | None = None
         self._epoch_terms: defaultdict[str, list[Tensor]] = defaultdict(list)
         self._epoch_norms: list[Tensor] = []  # of each parameter's gradient
@@ -124,6 +126,7 @@ class Method(pl.LightningModule):
             decay = prior_weight * self.optimizer["weight_decay"]
             optimizer = {"weight_decay": decay, **optimizer}
         self.optimizer = optimizer
+        self.stream = Stream.FINE_TUNING
         self.schedule = "cosine_by_step"  # a fine-tuning may be one epoch long
 
     def configure_optimizers(self) -> Any:
@@ -184,9 +187,12 @@ class Method(pl.LightningModule):
 
         Of several ranks, each has draws of its own for its own rows.
         """
-        reseed(self.device, self.seed, stream=self.current_epoch)
-        if self.trainer.world_size > 1:
-            reseed(self.device, int(torch.randint(2**31, (self.global_rank + 1,))[-1]))
+        self.seed_draws(self.global_rank)
+
+    def seed_draws(self, rank: int) -> None:
+        """Start this epoch's draws as a rank has them."""
+        seed = stream_seed(self.seed, self.stream, self.current_epoch, rank)
+        reseed(self.device, seed)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # Here gradients are those of all ranks: what is wrong on one stops all of them.

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from bqnn.layers.ensemble import Ensemble
-from bqnn.layers.noise import reseed
 from bqnn.likelihoods import Likelihood
 from bqnn.methods.base import Batch, Method, Terms
 from bqnn.optim import make_optimizer
@@ -88,7 +87,7 @@ class SGHMCEnsemble(Method):
 
     def seed_epoch(self) -> None:
         # The sampler's noise and its Gibbs draws have to be the same on every rank.
-        reseed(self.device, self.seed, stream=self.current_epoch)
+        self.seed_draws(rank=0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         if self._prior_weight is None:

@@ -12,6 +12,7 @@ from bqnn.layers.noise import reseed
 from bqnn.quant.fuse import fuse
 from bqnn.quant.simulated import calibrate, enable, freeze, is_prepared, prepare
 from bqnn.quant.spec import QuantSpec
+from bqnn.seeds import Stream, stream_seed
 
 
 class Data(Protocol):
@@ -100,7 +101,8 @@ def calibrate_module(
         raise ValueError(f"quant.fine_tuning.calibration_batches={num_batches}: 1 or more")
     quantize_module(model, spec, stage="ptq")
     batches = islice(data.train_dataloader(), num_batches)
-    reseed(torch.device("cpu"), 0)  # stochastic layers are drawn on the way
+    # Stochastic layers are drawn on the way.
+    reseed(torch.device("cpu"), stream_seed(0, Stream.CALIBRATION))
     calibrate(_net(model), (data.normalize(inputs) for inputs, _ in batches))
 
 

@@ -7,6 +7,7 @@ histogram's best range) and the calls of torch.ops.quantized in `PackedWeight` a
 rounding in `FakeQuant` uses core operators already.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,7 @@ from torch.ao.quantization.observer import (
 from bqnn.layers.linear_map import Geometry
 from bqnn.quant.grids import Grid
 
+_packing = threading.Lock()  # torch keeps one engine for the whole process
 SMALLEST_SCALE = 2.0**-60  # torch's own floor, 2**-23, rounds small standard deviations to zero
 
 
@@ -380,10 +382,11 @@ def layout(x: Tensor) -> torch.memory_format:
 
 @contextmanager
 def _using(engine: str) -> Iterator[None]:
-    """Pack for an engine; running a packed weight needs no such setting."""
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = engine
-    try:
-        yield
-    finally:
-        torch.backends.quantized.engine = before
+    """Pack for an engine, one thread at a time; running a packed weight needs no such setting."""
+    with _packing:
+        before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = engine
+        try:
+            yield
+        finally:
+            torch.backends.quantized.engine = before

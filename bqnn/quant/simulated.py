@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.layers.bayes import GaussianWeight, local_reparametrization
+from bqnn.layers.draws import evaluation_noise
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.linear_map import linear_map
 from bqnn.layers.markers import Add, Enter, Pool
-from bqnn.layers.noise import noise_like
 from bqnn.quant.fbgemm import FakeQuant, check_engine, layout, requantize, requantized_sum
 from bqnn.quant.fuse import Fused
 from bqnn.quant.grids import Grid, carry_grids, grid_of, on_grid
@@ -164,7 +164,7 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):
         """One draw of the weights, with batch norm folded in, on their grid."""
         factor, _ = self.fold()
         parameters = self.grids.parameters_on_grid(*self.folded_parameters(factor))
-        eps = noise_like(self.mean)
+        eps = evaluation_noise(self.mean)
         if factor is not None:  # so that equal noise is an equal draw of the network in float
             eps *= FakeQuant.along(eps, factor.sign())
         return self.grids.draw(*parameters, eps)
