@@ -162,7 +162,8 @@ class JointPosterior:
 
     In a `with` statement the layers use it, each time that they need sigma or its square in this
     thread, and compute none of their own. On small networks this halves what a posterior costs in
-    a step. Gradients of all means and rhos come together, at the end of the backward pass.
+    a step; inside of a function that torch.compile traces, they go on computing their own, which
+    it fuses. Gradients of all means and rhos come together, at the end of the backward pass.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -178,11 +179,13 @@ class JointPosterior:
             self._kls.append(kl)
 
     def __enter__(self) -> Self:
-        self._token = _joint_moments.set({**(_joint_moments.get() or {}), **self._moments})
+        if not torch.compiler.is_compiling():  # it cannot trace this
+            self._token = _joint_moments.set({**(_joint_moments.get() or {}), **self._moments})
         return self
 
     def __exit__(self, *_: object) -> None:
-        _joint_moments.reset(self._token)
+        if not torch.compiler.is_compiling():
+            _joint_moments.reset(self._token)
 
     def kl(self) -> Tensor:
         """`kl_divergence` of the network."""
