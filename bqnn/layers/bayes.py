@@ -76,6 +76,14 @@ class GaussianWeight(DrawnWeights):
             (joint,), _ = _moments_and_kl(self.prior_std, [self])
         return _shaped_like(self.rho, joint[index])
 
+    def frozen_as(self, layer: nn.Linear | nn.Conv2d) -> Self:
+        """Itself, trained where the parameters of `layer` are, and nowhere else."""
+        for own, source in ((self.mean, layer.weight), (self.rho, layer.weight)):
+            own.requires_grad_(source.requires_grad)
+        if self.bias is not None and layer.bias is not None:
+            self.bias.requires_grad_(layer.bias.requires_grad)
+        return self
+
     def draw(self) -> Tensor:
         """One draw of the weights."""
         return torch.addcmul(self.mean, self.sigma, evaluation_noise(self.mean))
@@ -92,7 +100,8 @@ class BayesLinear(GaussianWeight):
     @classmethod
     def like(cls, layer: nn.Linear, *, prior_std: float, init_rho: float) -> Self:
         """A Bayesian version of `layer`, with its weights as means and its bias."""
-        return cls(layer.weight, layer.bias, prior_std=prior_std, init_rho=init_rho)
+        made = cls(layer.weight, layer.bias, prior_std=prior_std, init_rho=init_rho)
+        return made.frozen_as(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 2:
@@ -123,13 +132,14 @@ class BayesConv2d(GaussianWeight):
     @classmethod
     def like(cls, layer: nn.Conv2d, *, prior_std: float, init_rho: float) -> Self:
         """A Bayesian version of `layer`, with its weights as means, its bias and geometry."""
-        return cls(
+        made = cls(
             layer.weight,
             layer.bias,
             prior_std=prior_std,
             init_rho=init_rho,
             geometry=Geometry.of(layer),
         )
+        return made.frozen_as(layer)
 
     def extra_repr(self) -> str:
         geometry = ", ".join(f"{key}={value}" for key, value in self.geometry._asdict().items())

@@ -17,6 +17,7 @@ from bqnn.layers.draws import evaluation_noise
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.linear_map import linear_map
 from bqnn.layers.markers import Add, Enter, Pool
+from bqnn.layers.swap import check_no_hooks
 from bqnn.quant.fbgemm import FakeQuant, check_engine, layout, requantize, requantized_sum
 from bqnn.quant.fuse import Fused
 from bqnn.quant.grids import Grid, carry_grids, grid_of, on_grid
@@ -222,6 +223,7 @@ def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
             )
         spec.check_overrides([name for name, _ in found])
         for name, module in found:
+            check_no_hooks(name, module)
             is_output = isinstance(module, Fused) and module.is_output
             layer_spec = spec.for_layer(name, is_output)
             made = makers[type(module)](module, layer_spec).train(module.training)
