@@ -53,6 +53,7 @@ def quantize_one(job: Job) -> None:
         write_metrics,
         write_predictions,
     )
+    from bqnn.seeds import Stream
     from bqnn.trainer import EpochTimer, fit, make_trainer
 
     leave_as_found(job)
@@ -74,6 +75,7 @@ def quantize_one(job: Job) -> None:
         model.fine_tune(fine_tuning_optimizer(options), tuning["prior_weight"])
         start = deepcopy(model)
         quantize_module(start, spec)
+        data.order = Stream.FINE_TUNING_ORDER
         if tuning["seed"] is not None:  # of batches and noise; validation rows stay what they were
             model.seed = data.seed = tuning["seed"]
         fit(job, trainer, model, data)

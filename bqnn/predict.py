@@ -9,7 +9,7 @@ from bqnn.layers.bayes import JointPosterior
 from bqnn.layers.chain import is_chain
 from bqnn.layers.draws import Drawn, Stochastic, held_draw
 from bqnn.layers.finite import refuse_non_finite
-from bqnn.layers.streams import Stream, stream_generator
+from bqnn.seeds import Stream, stream_seed
 
 BATCH_SIZE = 256
 MAX_KEPT_BYTES = 512 * 2**20  # of what comes before the first random layer
@@ -21,7 +21,9 @@ def predictive(
     """Stack independent draws of the network's output: [S, B, ...].
 
     Equal seeds give equal draws (of dropout masks, for equal rows and `batch_size`), on every
-    device and in any number of threads at once; the global random state is not touched.
+    Equal seeds give equal draws (of dropout masks, for equal rows and `batch_size`), on every
+    device. The global random state is neither used nor changed, and threads may predict with one
+    network at the same time: each gets what it would get alone.
 
     ValueError: the network is in training mode, where batch norm would learn from what it predicts,
     or inputs are not finite.
@@ -63,16 +65,16 @@ def predictive_sets(
         room = MAX_KEPT_BYTES // len(group) if num_samples > 1 else 0
         passes = [_one_pass(net, x.split(batch_size), prepare, room) for x in group]
         draws: list[list[Tensor]] = [[] for _ in group]
-        with posterior:
-            for index in range(num_samples):
-                generator = stream_generator(seed, Stream.EVALUATION, index)
-                with held_draw(net, index, generator):
-                    begin = generator.get_state()
-                    for place, (one_pass, outputs) in enumerate(zip(passes, draws, strict=True)):
-                        generator.set_state(begin)  # as if there were no other set
-                        outputs.append(one_pass())
-                        if progress is not None:
-                            progress(len(samples) + place, index)
+        for index in range(num_samples):
+            generator = torch.Generator()
+            generator.manual_seed(stream_seed(seed, Stream.EVALUATION_WEIGHTS, index))
+            with posterior, held_draw(net, index, generator):
+                mask_seed = stream_seed(seed, Stream.EVALUATION_MASKS, index)
+                for place, (one_pass, outputs) in enumerate(zip(passes, draws, strict=True)):
+                    generator.manual_seed(mask_seed)  # as if there were no other set
+                    outputs.append(one_pass())
+                    if progress is not None:
+                        progress(len(samples) + place, index)
         samples += [torch.stack(outputs) for outputs in draws]
     return samples
 

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from bqnn.checkpoint import read_checkpoint
 from bqnn.data import TensorData, build_data
-from bqnn.layers.streams import Stream, reseed
+from bqnn.layers.noise import reseed
 from bqnn.likelihoods import likelihood_from
 from bqnn.methods import METHODS, Method
 from bqnn.methods.base import channels_last
@@ -22,6 +22,7 @@ from bqnn.quant.integer import convert
 from bqnn.quant.simulated import enable
 from bqnn.quant.spec import QuantSpec
 from bqnn.schema import check_recipe
+from bqnn.seeds import Stream, stream_seed
 from bqnn.text import one_line, printable, short
 
 Recipe = dict[str, Any]
@@ -82,7 +83,7 @@ def build(recipe: Recipe) -> Method:
     """The untrained model that a recipe describes. A ValueError says what is wrong with it."""
     facts = recipe["facts"]
     likelihood = likelihood_from(facts)
-    reseed(torch.device("cpu"), recipe["seed"], Stream.WEIGHTS)
+    reseed(torch.device("cpu"), stream_seed(recipe["seed"], Stream.INITIAL_WEIGHTS))
     net = _construct(NETS, "net", recipe["net"], facts["input_shape"], likelihood.heads)
     extra = {"num_train": facts["num_train"], "seed": recipe["seed"]}
     model: Method = _construct(METHODS, "method", {**recipe["method"], **extra}, net, likelihood)

@@ -34,8 +34,8 @@ def test_noise_is_standard_normal_times_std(shape, std):
 
 def test_parts_of_a_large_tensor_are_independent():
     torch.manual_seed(0)
-    parts = drawn(SHAPES["large"], torch.contiguous_format).view(noise.NUM_PARTS, -1)
-    correlations = torch.corrcoef(parts) - torch.eye(noise.NUM_PARTS)
+    parts = drawn(SHAPES["large"], torch.contiguous_format).view(noise.NUM_STREAMS, -1)
+    correlations = torch.corrcoef(parts) - torch.eye(noise.NUM_STREAMS)
     assert correlations.abs().max() < 5 / math.sqrt(parts.shape[1])
 
 

@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 from bqnn import predict
 from bqnn.layers.bayes import to_bayes
-from bqnn.layers.draws import Drawn, held_draw
+from bqnn.layers.draws import Drawn, evaluation_coins, evaluation_noise, held_draw
 from bqnn.layers.dropout import MCDropout, to_mcdropout
 from bqnn.layers.ensemble import Ensemble
-from bqnn.layers.streams import Stream, stream_generator
 from bqnn.nets import MLP, LeNet, ResNet
 from bqnn.predict import predictive, predictive_sets
+from bqnn.seeds import Stream, stream_seed
 
 
 class Counter(Drawn):
@@ -89,11 +89,44 @@ def test_draws_of_one_seed_differ(net, x):
 
 
 @pytest.mark.parametrize(("net", "x"), RANDOM)
-def test_the_global_random_state_is_left_as_it_was(net, x):
+def test_the_global_random_state_is_neither_used_nor_changed(net, x):
     net = net()
     before = torch.get_rng_state()
-    predictive(net, x, 3)
+    first = predictive(net, x, 3)
     assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(12345)
+    assert torch.equal(predictive(net, x, 3), first)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_draw_is_the_same_network_in_every_layout_and_type(layout, dtype):
+    net = bayes_net()
+    with held_draw(net, 0, torch.Generator().manual_seed(1)):
+        expected = [layer.held() for layer in net.modules() if isinstance(layer, Drawn)]
+    net.to(dtype=dtype, memory_format=layout)
+    with held_draw(net, 0, torch.Generator().manual_seed(1)):
+        weights = [layer.held() for layer in net.modules() if isinstance(layer, Drawn)]
+    assert len(weights) > 2
+    for got, wanted in zip(weights, expected, strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, wanted.to(dtype), rtol=0, atol=1e-6)
+
+
+def test_noise_of_an_evaluation_is_drawn_on_the_cpu_whatever_the_device():
+    x = torch.empty(3, 5, device="meta")
+    drawn = []
+
+    class Watched(Drawn):
+        def make_draw(self, index: int) -> int:
+            drawn.extend([evaluation_noise(x), evaluation_coins(x, 0.5)])
+            return index
+
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    with held_draw(Watched(), 0, generator):
+        assert [each.device.type for each in drawn] == ["meta", "meta"]
+        assert not torch.equal(generator.get_state(), before)
 
 
 def test_batch_norm_learns_nothing_from_a_prediction_and_no_gradient_is_kept():
@@ -167,7 +200,8 @@ def test_what_comes_before_the_first_random_layer_is_computed_once(
     x = torch.randn(10, 4)
     expected = []
     for index in range(3):
-        with held_draw(net, index, stream_generator(0, Stream.EVALUATION, index)):
+        seed = stream_seed(0, Stream.EVALUATION_MASKS, index)
+        with held_draw(net, index, torch.Generator().manual_seed(seed)):
             expected.append(torch.cat([net(rows) for rows in x.split(4)]).detach())
     calls.clear()
     monkeypatch.setattr(predict, "MAX_KEPT_BYTES", 1000 if kept else 300)

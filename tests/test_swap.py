@@ -1,10 +1,21 @@
 """Swapping by type: what is replaced, what is kept, what is refused."""
 
+import types
+from collections.abc import Callable
+
 import pytest
+import torch
+import torch.nn.utils as torch_utils
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from bqnn.layers.bayes import to_bayes
+from bqnn.layers.dropout import to_mcdropout
+from bqnn.layers.markers import DropoutSite, Enter, Leave
 from bqnn.layers.swap import swap
+from bqnn.quant.fuse import fuse
+from bqnn.quant.simulated import prepare
+from bqnn.quant.spec import QuantSpec
 
 
 class Wider(nn.Linear):
@@ -63,3 +74,145 @@ def test_a_layer_in_two_places_stays_one_layer():
     to_bayes(net, prior_std=1.0, init_rho=-3.0)
     assert type(net[0]).__name__ == "BayesLinear"
     assert net[0] is net[2]
+
+
+def plain() -> nn.Sequential:
+    return nn.Sequential(
+        Enter(),
+        nn.Conv2d(1, 2, 3),
+        nn.BatchNorm2d(2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8, 8),
+        nn.Linear(8, 8, bias=False),
+        Leave(),
+    )
+
+
+def share(net: nn.Sequential, name: str) -> None:
+    setattr(net[6], name, getattr(net[5], name))
+
+
+def share_memory(net: nn.Sequential) -> None:
+    net[6].weight.data = net[5].weight.data
+
+
+def replace(net: nn.Sequential, layer: nn.Module) -> None:
+    net[6] = layer
+
+
+# What is done to a network, and what the error then names.
+LOST: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
+    "spectral norm": (lambda net: torch_utils.spectral_norm(net[5]), r"^5 .*weight_orig"),
+    "spectral norm of a convolution": (lambda net: torch_utils.spectral_norm(net[1]), r"^1 .*orig"),
+    "weight norm": (lambda net: torch_utils.weight_norm(net[6]), r"^6 .*weight_g, weight_v"),
+    "pruning": (lambda net: prune.l1_unstructured(net[1], "weight", 0.5), r"^1 .*weight_mask"),
+    "pruned bias": (lambda net: prune.random_unstructured(net[5], "bias", 2), r"^5 .*bias_orig"),
+    "new spectral norm": (lambda net: parametrizations.spectral_norm(net[5]), r"^5 .*remove_par"),
+    "new weight norm": (lambda net: parametrizations.weight_norm(net[6]), r"^6 .*remove_param"),
+    "orthogonal": (lambda net: parametrizations.orthogonal(net[6]), r"^6 .*remove_param"),
+    "lazy": (lambda net: replace(net, nn.LazyLinear(8)), r"^6 is a LazyLinear.*pass a batch"),
+    "parameter": (lambda net: setattr(net[5], "gain", nn.Parameter(torch.ones(1))), r"^5 .*gain"),
+    "buffer": (lambda net: net[5].register_buffer("mask", torch.ones(1)), r"^5 .*mask"),
+    "no weight": (lambda net: net[5]._parameters.pop("weight"), r"^5 .*no weight"),
+    "child": (lambda net: net[5].add_module("adapter", nn.ReLU()), r"^5 .*adapter"),
+    "hook": (lambda net: net[5].register_forward_hook(print), r"^5 has forward hooks"),
+    "pre-hook": (lambda net: net[1].register_forward_pre_hook(print), r"^1 has forward pre hooks"),
+    "gradient": (lambda net: net[5].register_full_backward_hook(print), r"^5 has backward hooks"),
+    "forward": (
+        lambda net: setattr(net[5], "forward", types.MethodType(nn.Linear.forward, net[5])),
+        r"^5 has a forward of its own",
+    ),
+    "tied weight": (lambda net: share(net, "weight"), r"^5\.weight and 6\.weight are one"),
+    "tied bias": (lambda net: share(net, "bias"), r"^5\.bias and 6\.bias are one"),
+    "tied memory": (share_memory, r"^5\.weight and 6\.weight are one"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("convert", [lambda net: to_bayes(net, 1.0, -3.0), fuse], ids=["bbb", "q"])
+@pytest.mark.parametrize("case", LOST)
+def test_what_a_conversion_would_lose_is_refused_by_the_layer(case, convert):
+    net = plain()
+    change, message = LOST[case]
+    change(net)
+    with pytest.raises(TypeError, match=message) as caught:
+        convert(net)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_refused_network_stays_as_it_was():
+    net = plain()
+    torch_utils.spectral_norm(net[6])
+    kinds = [type(module) for module in net.modules()]
+    for convert in (lambda: to_bayes(net, 1.0, -3.0), lambda: fuse(net)):
+        with pytest.raises(TypeError):
+            convert()
+        assert [type(module) for module in net.modules()] == kinds
+
+
+def test_what_is_made_plain_again_is_converted():
+    net = plain()
+    torch_utils.spectral_norm(net[5])
+    prune.l1_unstructured(net[1], "weight", 0.5)
+    net(torch.randn(2, 1, 4, 4))
+    torch_utils.remove_spectral_norm(net[5])
+    prune.remove(net[1], "weight")
+    lazy = nn.LazyLinear(8)
+    net[6] = lazy
+    x = torch.randn(3, 1, 4, 4)
+    expected = net.eval()(x)
+    to_bayes(net, prior_std=1.0, init_rho=-60.0)
+    torch.testing.assert_close(net(x), expected)
+    assert (net[1].mean == 0).sum() == 9
+
+
+def test_parts_that_fusion_takes_in_are_checked_too():
+    for index, name in ((2, "2 has forward hooks"), (3, "3 has forward hooks")):
+        net = plain()
+        net[index].register_forward_hook(print)
+        with pytest.raises(TypeError, match=name):
+            fuse(net)
+        to_bayes(net, 1.0, -3.0)  # leaves them where they are
+    net = plain()
+    prune.l1_unstructured(net[2], "weight", 0.5)
+    with pytest.raises(TypeError, match="2 is a BatchNorm2d with weight_orig"):
+        fuse(net)
+
+
+def test_hooks_on_other_modules_that_are_replaced_are_refused():
+    net = fuse(plain())
+    net[0].register_forward_hook(print)
+    with pytest.raises(TypeError, match="0 has forward hooks"):
+        prepare(net, QuantSpec())
+    net = nn.Sequential(nn.Linear(2, 2), DropoutSite())
+    net[1].register_forward_hook(print)
+    with pytest.raises(TypeError, match="1 has forward hooks"):
+        to_mcdropout(net, 0.5)
+
+
+def test_one_gaussian_layer_in_two_places_is_not_quantized_to_two_draws():
+    shared = nn.Linear(8, 8)
+    net = nn.Sequential(Enter(), shared, nn.ReLU(), shared, Leave())
+    fuse(to_bayes(plain(), 1.0, -3.0))
+    with pytest.raises(TypeError, match="1 and 3 are one layer"):
+        fuse(to_bayes(net, 1.0, -3.0))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_what_a_conversion_makes_is_in_the_mode_of_the_network(mode):
+    net = plain()
+    net[4] = DropoutSite()
+    net.train(mode)
+    to_mcdropout(to_bayes(net, 1.0, -3.0), 0.5)
+    assert all(module.training is mode for module in net.modules())
+
+
+def test_frozen_parameters_stay_frozen():
+    net = plain()
+    net[5].weight.requires_grad_(False)
+    net[1].bias.requires_grad_(False)
+    to_bayes(net, 1.0, -3.0)
+    trained = {name for name, param in net.named_parameters() if param.requires_grad}
+    assert not trained & {"5.mean", "5.rho", "1.bias"}
+    assert {"5.bias", "1.mean", "1.rho", "6.mean", "6.rho"} <= trained

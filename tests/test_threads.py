@@ -1,5 +1,6 @@
-"""Predictions from many threads on one model are what serial calls give, bit for bit."""
+"""Threads: predictions made at the same time are those that serial calls give, bit for bit."""
 
+import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,140 +9,148 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bqnn.layers.bayes import to_bayes
+from bqnn.layers.bayes import JointPosterior, kl_divergence
 from bqnn.layers.draws import held_draw
-from bqnn.layers.dropout import to_mcdropout
-from bqnn.layers.ensemble import Ensemble
-from bqnn.nets import LeNet
-from bqnn.predict import predictive, predictive_sets
+from bqnn.predict import predictive
+from bqnn.quant.fbgemm import has_vnni
 from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import convert
 from bqnn.quant.simulated import calibrate, prepare
 from bqnn.quant.spec import QuantSpec
+from tests.quant.conftest import float_net, inputs
 
 NUM_THREADS = 8
 METHODS = ("pointwise", "bbb", "mcdropout", "sghmc")
-X = torch.linspace(-1, 1, 9 * 64).view(9, 1, 8, 8)
 
 
-def network(method: str) -> nn.Module:
-    torch.manual_seed(0)
-    net: nn.Module = LeNet([1, 8, 8], [4], channels=(6, 8), hidden_features=20)
-    if method == "bbb":
-        net = to_bayes(net, prior_std=1.0, init_rho=-2.0)
-    elif method == "mcdropout":
-        net = to_mcdropout(net, rate=0.3)
-    elif method == "sghmc":
-        net = Ensemble(net, 6)
-        for _ in range(6):
-            for parameter in net.current.parameters():
-                parameter.data += 0.1 * torch.randn_like(parameter)
-            net.collect()
-    return net.eval()
+def make(method: str, net: str, numeric: str, engine: str = "fbgemm") -> nn.Module:
+    made = float_net(method, net)
+    if numeric == "float":
+        return made
+    made = calibrate(prepare(fuse(made), QuantSpec(engine=engine)), [inputs(net)])
+    return made if numeric == "simulated" else convert(made, engine)
 
 
-def quantized(method: str, engine: str = "fbgemm") -> nn.Module:
-    net = prepare(fuse(network(method)), QuantSpec(weight_bits=4, engine=engine))
-    return calibrate(net, [X])
+def at_once(calls: list[Callable[[], Tensor]]) -> list[Tensor]:
+    """What the calls return, made by eight threads that start together."""
+    start = threading.Barrier(NUM_THREADS)
+
+    def run(number: int) -> list[Tensor]:
+        start.wait(timeout=60)
+        return [call() for call in calls[number::NUM_THREADS]]
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        parts = list(pool.map(run, range(NUM_THREADS)))
+    return [parts[index % NUM_THREADS][index // NUM_THREADS] for index in range(len(calls))]
 
 
-MADE: dict[str, Callable[[str], nn.Module]] = {
-    "float": network,
-    "simulated": quantized,
-    "int8": lambda method: convert(quantized(method), "fbgemm"),
-}
+def assert_as_serial(calls: list[Callable[[], Tensor]]) -> None:
+    expected = [call() for call in calls]
+    for got, wanted in zip(at_once(calls), expected, strict=True):
+        assert torch.equal(got, wanted)
 
 
-def in_threads(calls: list[Callable[[], Tensor]]) -> list[Tensor]:
-    """Make the calls at the same time, as many threads at work as calls."""
-    start = threading.Barrier(len(calls))
+def calls_of(net: nn.Module, x: Tensor, num_samples: int, count: int) -> list[Callable[[], Tensor]]:
+    """Predictions that differ in seed, draws and batches, so that no two take equally long."""
 
-    def run(call: Callable[[], Tensor]) -> Tensor:
-        start.wait(60)
-        return call()
+    def call(index: int) -> Callable[[], Tensor]:
+        samples, batch_size = 1 + index % num_samples, (5, 16, 64)[index % 3]
+        return lambda: predictive(net, x, samples, seed=index % 4, batch_size=batch_size)
 
-    with ThreadPoolExecutor(len(calls)) as pool:
-        return list(pool.map(run, calls))
+    return [call(index) for index in range(count)]
 
 
-@pytest.mark.parametrize("numeric", MADE)
+@pytest.mark.parametrize("numeric", ["float", "simulated", "int8"])
+@pytest.mark.parametrize("net", ["mlp", "lenet"])
 @pytest.mark.parametrize("method", METHODS)
-def test_eight_threads_predict_what_one_does(method: str, numeric: str) -> None:
-    net = MADE[numeric](method)
-    num_samples = [1] * NUM_THREADS if method == "pointwise" else [2, 3, 4, 5, 6, 2, 3, 4]
-    rows = [X, X[:1], X[2:], X + 0.1, X, X[:5], -X, X]
-
-    def call(number: int) -> Callable[[], Tensor]:
-        def predict() -> Tensor:
-            arguments = {"seed": number % 3, "batch_size": 2 + number % 4}
-            return predictive(net, rows[number], num_samples[number], **arguments)
-
-        return predict
-
-    calls = [call(number) for number in range(NUM_THREADS)]
-    expected = [predict() for predict in calls]
-    for _ in range(3):
-        for got, alone in zip(in_threads(calls), expected, strict=True):
-            assert torch.equal(got, alone)
+def test_one_network_predicts_for_many_threads(method: str, net: str, numeric: str) -> None:
+    made = make(method, net, numeric)
+    num_samples = 2 if method == "sghmc" else 4
+    assert_as_serial(calls_of(made, inputs(net), num_samples, count=32))
 
 
-def test_a_training_and_other_models_beside_it_change_no_prediction() -> None:
-    nets = [MADE[numeric](method) for method in ("bbb", "mcdropout") for numeric in MADE]
-    calls = [lambda net=net: predictive(net, X, 3) for net in nets]
-    expected = [predict() for predict in calls]
-    trained = network("bbb").train()
-
-    def train() -> Tensor:
-        for _ in range(20):
-            trained(X).square().mean().backward()
-            torch.manual_seed(1)  # whoever uses torch's global generator
-        return torch.zeros(())
-
-    got = in_threads([*calls, train])
-    for one, alone in zip(got, expected, strict=False):
-        assert torch.equal(one, alone)
+@pytest.mark.parametrize("numeric", ["float", "simulated", "int8"])
+def test_networks_of_all_methods_predict_at_once(numeric: str) -> None:
+    calls = []
+    for method in METHODS:
+        calls += calls_of(make(method, "mlp", numeric), inputs("mlp"), 2, count=8)
+    assert_as_serial(calls)
 
 
-def test_two_engines_pack_at_the_same_time() -> None:
-    engines = [e for e in ("fbgemm", "x86") if e in torch.backends.quantized.supported_engines]
-    nets = [convert(quantized("bbb", engine), engine) for engine in engines for _ in range(2)]
-    calls = [lambda net=net: predictive(net, X, 10) for net in nets]
-    expected = [predict() for predict in calls]
+@pytest.mark.skipif(not has_vnni(), reason="without VNNI the engines' integers differ anyway")
+def test_int8_networks_of_different_engines_predict_at_once() -> None:
     before = torch.backends.quantized.engine
-    for got, alone in zip(in_threads(calls), expected, strict=True):
-        assert torch.equal(got, alone)
+    calls = []
+    for engine in ("fbgemm", "x86", "onednn"):
+        calls += calls_of(make("bbb", "lenet", "int8", engine), inputs("lenet"), 3, count=8)
+    assert_as_serial(calls)
     assert torch.backends.quantized.engine == before
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_prediction_neither_reads_nor_moves_the_global_random_state(method: str) -> None:
-    net = network(method)
-    torch.manual_seed(1)
-    first = predictive(net, X, 3)
-    state = torch.get_rng_state()
-    torch.manual_seed(2)
-    assert torch.equal(predictive(net, X, 3), first)
-    torch.manual_seed(1)
-    assert torch.equal(torch.get_rng_state(), state)
+def test_training_another_network_meanwhile_changes_nothing(method: str) -> None:
+    made, x = make(method, "mlp", "float"), inputs("mlp")
+    calls = calls_of(made, x, 2, count=32)
+    expected = [call() for call in calls]
+    trained = float_net("bbb", "mlp").train()
+    stop = threading.Event()
+
+    def train() -> None:
+        while not stop.is_set():
+            with JointPosterior(trained) as posterior:
+                loss = trained(x).square().sum() + posterior.kl()
+            loss.backward()
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    try:
+        results = at_once(calls)
+    finally:
+        stop.set()
+        trainer.join(timeout=60)
+    for got, wanted in zip(results, expected, strict=True):
+        assert torch.equal(got, wanted)
 
 
-def test_a_draw_held_by_one_thread_is_not_seen_by_another() -> None:
-    net = network("bbb")
-    with torch.no_grad(), held_draw(net, 0):
-        held = net(X)
-        with ThreadPoolExecutor(1) as pool:
-            assert not torch.equal(pool.submit(net, X).result(), held)
-        assert torch.equal(net(X), held)
+def test_a_seeded_training_is_not_disturbed_by_predictions() -> None:
+    net, x = float_net("bbb", "mlp"), inputs("mlp")
+    trained = copy.deepcopy(net).train()
+
+    def losses() -> Tensor:
+        torch.manual_seed(5)
+        return torch.stack([trained(x).square().sum().detach() for _ in range(50)])
+
+    expected = losses()
+    stop = threading.Event()
+
+    def predict() -> None:
+        while not stop.is_set():
+            predictive(net, x, 3)
+
+    predictor = threading.Thread(target=predict)
+    predictor.start()
+    try:
+        assert torch.equal(losses(), expected)
+    finally:
+        stop.set()
+        predictor.join(timeout=60)
 
 
-def test_dropout_masks_of_a_set_do_not_depend_on_the_sets_before_it() -> None:
-    net = network("mcdropout")
-    together = predictive_sets(net, [X, -X, X[:3]], 3)
-    assert torch.equal(together[1], predictive(net, -X, 3))
+def test_a_draw_is_held_for_the_thread_that_holds_it() -> None:
+    net, x = float_net("bbb", "mlp"), inputs("mlp")
+    with torch.no_grad(), held_draw(net, 0), ThreadPoolExecutor(1) as other:
+        mine = net(x)
+        assert not torch.equal(other.submit(net, x).result(), mine)
+        assert torch.equal(net(x), mine)
 
 
-def test_a_draw_is_the_same_network_in_every_layout() -> None:
-    net = network("bbb")
-    expected = predictive(net, X, 3)
-    got = predictive(net.to(memory_format=torch.channels_last), X, 3)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)  # sums in another order
+def test_a_joint_posterior_is_seen_by_the_thread_that_made_it() -> None:
+    net = float_net("bbb", "mlp")
+    layer = next(module for module in net.modules() if hasattr(module, "rho"))
+    with JointPosterior(net), ThreadPoolExecutor(1) as other:
+        before = layer.sigma
+        with torch.no_grad():
+            layer.rho.add_(1.0)
+        assert torch.equal(layer.sigma, before)
+        assert (other.submit(lambda: layer.sigma).result() > before).all()
+    assert kl_divergence(net).isfinite()

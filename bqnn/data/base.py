@@ -9,7 +9,7 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
 from bqnn.data.loader import TensorLoader, permutation
-from bqnn.layers.streams import Stream
+from bqnn.seeds import Stream, stream_seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +59,7 @@ class TensorData(LightningDataModule):
         self.seed = seed
         self.batch_size = batch_size
         self.validation_share = validation_share
+        self.order = Stream.ORDER  # of the training rows
         self.is_set_up = False
 
     def setup(self, stage: str | None = None) -> None:
@@ -88,6 +89,7 @@ class TensorData(LightningDataModule):
             self.batch_size,
             shuffle=True,
             seed=self.seed,
+            stream=self.order,
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
         )
@@ -122,7 +124,7 @@ class TensorData(LightningDataModule):
                 f"validation_share={self.validation_share}: it would hold out all {len(part)} "
                 "training rows; choose a smaller share, or 0"
             )
-        order = permutation(len(part), self.seed, Stream.VALIDATION)
+        order = permutation(len(part), stream_seed(self.seed, Stream.VALIDATION_SPLIT))
         # Sorted, so that the rows keep the order of the file.
         held_out, kept = order[:num_val].sort().values, order[num_val:].sort().values
         return part.take(kept), part.take(held_out), test

@@ -8,14 +8,14 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from bqnn.layers.streams import Stream, stream_generator
+from bqnn.seeds import Stream, stream_seed
 
 
 class TensorLoader:
     """Batches `(inputs[rows], targets[rows])` of one epoch; Lightning takes it as a dataloader.
 
-    Shuffled, the order depends on (seed, epoch) alone; unshuffled, batches are views. With several
-    ranks every rank sees the same order and takes its own part of each global batch of
+    Shuffled, the order depends on (seed, stream, epoch) alone; unshuffled, batches are views. With
+    several ranks every rank sees the same order and takes its own part of each global batch of
     `batch_size * world_size` rows. All ranks get equally many rows, so the first ones come again
     at the end where the ranks do not divide them.
 
@@ -32,6 +32,7 @@ class TensorLoader:
         *,
         shuffle: bool = False,
         seed: int = 0,
+        stream: Stream = Stream.ORDER,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -56,6 +57,7 @@ class TensorLoader:
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
+        self.stream = stream
         self.epoch = 0
         self.rank = rank
         self.world_size = world_size
@@ -86,7 +88,7 @@ class TensorLoader:
     def _rows(self) -> Tensor:
         num_rows = len(self.inputs)
         if self.shuffle:
-            order = permutation(num_rows, self.seed, Stream.ORDER, self.epoch)
+            order = permutation(num_rows, stream_seed(self.seed, self.stream, self.epoch))
         else:
             order = torch.arange(num_rows)
         if self.world_size > 1:
@@ -95,6 +97,6 @@ class TensorLoader:
         return order.to(self.inputs.device)
 
 
-def permutation(num_rows: int, seed: int, stream: Stream, epoch: int = 0) -> Tensor:
-    """A random order of `range(num_rows)` that depends on what is given alone: int64 [N]."""
-    return torch.randperm(num_rows, generator=stream_generator(seed, stream, epoch))
+def permutation(num_rows: int, seed: int) -> Tensor:
+    """A random order of `range(num_rows)` from the seed of a generator: int64 [N]."""
+    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))

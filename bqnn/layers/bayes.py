@@ -2,20 +2,21 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from functools import partial
-from types import MappingProxyType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bqnn.layers.draws import DrawnWeights
+from bqnn.layers.draws import DrawnWeights, evaluation_noise
 from bqnn.layers.linear_map import Geometry, linear_map, linear_map_gradients
 from bqnn.layers.noise import in_memory_order, noise_like
 from bqnn.layers.swap import swap
+
+Moments = tuple[Tensor, Tensor]  # sigma and its square, flat, in the order of memory
 
 
 class GaussianWeight(DrawnWeights):
@@ -69,14 +70,23 @@ class GaussianWeight(DrawnWeights):
         return self._from_joint(1)
 
     def _from_joint(self, index: int) -> Tensor:
-        joint = _joint_moments.get().get(self)
+        computed = _joint_moments.get()
+        joint = None if computed is None else computed.get(self)
         if joint is None:
             (joint,), _ = _moments_and_kl(self.prior_std, [self])
         return _shaped_like(self.rho, joint[index])
 
+    def frozen_as(self, layer: nn.Linear | nn.Conv2d) -> Self:
+        """Itself, trained where the parameters of `layer` are, and nowhere else."""
+        for own, source in ((self.mean, layer.weight), (self.rho, layer.weight)):
+            own.requires_grad_(source.requires_grad)
+        if self.bias is not None and layer.bias is not None:
+            self.bias.requires_grad_(layer.bias.requires_grad)
+        return self
+
     def draw(self) -> Tensor:
         """One draw of the weights."""
-        return torch.addcmul(self.mean, self.sigma, noise_like(self.mean))
+        return torch.addcmul(self.mean, self.sigma, evaluation_noise(self.mean))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -90,7 +100,8 @@ class BayesLinear(GaussianWeight):
     @classmethod
     def like(cls, layer: nn.Linear, *, prior_std: float, init_rho: float) -> Self:
         """A Bayesian version of `layer`, with its weights as means and its bias."""
-        return cls(layer.weight, layer.bias, prior_std=prior_std, init_rho=init_rho)
+        made = cls(layer.weight, layer.bias, prior_std=prior_std, init_rho=init_rho)
+        return made.frozen_as(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 2:
@@ -121,13 +132,14 @@ class BayesConv2d(GaussianWeight):
     @classmethod
     def like(cls, layer: nn.Conv2d, *, prior_std: float, init_rho: float) -> Self:
         """A Bayesian version of `layer`, with its weights as means, its bias and geometry."""
-        return cls(
+        made = cls(
             layer.weight,
             layer.bias,
             prior_std=prior_std,
             init_rho=init_rho,
             geometry=Geometry.of(layer),
         )
+        return made.frozen_as(layer)
 
     def extra_repr(self) -> str:
         geometry = ", ".join(f"{key}={value}" for key, value in self.geometry._asdict().items())
@@ -149,19 +161,19 @@ def to_bayes(net: nn.Module, prior_std: float, init_rho: float) -> nn.Module:
     return net
 
 
-# sigma and its square of each layer, flat, in the order of memory, while they are computed jointly
-_joint_moments: ContextVar[Mapping[GaussianWeight, tuple[Tensor, Tensor]]] = ContextVar(
-    "joint_moments", default=MappingProxyType({})
+# What this thread has computed jointly, while it uses that.
+_joint_moments: ContextVar[dict[GaussianWeight, Moments] | None] = ContextVar(
+    "joint moments", default=None
 )
 
 
 class JointPosterior:
     """The Gaussian weights of a network, with sigma computed by one softplus over all of them.
 
-    In a `with` statement the layers use it in this thread, each time that they need sigma or its
-    square, and compute none of their own. On small networks this halves what a posterior costs in
-    a step.
-    Gradients of all means and rhos come together, at the end of the backward pass.
+    In a `with` statement the layers use it, each time that they need sigma or its square in this
+    thread, and compute none of their own. On small networks this halves what a posterior costs in
+    a step; inside of a function that torch.compile traces, they go on computing their own, which
+    it fuses. Gradients of all means and rhos come together, at the end of the backward pass.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -169,21 +181,21 @@ class JointPosterior:
         for module in net.modules():
             if isinstance(module, GaussianWeight):
                 by_prior[module.prior_std].append(module)
-        self._layers = [layer for layers in by_prior.values() for layer in layers]
-        self._moments: list[tuple[Tensor, Tensor]] = []
+        self._moments: dict[GaussianWeight, Moments] = {}
         self._kls: list[Tensor] = []
         for prior_std, layers in by_prior.items():
             moments, kl = _moments_and_kl(prior_std, layers)
-            self._moments += moments
+            self._moments.update(zip(layers, moments, strict=True))
             self._kls.append(kl)
 
     def __enter__(self) -> Self:
-        own = zip(self._layers, self._moments, strict=True)
-        self._token = _joint_moments.set({**_joint_moments.get(), **dict(own)})
+        if not torch.compiler.is_compiling():  # it cannot trace this
+            self._token = _joint_moments.set({**(_joint_moments.get() or {}), **self._moments})
         return self
 
     def __exit__(self, *_: object) -> None:
-        _joint_moments.reset(self._token)
+        if not torch.compiler.is_compiling():
+            _joint_moments.reset(self._token)
 
     def kl(self) -> Tensor:
         """`kl_divergence` of the network."""
@@ -192,12 +204,13 @@ class JointPosterior:
         return torch.stack(self._kls).sum()
 
 
-def _moments_and_kl(
-    prior_std: float, layers: list[GaussianWeight]
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+def _moments_and_kl(prior_std: float, layers: list[GaussianWeight]) -> tuple[list[Moments], Tensor]:
     """sigma and its square for each layer, flat, and the KL of all these layers."""
     parameters = [layer.mean for layer in layers] + [layer.rho for layer in layers]
-    sigma, variance, kl = _Posterior.apply(prior_std, *parameters)
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+        sigma, variance, kl = _Posterior.apply(prior_std, *parameters)
+    else:  # torch.compile loses the parameters of a Function that needs no gradient
+        _, _, sigma, variance, kl = _posterior(prior_std, parameters)
     sizes = [layer.rho.numel() for layer in layers]
     return list(zip(sigma.split(sizes), variance.split(sizes), strict=True)), kl
 
@@ -205,20 +218,12 @@ def _moments_and_kl(
 class _Posterior(torch.autograd.Function):
     """sigma, its square and the KL of weights with one prior; the first two flat, as in memory.
 
-    One node of the graph: on small networks nodes cost more than their arithmetic. The KL is the
-    sum of log(prior_std / sigma) + (sigma^2 + mean^2) / (2 prior_std^2) - 1/2. The parameters are
-    all means, then all rhos.
+    One node of the graph: on small networks nodes cost more than their arithmetic.
     """
 
     @staticmethod
     def forward(ctx: Any, prior_std: float, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        number = len(parameters) // 2
-        mean, rho = _flat(parameters[:number]), _flat(parameters[number:])
-        sigma = softplus(rho)
-        variance = sigma.square()
-        squares = mean.square().sum() + variance.sum()
-        constant = len(mean) * (math.log(prior_std) - 0.5)
-        kl = squares / (2 * prior_std**2) - sigma.log().sum() + constant
+        mean, rho, sigma, variance, kl = _posterior(prior_std, parameters)
         ctx.save_for_backward(mean, rho, sigma)
         ctx.prior_variance, ctx.parameters = prior_std**2, parameters
         return sigma, variance, kl
@@ -235,6 +240,23 @@ class _Posterior(torch.autograd.Function):
         sizes = [parameter.numel() for parameter in ctx.parameters]
         parts = torch.cat([mean * scale, by_rho]).split(sizes)
         return None, *map(_shaped_like, ctx.parameters, parts)
+
+
+def _posterior(
+    prior_std: float, parameters: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Mean, rho, sigma and its square, flat, and the KL, of all means, then all rhos.
+
+    The KL is the sum of log(prior_std / sigma) + (sigma^2 + mean^2) / (2 prior_std^2) - 1/2.
+    """
+    number = len(parameters) // 2
+    mean, rho = _flat(parameters[:number]), _flat(parameters[number:])
+    sigma = softplus(rho)
+    variance = sigma.square()
+    squares = mean.square().sum() + variance.sum()
+    constant = len(mean) * (math.log(prior_std) - 0.5)
+    kl = squares / (2 * prior_std**2) - sigma.log().sum() + constant
+    return mean, rho, sigma, variance, kl
 
 
 def kl_divergence(net: nn.Module) -> Tensor:

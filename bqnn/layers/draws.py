@@ -1,8 +1,4 @@
-"""Random modules, and the draw that all of them share during one prediction.
-
-A draw belongs to the call that makes it: it is held in a context variable and not on the layers, so
-that any number of threads can predict with one network at the same time.
-"""
+"""Draws of a network's random modules, which belong to a call and not to the modules."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +6,34 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from bqnn.layers.noise import coins_like, cpu_noise_like
+
+
+class Draw:
+    """One draw of a network while it is held.
+
+    Args:
+        index: its number.
+        generator: where its random numbers come from, on the CPU; None is torch's global one.
+    """
+
+    def __init__(self, index: int, generator: torch.Generator | None) -> None:
+        self.index = index
+        self.generator = torch.default_generator if generator is None else generator
+        self.values: dict[nn.Module, Any] = {}  # what each `Drawn` module made
+
+
+# Of this thread (and asyncio task) alone: threads that predict with one network share no draw.
+_held: ContextVar[Draw | None] = ContextVar("held draw", default=None)
 
 
 class Stochastic(nn.Module):
     """A module whose output is random in evaluation.
 
-    Its numbers come from `bqnn.layers.noise`, which knows the generator of the draw that is held.
+    Its random numbers come from `evaluation_noise` and `evaluation_coins`, so that they belong to
+    the draw that is held.
     """
 
 
@@ -27,17 +44,17 @@ class Drawn(Stochastic):
     """
 
     def make_draw(self, index: int) -> Any:
-        """What this module keeps of draw number `index` while it is held."""
+        """Draw number `index`, in the form that `forward` needs; never None."""
         raise NotImplementedError
 
     def held(self) -> Any:
-        """What `make_draw` returned for the draw that this thread holds, None without one."""
+        """This module's part of the draw that this thread holds, or None."""
         draw = _held.get()
-        return None if draw is None else draw.kept.get(self)
+        return None if draw is None else draw.values.get(self)
 
 
 class DrawnWeights(Drawn):
-    """Base class of layers with random weights. Subclasses implement `draw`."""
+    """Base class for layers with random weights. Subclasses implement `draw`."""
 
     def draw(self) -> Any:
         """One draw of the weights, in the form that `forward` needs."""
@@ -52,42 +69,54 @@ class DrawnWeights(Drawn):
         return self.draw()
 
 
-class Draw:
-    """A draw of all random modules of a network: what each keeps, and the source of its noise."""
-
-    def __init__(self, generator: torch.Generator | None, kept: dict[nn.Module, Any]) -> None:
-        self.generator = generator
-        self.kept = kept
-
-
-_held: ContextVar[Draw | None] = ContextVar("held_draw", default=None)
-
-
-def held_generator() -> torch.Generator | None:
-    """The generator of the draw that this thread holds; None: torch's global one."""
-    draw = _held.get()
-    return None if draw is None else draw.generator
-
-
 @contextmanager
 def held_draw(
     net: nn.Module, index: int, generator: torch.Generator | None = None
 ) -> Iterator[None]:
-    """Hold draw number `index` of every random module of `net`, in this thread.
+    """Hold draw number `index` of every random module of `net`, for this thread.
 
     Args:
-        net: The network; in eval mode.
-        index: The number of the draw, from 0. Members of an ensemble are chosen by it.
-        generator: A generator on the CPU, from which all noise is drawn while the draw is held, on
-            any device. Without one noise comes from torch's global generators.
+        net: the network. Draws that are held for other networks stay held.
+        index: the number of the draw, which says which member of an ensemble answers.
+        generator: of the CPU, for all random numbers of the draw; by default torch's global one.
     """
-    outer = _held.get()
-    draw = Draw(generator, {} if outer is None else dict(outer.kept))
+    draw, outer = Draw(index, generator), _held.get()
+    if outer is not None:
+        draw.values.update(outer.values)
     token = _held.set(draw)
     try:
         for module in net.modules():
             if isinstance(module, Drawn):
-                draw.kept[module] = module.make_draw(index)
+                draw.values[module] = module.make_draw(index)
         yield
     finally:
         _held.reset(token)
+
+
+def evaluation_noise(like: Tensor) -> Tensor:
+    """N(0, 1) noise of the shape, layout, type and device of a tensor, for a draw of weights.
+
+    The numbers come from a generator of the CPU, that of the draw that is held or the global one,
+    and in the order of the shape: a draw is the same network on every device and in every layout.
+    """
+    if torch.compiler.is_compiling():
+        return torch.randn_like(like)
+    draw = _held.get()
+    generator = torch.default_generator if draw is None else draw.generator
+    return cpu_noise_like(like, generator)
+
+
+def evaluation_coins(like: Tensor, probability: float) -> Tensor:
+    """True with this probability: bool, the shape of a tensor and on its device.
+
+    As `evaluation_noise`, on the CPU.
+    """
+    draw = _held.get()
+    if draw is not None:
+        return _coins_of(draw, like, probability)
+    return coins_like(like, probability, torch.default_generator)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _coins_of(draw: Draw, like: Tensor, probability: float) -> Tensor:
+    return coins_like(like, probability, draw.generator)

@@ -2,9 +2,10 @@
 
 from torch import Tensor, nn
 
-from bqnn.layers.draws import Stochastic
+from bqnn.layers.draws import Stochastic, evaluation_coins
 from bqnn.layers.markers import DropoutSite
 from bqnn.layers.noise import coins_like
+from bqnn.layers.swap import check_no_hooks
 
 
 class MCDropout(Stochastic):
@@ -32,8 +33,9 @@ class MCDropout(Stochastic):
     def kept(self, x: Tensor) -> Tensor:
         """Which channels or features of each row are kept: bool, [B, C, 1, 1] or [B, ..., F]."""
         first = x[..., 0, 0] if x.dim() == 4 else x
-        coins = coins_like(first, 1 - self.rate)
-        return coins.view(coins.shape + (1,) * (x.dim() - first.dim()))
+        # Coins say what is dropped: a tiny rate would be lost in 1 - rate.
+        dropped = (coins_like if self.training else evaluation_coins)(first, self.rate)
+        return dropped.logical_not_().view(dropped.shape + (1,) * (x.dim() - first.dim()))
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"
@@ -42,14 +44,17 @@ class MCDropout(Stochastic):
 def to_mcdropout(net: nn.Module, rate: float, before_output: bool = True) -> nn.Module:
     """Make the marked sites of a network drop, in place.
 
-    `before_output` says whether the site before the output layer drops too.
+    `before_output` says whether the site before the output layer drops too. ValueError: there is no
+    site; TypeError: a site has hooks, which would be lost.
     """
-    count = 0
-    for parent in list(net.modules()):
-        for name, child in list(parent.named_children()):
+    sites = []
+    for path, parent in net.named_modules():
+        for name, child in parent._modules.items():
             if isinstance(child, DropoutSite) and (before_output or not child.before_output):
-                setattr(parent, name, MCDropout(rate))
-                count += 1
-    if count == 0:
+                check_no_hooks(f"{path}.{name}".lstrip("."), child)
+                sites.append((parent, name, MCDropout(rate).train(child.training)))
+    if not sites:
         raise ValueError("to_mcdropout: the network has no DropoutSite to convert")
+    for parent, name, dropout in sites:
+        setattr(parent, name, dropout)
     return net

@@ -14,7 +14,8 @@ class Ensemble(Drawn):
 
     In training the current network answers. In evaluation draw number 0 is the newest member,
     draw number 1 the one before it and so on, and outside a held draw the members take
-    turns; as long as there is none, the current network answers.
+    turns (of two threads at once, both may get the same one); as long as there is none, the
+    current network answers.
     """
 
     collected: Tensor
@@ -43,26 +44,28 @@ class Ensemble(Drawn):
         self.members[slot].load_state_dict(self.current.state_dict())
         self.collected += 1
 
-    def make_draw(self, index: int) -> int | None:
-        """The place of the member that is draw number `index`; None where there is no member."""
-        if not self.members:
-            return None
-        if index >= len(self.members):
+    def make_draw(self, index: int) -> int:
+        """The place of member number `index`, the newest first."""
+        if self.members and index >= len(self.members):
             raise ValueError(
                 f"draw {index} of an ensemble with {len(self.members)} members: "
                 f"ask for at most {len(self.members)} samples"
             )
         newest = (int(self.collected) - 1) % self.num_members
-        return (newest - index) % len(self.members)
+        return (newest - index) % max(len(self.members), 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training or not self.members:
             return self.current(x)
-        held = self.held()
-        if held is not None:
-            return self.members[held](x)
-        self._turn += 1
-        return self.members[self._turn % len(self.members)](x)
+        return self._member()(x)
+
+    # Which member answers is not a part of any graph.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _member(self) -> nn.Module:
+        place = self.held()
+        if place is None:
+            self._turn = place = (self._turn + 1) % len(self.members)
+        return self.members[place]
 
     def _add_member(self) -> None:
         member = copy.deepcopy(self.current).requires_grad_(False)

@@ -1,9 +1,4 @@
-"""Gaussian noise and coins, drawn as fast as the CPU can.
-
-While a draw is held (`bqnn.layers.draws`) they come from its generator, which is on the CPU, and
-are copied to the device: the same draw is the same network on every device and in every thread.
-Otherwise they come from torch's global generators.
-"""
+"""Gaussian noise and coins, drawn as fast as the CPU can."""
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
@@ -11,31 +6,36 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from bqnn.layers.draws import held_generator
-
-NUM_PARTS = 4  # that a large tensor is drawn in, at the same time
+NUM_STREAMS = 4
 MIN_PARALLEL = 2**20
 
 
 def noise_like(x: Tensor, std: float = 1.0) -> Tensor:
-    """N(0, std^2) noise of the shape, memory layout and device of `x`.
+    """N(0, std^2) noise of the shape and memory layout of `x`, from torch's global generator.
 
-    From torch's global generators the numbers are drawn into memory in order and then seen in the
-    layout of `x`: `normal_` on channels_last memory is many times slower on the CPU. From the
-    generator of a draw they are in the order of the shape, so that a draw is the same network in
-    every layout.
-
-    `normal_` uses one core only, so large tensors on the CPU are drawn in four parts, each from a
-    generator that a common one seeds: the same numbers on any number of cores.
+    The numbers are drawn into memory in order and then seen in the layout of `x`, since
+    `normal_` on channels_last memory takes a path on the CPU that is many times slower.
     """
-    generator = held_generator()
-    if generator is None:
-        eps = torch.empty_like(x)
-        _fill(in_memory_order(eps), std, None)
-        return eps
-    drawn = torch.empty(x.shape, dtype=x.dtype, device=generator.device)
-    _fill(drawn, std, generator)
-    return torch.empty_like(x).copy_(drawn)
+    eps = torch.empty_like(x)
+    in_order = in_memory_order(eps)
+    if torch.compiler.is_compiling() or eps.device.type != "cpu" or not in_order.is_contiguous():
+        in_order.normal_(std=std)
+    else:
+        _fill(in_order, torch.default_generator, std)
+    return eps
+
+
+def cpu_noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """N(0, 1) noise of the shape, layout, type and device of `x`, from a generator of the CPU.
+
+    The numbers are drawn in float32 in the order of the shape, so that they depend on neither
+    device, nor type, nor layout.
+    """
+    eps = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+    _fill(eps, generator)
+    if x.is_contiguous() and x.dtype == eps.dtype:
+        return eps.to(x.device)
+    return torch.empty_like(x).copy_(eps)
 
 
 def in_memory_order(x: Tensor) -> Tensor:
@@ -47,32 +47,56 @@ def in_memory_order(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1) if is_channels_last else x
 
 
-def coins_like(x: Tensor, probability: float) -> Tensor:
-    """True with this probability, rounded to a multiple of 2**-16: bool, the shape of `x`.
+def coins_like(x: Tensor, probability: float, generator: torch.Generator | None = None) -> Tensor:
+    """True with this probability: bool, the shape of `x` and on its device.
 
-    Four coins share a 64-bit random number, which on the CPU takes a sixth of `bernoulli_`'s time.
+    The random number of a coin is a part of a 64-bit one, which on the CPU takes a fraction of
+    `bernoulli_`'s time. It has 32 bits, or 64 where those would round a probability close to 0 or 1
+    by more than a millionth of itself.
+
+    generator: of the CPU; by default the global one of the device of `x`.
     """
-    generator = held_generator()
+    if torch.compiler.is_compiling():  # `random_` cannot be traced
+        return torch.empty(x.shape, device=x.device).bernoulli_(probability).bool()
+    kind = torch.int32 if 2**-12 <= probability <= 1 - 2**-12 else torch.int64
+    bits = 8 * kind.itemsize
+    smallest_false = int(probability * 2**bits) - 2 ** (bits - 1)
+    if smallest_false > torch.iinfo(kind).max:
+        return torch.ones(x.shape, dtype=torch.bool, device=x.device)
     device = x.device if generator is None else generator.device
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=device)
+    words = torch.empty(-(-x.numel() * bits // 64), dtype=torch.int64, device=device)
     words.random_(-(2**63), None, generator=generator)
-    threshold = round(probability * 2**16) - 2**15
-    return (words.view(torch.int16)[: x.numel()] < threshold).view(x.shape).to(x.device)
+    return (words.view(kind)[: x.numel()] < smallest_false).view(x.shape).to(x.device)
 
 
-def _fill(eps: Tensor, std: float, generator: torch.Generator | None) -> None:
-    """Draw N(0, std^2) into a tensor, in the order of its dimensions."""
-    if eps.device.type != "cpu" or eps.numel() < MIN_PARALLEL or not eps.is_contiguous():
-        eps.normal_(std=std, generator=generator)
+def reseed(device: torch.device, seed: int) -> None:
+    """Start torch's global generators of the CPU and of `device`: see `bqnn.seeds.stream_seed`.
+
+    `torch.manual_seed` starts every kind of device there might be, and for those that are not
+    in use it keeps the call and its stack for later: 0.8 ms and a leak each time.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def _fill(memory: Tensor, generator: torch.Generator, std: float = 1.0) -> None:
+    """Draw N(0, std^2) into contiguous memory of the CPU.
+
+    `normal_` uses one core only, so large tensors are drawn in four parts, each from a generator
+    that the given one seeds: the same numbers on any number of cores.
+    """
+    if memory.numel() < MIN_PARALLEL:
+        memory.normal_(std=std, generator=generator)
         return
 
     def draw(part: Tensor, seed: int) -> None:
         part.normal_(std=std, generator=torch.Generator().manual_seed(seed))
 
-    seeds = torch.randint(2**32, (NUM_PARTS,), generator=generator).tolist()
-    list(_threads().map(draw, eps.view(-1).chunk(NUM_PARTS), seeds))
+    seeds = torch.randint(2**32, (NUM_STREAMS,), generator=generator, device="cpu").tolist()
+    list(_threads().map(draw, memory.view(-1).chunk(NUM_STREAMS), seeds))
 
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(NUM_PARTS, thread_name_prefix="noise")
+    return ThreadPoolExecutor(NUM_STREAMS, thread_name_prefix="noise")

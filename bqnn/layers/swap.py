@@ -1,8 +1,10 @@
-"""Replace layers of a network by type."""
+"""Replace layers of a network by type, and refuse those of which something would be lost."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 
 def swap(
@@ -13,25 +15,126 @@ def swap(
 ) -> int:
     """Replace every layer whose exact type is a key by what its value makes of it, in place.
 
-    Returns how many layers were replaced; one that stands in several places stays one layer. One
-    that owns parameters and is neither a key
-    nor one of the types in `keep` is a TypeError: it would stay as it is without anyone
-    noticing.
+    Args:
+        net: the network; it stays as it is where anything is refused.
+        replacements: for each type, what makes a module of a layer with a weight and a bias.
+        keep: types with parameters that stay.
+
+    Returns how many layers were replaced; one that stands in several places stays one layer.
+
+    TypeError: a layer has something that its replacement would not have (see `check_plain`), or
+    shares a parameter with another one; or a module owns parameters and is neither a key nor one of
+    the types in `keep`, so that it would stay as it is without anyone noticing.
     """
+    check_unshared(net, replacements)
     made: dict[nn.Module, nn.Module] = {}
-    for name, parent in list(net.named_modules()):
-        for child_name, child in list(parent._modules.items()):
+    places: list[tuple[nn.Module, str, nn.Module]] = []
+    for name, parent in net.named_modules():
+        for child_name, child in parent._modules.items():
             if child is None:
                 continue
+            path = f"{name}.{child_name}" if name else child_name
             if type(child) in replacements:
+                check_plain(path, child, parameters=("weight", "bias"))
                 if child not in made:
-                    made[child] = replacements[type(child)](child)
-                setattr(parent, child_name, made[child])
-            elif any(True for _ in child.parameters(recurse=False)) and not isinstance(child, keep):
-                path = f"{name}.{child_name}" if name else child_name
+                    made[child] = _made(path, replacements[type(child)], child)
+                places.append((parent, child_name, made[child]))
+            elif owns_parameters(child) and not isinstance(child, keep):
                 known = ", ".join(kind.__name__ for kind in (*replacements, *keep))
-                raise TypeError(
-                    f"{path} is a {type(child).__name__}, which this conversion does not know; "
-                    f"it knows {known}"
-                )
+                refuse_unknown(path, child, f"this conversion does not know; it knows {known}")
+    for parent, child_name, module in places:
+        setattr(parent, child_name, module)
     return len(made)
+
+
+def check_plain(
+    path: str,
+    layer: nn.Module,
+    parameters: Collection[str] = (),
+    buffers: Collection[str] = (),
+) -> None:
+    """TypeError where a layer is more than its type and these parameters and buffers.
+
+    A conversion takes those out of it. Spectral norm, weight norm and pruning in their older form
+    compute the weight in a hook, from parameters of other names; hooks and functions of the user
+    would be lost.
+    """
+    own = set(layer._parameters)
+    lacking = set(parameters) - own - {"bias"}
+    others = [*sorted(own - set(parameters)), *sorted(set(layer._buffers) - set(buffers))]
+    if lacking or others:
+        found = ", ".join(others) or "no " + ", ".join(lacking)
+        raise TypeError(
+            f"{path} is a {type(layer).__name__} with {found}, which a conversion would lose; "
+            "where spectral norm, weight norm or pruning made that, call "
+            "torch.nn.utils.remove_spectral_norm, remove_weight_norm or prune.remove on it first"
+        )
+    if layer._modules:
+        raise TypeError(
+            f"{path} is a {type(layer).__name__} with modules of its own "
+            f"({', '.join(layer._modules)}), which a conversion would lose; put them beside it"
+        )
+    check_no_hooks(path, layer)
+
+
+def check_no_hooks(path: str, module: nn.Module) -> None:
+    """TypeError where something was hooked to a module that a conversion replaces."""
+    kinds = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+    hooks = [kind for kind in kinds if getattr(module, f"_{kind}")]
+    hooks += ["a forward of its own"] if "forward" in vars(module) else []
+    if hooks:
+        raise TypeError(
+            f"{path} has {', '.join(hooks).replace('_', ' ')}, which a conversion would lose; "
+            "remove that before, and add it to what the conversion makes"
+        )
+
+
+def check_unshared(net: nn.Module, kinds: Collection[type[nn.Module]]) -> None:
+    """TypeError where two layers, one of them of these types, share a parameter.
+
+    After a conversion each would have its own.
+    """
+    owners: dict[int, tuple[str, bool]] = {}
+    for path, module in net.named_modules():
+        is_converted = type(module) in kinds
+        for name, param in module._parameters.items():
+            if param is None:
+                continue
+            owner = f"{path}.{name}" if path else name
+            first, first_is_converted = owners.setdefault(_place(param), (owner, is_converted))
+            if first != owner and (is_converted or first_is_converted):
+                raise TypeError(
+                    f"{first} and {owner} are one parameter, and a conversion would make two of "
+                    "it; give each layer its own, or call one layer twice"
+                )
+
+
+def owns_parameters(module: nn.Module) -> bool:
+    """Whether a module has parameters that are not those of a module inside it."""
+    return parametrize.is_parametrized(module) or any(
+        True for _ in module.parameters(recurse=False)
+    )
+
+
+def refuse_unknown(path: str, module: nn.Module, reason: str) -> None:
+    """TypeError for a module that a conversion does not know, with a remedy where there is one."""
+    if parametrize.is_parametrized(module):
+        remedy = "; call torch.nn.utils.parametrize.remove_parametrizations on it first"
+    elif any(is_lazy(param) for param in module.parameters(recurse=False)):
+        remedy = "; pass a batch through the network first, which gives its layers their sizes"
+    else:
+        remedy = ""
+    raise TypeError(f"{path} is a {type(module).__name__}, which {reason}{remedy}")
+
+
+def _made(path: str, make: Callable[..., nn.Module], layer: nn.Module) -> nn.Module:
+    try:
+        return make(layer).train(layer.training)
+    except TypeError as error:
+        raise TypeError(f"{path}: {error}") from error
+
+
+def _place(param: Tensor) -> int:
+    """Where a parameter lies in memory: two objects may be one, as after `a.data = b.data`."""
+    has_memory = not is_lazy(param) and param.device.type != "meta" and param.numel() > 0
+    return param.data_ptr() if has_memory else id(param)

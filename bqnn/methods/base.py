@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from bqnn.epochs import is_last_epoch
-from bqnn.layers.streams import Stream, reseed
+from bqnn.layers.noise import reseed
 from bqnn.likelihoods import Likelihood, NotFiniteError
 from bqnn.optim import make_optimizer
 from bqnn.predict import predictive_sets
+from bqnn.seeds import Stream, stream_seed
 
 Batch = tuple[Tensor, Tensor]
 SCHEDULES = ("cosine", "cosine_by_step", "constant")  # cosine lowers the rate at epoch ends
@@ -64,6 +65,7 @@ class Method(pl.LightningModule):
         self.schedule = schedule
         self.num_samples = num_samples
         self.val_samples = val_samples
+        self.stream = Stream.TRAINING
         self.recipe: dict[str, Any] | None = None
         self._epoch_terms: defaultdict[str, list[Tensor]] = defaultdict(list)
         self._epoch_norms: list[Tensor] = []  # of each parameter's gradient
@@ -129,6 +131,7 @@ class Method(pl.LightningModule):
             decay = prior_weight * self.optimizer["weight_decay"]
             optimizer = {"weight_decay": decay, **optimizer}
         self.optimizer = optimizer
+        self.stream = Stream.FINE_TUNING
         self.schedule = "cosine_by_step"  # a fine-tuning may be one epoch long
 
     def configure_optimizers(self) -> Any:
@@ -207,7 +210,12 @@ class Method(pl.LightningModule):
 
         Of several ranks, each has draws of its own for its own rows.
         """
-        reseed(self.device, self.seed, Stream.TRAINING, self.current_epoch, self.global_rank)
+        self.seed_draws(self.global_rank)
+
+    def seed_draws(self, rank: int) -> None:
+        """Start this epoch's draws as a rank has them."""
+        seed = stream_seed(self.seed, self.stream, self.current_epoch, rank)
+        reseed(self.device, seed)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # Here gradients are those of all ranks: what is wrong on one stops all of them.

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from bqnn.layers.ensemble import Ensemble
-from bqnn.layers.streams import Stream, reseed
 from bqnn.likelihoods import Likelihood
 from bqnn.methods.base import Batch, Method, Terms
 from bqnn.optim import make_optimizer
@@ -89,7 +88,7 @@ class SGHMCEnsemble(Method):
 
     def seed_epoch(self) -> None:
         # The sampler's noise and its Gibbs draws have to be the same on every rank.
-        reseed(self.device, self.seed, Stream.TRAINING, self.current_epoch)
+        self.seed_draws(rank=0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         inputs, targets = batch

@@ -9,12 +9,13 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from bqnn.layers.streams import Stream, reseed
+from bqnn.layers.noise import reseed
 from bqnn.quant.fbgemm import FakeQuant
 from bqnn.quant.fuse import fuse
 from bqnn.quant.saturation import refuse_saturation
 from bqnn.quant.simulated import calibrate, enable, freeze, is_prepared, prepare
 from bqnn.quant.spec import QuantSpec
+from bqnn.seeds import Stream, stream_seed
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,8 @@ def calibrate_module(
     quantize_module(model, spec, stage="ptq")
     refuse_saturation(_net(model))
     batches = islice(data.train_dataloader(), num_batches)
-    reseed(torch.device("cpu"), 0, Stream.CALIBRATION)  # stochastic layers are drawn on the way
+    # Stochastic layers are drawn on the way.
+    reseed(torch.device("cpu"), stream_seed(0, Stream.CALIBRATION))
     calibrate(_net(model), (data.normalize(inputs) for inputs, _ in batches))
 
 

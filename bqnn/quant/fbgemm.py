@@ -26,6 +26,7 @@ from torch.ao.quantization.observer import (
 from bqnn.layers.linear_map import Geometry
 from bqnn.quant.grids import Grid
 
+_packing = Lock()  # torch keeps one engine for the whole process
 SMALLEST_SCALE = 2.0**-60  # torch's own floor, 2**-23, rounds small standard deviations to zero
 
 
@@ -405,9 +406,6 @@ def layout(x: Tensor) -> torch.memory_format:
     """channels_last for pictures that are in it; contiguous_format for anything else."""
     is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if is_last else torch.contiguous_format
-
-
-_packing = Lock()
 
 
 @contextmanager

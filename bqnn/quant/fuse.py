@@ -4,13 +4,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bqnn.layers.bayes import BayesConv2d, BayesLinear
+from bqnn.layers.bayes import BayesConv2d, BayesLinear, GaussianWeight
 from bqnn.layers.chain import is_chain
 from bqnn.layers.linear_map import Geometry
 from bqnn.layers.markers import Leave
+from bqnn.layers.swap import check_plain, check_unshared, owns_parameters, refuse_unknown
 
 Layer = nn.Linear | nn.Conv2d | BayesLinear | BayesConv2d
 LAYERS = (nn.Linear, nn.Conv2d, BayesLinear, BayesConv2d)
+
+# Parameters and buffers that are taken out of modules of each type.
+_PARTS: dict[type[nn.Module], tuple[tuple[str, ...], tuple[str, ...]]] = {
+    nn.Linear: (("weight", "bias"), ()),
+    nn.Conv2d: (("weight", "bias"), ()),
+    BayesLinear: (("mean", "rho", "bias"), ()),
+    BayesConv2d: (("mean", "rho", "bias"), ()),
+    nn.BatchNorm2d: (("weight", "bias"), ("running_mean", "running_var", "num_batches_tracked")),
+    nn.ReLU: ((), ()),
+}
 
 
 class Fused(nn.Module):
@@ -59,6 +70,7 @@ def fuse(net: nn.Module) -> nn.Module:
     """
     if any(isinstance(module, Fused) for module in net.modules()):
         raise ValueError("fuse: this network is fused already")
+    _check_parts(net)
     count = 0
     for path, parent in list(net.named_modules()):
         if isinstance(parent, LAYERS):
@@ -96,8 +108,25 @@ def _fused(parent: nn.Module, layer: Any, followers: list[str]) -> Fused:
 
 
 def _refuse_unknown(path: str, module: nn.Module | None) -> None:
-    if module is not None and any(True for _ in module.parameters(recurse=False)):
-        raise TypeError(
-            f"{path} is a {type(module).__name__} that quantization does not know; it knows linear "
-            "layers and convolutions, and a batch norm right after a convolution in a Sequential"
+    if module is not None and owns_parameters(module):
+        refuse_unknown(
+            path,
+            module,
+            "quantization does not know; it knows linear layers and convolutions, and a batch norm "
+            "right after a convolution in a Sequential",
         )
+
+
+def _check_parts(net: nn.Module) -> None:
+    """TypeError where something of a module that is taken apart would be lost or doubled."""
+    check_unshared(net, _PARTS)
+    places: dict[nn.Module, str] = {}
+    for path, module in net.named_modules(remove_duplicate=False):
+        if type(module) in _PARTS:
+            check_plain(path, module, *_PARTS[type(module)])
+        first = places.setdefault(module, path)
+        if isinstance(module, GaussianWeight) and first != path:
+            raise TypeError(
+                f"{first} and {path} are one layer, which quantization would give two draws; make "
+                "them two layers"
+            )

@@ -6,11 +6,10 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from bqnn.layers.draws import DrawnWeights, Stochastic
+from bqnn.layers.draws import DrawnWeights, Stochastic, evaluation_noise
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.markers import Add, Pool
-from bqnn.layers.noise import noise_like
 from bqnn.quant.fbgemm import (
     ActivationGrid,
     FakeQuant,
@@ -75,7 +74,7 @@ class IntegerGaussianLayer(DrawnWeights):
         grids = self.grids
         mean = self.mean if grids.mean is None else grids.mean.dequantize(self.mean)
         sigma = self.sigma if grids.sigma is None else grids.sigma.dequantize(self.sigma)
-        eps = noise_like(mean)
+        eps = evaluation_noise(mean)
         if self.sign is not None:
             eps *= self.sign
         weight = grids.draw(mean, sigma, eps)

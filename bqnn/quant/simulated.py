@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.layers.bayes import GaussianWeight, local_reparametrization
+from bqnn.layers.draws import evaluation_noise
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.finite import refuse_non_finite
 from bqnn.layers.linear_map import linear_map
 from bqnn.layers.markers import Add, Enter, Leave, Pool
-from bqnn.layers.noise import noise_like
+from bqnn.layers.swap import check_no_hooks
 from bqnn.quant import kernels
 from bqnn.quant.fbgemm import (
     FakeQuant,
@@ -237,7 +238,7 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):
         """One draw of the weights, with batch norm folded in, on their grid."""
         factor, _ = self.fold()
         parameters = self.grids.parameters_on_grid(*self.folded_parameters(factor))
-        eps = noise_like(self.mean)
+        eps = evaluation_noise(self.mean)
         if factor is not None:  # so that equal noise is an equal draw of the network in float
             eps *= FakeQuant.along(eps, factor.sign())
         return self.grids.draw(*parameters, eps)
@@ -312,8 +313,10 @@ def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
     check_region(_parts(net)[0])  # members are copies of one network
     for part in _parts(net):
         device = next(part.parameters()).device
-        names = [name for name, module in part.named_modules() if type(module) in ROUNDED]
-        spec.check_overrides(names)
+        found = [(name, m) for name, m in part.named_modules() if type(m) in SIMULATED]
+        spec.check_overrides([name for name, module in found if type(module) in ROUNDED])
+        for name, module in found:
+            check_no_hooks(name, module)
 
         def made(name: str, module: nn.Module, device: torch.device = device) -> nn.Module:
             is_output = isinstance(module, Fused) and module.is_output

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from bqnn.layers.draws import held_draw
 from bqnn.layers.ensemble import Ensemble
-from bqnn.layers.streams import Stream, stream_generator
 from bqnn.quant.fbgemm import FakeQuant, quantized_like
 from bqnn.quant.grids import plain
 from bqnn.quant.simulated import SimulatedGaussianLayer, SimulatedLayer, SimulatedPointLayer
 from bqnn.quant.stochastic import LogFakeQuant
+from bqnn.seeds import Stream, stream_seed
 
 log = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ def twins(simulated: nn.Module, integer: nn.Module, x: Tensor, index: int = 0) -
     """
     seen = _record(simulated, x, index, lambda module: hasattr(module, "output_quant"))
     grids = _record(integer, x, index, lambda module: hasattr(module, "grid"))
-    with held_draw(integer, index, _noise()):
+    with held_draw(integer, index, comparison_noise()):
         for name, (inputs, output) in seen.items():
             module = simulated.get_submodule(name)
             quant = module.output_quant
@@ -241,14 +241,14 @@ def twins(simulated: nn.Module, integer: nn.Module, x: Tensor, index: int = 0) -
 
 
 def _drawn_output(net: nn.Module, x: Tensor, index: int) -> Tensor:
-    with held_draw(net, index, _noise()):
+    with held_draw(net, index, comparison_noise()):
         out: Tensor = net(x)
     return out
 
 
-def _noise() -> torch.Generator:
+def comparison_noise() -> torch.Generator:
     """Equal noise for two networks that are compared."""
-    return stream_generator(0, Stream.COMPARISON)
+    return torch.Generator().manual_seed(stream_seed(0, Stream.COMPARISON))
 
 
 def _take_grids(to: nn.Module, source: nn.Module) -> None:

@@ -11,7 +11,6 @@ from bqnn.layers.draws import held_draw
 from bqnn.layers.dropout import MCDropout, to_mcdropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.markers import DropoutSite, Enter, Leave
-from bqnn.layers.streams import Stream, stream_generator
 from bqnn.predict import predictive
 from bqnn.quant import fbgemm
 from bqnn.quant.fbgemm import can_saturate, has_vnni
@@ -20,7 +19,7 @@ from bqnn.quant.integer import IntegerDropout, convert
 from bqnn.quant.saturation import refuse_saturation
 from bqnn.quant.simulated import SimulatedLayer, calibrate, prepare
 from bqnn.quant.spec import QuantSpec
-from bqnn.quant.summary import disagreements, twins, weight_integers
+from bqnn.quant.summary import comparison_noise, disagreements, twins, weight_integers
 from tests.quant.conftest import Make, float_net, inputs
 
 METHODS = ("pointwise", "bbb", "mcdropout", "sghmc")
@@ -136,7 +135,7 @@ def test_the_simulation_rounds_what_float64_gives(method: str, net: str, simulat
             if not isinstance(twin.module, SimulatedLayer):
                 continue
             quant = twin.module.output_quant
-            with held_draw(made, 0, stream_generator(0, Stream.COMPARISON)):
+            with held_draw(made, 0, comparison_noise()):
                 exact = in_float64(twin.module, twin.inputs[0])
             steps = exact / quant.scale.double() + quant.zero_point
             from_tie = (steps - steps.floor() - 0.5).abs()
@@ -293,7 +292,7 @@ def test_linear_layers_take_any_number_of_leading_dimensions(method: str, engine
             net.collect()
         x = torch.randn(shape)
         made = calibrated(net.eval(), x, engine=engine)
-        noise = [stream_generator(0, Stream.COMPARISON) for _ in range(2)]
+        noise = [comparison_noise() for _ in range(2)]
         with held_draw(made, 0, noise[0]), torch.no_grad():
             expected = made(x)
             rows = made(x.reshape(-1, 16)) if method != "mcdropout" else None

@@ -5,28 +5,28 @@ import doctest
 import pytest
 import torch
 
+from bqnn import seeds
 from bqnn.data.loader import permutation
-from bqnn.layers import streams
-from bqnn.layers.streams import NUMBERS, Stream, reseed, stream_generator, stream_seed
+from bqnn.seeds import NUMBERS, Stream, stream_seed
 
 
 def test_the_example_of_the_docstring_holds():
-    assert doctest.testmod(streams).failed == 0
+    assert doctest.testmod(seeds).failed == 0
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7, 2**32, 2**63 - 1])
-def test_no_purpose_of_a_job_starts_where_another_does(seed):
+def test_no_purpose_of_a_run_starts_where_another_does(seed):
     ends = [0, 1, 2, 1000, 500_000, NUMBERS - 1]
-    seeds = {stream_seed(seed, stream, number) for stream in Stream for number in ends}
-    assert len(seeds) == len(Stream) * len(ends)
-    assert all(0 <= each < 2**32 for each in seeds)  # torch reads no more
+    found = {stream_seed(seed, stream, number) for stream in Stream for number in ends}
+    assert len(found) == len(Stream) * len(ends)
+    assert all(0 <= each < 2**32 for each in found)  # torch reads no more
     assert len(Stream) * NUMBERS <= 2**32
 
 
 def test_neighbouring_seeds_share_no_start():
-    seeds = [0, 1, 2, 3, 2**32, 2**32 + 1, 1_000_003, 2_000_006, 2**63 - 2, 2**63 - 1]
-    found = {stream_seed(s, stream, n) for s in seeds for stream in Stream for n in range(300)}
-    assert len(found) == len(seeds) * len(Stream) * 300
+    runs = [0, 1, 2, 3, 2**32, 2**32 + 1, 1_000_003, 2_000_006, 2**63 - 2, 2**63 - 1]
+    found = {stream_seed(run, stream, n) for run in runs for stream in Stream for n in range(300)}
+    assert len(found) == len(runs) * len(Stream) * 300
 
 
 def test_ranks_have_streams_of_their_own():
@@ -40,18 +40,14 @@ def test_the_cpu_generator_reads_32_bits_of_a_seed():
     assert torch.equal(torch.randn(4, generator=one), torch.randn(4, generator=other))
 
 
-def test_a_stream_is_the_same_in_the_global_generator_and_in_one_of_its_own():
-    reseed(torch.device("cpu"), 3, Stream.TRAINING, 5)
-    expected = torch.randn(4)
-    assert torch.equal(torch.randn(4, generator=stream_generator(3, Stream.TRAINING, 5)), expected)
-
-
 def test_the_first_epoch_and_the_validation_split_have_orders_of_their_own():
-    orders = [permutation(100, 0, stream) for stream in (Stream.ORDER, Stream.VALIDATION)]
-    assert not torch.equal(*orders)
+    streams = (Stream.ORDER, Stream.FINE_TUNING_ORDER, Stream.VALIDATION_SPLIT)
+    one, two, three = (permutation(100, stream_seed(0, stream)) for stream in streams)
+    assert not torch.equal(one, two)
+    assert not torch.equal(one, three)
 
 
 @pytest.mark.parametrize("number", [-1, NUMBERS])
 def test_a_number_outside_of_its_stream_is_refused(number):
     with pytest.raises(ValueError, match=f"number={number}"):
-        stream_seed(0, Stream.EVALUATION, number)
+        stream_seed(0, Stream.EVALUATION_MASKS, number)
