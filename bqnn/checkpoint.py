@@ -2,7 +2,6 @@
 
 import logging
 import time
-from glob import glob
 from math import isinf
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
 from bqnn.files import written_beside
+from bqnn.locate import is_pattern, locate_all
 from bqnn.records import read_record
 from bqnn.schema import check_recipe
 from bqnn.status import read_status
@@ -79,7 +79,7 @@ def save_checkpoint(trainer: pl.Trainer, model: pl.LightningModule, path: Path) 
 def find_checkpoints(
     pattern: str, stage: str | None = None, select: str = "all"
 ) -> dict[Path, dict[str, Any] | None]:
-    """The recipes of the checkpoints at a path or glob pattern; ** stands for any folders.
+    """The recipes of the checkpoints at a path or pattern, as `locate_all` finds them.
 
     One of a pattern's matches that cannot be read has None: the others are not to wait for it.
 
@@ -91,14 +91,8 @@ def find_checkpoints(
     """
     if select not in ("all", "best"):
         raise ValueError(f"select={select}: choose all or best")
-    paths, is_pattern = [Path(pattern)], not Path(pattern).exists()
-    if is_pattern:
-        paths = sorted(map(Path, glob(pattern, recursive=True)))
-        if not paths:
-            raise FileNotFoundError(
-                f"checkpoint={pattern}: no such file; train one (python train.py), or quote the "
-                "pattern, as in 'checkpoint=outputs/**/checkpoint.ckpt'"
-            )
+    paths, are_many = locate_all("checkpoint", pattern), is_pattern(pattern)
+    if are_many:
         paths = _of_finished_runs(pattern, paths)
         log.info("%d checkpoints match", len(paths))
     found: dict[Path, dict[str, Any] | None] = {}
@@ -106,7 +100,7 @@ def find_checkpoints(
         try:
             recipe = read_checkpoint(path)["recipe"]
         except (OSError, ValueError):
-            if not is_pattern:
+            if not are_many:
                 raise
             found[path] = None
         else:
