@@ -11,7 +11,8 @@ from bqnn.data import DATASETS
 from bqnn.methods import METHODS
 from bqnn.nets import NETS
 from bqnn.optim import OPTIMIZERS
-from bqnn.options import did_you_mean
+from bqnn.options import did_you_mean, leaves
+from bqnn.quant.callback import quantization_callbacks
 from bqnn.recipe import TRAINING_KEYS
 from bqnn.schema import check_recipe
 from bqnn.text import short
@@ -35,6 +36,7 @@ def check_training(config: Mapping[str, Any]) -> None:
     _check_group("net", "name", config["net"], NETS, more=("name",))
     _check_group("task", "dataset", config["task"], DATASETS, more=TRAINING_KEYS)
     check_optimizer("method.optimizer", config["method"]["optimizer"])
+    quantization_callbacks(config["quant"])
     groups = {group: config[group] for group in ("seed", "method", "net", "task")}
     facts = {"likelihood": "regression", "input_shape": [1], "num_train": 1}
     try:
@@ -65,7 +67,8 @@ def _check_group(
     accepted = _keywords(table[name]) - set(GIVEN[group.rpartition(".")[2]]) | set(more)
     for key in options:
         if key not in accepted:
-            names = sorted(f"{group}.{option}" for option in accepted)
+            there = {path for path, _ in leaves(options)}
+            names = sorted(f"{group}.{option}" for option in (accepted | there) - {key})
             hint = did_you_mean(f"{group}.{key}", names)
             raise ValueError(f"{group}.{key}: {group}={name} has no such option{hint}")
 

@@ -31,7 +31,9 @@ ALLOWED = {
     "options": {"schema", "text"},
     "secrets": {"options"},
     "locate": set(),
-    "choices": {"data", "methods", "nets", "optim", "options", "recipe", "schema", "text"},
+    "choices": {
+        *("data", "methods", "nets", "optim", "options", "quant", "recipe", "schema", "text"),
+    },
     "schema": set(),
     "text": set(),
     "records": {"text"},
