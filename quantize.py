@@ -1,6 +1,7 @@
 """Quantize trained networks: python quantize.py checkpoint=outputs/.../checkpoint.ckpt"""
 
 from copy import deepcopy
+from typing import Any
 
 from bqnn.config import launch
 from bqnn.quant.spec import QuantSpec
@@ -115,5 +116,11 @@ def quantize_one(job: Job) -> None:
     log_checkpoint(loggers, job)
 
 
+def check(config: dict[str, Any]) -> None:
+    from bqnn.choices import check_optimizer
+
+    check_optimizer("quant.fine_tuning.optimizer", config["quant"]["fine_tuning"]["optimizer"])
+
+
 if __name__ == "__main__":
-    launch(quantize, "quantize")
+    launch(quantize, "quantize", check)

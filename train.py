@@ -1,5 +1,7 @@
 """Train a network: python train.py method=bbb task=digits"""
 
+from typing import Any
+
 from bqnn.config import launch
 from bqnn.run import Job
 from bqnn.terminal import say
@@ -73,5 +75,11 @@ def train(job: Job) -> None:
     log_checkpoint(loggers, job)
 
 
+def check(config: dict[str, Any]) -> None:
+    from bqnn.choices import check_training
+
+    check_training(config)
+
+
 if __name__ == "__main__":
-    launch(train, "train")
+    launch(train, "train", check)

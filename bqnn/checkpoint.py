@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Iterable
-from glob import glob
 from math import isinf
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from bqnn.archive import check_archive
 from bqnn.epochs import is_last_epoch
 from bqnn.files import open_regular, written_beside
+from bqnn.locate import is_pattern, locate_all
 from bqnn.records import read_record
 from bqnn.schema import check_recipe, is_finite
 from bqnn.status import read_status
@@ -83,7 +83,7 @@ def save_checkpoint(trainer: pl.Trainer, model: pl.LightningModule, path: Path) 
 def find_checkpoints(
     pattern: str, stage: str | None = None, select: str = "all"
 ) -> dict[Path, dict[str, Any] | None]:
-    """The recipes of the checkpoints at a path or glob pattern; ** stands for any folders.
+    """The recipes of the checkpoints at a path or pattern, as `locate_all` finds them.
 
     One of a pattern's matches that cannot be read has None: the others are not to wait for it.
 
@@ -95,14 +95,8 @@ def find_checkpoints(
     """
     if select not in ("all", "best"):
         raise ValueError(f"select={select}: choose all or best")
-    paths, is_pattern = [Path(pattern)], not Path(pattern).exists()
-    if is_pattern:
-        paths = sorted(map(Path, glob(pattern, recursive=True)))
-        if not paths:
-            raise FileNotFoundError(
-                f"checkpoint={pattern}: no such file; train one (python train.py), or quote the "
-                "pattern, as in 'checkpoint=outputs/**/checkpoint.ckpt'"
-            )
+    paths, are_many = locate_all("checkpoint", pattern), is_pattern(pattern)
+    if are_many:
         paths = _of_finished_runs(pattern, paths)
         log.info("%d checkpoints match", len(paths))
     found: dict[Path, dict[str, Any] | None] = {}
@@ -110,7 +104,7 @@ def find_checkpoints(
         try:
             recipe = read_checkpoint(path)["recipe"]
         except (OSError, ValueError):
-            if not is_pattern:
+            if not are_many:
                 raise
             found[path] = None
         else:

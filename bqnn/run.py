@@ -27,11 +27,13 @@ from filelock import Timeout
 
 from bqnn.files import write_json, write_text
 from bqnn.ranks import ALONE, find_place, hide_launcher
+from bqnn.secrets import mask, refuse_secrets
 from bqnn.status import (
     config_hash,
     folder_lock,
     input_digest,
     is_finished,
+    is_prolonged,
     is_same,
     read_status,
 )
@@ -77,6 +79,7 @@ class Job:
         self.started = datetime.now().astimezone()
         self.parts: list[str] = []
         self.is_resumed = False
+        self.is_prolonged = False  # a resumed training that now has more epochs
         self._hash: str | None = None
         self._input_digest: str | None = None
         self._resumed_from_epoch: int | None = None
@@ -103,7 +106,11 @@ class Job:
         self._write_status()
 
     def configure(self, config: dict[str, Any]) -> None:
-        """Give the job its resolved configuration, and record it in config.yaml."""
+        """Give the job its resolved configuration, and record it in config.yaml.
+
+        ValueError: It holds a secret of the environment.
+        """
+        refuse_secrets(config)
         self.config = config
         if self._hash is None:  # what it was started with, by which it will be recognized
             self._hash, self._input_digest = config_hash(config), input_digest(config)
@@ -138,11 +145,12 @@ class Job:
         if is_finished(before, key):  # it has just ended
             self._unlock()
             return False
-        if reason := _other_job(before, key):
+        self.is_prolonged = self.verb == "train" and is_prolonged(self.folder, config)
+        if not self.is_prolonged and (reason := _other_job(before, key)):
             self._unlock()
             raise FileExistsError(f"{self.folder} {reason}")
         self._claimed = True
-        self.is_resumed = is_same(before.get("config_hash"), key)
+        self.is_resumed = self.is_prolonged or is_same(before.get("config_hash"), key)
         self._take_id(before)
         for part in self.folder.glob(".*.part"):  # a killed process was writing it
             part.unlink()
@@ -350,17 +358,6 @@ def end_with(parent: int) -> None:
             raise SystemExit(130)
 
 
-def record_refusal(folder: Path, error: str) -> None:
-    """Leave a status.json about a command line that could not become a job."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "status.json").exists():
-        now = datetime.now().astimezone().isoformat()
-        write_json(
-            folder / "status.json",
-            {"state": "FAILED", "start": now, "end": now, "error": error, "versions": versions()},
-        )
-
-
 @functools.cache
 def versions() -> dict[str, str]:
     """The versions of this package, Python and what results depend on."""
@@ -372,8 +369,8 @@ def versions() -> dict[str, str]:
 
 
 def describe(error: BaseException) -> str:
-    """What an exception says, in one line, after its kind where that is a surprise."""
-    text = one_line(str(error))
+    """What an exception says, in one line without secrets, after its kind if that is a surprise."""
+    text = one_line(mask(str(error)))
     expected = (ValueError, TypeError, FloatingPointError, OSError)
     return text if text and isinstance(error, expected) else f"{type(error).__name__}: {text}"
 

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,10 @@ from bqnn.terminal import say_once
 from bqnn.text import printable, short
 
 # What results do not depend on: runs that differ in nothing else are the same run.
-WITHOUT_EFFECT = ("resume", "logger", "data_dir", "trainer.threads", "trainer.progress_bar")
+WITHOUT_EFFECT = (
+    *("resume", "trust", "logger", "data_dir", "trainer.threads", "trainer.progress_bar"),
+)
+LENGTH = ("trainer.max_epochs", "task.max_epochs")  # of a training, which can be prolonged
 ELSEWHERE = "elsewhere.json"  # in a sweep, in place of a job that an older folder holds
 
 STATES = ("RUNNING", "DONE", "FAILED", "INTERRUPTED")
@@ -29,14 +32,14 @@ TYPES: dict[str, type] = {
 }
 
 
-def config_hash(config: dict[str, Any]) -> str:
+def config_hash(config: dict[str, Any], without: Iterable[str] = WITHOUT_EFFECT) -> str:
     """What two resolved configurations share exactly when they give the same results.
 
-    Where a job starts from a checkpoint, its SHA-256 follows after a dash: one that was trained
-    anew gives other results. `is_same` compares.
+    `without` are keys that do not count. Where a job starts from a checkpoint, its SHA-256 follows
+    after a dash: one that was trained anew gives other results. `is_same` compares.
     """
     kept = deepcopy(config)
-    for key in WITHOUT_EFFECT:
+    for key in without:
         node, last = _node(kept, key)
         node.pop(last, None)
     key = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
@@ -70,6 +73,17 @@ def is_same(recorded: str | None, config_hash: str) -> bool:
     return recorded == config_hash or (
         recorded is not None and recorded.partition("-")[0] == config_hash
     )
+
+
+def is_prolonged(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether a folder holds the training that this configuration describes, but a shorter one."""
+    try:
+        before = read_record(folder / "config.yaml")
+        shorter = before["trainer"]["max_epochs"] < config["trainer"]["max_epochs"]
+        keys = (*WITHOUT_EFFECT, *LENGTH)
+        return shorter and config_hash(before, keys) == config_hash(config, keys)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # evaluate.py trains nothing; and the file may be anything
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:

@@ -116,15 +116,6 @@ class Sweep:
         write_json(self.folder / "sweep.json", record)
 
 
-def record_refused_sweep(folder: Path, error: str) -> None:
-    """Leave a sweep.json about a command line that could not become a sweep."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "sweep.json").exists():
-        now = datetime.now().astimezone().isoformat()
-        record = {"state": "FAILED", "start": now, "end": now, "error": error, "jobs": []}
-        write_json(folder / "sweep.json", record)
-
-
 def find_sweep(root: Path, verb: str, overrides: list[str]) -> Path | None:
     """The newest folder directly below `root` in which this command was run as a sweep."""
     found = []

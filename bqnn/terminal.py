@@ -1,29 +1,45 @@
-"""Standard output and error that cannot end a job: closed, full, or of a narrow encoding."""
+"""What a job prints and logs: without secrets or escapes, on streams that cannot end the job."""
 
 import contextlib
 import functools
 import io
+import logging
 import os
 import select
 import sys
 from typing import TYPE_CHECKING, TextIO
 
+from bqnn.secrets import mask
+from bqnn.text import printable
+
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
+
+
+def presentable(text: str) -> str:
+    """The text, of any number of lines, with secrets masked and unprintable characters escaped."""
+    return "\n".join(map(printable, mask(text).split("\n")))
+
+
+class PresentableFormatter(logging.Formatter):
+    """Formats a log record, its traceback too, as `presentable` text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return presentable(super().format(record))
 
 
 def say(text: str, error: bool = False, end: str = "\n") -> None:
     """Print a text on standard output, or standard error, as far as anybody can be told.
 
+    The text is made `presentable`; characters that the stream's encoding lacks are escaped, too.
     Nothing happens where the stream is closed, its reader is gone (``| head``) or its disk is full.
-    Characters that the stream's encoding lacks are escaped.
     """
     stream = sys.stderr if error else sys.stdout
     # OSError: a broken pipe, a full disk; ValueError: the stream was closed; None: never opened.
     if stream is not None:
         with contextlib.suppress(OSError, ValueError):
             encoding = stream.encoding or "utf-8"
-            text = text.encode(encoding, "backslashreplace").decode(encoding)
+            text = presentable(text).encode(encoding, "backslashreplace").decode(encoding)
             print(text, end=end, file=stream, flush=True)
 
 

@@ -22,6 +22,7 @@ from pytorch_lightning.plugins.environments import (
     TorchElasticEnvironment,
 )
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from bqnn.checkpoint import SaveCheckpoint, trained_epochs
 from bqnn.data import TensorData
@@ -100,17 +101,43 @@ class ShareBuffers(pl.Callback):
         self.on_validation_start(trainer, pl_module)
 
 
+class PlanAnew(pl.Callback):
+    """Plans the cosine schedule of a training for the epochs that it now has.
+
+    A resumed training that was given more of them would follow the schedule of its checkpoint,
+    which ends at a rate of zero and then rises again. The rate goes on from where a schedule of the
+    new length would be. A training that was planned for this length is not changed.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for config in trainer.lr_scheduler_configs:
+            schedule = config.scheduler
+            by_step = config.interval == "step"
+            length = trainer.estimated_stepping_batches if by_step else trainer.max_epochs
+            if not isinstance(schedule, CosineAnnealingLR) or schedule.T_max == length:
+                continue
+            assert length is not None
+            log.warning(
+                "the learning rate was planned for %d %s and now is for %d, from where that plan "
+                "would be: the result is not that of a training which had them from the start",
+                schedule.T_max,
+                "steps" if by_step else "epochs",
+                length,
+            )
+            schedule.T_max = int(length)
+            share = (1 + math.cos(math.pi * schedule.last_epoch / length)) / 2
+            groups = schedule.optimizer.param_groups
+            for group, rate in zip(groups, schedule.base_lrs, strict=True):
+                group["lr"] = rate * share
+            schedule._last_lr = [group["lr"] for group in groups]
+
+
 def make_trainer(
     job: Job, loggers: list[Logger], callbacks: list[pl.Callback], validate: bool
 ) -> pl.Trainer:
     """A Trainer as `trainer` of the configuration says, saving to the job's folder."""
     options = {**job.config["trainer"], "accelerator": prepare_torch(job)}
     _refuse_options(options, validate)
-    if str(options["precision"]).startswith("16"):
-        raise ValueError(
-            f"trainer.precision={options['precision']}: variances underflow in 16-bit floats; "
-            "choose 32-true or bf16-mixed"
-        )
     del options["threads"]
     save = SaveCheckpoint(job.folder, options.pop("save_every"), options.pop("save_best"))
     progress: list[pl.Callback] = [TrainingProgress()] if options.pop("progress_bar") else []
@@ -119,6 +146,7 @@ def make_trainer(
     trainer = pl.Trainer(
         **options,
         callbacks=[
+            PlanAnew(),
             ShareBuffers(),
             *callbacks,
             MetricsCsv(job.folder / "metrics.csv"),

@@ -1,5 +1,6 @@
 """Every cell of the configuration composes, and says what the scripts rely on."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,15 @@ from hydra import compose, initialize_config_dir
 from bqnn.config import CONF, plain
 from bqnn.data import DATASETS
 from bqnn.data.shift import DISTORTIONS
+from bqnn.data.synthetic import _FUNCTIONS
 from bqnn.methods import METHODS
+from bqnn.methods.base import SCHEDULES
 from bqnn.nets import NETS
+from bqnn.options import RULES, UNFAMILIAR, leaves, nearest, published
 from bqnn.quant.callback import fine_tuning_optimizer
-from bqnn.recipe import make_recipe
+from bqnn.recipe import NUMERICS, make_recipe
 from bqnn.report.settings import flatten, tell_apart
+from bqnn.text import valid_name
 
 
 def group(name: str) -> list[str]:
@@ -82,6 +87,103 @@ def test_data_dir_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("BQNN_DATA_DIR", "/elsewhere")
     assert composed()["data_dir"] == "/elsewhere"
     assert composed("data_dir=here")["data_dir"] == "here"
+
+
+CELLS = [
+    *(("train", f"method={m}", f"task={t}") for m in group("method") for t in group("task")),
+    *(("train", f"net={net}", "quant=default") for net in group("net")),
+    *(("train", f"trainer={trainer}") for trainer in group("trainer")),
+    *(("quantize", f"quant={quant}", "checkpoint=x") for quant in ("default", "paper")),
+    *(("evaluate", f"suite={suite}", "checkpoint=x") for suite in group("suite")),
+]
+
+
+@pytest.mark.parametrize(("verb", "overrides"), [(c[0], c[1:]) for c in CELLS], ids=str)
+def test_every_number_and_switch_has_its_rule_and_takes_no_other_kind(
+    verb: str, overrides: tuple[str, ...]
+) -> None:
+    required = REQUIRED.get(overrides[-1].removeprefix("task="), [])
+    config = composed(*overrides, *required, verb=verb)
+    for key, value in leaves(config):
+        entries = value if isinstance(value, list) else [value]
+        if not any(isinstance(entry, int | float) for entry in entries):
+            continue
+        assert key in RULES, f"{key}={value} has no rule in bqnn/options.py"
+        wrong: list[object] = ["text", 10**400, math.nan, math.inf, [True], {}, -(10**20)]
+        wrong += [1, 0.5] if isinstance(value, bool) else [True, False]
+        assert [odd for odd in wrong if RULES[key].holds(odd)] == [], key
+
+
+# Where null may be written instead of a number, and what it then stands for is said in conf/.
+NULL = {
+    "num_samples": "null for the method's own number",
+    "trainer.threads": "null leaves it to torch",
+    "quant.output_bits": "null: activation_bits",
+    "quant.sigma_bits": "weight_bits",
+    "quant.fine_tuning.seed": "null for that of the float training",
+    "quant.fine_tuning.optimizer.lr": "lr_at_8_bits and its rule",
+    "task.mean": "one number per channel",
+    "task.std": "one number per channel",
+}
+
+
+def test_null_is_taken_only_where_the_configuration_says_what_it_means() -> None:
+    takes_numbers = [k for k, rule in RULES.items() if any(map(rule.holds, (1, 3, [1])))]
+    assert {key for key in takes_numbers if RULES[key].holds(None)} == NULL.keys()
+    for meaning in NULL.values():
+        assert meaning in published()
+
+
+def test_sets_of_words_are_those_of_the_code() -> None:
+    for key, words in {
+        "method.schedule": SCHEDULES,
+        "suite.distortions": DISTORTIONS,
+        "suite.ood": UNFAMILIAR,
+        "task.function": _FUNCTIONS,
+        "numeric": NUMERICS,
+    }.items():
+        rule = RULES[key]
+        for name in words:
+            assert rule.holds(name) or rule.holds([name])
+            assert name in rule.words
+
+
+def test_a_name_with_more_of_it_than_a_letter_is_the_nearest() -> None:
+    keys = ["method", "method.rate", "method.optimizer.lr", "task.batch_size", "trainer.max_epochs"]
+    nearest_of = {
+        "method.lr": "method.optimizer.lr",
+        "lr": "method.optimizer.lr",
+        "mehod": "method",
+        "batchsize": "task.batch_size",
+        "trainer.epochs": "trainer.max_epochs",
+        "zzz": None,
+    }
+    assert {name: nearest(name, keys) for name in nearest_of} == nearest_of
+
+
+@pytest.mark.parametrize(
+    ("verb", "overrides", "end"),
+    [
+        ("train", ["task=uci", "task.table=/home/me/my.csv"], "_bbb_-home-me-my.csv_s0"),
+        ("train", ["task.name='a b/../c'"], "_bbb_a-b-..-c_s0"),
+        ("train", ["method.name=../../x"], "x_digits_s0"),
+        ("train", ["task.name='Übung'"], "_bbb_Ubung_s0"),
+        ("quantize", ["checkpoint=x", "quant.mode='a/b'"], "_a-b_w8a7"),
+        ("evaluate", ["checkpoint=x"], "_default"),
+    ],
+)
+def test_folders_are_named_by_what_is_fit_for_names(
+    verb: str, overrides: list[str], end: str
+) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(verb, overrides, return_hydra_config=True)
+        config.hydra.job.num = 3
+        run, sweep = config.hydra.run.dir, config.hydra.sweep.subdir
+    assert run.startswith(f"outputs/{verb}/2")
+    for name in (run.removeprefix(f"outputs/{verb}/"), sweep):
+        assert name.endswith(end)
+        assert name == valid_name(name)
+    assert sweep.startswith("3_")
 
 
 def test_the_rate_of_fine_tuning_grows_with_the_weights_step() -> None:

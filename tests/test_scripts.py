@@ -147,35 +147,187 @@ def test_bbb_starts_from_a_pointwise_checkpoint(script_here: ScriptHere, tmp_pat
     load(tmp_path / "b" / "checkpoint.ckpt")
 
 
-MISTAKES = [
-    (["method=nonsense"], "Could not find 'method/nonsense'"),
-    (["method.lr=1"], "Key 'lr' is not in struct"),
+# What never becomes a job, and what is said of it.
+REFUSED = [
+    (["method=nonsense"], "Could not find 'method/nonsense' (there are bbb, mcdropout,"),
+    (["method=bb"], "did you mean method=bbb?"),
+    (["task=digit"], "did you mean task=digits?"),
+    (["trainer=smok"], "did you mean trainer=smoke?"),
+    (["method.lr=1"], "method.lr: there is no such key; did you mean method.optimizer.lr?"),
+    (["mehod=bbb"], "mehod: there is no such key; did you mean method?"),
+    (["+mehod=bbb"], "mehod: there is no such key; did you mean method?"),
+    (["++mehod=bbb"], "did you mean method?"),
+    (["epochs=3"], "did you mean task.max_epochs?"),
+    (["method.rate=0.3"], "method=mcdropout would have it"),
+    (["+method.lr=1"], "did you mean method.optimizer.lr?"),
+    (["+method.beta_=1"], "did you mean method.beta?"),
+    (["+method.burn_in=1"], "method.burn_in: method=bbb has no such option"),
+    (["+method.optimizer.beta=[0.9,0.99]"], "did you mean method.optimizer.betas?"),
+    (["+method.optimizer.friction=0.1"], "method.optimizer.friction"),
+    (["+task.batchsize=3"], "did you mean task.batch_size?"),
+    (["+net.chanels=[1,2]"], "did you mean net.channels?"),
+    (
+        ["+quant.weight_bits=3"],
+        "there is no such key; quant=default would have it",
+    ),
+    (["quant=default", "+quant.weight_bit=3"], "did you mean quant.weight_bits?"),
+    (["+trainer.max_stepz=3"], "did you mean trainer.max_steps?"),
+    (["+trainer.logger=false"], "trainer.logger: there is no such key"),
+    (["+logger.x.y=1"], "logger.x.y"),
+    (["~seed"], "~seed: this key is needed"),
     (["task=uci"], "task.table"),
+    (["task=uci", "task.table=/home/me/my.csv"], "task.table=/home/me/my.csv"),
+    (["task=uci", "task.table=.."], "task.table=.."),
     (["method=mcdropout", "method.rate=1.5"], "method.rate=1.5"),
     (["method.prior_std=0"], "method.prior_std=0"),
     (["method.num_samples=0"], "method.num_samples=0"),
     (["method=sghmc", "method.optimizer.lr=-1"], "lr=-1"),
-    (["method.optimizer.name=adamm"], "method.optimizer.name='adamm'"),
-    (["method.optimizer.lr=fast"], "lr"),
+    (["method.optimizer.name=adamm"], "method.optimizer.name='adamm': unknown; did you mean adam?"),
+    (["method.schedule=cosinus"], "cosine or cosine_by_step or constant"),
+    (["method.optimizer.lr=fast"], "lr=fast: give a finite number above 0"),
+    (["method.optimizer.lr='1e-3'"], "lr=1e-3: give a finite number above 0"),
+    (["method.optimizer.lr=inf"], "method.optimizer.lr=inf"),
+    (["method.beta=true"], "method.beta=true"),
     (["task.validation_share=1"], "validation_share=1"),
+    (["task.validation_share=nan"], "validation_share=nan: give a finite number, 0 or more, below"),
     (["task.batch_size=0"], "batch_size=0"),
-    (["seed=one"], "seed=one"),
+    (["task.batch_size=true"], "batch_size=true"),
+    (["task.batch_size=2.5"], "batch_size=2.5: give a whole number from 1 to"),
+    (["seed=one"], "seed=one: give a whole number from 0 to"),
+    (["seed=null"], "seed=null"),
+    (["seed=-1"], "seed=-1"),
+    ([f"seed={2**70}"], f"seed={2**70}: give a whole number from 0 to {2**63 - 1}"),
+    ([f"method.prior_std={10**400}"], "method.prior_std"),
     (["trainer.max_epochs=0"], "trainer.max_epochs=0"),
-    (["task=yacht", "data_dir=empty"], "no network in tests"),
+    (["trainer.max_epochs=null"], "trainer.max_epochs=null: give a whole number from 1 to"),
+    (["trainer.max_epochs=-1"], "trainer.max_epochs=-1"),
     (["task.batch_size=many"], "task.batch_size=many"),
     (["trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch=0"),
-    (["trainer.save_best=true", "task.validation_share=0"], "trainer.save_best=true"),
-    (["trainer.precision=16-mixed"], "trainer.precision=16-mixed"),
-    (["task=images", "task.root=empty"], "empty"),
+    (["trainer.precision=16-mixed"], "trainer.precision=16-mixed: give 32-true or bf16-mixed"),
+    (["trainer.precision=64-true"], "trainer.precision=64-true: give 32-true or bf16-mixed"),
+    (["trainer.precision=bf16-true"], "trainer.precision=bf16-true"),
+    (["trainer.precision=half"], "trainer.precision=half"),
     (["trainer.save_every=-1"], "trainer.save_every=-1"),
-    (["net=resnet", "task=synthetic"], "are not pictures"),
+    (["trainer.save_every=nan"], "trainer.save_every=nan: give a finite number, 0 or more"),
+    (["trainer.save_every=inf"], "trainer.save_every=inf"),
+    (["trainer.limit_train_batches=0"], "trainer.limit_train_batches=0"),
+    (["trainer.threads=0"], "trainer.threads=0: give null, or a whole number from 1"),
+    (["plots=1"], "plots=1: give true or false"),
     (["method.init_from=missing.ckpt"], "no checkpoint at missing.ckpt"),
+    (["method.init_from=empty"], "there is no checkpoint.ckpt in this folder"),
+    (["method.init_from=a=b"], "write 'method.init_from=\"a=b\"'"),
     (["quant=default", "quant.mode=ptq"], "calibrate the trained network with quantize.py"),
+    (["quant=default", "quant.weight_bits=9"], "quant.weight_bits=9"),
+    (["seed"], "seed: write it as key=value"),
+    (["task=uci", 'task.table="\x1b[2J/"'], "task.table=\\x1b[2J/"),
+    (["method=\x1b[31m"], "\\x1b[31m"),
+]
+
+# What is a job, and fails once it has looked at its data or at its devices.
+FAILING = [
+    (["task=yacht", "data_dir=empty"], "no network in tests"),
+    (["trainer.save_best=true", "task.validation_share=0"], "trainer.save_best=true"),
+    (["task=images", "task.root=empty"], "empty"),
+    (["net=resnet", "task=synthetic"], "are not pictures"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "said"), MISTAKES, ids=lambda x: str(x)[:40])
-def test_a_mistake_gives_one_line_and_a_failed_status(
+@pytest.mark.parametrize(("arguments", "said"), REFUSED, ids=lambda x: ascii(x)[:40])
+def test_a_wrong_command_line_gives_one_line_and_leaves_nothing(
+    arguments: list[str], said: str, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    code, errors = script_here("train", "logger=none", *arguments)
+    assert code == 1
+    assert len(errors.strip().splitlines()) == 1, errors
+    assert said in errors
+    assert errors.strip().isprintable()
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["method=bb"],
+        ["method=bbb,bb"],
+        ["method.lr=0.1"],
+        ["seed=one,two"],
+        ["method=pointwise,bbb", "trainer.max_epochs=0,null"],
+        ["+method.lr=1,2"],
+        ["hydra/launcher=nonsense"],
+        ["seed=1,,"],
+    ],
+    ids=str,
+)
+def test_a_sweep_none_of_whose_jobs_can_start_leaves_nothing(
+    arguments: list[str], script_here: ScriptHere, tmp_path: Path
+) -> None:
+    sweep = [] if any("," in argument for argument in arguments) else ["task.batch_size=3,4"]
+    for folder in ([], ["hydra.sweep.dir=deep/er"]):
+        code, errors = script_here("train", "-m", "logger=none", *arguments, *sweep, *folder)
+        assert code == 1
+        assert len(errors.strip().splitlines()) == 1, errors
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--cfg", "all", "--resolve"], ["--help"], ["--info", "searchpath"]], ids=str
+)
+def test_what_only_asks_leaves_nothing(
+    arguments: list[str], script_here: ScriptHere, tmp_path: Path
+) -> None:
+    assert script_here("train", *arguments)[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_checkpoint_is_told_before_torch_is_imported(
+    script: Script, tmp_path: Path
+) -> None:
+    hook = "import sys; sys.modules['torch'] = None"  # an import would fail
+    (tmp_path / "sitecustomize.py").write_text(hook)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        for verb in ("evaluate", "quantize"):
+            for path, said in (
+                ("nowhere/checkpoint.ckpt", "no checkpoint at nowhere/checkpoint.ckpt"),
+                ("'nowhere/*.ckpt'", "no such file"),
+                ("a=b/checkpoint.ckpt", """write 'checkpoint="a=b/checkpoint.ckpt"'"""),
+                ("a,b/checkpoint.ckpt", """write 'checkpoint="a,b/checkpoint.ckpt"'"""),
+                ("a(b)/checkpoint.ckpt", """write 'checkpoint="a(b)/checkpoint.ckpt"'"""),
+                (".", "there is no checkpoint.ckpt in this folder"),
+            ):
+                result = script(verb, f"checkpoint={path}")
+                assert result.returncode == 1
+                assert said in result.stderr
+                assert len(result.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".py"] == []
+
+
+def test_own_groups_and_options_of_a_config_dir_are_taken(
+    script_here: ScriptHere, tmp_path: Path
+) -> None:
+    (tmp_path / "own" / "method").mkdir(parents=True)
+    (tmp_path / "own" / "experiment").mkdir()
+    mine = "defaults: [mcdropout]\nrate: 0.4\n"
+    (tmp_path / "own" / "method" / "mine.yaml").write_text(mine)
+    preset = "# @package _global_\ntask: {batch_size: 500}\nnotes: {why: any}\n"
+    (tmp_path / "own" / "experiment" / "e.yaml").write_text(preset)
+    arguments = ["--config-dir=own", "method=mine", "+experiment=e", "trainer=smoke", "logger=none"]
+    arguments += ["plots=false", "+trainer.gradient_clip_val=1", "+method.optimizer.eps=1e-7"]
+    code, errors = script_here("train", *arguments, "hydra.run.dir=run")
+    assert code == 0, errors
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (config["method"]["rate"], config["task"]["batch_size"]) == (0.4, 500)
+    assert config["notes"] == {"why": "any"}
+    code, errors = script_here("train", *arguments, "+notes.wy=here", "hydra.run.dir=run2")
+    assert code == 1
+    assert "notes.wy: there is no such key; did you mean notes.why?" in errors
+    code, errors = script_here("train", *arguments, "method=min", "hydra.run.dir=run2")
+    assert "did you mean method=mine?" in errors
+
+
+@pytest.mark.parametrize(("arguments", "said"), FAILING, ids=lambda x: str(x)[:40])
+def test_a_job_that_started_and_fails_says_so_in_one_line_and_in_its_status(
     arguments: list[str],
     said: str,
     script_here: ScriptHere,
@@ -217,16 +369,7 @@ def test_a_table_of_ones_own_trains(script_here: ScriptHere, tmp_path: Path) -> 
 
 
 def test_pictures_of_ones_own_train(script_here: ScriptHere, tmp_path: Path) -> None:
-    from PIL import Image
-
-    random = np.random.default_rng(0)
-    for part in ("train", "test"):
-        for name in ("cat", "dog"):
-            folder = tmp_path / "pictures" / part / name
-            folder.mkdir(parents=True)
-            for number in range(8):
-                pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{number}.png")
+    _write_pictures(tmp_path / "pictures")
     arguments = ["task=images", "task.root=pictures", "task.flip=true", "trainer=smoke"]
     arguments += ["logger=csv", "net.width=4", "hydra.run.dir=run"]
     assert script_here("train", *arguments)[0] == 0
@@ -234,6 +377,45 @@ def test_pictures_of_ones_own_train(script_here: ScriptHere, tmp_path: Path) -> 
     assert recipe["facts"]["class_names"] == ["cat", "dog"]
     assert (tmp_path / "run" / "csv" / "metrics.csv").exists()  # Lightning's own
     assert (tmp_path / "run" / "metrics.csv").exists()
+
+
+def test_pictures_outside_are_read_of_a_checkpoint_that_is_trusted(
+    script_here: ScriptHere, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    pictures = tmp_path_factory.mktemp("out\x1b[31mside")
+    _write_pictures(pictures)
+    arguments = ["task=images", f'task.root="{pictures}"', "trainer=smoke", "logger=none"]
+    arguments += ["net.width=4", "plots=false", "method.num_samples=1", "method=pointwise"]
+    assert script_here("train", *arguments, "hydra.run.dir=run")[0] == 0
+    common = ["checkpoint=run", "logger=none", "plots=false"]
+    for verb, options in (("evaluate", ["suite=test"]), ("quantize", ["quant.mode=ptq"])):
+        code, errors = script_here(verb, *common, *options)
+        assert code == 1
+        assert errors.strip().isprintable()
+        assert "\\x1b[31mside" in errors
+        assert "add trust=true" in errors
+        assert "data_dir=" not in errors
+        code, errors = script_here(verb, *common, *options, "trust=true")
+        assert code == 0, errors
+
+
+def test_the_folder_of_a_run_is_a_checkpoint_and_the_same_one(
+    script_here: ScriptHere, tmp_path: Path
+) -> None:
+    arguments = [*short("pointwise"), "task=synthetic", "plots=false"]
+    assert script_here("train", *arguments, "hydra.run.dir='a=b, (c)'")[0] == 0
+    evaluate = ["suite=test", "logger=none", "plots=false", "hydra.run.dir=e"]
+    run = "checkpoint='a=b, (c)'"
+    assert script_here("evaluate", run, *evaluate)[0] == 0
+    file = "checkpoint='a=b, (c)/checkpoint.ckpt'"
+    before = status(tmp_path / "e")
+    assert script_here("evaluate", file, *evaluate, "resume=true")[0] == 0  # it is done
+    assert status(tmp_path / "e") == before
+    bbb = [*short("bbb"), "task=synthetic", "plots=false", "method.init_from='a=b, (c)'"]
+    assert script_here("train", *bbb, "hydra.run.dir=f")[0] == 0
+    patterns = ["checkpoint=a*", *evaluate[:-1], "hydra.run.dir=p"]
+    assert script_here("evaluate", *patterns)[0] == 0
+    assert (tmp_path / "p" / "0_pointwise_synthetic" / "metrics.json").exists()
 
 
 def test_a_given_folder_is_used_as_given_and_never_twice(
@@ -349,6 +531,19 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 def _no_network(*_: object, **__: object) -> None:
     raise OSError("no network in tests")
+
+
+def _write_pictures(root: Path) -> None:
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for number in range(8):
+                pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
 def _write_table(data_dir: Path, content: str, num_rows: int = 3) -> Path:
