@@ -76,9 +76,8 @@ class QuantizationCallback(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if (
-            batch_idx == 0
-        ):  # parts may be in eval mode on purpose; their ranges need data all the same
+        if batch_idx == 0:
+            # Parts may be in eval mode on purpose; their ranges need data all the same.
             for module in _net(pl_module).modules():
                 if isinstance(module, FakeQuant):
                     module.train()

@@ -181,7 +181,8 @@ def convert(
         _replace_by_integers(net, engine)
     net.eval()
     if simulated is not None and probe is not None:
-        check_agreement(simulated, net, probe, only_warn=allow_saturation)
+        with torch.random.fork_rng(devices=[]):
+            check_agreement(simulated, net, probe, only_warn=allow_saturation)
     return net
 
 

@@ -330,8 +330,8 @@ def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
 
 def replace_modules(
     net: nn.Module, makers: Mapping[type[nn.Module], Callable[[str, Any], nn.Module]]
-) -> list[nn.Module]:
-    """Put what `makers[type(module)](name, module)` gives in each module's place: the new ones.
+) -> None:
+    """Put what `makers[type(module)](name, module)` gives in the place of each module.
 
     A module that stands in several places stays one.
     """
@@ -341,7 +341,6 @@ def replace_modules(
             if module not in made:
                 made[module] = makers[type(module)](name, module)
             net.set_submodule(name, made[module])
-    return list(made.values())
 
 
 def is_prepared(net: nn.Module) -> bool:
