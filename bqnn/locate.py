@@ -25,9 +25,7 @@ def locate(key: str, path: str) -> Path:
             )
         return found / CHECKPOINT
     if not found.exists():
-        raise FileNotFoundError(
-            f"no checkpoint at {path} ({key}); give the path of a .ckpt file or of a run's folder"
-        )
+        raise _missing(key, path)
     return found
 
 
@@ -48,10 +46,7 @@ def locate_all(key: str, pattern: str) -> list[Path]:
         files = {path for path in files if path.suffix == ".ckpt"}
     files |= {path / CHECKPOINT for path in folders if (path / CHECKPOINT).exists()}
     if not files:
-        raise FileNotFoundError(
-            f"{key}={pattern}: no such file; train one (python train.py), or quote the pattern, as "
-            f"in '{key}=outputs/**/{CHECKPOINT}'"
-        )
+        raise _missing(key, pattern)
     return sorted(files)
 
 
@@ -70,3 +65,10 @@ def canonical(key: str, path: str) -> str:
         locate_all(key, path)
         return str(Path(path).expanduser())
     return str(locate(key, path))
+
+
+def _missing(key: str, path: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{key}: no checkpoint at {path}: no such file; train one (python train.py), or give the "
+        f"path of a .ckpt file, the folder of a run or a pattern, '{key}=outputs/**/{CHECKPOINT}'"
+    )

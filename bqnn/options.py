@@ -183,7 +183,7 @@ def check_options(config: Mapping[str, Any]) -> None:
     values = dict(leaves(config))
     for key, rule in RULES.items():
         if key in values and not rule.holds(values[key]):
-            raise ValueError(f"{key}={_shown(values[key])}: give {rule.words}")
+            raise ValueError(f"{key}={_shown(values[key])}: choose {rule.words}")
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -159,4 +159,4 @@ def test_a_quantized_network_knows_its_numerics(quantized: Path, script_here: Sc
     checkpoint = f"checkpoint={quantized}/checkpoint.ckpt"
     code, errors = script_here("evaluate", checkpoint, "numeric=int4", *QUICK)
     assert code == 1
-    assert "numeric='int4': choose one of unquantized, simulated, int8" in errors
+    assert "numeric=int4: choose null, or unquantized or simulated or int8" in errors

@@ -271,13 +271,6 @@ def test_without_a_folder_the_newest_like_it_is_resumed(
     assert {job["state"] for job in record(sweep)["jobs"]} == {"skipped"}
 
 
-def test_a_refused_sweep_leaves_a_sweep_json_alone(script_here: ScriptHere, tmp_path: Path) -> None:
-    code, _ = script_here("train", "-m", "method=nonsense", "hydra.sweep.dir=s")
-    assert code == 1
-    assert [path.name for path in (tmp_path / "s").iterdir()] == ["sweep.json"]
-    assert record(tmp_path / "s")["state"] == "FAILED"
-
-
 def test_a_folder_with_another_job_is_never_resumed(
     script_here: ScriptHere, tmp_path: Path
 ) -> None:
