@@ -1,25 +1,43 @@
 """Float32 arithmetic in full precision, while a result is to be exact."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+_backends: Any = torch.backends  # its types lack some of these
 # What can round float32 has an `fp32_precision` of its own.
-_backends: Any = torch.backends  # its types lack these
 PLACES = (
     _backends.cuda.matmul,
     _backends.cudnn.conv,
-    _backends.cudnn.rnn,  # so that torch.backends.cudnn.allow_tf32 stays readable
+    _backends.cudnn.rnn,
     _backends.mkldnn.matmul,
     _backends.mkldnn.conv,
 )
 
+
+class _Older(NamedTuple):
+    """A setting of torch's older interface, which is refused once it contradicts the newer one."""
+
+    get: Callable[[], Any]
+    set: Callable[[Any], None]
+    exact: Any
+
+
+_OLDER = (
+    _Older(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+    _Older(
+        lambda: _backends.cudnn.allow_tf32,
+        lambda allowed: setattr(_backends.cudnn, "allow_tf32", allowed),
+        False,
+    ),
+)
+
 _lock = threading.Lock()
 _users = 0
-_before: list[str] = []
+_before: tuple[list[Any], list[str]] = ([], [])  # of the older interface and the newer one
 
 
 @contextmanager
@@ -28,14 +46,13 @@ def full_precision() -> Iterator[None]:
 
     torch has one such setting for the whole process. The first of several threads changes it and
     the last one puts it back, so a thread that trains meanwhile is slower on a GPU, and not wrong.
-    Of torch's two interfaces this is the newer: where a program has used the older
-    `torch.set_float32_matmul_precision`, torch refuses to read that one in here.
     """
-    global _users
+    global _users, _before
     with _lock:
         if _users == 0:
-            _before[:] = [place.fp32_precision for place in PLACES]
-            _set(["ieee" if low in ("tf32", "bf16") else low for low in _before])
+            _before = ([_read(older) for older in _OLDER], [p.fp32_precision for p in PLACES])
+            exact = ["ieee" if low in ("tf32", "bf16") else low for low in _before[1]]
+            _write([older.exact for older in _OLDER], exact)
         _users += 1
     try:
         yield
@@ -43,10 +60,20 @@ def full_precision() -> Iterator[None]:
         with _lock:
             _users -= 1
             if _users == 0:
-                _set(_before)
+                _write(*_before)
 
 
-def _set(precisions: list[str]) -> None:
+def _read(older: _Older) -> Any:
+    try:
+        return older.get()
+    except RuntimeError:  # the program uses the newer interface alone, or both
+        return None
+
+
+def _write(of_older: list[Any], precisions: list[str]) -> None:
+    for older, value, before in zip(_OLDER, of_older, _before[0], strict=True):
+        if before is not None and value is not None and _read(older) != value:
+            older.set(value)
     for place, precision in zip(PLACES, precisions, strict=True):
         if place.fp32_precision != precision:
             inherits = precision == _backends.fp32_precision
