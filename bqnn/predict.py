@@ -60,7 +60,7 @@ def predictive_sets(
         passes = [_one_pass(net, x.split(batch_size), prepare, room) for x in group]
         draws: list[list[Tensor]] = [[] for _ in group]
         for index in range(num_samples):
-            generator = torch.Generator()
+            generator = torch.Generator("cpu")
             generator.manual_seed(stream_seed(seed, Stream.EVALUATION_WEIGHTS, index))
             with posterior, held_draw(net, index, generator):
                 mask_seed = stream_seed(seed, Stream.EVALUATION_MASKS, index)
