@@ -18,7 +18,6 @@ def leave_as_found(job: Job) -> None:
     kept_filters.__enter__()
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     engine, random_state = torch.backends.quantized.engine, torch.get_rng_state()
-    tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     rank = rank_zero_only.rank  # type: ignore[attr-defined]
     # Lightning read the environment when it was imported.
     rank_zero_only.rank = job.rank  # type: ignore[attr-defined]
@@ -30,7 +29,6 @@ def leave_as_found(job: Job) -> None:
         torch.set_default_dtype(dtype)
         torch.backends.quantized.engine = engine
         torch.set_rng_state(random_state)
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
         rank_zero_only.rank = rank  # type: ignore[attr-defined]
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

@@ -9,6 +9,7 @@ from bqnn.layers.bayes import JointPosterior
 from bqnn.layers.chain import is_chain
 from bqnn.layers.draws import Drawn, Stochastic, held_draw
 from bqnn.layers.finite import refuse_non_finite
+from bqnn.precision import full_precision
 from bqnn.seeds import Stream, stream_seed
 
 BATCH_SIZE = 256
@@ -32,6 +33,7 @@ def predictive(
     return samples
 
 
+@full_precision()
 @torch.no_grad()
 def predictive_sets(
     net: nn.Module,
@@ -66,7 +68,7 @@ def predictive_sets(
         passes = [_one_pass(net, x.split(batch_size), prepare, room) for x in group]
         draws: list[list[Tensor]] = [[] for _ in group]
         for index in range(num_samples):
-            generator = torch.Generator()
+            generator = torch.Generator("cpu")
             generator.manual_seed(stream_seed(seed, Stream.EVALUATION_WEIGHTS, index))
             with posterior, held_draw(net, index, generator):
                 mask_seed = stream_seed(seed, Stream.EVALUATION_MASKS, index)

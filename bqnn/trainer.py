@@ -310,7 +310,6 @@ def prepare_torch(job: Job) -> str:
     silence_known_warnings()
     keep_freed_memory()
     stop_searching_for_gpus()
-    keep_float32()
     accelerator: str = options["accelerator"]
     if accelerator == "auto":  # Lightning would take a device without float64
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -326,17 +325,6 @@ def stop_searching_for_gpus() -> None:
     """
     if not torch.cuda.is_available():
         os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
-
-
-def keep_float32() -> None:
-    """Have GPUs multiply float32 as float32.
-
-    By default torch lets their convolutions cut it to TF32, which keeps 10 of 23 bits: metrics of
-    one network would differ by 1e-3 from device to device, and a simulation would no longer add
-    whole numbers exactly.
-    """
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def keep_freed_memory() -> None:

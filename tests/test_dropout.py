@@ -83,6 +83,19 @@ def test_every_call_drops_anew_in_both_modes(training):
     assert not torch.equal(dropout(x), dropout(x))
 
 
+@pytest.mark.parametrize("rate", [1e-300, 1e-12, 1e-6, 2**-17, 0.999999, 1 - 2**-53])
+@pytest.mark.parametrize("training", [True, False])
+def test_rates_near_zero_and_one_drop_next_to_nothing_and_next_to_all(rate, training):
+    torch.manual_seed(0)
+    num_values = 2**20
+    out = MCDropout(rate).train(training)(torch.ones(num_values // 64, 64, dtype=torch.float64))
+    kept = out[out != 0]
+    expected = num_values * min(rate, 1 - rate)
+    rare = num_values - len(kept) if rate < 0.5 else len(kept)
+    assert abs(rare - expected) < 5 * math.sqrt(expected) + 1
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - rate)))
+
+
 def test_rate_zero_is_the_identity():
     x = torch.randn(4, 4)
     assert torch.equal(MCDropout(0)(x), x)

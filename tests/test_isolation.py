@@ -12,7 +12,6 @@ import torch
 
 from bqnn.isolation import leave_as_found
 from bqnn.run import Job
-from bqnn.trainer import prepare_torch
 
 ScriptHere = Callable[..., tuple[int, str]]
 
@@ -22,7 +21,6 @@ def process_state() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "dtype": torch.get_default_dtype(),
         "engine": torch.backends.quantized.engine,
-        "tf32": (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32),
         "random": torch.get_rng_state().tolist(),
         "filters": list(warnings.filters),
         "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
@@ -44,23 +42,10 @@ def test_what_a_job_changes_is_put_back(tmp_path: Path) -> None:
         torch.set_default_dtype(torch.float64)
         torch.backends.quantized.engine = other
         torch.manual_seed(12345)
-        torch.backends.cudnn.allow_tf32 = not before["tf32"][0]
-        torch.backends.cuda.matmul.allow_tf32 = not before["tf32"][1]
         warnings.filterwarnings("ignore", message="something")
         logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.ERROR)
         raise ValueError("failed")
     assert process_state() == before
-
-
-def test_no_job_multiplies_in_tf32(tmp_path: Path) -> None:
-    torch.backends.cudnn.allow_tf32 = True  # as torch starts
-    with Job(tmp_path, "train") as job:
-        job.config = {"trainer": {"threads": None, "accelerator": "cpu"}}
-        leave_as_found(job)
-        prepare_torch(job)
-        assert not torch.backends.cudnn.allow_tf32
-        assert not torch.backends.cuda.matmul.allow_tf32
-    assert torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bqnn.layers import noise
-from bqnn.layers.noise import MIN_PARALLEL, noise_like
+from bqnn.layers.noise import MIN_PARALLEL, coins_like, noise_like
 
 # One size for each way that noise is drawn.
 SHAPES = {"small": (8, 6, 16, 16), "large": (8, 32, 64, 65)}
@@ -88,3 +88,39 @@ def test_noise_of_a_transposed_tensor_is_seen_through_its_strides():
     eps = noise_like(x)
     assert eps.stride() == x.stride()
     assert abs(eps.std() - 1) < 5 / math.sqrt(2 * eps.numel())
+
+
+@pytest.mark.parametrize(
+    "probability",
+    [1e-9, 1e-6, 2**-17, 1e-4, 0.1, 1 / 3, 0.5, 0.9, 0.9999, 1 - 2**-17, 0.999999, 1 - 1e-9],
+)
+def test_coins_meet_any_probability(probability):
+    num_coins = 2**24
+    generator = torch.Generator().manual_seed(3)
+    coins = coins_like(torch.empty(num_coins, device="meta"), probability, generator)
+    assert coins.device.type == "meta"  # drawn on the CPU and copied
+    count = int(coins_like(torch.empty(num_coins), probability, generator).sum())
+    # Of the rarer side, so that its count is Poisson where it is rare.
+    rare, expected = count, num_coins * probability
+    if probability > 0.5:
+        rare, expected = num_coins - count, num_coins * (1 - probability)
+    assert abs(rare - expected) < 5 * math.sqrt(expected) + 1
+
+
+@pytest.mark.parametrize(("probability", "answer"), [(0.0, False), (1.0, True)])
+def test_coins_that_are_certain_are_certain(probability, answer):
+    assert (coins_like(torch.empty(10_000), probability) == answer).all()
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 7, 8, 9])
+@pytest.mark.parametrize("probability", [1e-5, 0.3])
+def test_coins_of_any_number_have_the_shape_of_the_tensor(size, probability):
+    assert coins_like(torch.empty(size, 1), probability).shape == (size, 1)
+
+
+def test_coins_beside_each_other_are_independent():
+    torch.manual_seed(0)
+    for probability in (0.3, 1e-3):
+        coins = coins_like(torch.empty(2**20, 8), probability).double()
+        correlations = torch.corrcoef(coins.T) - torch.eye(8)
+        assert correlations.abs().max() < 5 / 2**10

@@ -1,6 +1,8 @@
 """Random numbers of different purposes, epochs, draws and seeds start at different places."""
 
+import ast
 import doctest
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch
 from bqnn import seeds
 from bqnn.data.loader import permutation
 from bqnn.seeds import NUMBERS, Stream, stream_seed
+
+PACKAGE = Path(seeds.__file__).parent
 
 
 def test_the_example_of_the_docstring_holds():
@@ -51,3 +55,36 @@ def test_the_first_epoch_and_the_validation_split_have_orders_of_their_own():
 def test_a_number_outside_of_its_stream_is_refused(number):
     with pytest.raises(ValueError, match=f"number={number}"):
         stream_seed(0, Stream.EVALUATION_MASKS, number)
+
+
+def test_streams_start_generators_that_have_nothing_in_common():
+    starts = [stream_seed(seed, stream, 0) for seed in (0, 1, 2**32) for stream in Stream]
+    draws = torch.stack(
+        [torch.randn(1000, generator=torch.Generator().manual_seed(s)) for s in starts]
+    )
+    correlations = torch.corrcoef(draws) - torch.eye(len(starts))
+    assert correlations.abs().max() < 5 / 1000**0.5
+
+
+def test_seeds_are_the_same_in_every_version():
+    """What a checkpoint evaluates with, and its validation rows, come from them."""
+    assert stream_seed(0, Stream.INITIAL_WEIGHTS) == 1427366890
+    assert stream_seed(2**63 - 1, Stream.TRAINING, 3, 1) == 3674552854
+
+
+def test_every_generator_of_a_run_starts_from_a_stream():
+    """Of the other ones, a constant or a seed of the data set defines a data set, or examples."""
+    defines_data = {"data/shift.py", "data/synthetic.py", "data/unfamiliar.py", "quant/kernels.py"}
+    starts = 0
+    for path in sorted(PACKAGE.rglob("*.py")):
+        own = path.relative_to(PACKAGE).as_posix()
+        if own in defines_data or own == "layers/noise.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called.endswith(("manual_seed", "reseed", "permutation")):
+                seed = node.args[-1]
+                is_mixed = isinstance(seed, ast.Name) or ast.unparse(seed).startswith("stream_seed")
+                assert is_mixed, f"{own}: {ast.unparse(node)}"
+                starts += 1
+    assert starts >= 6

@@ -18,6 +18,7 @@ from bqnn.quant.integer import convert
 from bqnn.quant.simulated import calibrate, prepare
 from bqnn.quant.spec import QuantSpec
 from tests.quant.conftest import float_net, inputs
+from tests.test_methods import picture_method
 
 NUM_THREADS = 8
 METHODS = ("pointwise", "bbb", "mcdropout", "sghmc")
@@ -67,6 +68,17 @@ def test_one_network_predicts_for_many_threads(method: str, net: str, numeric: s
     made = make(method, net, numeric)
     num_samples = 2 if method == "sghmc" else 4
     assert_as_serial(calls_of(made, inputs(net), num_samples, count=32))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_model_predicts_for_many_threads(name: str) -> None:
+    model = picture_method(name, num_samples=1 if name == "sghmc" else 20).eval()
+    x = torch.linspace(-1, 1, 16 * 64).view(16, 1, 8, 8)
+
+    def call(rows: int) -> Callable[[], Tensor]:
+        return lambda: model.predictive(x[:rows])
+
+    assert_as_serial([call(1 + index % 16) for index in range(32)])
 
 
 @pytest.mark.parametrize("numeric", ["float", "simulated", "int8"])

@@ -99,4 +99,5 @@ class TensorLoader:
 
 def permutation(num_rows: int, seed: int) -> Tensor:
     """A random order of `range(num_rows)` from the seed of a generator: int64 [N]."""
-    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randperm(num_rows, generator=generator, device="cpu")

@@ -15,13 +15,11 @@ class Draw:
     """One draw of a network while it is held.
 
     Args:
-        index: its number.
-        generator: where its random numbers come from, on the CPU; None is torch's global one.
+        generator: of the CPU, where its random numbers come from.
     """
 
-    def __init__(self, index: int, generator: torch.Generator | None) -> None:
-        self.index = index
-        self.generator = torch.default_generator if generator is None else generator
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
         self.values: dict[nn.Module, Any] = {}  # what each `Drawn` module made
 
 
@@ -80,7 +78,8 @@ def held_draw(
         index: the number of the draw, which says which member of an ensemble answers.
         generator: of the CPU, for all random numbers of the draw; by default torch's global one.
     """
-    draw, outer = Draw(index, generator), _held.get()
+    draw = Draw(torch.default_generator if generator is None else generator)
+    outer = _held.get()
     if outer is not None:
         draw.values.update(outer.values)
     token = _held.set(draw)

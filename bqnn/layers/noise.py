@@ -91,7 +91,7 @@ def _fill(memory: Tensor, generator: torch.Generator, std: float = 1.0) -> None:
         return
 
     def draw(part: Tensor, seed: int) -> None:
-        part.normal_(std=std, generator=torch.Generator().manual_seed(seed))
+        part.normal_(std=std, generator=torch.Generator("cpu").manual_seed(seed))
 
     seeds = torch.randint(2**32, (NUM_STREAMS,), generator=generator, device="cpu").tolist()
     list(_threads().map(draw, memory.view(-1).chunk(NUM_STREAMS), seeds))
