@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from bqnn.layers.noise import reseed
+from bqnn.layers.safe_convolutions import SafeConvolutions, has_narrow_kernels
 from bqnn.likelihoods import Likelihood
 from bqnn.optim import make_optimizer
 from bqnn.predict import predictive_sets
@@ -55,6 +57,7 @@ class Method(pl.LightningModule):
         if schedule not in SCHEDULES:
             raise ValueError(f"method.schedule={schedule!r}: choose {', '.join(SCHEDULES)}")
         self.net = net.to(memory_format=torch.channels_last)
+        self._is_narrow = has_narrow_kernels(net)
         self.likelihood = likelihood
         self.num_train = num_train
         self.seed = seed
@@ -71,7 +74,8 @@ class Method(pl.LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """One draw of the network's output: logits [B, C], or mean and log variance [B, 2]."""
-        return self.net(channels_last(x))
+        with SafeConvolutions() if self._is_narrow else nullcontext():
+            return self.net(channels_last(x))
 
     def predictive(self, x: Tensor, num_samples: int | None = None) -> Tensor:
         """Stack independent draws of the output for normalized inputs: [S, B, ...]."""
