@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bqnn.layers.safe_convolutions import pixels_read
+
 
 class Geometry(NamedTuple):
     """What a convolution is apart from its weights, in the order of torch's arguments."""
@@ -34,7 +36,10 @@ class Geometry(NamedTuple):
 
 def linear_map(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
     """A convolution with that geometry, or a linear layer where there is none."""
-    return F.linear(x, weight, bias) if geometry is None else F.conv2d(x, weight, bias, *geometry)
+    if geometry is None:
+        return F.linear(x, weight, bias)
+    x, stride = pixels_read(x, weight, *geometry)
+    return F.conv2d(x, weight, bias, stride, *geometry[1:])
 
 
 def linear_map_gradients(
@@ -53,12 +58,13 @@ def linear_map_gradients(
             grad.t() @ x,
             grad.sum(0) if needs_bias else None,
         )
-    by_x, by_weight, by_bias = torch.ops.aten.convolution_backward(
+    read, stride = pixels_read(x, weight, *geometry)
+    by_read, by_weight, by_bias = torch.ops.aten.convolution_backward(
         grad,
-        x,
+        read,
         weight,
         [len(weight)] if needs_bias else None,
-        geometry.stride,
+        stride,
         geometry.padding,
         geometry.dilation,
         False,  # transposed
@@ -66,4 +72,8 @@ def linear_map_gradients(
         geometry.groups,
         [needs_x, True, needs_bias],
     )
+    if read is x or not needs_x:
+        return by_read, by_weight, by_bias
+    by_x = torch.zeros_like(x)
+    by_x[..., :: geometry.stride[0], :: geometry.stride[1]] = by_read
     return by_x, by_weight, by_bias

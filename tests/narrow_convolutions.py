@@ -1,0 +1,121 @@
+"""Networks with strides in 1x1 convolutions on few channels, which oneDNN computes dangerously.
+
+As a script: every method's gradients on them are those of a float64 network.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bqnn.layers.markers import DropoutSite
+from bqnn.layers.noise import reseed
+from bqnn.likelihoods import Classification
+from bqnn.methods import METHODS, Method
+from bqnn.nets import ResNet
+
+SIZE = 32
+OPTIONS: dict[str, dict[str, Any]] = {
+    "pointwise": {},
+    "bbb": {"prior_std": 1.0, "init_rho": -80.0, "beta": 0.5},  # without noise
+    "mcdropout": {"rate": 0.2, "drop_before_output": True},
+    "sghmc": {"burn_in": 0, "collect_every": 1, "num_members": 2, "schedule": "constant"},
+}
+
+
+class FunctionalConvolutions(nn.Module):
+    """The same without torch.nn's layers: 2-D, 1-D on channels that come last, and transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat = nn.Parameter(torch.randn(5, 3, 1, 1))
+        self.line = nn.Parameter(torch.randn(3, 5, 1))
+        self.up = nn.Parameter(torch.randn(3, 2, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(x, self.flat, stride=(1, 2)).flatten(2)
+        line = F.conv1d(x.transpose(1, 2).contiguous().transpose(1, 2), self.line, stride=[2])
+        square = line.reshape(len(x), 3, SIZE // 2, SIZE // 2)
+        square = square.to(memory_format=torch.channels_last)
+        return F.conv_transpose2d(square, self.up, stride=2, output_padding=1)
+
+
+def narrow_resnet() -> nn.Module:
+    """A ResNet whose shortcuts have 3 and 6 channels."""
+    return ResNet([3, SIZE, SIZE], [4], width=3, blocks_per_stage=(1, 1, 1))
+
+
+def odd_geometries() -> nn.Module:
+    """1x1 convolutions with all kinds of strides, with a bias and without."""
+    return nn.Sequential(
+        nn.Conv2d(3, 7, 1, stride=2),
+        nn.BatchNorm2d(7),
+        nn.ReLU(),
+        DropoutSite(),
+        nn.Conv2d(7, 1, 1, stride=(1, 2), bias=False),
+        nn.Conv2d(1, 5, 1, stride=(2, 1), padding="valid"),
+        nn.ReLU(),
+        nn.Conv2d(5, 15, 1, stride=3),
+        nn.Flatten(),
+        nn.Linear(15 * 3 * 3, 4),
+    )
+
+
+def functional() -> nn.Module:
+    """Convolutions that are no layers."""
+    return nn.Sequential(
+        FunctionalConvolutions(), nn.ReLU(), DropoutSite(), nn.Flatten(), nn.Linear(2 * SIZE**2, 4)
+    )
+
+
+NETS: list[Callable[[], nn.Module]] = [narrow_resnet, odd_geometries, functional]
+# A Bayesian network has no parameters but those of known layers.
+CASES = [(name, net) for name in METHODS for net in NETS if (name, net) != ("bbb", functional)]
+
+
+def method(name: str, net: Callable[[], nn.Module]) -> Method:
+    """The method on one of the networks, about to learn four classes."""
+    torch.manual_seed(0)
+    optimizer = {"name": "sghmc" if name == "sghmc" else "adam", "lr": 1e-3}
+    options = {"num_train": 8, "seed": 0, "optimizer": optimizer, **OPTIONS[name]}
+    return METHODS[name](net(), Classification(["a", "b", "c", "d"]), **options)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Eight pictures of four classes."""
+    return torch.randn(8, 3, SIZE, SIZE), torch.arange(8) % 4
+
+
+def loss(model: Method, x: Tensor, y: Tensor) -> Tensor:
+    """The loss of a training batch, with draws that are the same each time."""
+    reseed(torch.device("cpu"), 0)
+    total = model.train().loss_terms(x, y)["loss"]
+    assert isinstance(total, Tensor)
+    return total
+
+
+def check(name: str, net: Callable[[], nn.Module], steps: int) -> None:
+    """Compare the gradients of some training batches with those of a float64 network."""
+    model = method(name, net)
+    exact = copy.deepcopy(model).double()
+    for _ in range(steps):
+        x, y = batch()
+        loss(model, x, y).backward()
+        loss(exact, x.double(), y).backward()
+        pairs = zip(model.named_parameters(), exact.parameters(), strict=True)
+        for (param_name, param), wanted in pairs:
+            if wanted.grad is not None:
+                scale = wanted.grad.abs().max()
+                error = (param.grad.double() - wanted.grad).abs().max()
+                assert error <= 1e-4 * scale + 1e-6, f"{name} {net.__name__} {param_name}: {error}"
+        model.zero_grad()
+        exact.zero_grad()
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        check(*case, steps=10)
+        print(case[0], case[1].__name__, "trains right", flush=True)
