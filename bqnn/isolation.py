@@ -8,7 +8,7 @@ import torch
 
 from bqnn.run import Job
 
-CHANGED_LOGGERS = ("pytorch_lightning.utilities.rank_zero",)
+CHANGED_LOGGERS = ("pytorch_lightning",)
 
 
 def leave_as_found(job: Job) -> None:

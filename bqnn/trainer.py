@@ -99,7 +99,7 @@ def make_trainer(
     show_progress = options.pop("progress_bar") and sys.stdout.isatty()
     progress: list[pl.Callback] = [TQDMProgressBar()] if show_progress else []
     # Lightning's remarks on the hardware it found are in status.json already.
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     trainer = pl.Trainer(
         **options,
         callbacks=[
