@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo study test lint format clean
+.PHONY: demo study test test-isa test-versions lint format clean
 
 demo: DEMO := outputs/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
 demo: $(INSTALLED)  ## train a Bayesian network on real handwritten digits, quantize it to 4 bits
@@ -32,6 +32,22 @@ study: $(INSTALLED)  ## train all in float, quantize the best of each, report; a
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto
 
+# The instruction sets that oneDNN may use at most, and what is tested under each: on a CPU with more
+# of them, what users of older ones get.
+ISAS ?= AVX2 AVX512_CORE DEFAULT
+ISA_TESTS ?= tests/test_safe_convolutions.py tests/test_bayes.py tests/test_dropout.py tests/test_ensemble.py \
+	tests/test_noise.py tests/test_nets.py tests/test_methods.py tests/test_predict.py tests/test_resume.py tests/quant \
+	tests/test_quantize.py
+
+test-isa: $(addprefix test-isa-,$(ISAS))
+
+test-isa-AVX2: export ATEN_CPU_CAPABILITY := avx2
+test-isa-%: $(INSTALLED)
+	ONEDNN_MAX_CPU_ISA=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto $(ISA_TESTS)
+
+test-versions:  ## the fast tests under other versions; make test-versions PYTHONS=3.12 TORCHES="2.9 newest"
+	.ci/versions
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,7 +58,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venvs .pytest_cache .mypy_cache .ruff_cache
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -9,7 +9,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from bqnn.run import Job
 
-CHANGED_LOGGERS = ("pytorch_lightning.utilities.rank_zero",)
+CHANGED_LOGGERS = ("pytorch_lightning",)
 
 
 def leave_as_found(job: Job) -> None:

@@ -4,12 +4,39 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+_VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+_GPU_IS_AVAILABLE = torch.cuda.is_available
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hidden_gpus() -> Iterator[None]:
+    """Run all tests on the CPU, scripts in processes of their own too: there results are bit-equal.
+
+    Those that ask for `visible_gpus` are the exception.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def visible_gpus(_hidden_gpus: None) -> Iterator[None]:
+    """The GPUs that this process was started with."""
+    with pytest.MonkeyPatch.context() as patch:
+        if _VISIBLE is None:
+            patch.delenv("CUDA_VISIBLE_DEVICES")
+        else:
+            patch.setenv("CUDA_VISIBLE_DEVICES", _VISIBLE)
+        patch.setattr(torch.cuda, "is_available", _GPU_IS_AVAILABLE)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ def process_state() -> dict[str, Any]:
         "random": torch.get_rng_state().tolist(),
         "filters": list(warnings.filters),
         "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
-        "level": logging.getLogger("pytorch_lightning.utilities.rank_zero").level,
+        "level": logging.getLogger("pytorch_lightning").level,
     }
 
 
@@ -43,7 +43,7 @@ def test_what_a_job_changes_is_put_back(tmp_path: Path) -> None:
         torch.backends.quantized.engine = other
         torch.manual_seed(12345)
         warnings.filterwarnings("ignore", message="something")
-        logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.ERROR)
+        logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
         raise ValueError("failed")
     assert process_state() == before
 
@@ -69,3 +69,20 @@ def test_fifty_jobs_in_one_process_leave_it_as_it_was(
     import wandb
 
     assert wandb.run is None
+
+
+def test_remarks_of_lightning_on_the_hardware_take_no_line_of_a_run(
+    script_here: ScriptHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pytorch_lightning.accelerators import CPUAccelerator
+
+    def remark(*_: object) -> None:
+        for name in ("accelerators.cuda", "utilities.rank_zero"):
+            logging.getLogger(f"pytorch_lightning.{name}").info("LOCAL_RANK: 0 - a remark")
+
+    monkeypatch.setattr(CPUAccelerator, "setup", remark)
+    arguments = ["method=pointwise", "task=synthetic", "trainer=smoke", "plots=false"]
+    code, errors = script_here("train", *arguments, "logger=none", "hydra.run.dir=run")
+    assert code == 0, errors
+    assert "LOCAL_RANK" not in errors
+    assert "LOCAL_RANK" not in (tmp_path / "run" / "train.log").read_text()
