@@ -91,6 +91,19 @@ def test_a_draw_beyond_the_members_is_refused():
         Ensemble(scale(1), num_members=0)
 
 
+def test_what_cannot_be_copied_is_refused_before_any_training():
+    norms = (torch.nn.utils.spectral_norm, torch.nn.utils.parametrizations.spectral_norm)
+    old, new = (nn.Sequential(norm(nn.Linear(2, 2))) for norm in norms)
+    with pytest.raises(TypeError, match=r"^0\.weight is a tensor and no parameter"):
+        Ensemble(old, num_members=2)
+    ensemble = Ensemble(new, num_members=2)
+    x = torch.ones(3, 2)
+    new(x).sum().backward()
+    ensemble.collect()
+    new.eval()
+    assert torch.equal(ensemble.eval()(x), new(x))
+
+
 def test_only_the_current_network_is_trained():
     ensemble = collected([1, 2], num_members=2)
     assert ensemble.current.weight.requires_grad

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.layers.draws import Drawn
+from bqnn.layers.swap import check_no_loose_tensors
 
 
 class Ensemble(Drawn):
@@ -24,6 +25,7 @@ class Ensemble(Drawn):
         super().__init__()
         if num_members < 1:
             raise ValueError(f"num_members={num_members}: an ensemble keeps at least one member")
+        check_no_loose_tensors(net)
         self.current = net
         self.num_members = num_members
         self.members = nn.ModuleList()

@@ -89,6 +89,22 @@ def check_no_hooks(path: str, module: nn.Module) -> None:
         )
 
 
+def check_no_loose_tensors(net: nn.Module) -> None:
+    """TypeError where a module keeps a tensor that is neither a parameter nor a buffer.
+
+    Copies of a network would lack it, or could not be made.
+    """
+    for path, module in net.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                owner = f"{path}.{name}" if path else name
+                raise TypeError(
+                    f"{owner} is a tensor and no parameter or buffer, as spectral norm, weight "
+                    "norm and pruning leave it in their older form; use "
+                    "torch.nn.utils.parametrizations, or register_buffer for your own"
+                )
+
+
 def check_unshared(net: nn.Module, kinds: Collection[type[nn.Module]]) -> None:
     """TypeError where two layers, one of them of these types, share a parameter.
 
