@@ -56,6 +56,7 @@ def indices() -> Rule:
     )
 
 
+PATH = Rule("a path, in quotes where it looks like a number or a list", text().holds)
 ANY = real(-math.inf)
 POSITIVE = real(0, without=(0,))
 NOT_NEGATIVE = real(0)
@@ -88,8 +89,8 @@ OPTIMIZER = {
 # By key of the configuration. Where null is allowed, the file in conf/ says what it stands for.
 RULES: dict[str, Rule] = {
     "seed": SEED,
-    "checkpoint": text(),
-    "data_dir": text(),
+    "checkpoint": PATH,
+    "data_dir": PATH,
     "plots": flag(),
     "resume": flag(),
     "trust": flag(),
@@ -99,7 +100,7 @@ RULES: dict[str, Rule] = {
     "select": one_of("all", "best"),
     "task.table": Rule("the name of a folder in <data_dir>/uci, without slashes", name().holds),
     "task.name": name(),
-    "task.root": maybe(text()),
+    "task.root": maybe(PATH),
     "task.batch_size": whole(1),
     "task.validation_share": SHARE,
     "task.max_epochs": EVERY,
@@ -132,7 +133,7 @@ RULES: dict[str, Rule] = {
     ),
     "trainer.threads": maybe(whole(1, 1024)),
     "trainer.progress_bar": flag(),
-    "method.init_from": maybe(text()),
+    "method.init_from": maybe(PATH),
     "method.num_samples": DRAWS,
     "method.val_samples": DRAWS,
     "method.prior_std": POSITIVE,
