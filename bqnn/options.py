@@ -137,7 +137,7 @@ RULES: dict[str, Rule] = {
     "method.num_samples": DRAWS,
     "method.val_samples": DRAWS,
     "method.prior_std": POSITIVE,
-    "method.init_rho": real(-100, 100),
+    "method.init_rho": real(-80, 80),
     "method.beta": NOT_NEGATIVE,
     "method.warmup_epochs": COUNT,
     "method.init_delta": POSITIVE,
