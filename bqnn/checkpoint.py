@@ -2,7 +2,8 @@
 
 import logging
 import time
-from math import isinf
+from contextlib import suppress
+from math import isfinite, isinf
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, ZipFile
@@ -158,11 +159,13 @@ def _of_finished_runs(pattern: str, paths: list[Path]) -> list[Path]:
 
 
 def _validation_nll(path: Path) -> float:
-    try:
-        return float(read_record(path.parent / "metrics.json")["val/nll"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        log.warning("%s has no val/nll in a metrics.json beside it: counted as the worst", path)
-        return float("inf")
+    nll = float("inf")
+    with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
+        nll = float(read_record(path.parent / "metrics.json")["val/nll"])
+    if isfinite(nll):
+        return nll
+    log.warning("%s has no val/nll in a metrics.json beside it: counted as the worst", path)
+    return float("inf")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from bqnn.files import write_json
 from bqnn.records import instant, read_record
 from bqnn.status import (
     ELSEWHERE,
+    STATES,
     is_running,
     job_folders,
     read_status,
@@ -121,6 +122,8 @@ def find_sweep(root: Path, verb: str, overrides: list[str]) -> Path | None:
     for path in root.glob("*/sweep.json"):
         try:
             record = read_record(path)
+            if record.get("state") not in STATES:
+                raise ValueError(f"sweep.json has the state {short(record.get('state'))}")
         except FileNotFoundError:  # removed meanwhile
             continue
         except ValueError as error:

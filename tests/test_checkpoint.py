@@ -11,7 +11,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 import pytest
 import torch
 
-from bqnn.checkpoint import find_checkpoints, read_checkpoint
+from bqnn.checkpoint import _best_of_each, find_checkpoints, read_checkpoint
 from bqnn.quant.callback import quantize_module
 from bqnn.quant.spec import QuantSpec
 from bqnn.recipe import build, load, make_data
@@ -278,3 +278,16 @@ def test_the_schema_takes_what_is_there() -> None:
 
 def _pickle(content: object, path: Path) -> None:
     path.write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"val/nll": null}', '{"val/nll": [1]}', '{"val/nll": NaN}', "1" * 400],
+)
+def test_an_odd_metrics_file_counts_as_the_worst(content: str, tmp_path: Path) -> None:
+    for name, text in (("a", content), ("b", '{"val/nll": 1.5}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(text)
+    recipe = {"method": {"name": "bbb"}, "task": {"name": "digits"}}
+    found: dict[Path, dict | None] = {tmp_path / name / "x.ckpt": recipe for name in ("a", "b")}
+    assert list(_best_of_each(found)) == [tmp_path / "b" / "x.ckpt"]
