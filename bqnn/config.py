@@ -33,6 +33,7 @@ from bqnn.files import write_json
 from bqnn.locate import canonical
 from bqnn.options import CONF, OPTIMIZER, check_options, did_you_mean, leaves, nearest
 from bqnn.quant.spec import QuantSpec
+from bqnn.ranks import find_place, hide_launcher
 from bqnn.records import read_record
 from bqnn.run import Job, describe, end_with
 from bqnn.secrets import is_secret_name, mask, refuse_secrets
@@ -382,8 +383,15 @@ def _refuse_composed(config: DictConfig) -> None:
     _refuse_added_keys(config)
     _refuse_hydra_secrets(config)
     values = checked(OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]))
-    if SweepCallback.check is not None:
+    if SweepCallback.check is None:
+        return
+    # It imports Lightning, which takes stray variables of a cluster for its own.
+    alone = find_place(values.get("trainer", {})).launcher is None
+    hidden = hide_launcher() if alone else {}
+    try:
         SweepCallback.check(values)
+    finally:
+        os.environ.update(hidden)
 
 
 def _refuse_hydra_secrets(config: DictConfig) -> None:
@@ -469,7 +477,18 @@ def _is_given(key: str, hydra_config: Any) -> bool:
 def _resume_command(key: str, folder: Path) -> str:
     """The command line of this process, resuming what is in the folder."""
     arguments = [a for a in sys.argv[1:] if not a.startswith(("resume=", f"{key}="))]
-    return shlex.join(["python", sys.argv[0], *arguments, "resume=true", f"{key}={folder}"])
+    given = f"{key}={folder}"
+    try:
+        is_plain = OverridesParser.create().parse_override(given).value() == str(folder)
+    except HydraException:
+        is_plain = False
+    given = given if is_plain else _quoted(key, str(folder))
+    return shlex.join(["python", sys.argv[0], *arguments, "resume=true", given])
+
+
+def _quoted(key: str, value: str) -> str:
+    escaped = value.replace('"', '\\"')
+    return f'{key}="{escaped}"'
 
 
 @contextlib.contextmanager
@@ -496,6 +515,8 @@ def _explain(error: Exception, verb: str) -> str:
         there = f"there are {', '.join(error.options)}"
         return one_line(mask(f"Could not find '{group}/{choice}'{hint} ({there})"))
     text = str(error)
+    if "defaults list" in text:  # the group is there, and + adds it
+        return one_line(mask(text))
     if match := re.match(r"Could not override '([^']+)'", text):
         hint = _hint_for_sweep(match[1]) if {"-m", "--multirun"} & set(sys.argv) else ""
         return one_line(mask(_unknown_key(match[1], _known_keys(verb), verb) + hint))
@@ -517,8 +538,7 @@ def _in_quotes(override: str) -> str | None:
     key, equals, value = override.partition("=")
     if not equals:
         return f"{override}: write it as key=value"
-    escaped = value.strip("'\"").replace('"', '\\"')
-    cure = f'{key}="{escaped}"'
+    cure = _quoted(key, value.strip("'\""))
     try:
         OverridesParser.create().parse_override(cure)
     except HydraException:
@@ -535,8 +555,8 @@ def _unknown_key(key: str, known: Iterable[str], verb: str) -> str:
     group, _, rest = key.partition(".")
     having = [
         path.stem
-        for path in sorted((CONF / group).glob("*.yaml"))
-        if rest in dict(leaves(read_record(path)))
+        for path in sorted(CONF.glob("*/*.yaml"))
+        if path.parent.name == group and rest in dict(leaves(read_record(path)))
     ]
     hint = did_you_mean(key, known)
     if rest and having:

@@ -57,7 +57,7 @@ ALLOWED = {
     "sweep": {"files", "records", "status", "terminal", "text"},
     "config": {
         *("files", "secrets", "run", "status", "sweep", "terminal", "text"),
-        *("locate", "options", "quant.spec", "records"),
+        *("locate", "options", "quant.spec", "ranks", "records"),
     },
     "checkpoint": {
         *("archive", "epochs", "files", "locate", "records", "schema", "status", "text"),

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -325,6 +326,8 @@ def test_own_groups_and_options_of_a_config_dir_are_taken(
     code, errors = script_here("train", *arguments, "+notes.wy=here", "hydra.run.dir=run2")
     assert code == 1
     assert "notes.wy: there is no such key; did you mean notes.why?" in errors
+    code, errors = script_here("train", "--config-dir=own", "experiment=e")
+    assert "use +experiment=e" in errors
     code, errors = script_here("train", *arguments, "method=min", "hydra.run.dir=run2")
     assert "did you mean method=mine?" in errors
 
@@ -455,6 +458,18 @@ def test_a_sweep_goes_on_after_a_failed_job(script_here: ScriptHere, tmp_path: P
     assert "method.rate=7" in errors
     states = [status(tmp_path / "sweep" / f"{i}_mcdropout_synthetic_s0")["state"] for i in (0, 1)]
     assert states == ["FAILED", "DONE"]
+
+
+def test_the_command_that_goes_on_can_be_typed_whatever_the_folder_is_called(
+    script: Script, tmp_path: Path
+) -> None:
+    sweep = ["-m", "logger=none", "trainer=smoke", "plots=false", "task=synthetic"]
+    sweep += ["method=mcdropout", "method.rate=7,0.1"]
+    result = script("train", *sweep, "hydra.sweep.dir='a=b, (c)'")
+    assert result.returncode == 1
+    assert (
+        shlex.split(result.stdout.splitlines()[-1])[-1] == f'hydra.sweep.dir="{tmp_path}/a=b, (c)"'
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
