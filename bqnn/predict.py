@@ -22,7 +22,6 @@ def predictive(
     """Stack independent draws of the network's output: [S, B, ...].
 
     Equal seeds give equal draws (of dropout masks, for equal rows and `batch_size`), on every
-    Equal seeds give equal draws (of dropout masks, for equal rows and `batch_size`), on every
     device. The global random state is neither used nor changed, and threads may predict with one
     network at the same time: each gets what it would get alone.
 

@@ -43,6 +43,17 @@ class FunctionalConvolutions(nn.Module):
         return F.conv_transpose2d(square, self.up, stride=2, output_padding=1)
 
 
+class DerivedKernel(nn.Module):
+    """A convolution whose kernel is the weight of a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.linear.weight[:, :, None, None], self.linear.bias, stride=2)
+
+
 def narrow_resnet() -> nn.Module:
     """A ResNet whose shortcuts have 3 and 6 channels."""
     return ResNet([3, SIZE, SIZE], [4], width=3, blocks_per_stage=(1, 1, 1))
@@ -71,9 +82,26 @@ def functional() -> nn.Module:
     )
 
 
-NETS: list[Callable[[], nn.Module]] = [narrow_resnet, odd_geometries, functional]
+def derived() -> nn.Module:
+    """A kernel that is no parameter."""
+    return nn.Sequential(
+        DerivedKernel(), nn.ReLU(), DropoutSite(), nn.Flatten(), nn.Linear(5 * (SIZE // 2) ** 2, 4)
+    )
+
+
+NETS: list[Callable[[], nn.Module]] = [
+    narrow_resnet,
+    odd_geometries,
+    functional,
+    derived,
+]
 # A Bayesian network has no parameters but those of known layers.
-CASES = [(name, net) for name in METHODS for net in NETS if (name, net) != ("bbb", functional)]
+CASES = [
+    (name, net)
+    for name in METHODS
+    for net in NETS
+    if not (name == "bbb" and net in (functional, derived))
+]
 
 
 def method(name: str, net: Callable[[], nn.Module]) -> Method:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 SAFE_CHANNELS = 16  # from here on `corrupts_memory` holds on no CPU
+KNOWN = ("torch.nn.", "bqnn.")  # modules whose kernels are their parameters
 
 
 def corrupts_memory(
@@ -82,11 +83,14 @@ class SafeConvolutions(TorchFunctionMode):
 
 
 def has_narrow_kernels(net: nn.Module) -> bool:
-    """Whether a network has 1x1 kernels on so few channels that one may be in that danger."""
+    """Whether a network may have 1x1 kernels on so few channels that one may be in that danger.
+
+    A module from outside torch and bqnn may make its kernels of anything, such as a linear weight.
+    """
     return any(
         weight.dim() in (3, 4) and weight.shape[1] < SAFE_CHANNELS and max(weight.shape[2:]) == 1
         for weight in net.parameters()
-    )
+    ) or any(not type(module).__module__.startswith(KNOWN) for module in net.modules())
 
 
 def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -42,10 +42,23 @@ def check_region(net: nn.Module) -> None:
                 "begin and end; put an Enter before its first layer and a Leave after its last "
                 "(bqnn.layers.markers)"
             )
+    for name, module in net.named_modules():
+        _refuse_subclass(name, module)
     graph = _traced(net)
     if graph is not None:
         with torch.no_grad():
             _follow(graph, dict(net.named_modules(remove_duplicate=False)))
+
+
+def _refuse_subclass(name: str, module: nn.Module) -> None:
+    """TypeError for a marker of a type of its own: int8 would not do what it does."""
+    kind = next((kind for kind in MARKED if isinstance(module, kind)), None)
+    if kind is not None and type(module) is not kind:
+        raise TypeError(
+            f"prepare: {name} is a {type(module).__name__}, of which int8 knows no more than that "
+            f"it is a kind of {kind.__name__}; use {kind.__name__} itself, and put what is special "
+            "outside the integer region, in a module that is none of bqnn's markers"
+        )
 
 
 class _Tracer(fx.Tracer):

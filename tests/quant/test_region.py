@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bqnn.layers.dropout import MCDropout
 from bqnn.layers.markers import Add, Enter, Leave, Pool
 from bqnn.quant.fuse import fuse
 from bqnn.quant.grids import OnGrid
@@ -238,6 +239,39 @@ def test_a_region_begins_and_ends(net: nn.Module, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message) as error:
         prepare(fuse(net), SPEC)
     one_line(error.value)
+
+
+class Twice(Pool):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Begin(Enter):
+    pass
+
+
+class End(Leave):
+    pass
+
+
+class Drop(MCDropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        nn.Sequential(Enter(), conv(), Twice(), Leave()),
+        nn.Sequential(Begin(), conv(), Leave(), Enter()),
+        nn.Sequential(Enter(), conv(), End(), Leave()),
+        nn.Sequential(Enter(), conv(), Drop(0.1), Leave()),
+    ],
+)
+def test_markers_of_other_types_are_refused_by_name(net: nn.Module) -> None:
+    with pytest.raises(TypeError, match=r"prepare: [012] is a (Twice|Begin|End|Drop)") as error:
+        prepare(fuse(net), SPEC)
+    assert "\n" not in str(error.value)
 
 
 def test_floats_outside_the_region_are_free() -> None:
