@@ -77,8 +77,10 @@ def train(job: Job) -> None:
 
 def check(config: dict[str, Any]) -> None:
     from bqnn.choices import check_training
+    from bqnn.trainer import refuse_options
 
     check_training(config)
+    refuse_options(config["trainer"])
 
 
 if __name__ == "__main__":

@@ -520,6 +520,10 @@ def _explain(error: Exception, verb: str) -> str:
     if match := re.match(r"Could not override '([^']+)'", text):
         hint = _hint_for_sweep(match[1]) if {"-m", "--multirun"} & set(sys.argv) else ""
         return one_line(mask(_unknown_key(match[1], _known_keys(verb), verb) + hint))
+    if text.startswith("Config group override must be a string"):
+        return _no_choice() or one_line(mask(text))
+    if match := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{match[1]} is missing; give it on the command line"
     if match := re.match(r"Ambiguous value for argument '(.*)'\n", text):
         return _in_quotes(match[1]) or one_line(mask(text))
     if not isinstance(error, HydraException):
@@ -528,6 +532,16 @@ def _explain(error: Exception, verb: str) -> str:
     if error.__cause__ is not None:
         text += " " + str(error.__cause__).partition("\n")[0]
     return one_line(mask(text))
+
+
+def _no_choice() -> str | None:
+    """What to write in place of a number or null that was given for a group."""
+    for override in get_args_parser().parse_args().overrides:
+        group, equals, value = override.partition("=")
+        choices = sorted(path.stem for path in (CONF / group.lstrip("+~")).glob("*.yaml"))
+        if group and equals and choices and value not in choices and "," not in value:
+            return one_line(mask(f"{override}: choose one of {', '.join(choices)}"))
+    return None
 
 
 def _in_quotes(override: str) -> str | None:

@@ -56,6 +56,14 @@ def indices() -> Rule:
     )
 
 
+def duration() -> Rule:
+    """A length of time, as Lightning takes it."""
+    return Rule(
+        "a text such as 00:01:30:00 (days:hours:minutes:seconds)",
+        lambda value: type(value) is str and re.fullmatch(r"\d{2,}(:\d\d){3}", value) is not None,
+    )
+
+
 PATH = Rule("a path, in quotes where it looks like a number or a list", text().holds)
 ANY = real(-math.inf)
 POSITIVE = real(0, without=(0,))
@@ -132,6 +140,19 @@ RULES: dict[str, Rule] = {
         one_of("32-true", "bf16-mixed").holds,
     ),
     "trainer.threads": maybe(whole(1, 1024)),
+    # Of Lightning, which are added with `+`.
+    "trainer.num_nodes": whole(1, 1024),
+    "trainer.max_steps": either(whole(0), one_of(-1)),
+    "trainer.max_time": maybe(duration()),
+    "trainer.min_epochs": maybe(COUNT),
+    "trainer.min_steps": maybe(COUNT),
+    "trainer.accumulate_grad_batches": EVERY,
+    "trainer.gradient_clip_val": maybe(NOT_NEGATIVE),
+    "trainer.gradient_clip_algorithm": maybe(one_of("norm", "value")),
+    "trainer.detect_anomaly": flag(),
+    "trainer.deterministic": maybe(either(flag(), one_of("warn"))),
+    "trainer.benchmark": maybe(flag()),
+    "trainer.sync_batchnorm": flag(),
     "trainer.progress_bar": flag(),
     "method.init_from": maybe(PATH),
     "method.num_samples": DRAWS,

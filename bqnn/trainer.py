@@ -137,7 +137,12 @@ def make_trainer(
 ) -> pl.Trainer:
     """A Trainer as `trainer` of the configuration says, saving to the job's folder."""
     options = {**job.config["trainer"], "accelerator": prepare_torch(job)}
-    _refuse_options(options, validate)
+    refuse_options(options)
+    if options["save_best"] and not validate:
+        raise ValueError(
+            "trainer.save_best=true: there are no validation rows to choose by; set "
+            "task.validation_share above 0"
+        )
     del options["threads"]
     save = SaveCheckpoint(job.folder, options.pop("save_every"), options.pop("save_best"))
     progress: list[pl.Callback] = [TrainingProgress()] if options.pop("progress_bar") else []
@@ -181,20 +186,13 @@ _REFUSED = {
 }
 
 
-def _refuse_options(options: Mapping[str, Any], validate: bool) -> None:
+def refuse_options(options: Mapping[str, Any]) -> None:
     """ValueError for options under which something that a job promises could not be there."""
     for name, instead in _REFUSED.items():
         if name in options:
             raise ValueError(f"trainer.{name}={short(options[name])}: leave it out; {instead}")
-    if not options["save_best"]:
-        return
-    if not validate:
-        raise ValueError(
-            "trainer.save_best=true: there are no validation rows to choose by; set "
-            "task.validation_share above 0"
-        )
     every, epochs = options["check_val_every_n_epoch"], options["max_epochs"]
-    if every is not None and epochs is not None and every > epochs:
+    if options["save_best"] and None not in (every, epochs) and every > epochs:
         raise ValueError(
             f"trainer.save_best=true: no epoch would be validated to choose by, since "
             f"trainer.check_val_every_n_epoch={every} and trainer.max_epochs={epochs}; lower the "
