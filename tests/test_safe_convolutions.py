@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from bqnn.layers.bayes import local_reparametrization
 from bqnn.layers.linear_map import Geometry, linear_map
 from bqnn.layers.safe_convolutions import SafeConvolutions, corrupts_memory, has_narrow_kernels
+from bqnn.nets import LeNet, ResNet
 from bqnn.quant.fuse import fuse
 from bqnn.quant.simulated import prepare
 from bqnn.quant.spec import QuantSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 LAST = torch.channels_last
-by_net = pytest.mark.parametrize("net", narrow_convolutions.NETS)
 
 
 def dangerous(out: Tensor) -> list[Any]:
@@ -64,7 +64,7 @@ def test_no_method_records_a_dangerous_convolution(name, net):
     assert not dangerous(narrow_convolutions.loss(model, *narrow_convolutions.batch()))
 
 
-@by_net
+@pytest.mark.parametrize("net", narrow_convolutions.NETS)
 def test_without_the_mode_these_networks_are_in_danger(net):
     x, _ = narrow_convolutions.batch()
     assert dangerous(net().train()(x))
@@ -105,8 +105,6 @@ def test_what_may_corrupt_memory(changes, expected):
 
 
 def test_networks_of_usual_widths_are_computed_as_torch_does():
-    from bqnn.nets import LeNet, ResNet
-
     for net in (ResNet([3, 32, 32], [10], width=24), LeNet([1, 28, 28], [10])):
         assert not has_narrow_kernels(net)
     wide = torch.randn(2, 24, 8, 8).to(memory_format=LAST).requires_grad_()
