@@ -170,6 +170,15 @@ def test_an_exported_network_is_as_random_as_it_was(
         torch.testing.assert_close(outputs[0], net(PICTURES))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("method", RANDOM)
+def test_export_freezes_no_draw_that_is_held(method: str, strict: bool) -> None:
+    net = make(method).eval()
+    with torch.no_grad(), held_draw(net, 0):
+        program = torch.export.export(net, (PICTURES,), strict=strict).module()
+        assert not torch.equal(program(PICTURES), program(PICTURES))
+
+
 def test_copies_of_a_network_share_no_draw() -> None:
     net = make("bbb").eval()
     with torch.no_grad(), held_draw(net, 0):

@@ -52,7 +52,8 @@ def coins_like(x: Tensor, probability: float, generator: torch.Generator | None 
 
     The random number of a coin is a part of a 64-bit one, which on the CPU takes a fraction of
     `bernoulli_`'s time. It has 32 bits, or 64 where those would round a probability close to 0 or 1
-    by more than a millionth of itself.
+    by more than a millionth of itself. A probability below 2^-64 is zero (2^-62 where torch.compile
+    or torch.export traces).
 
     generator: of the CPU; by default the global one of the device of `x`.
     """
