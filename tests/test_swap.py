@@ -291,6 +291,24 @@ def test_hooks_on_other_modules_that_are_replaced_are_refused():
         to_mcdropout(net, 0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_conversions_keep_the_type_of_numbers_and_quantization_takes_float32(dtype):
+    net = to_bayes(plain().to(dtype), 1.0, -3.0)
+    assert {param.dtype for param in net.parameters()} == {dtype}
+    assert net.eval()(torch.ones(2, 1, 4, 4, dtype=dtype)).dtype == dtype
+    fuse(net)
+    with pytest.raises(TypeError, match=rf"1\.layer\.mean is of type {dtype}.* call float\(\)"):
+        prepare(net, QuantSpec())
+    assert not is_prepared(net)
+    assert is_prepared(prepare(net.float(), QuantSpec()))
+
+
+def test_networks_without_memory_are_converted():
+    net = to_bayes(plain().to("meta"), 1.0, -3.0)
+    prepare(fuse(net), QuantSpec())
+    assert {param.device.type for param in net.parameters()} == {"meta"}
+
+
 def test_one_gaussian_layer_in_two_places_is_not_quantized_to_two_draws():
     shared = nn.Linear(8, 8)
     net = nn.Sequential(Enter(), shared, nn.ReLU(), shared, Leave())

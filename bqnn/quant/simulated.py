@@ -307,16 +307,15 @@ def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
 
     ValueError: nothing is fused, `Enter` or `Leave` are missing, an override of the spec matches
     no layer, or this torch lacks the engine that the spec names. TypeError: something between
-    `Enter` and `Leave` is not known in integers, or a layer stands outside.
+    `Enter` and `Leave` is not known in integers, a layer stands outside, has hooks or has weights
+    that are not float32. A network that is refused stays as it was.
     """
     check_engine(spec.engine)
     if not any(isinstance(module, Fused) for module in net.modules()):
         raise ValueError("prepare: the network has no fused layer; call fuse() on it first")
     check_region(_parts(net)[0])  # members are copies of one network
     for part in _parts(net):
-        for name, module in part.named_modules():
-            if type(module) in SIMULATED:
-                check_no_hooks(name, module)
+        _check_modules(part)
     for part in _parts(net):
         device = next(part.parameters()).device
         found = [(name, m) for name, m in part.named_modules() if type(m) in SIMULATED]
@@ -330,6 +329,20 @@ def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
 
         replace_modules(part, dict.fromkeys(SIMULATED, made))
     return net
+
+
+def _check_modules(part: nn.Module) -> None:
+    """TypeError where a module has hooks, which would be lost, or weights that are not float32."""
+    for name, module in part.named_modules():
+        if type(module) in SIMULATED:
+            check_no_hooks(name, module)
+        if isinstance(module, Fused):
+            for param_name, param in module.named_parameters():
+                if param.dtype != torch.float32:
+                    raise TypeError(
+                        f"prepare: {name}.{param_name} is of type {param.dtype}, and quantization "
+                        "takes float32; call float() on the network first"
+                    )
 
 
 def replace_modules(
