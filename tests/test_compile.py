@@ -14,6 +14,7 @@ from bqnn.layers.ensemble import Ensemble
 from bqnn.nets import LeNet
 from bqnn.predict import predictive
 from bqnn.quant.fuse import fuse
+from bqnn.quant.integer import convert
 from bqnn.quant.simulated import calibrate, prepare
 from bqnn.quant.spec import QuantSpec
 
@@ -138,7 +139,7 @@ def test_compiled_dropout_drops_by_its_rate(rate: float, training: bool, backend
 
 
 @pytest.mark.parametrize("method", ["pointwise", "bbb", "mcdropout"])
-def test_quantized_networks_refuse_to_be_traced(method: str) -> None:
+def test_simulated_networks_refuse_to_be_traced(method: str) -> None:
     net = calibrate(prepare(fuse(make(method)), QuantSpec()), [PICTURES])
     for trace in (
         lambda: torch.compile(net, backend="eager")(PICTURES),
@@ -177,6 +178,16 @@ def test_export_freezes_no_draw_that_is_held(method: str, strict: bool) -> None:
     with torch.no_grad(), held_draw(net, 0):
         program = torch.export.export(net, (PICTURES,), strict=strict).module()
         assert not torch.equal(program(PICTURES), program(PICTURES))
+
+
+@pytest.mark.parametrize("method", METHODS[:3])
+def test_integer_networks_compile_and_refuse_to_be_exported(method: str) -> None:
+    spec = QuantSpec()
+    net = convert(calibrate(prepare(fuse(make(method)), spec), [PICTURES]), spec.engine)
+    compiled = torch.compile(net, backend="aot_eager")
+    assert torch.equal(predictive(compiled, PICTURES, 3), predictive(net, PICTURES, 3))
+    with pytest.raises(TypeError, match="a quantized network cannot be traced"):
+        torch.export.export(net, (PICTURES,), strict=False)
 
 
 def test_copies_of_a_network_share_no_draw() -> None:
