@@ -13,6 +13,10 @@ from bqnn.layers.dropout import MCDropout, to_mcdropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.nets import LeNet
 from bqnn.predict import predictive
+from bqnn.quant.fuse import fuse
+from bqnn.quant.integer import convert
+from bqnn.quant.simulated import calibrate, prepare
+from bqnn.quant.spec import QuantSpec
 
 METHODS = ("pointwise", "bbb", "mcdropout", "sghmc")
 RANDOM = ("bbb", "mcdropout")
@@ -119,14 +123,34 @@ def test_a_compiled_network_left_alone_makes_a_draw_per_call(method: str, contex
         assert not torch.equal(compiled(PICTURES), compiled(PICTURES))
 
 
-def test_compiled_dropout_drops_by_its_rate() -> None:
-    x = torch.ones(1000, 100)
-    for mode in (True, False):
-        dropout = torch.compile(MCDropout(0.25).train(mode), backend="aot_eager", fullgraph=True)
-        out = dropout(x)
-        assert set(out.unique().tolist()) == {0, torch.tensor(1 / 0.75).item()}
-        # 5 standard errors over 100,000 coins
-        assert abs((out == 0).float().mean() - 0.25) < 5 * (0.25 * 0.75 / 100_000) ** 0.5
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rate", [1e-300, 1e-9, 1e-6, 0.25, 0.999999])
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_dropout_drops_by_its_rate(rate: float, training: bool, backend: str) -> None:
+    torch.manual_seed(0)
+    num_values = 2**22
+    dropout = torch.compile(MCDropout(rate).train(training), backend=backend, fullgraph=True)
+    out = dropout(torch.ones(num_values // 64, 64))
+    kept = out[out != 0]
+    expected = num_values * min(rate, 1 - rate)
+    rare = num_values - len(kept) if rate < 0.5 else len(kept)
+    assert abs(rare - expected) < 5 * expected**0.5 + 1
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - rate)))
+
+
+@pytest.mark.parametrize("method", ["pointwise", "bbb", "mcdropout"])
+def test_simulated_networks_refuse_to_be_traced(method: str) -> None:
+    net = calibrate(prepare(fuse(make(method)), QuantSpec()), [PICTURES])
+    for trace in (
+        lambda: torch.compile(net, backend="eager")(PICTURES),
+        lambda: torch.compile(net, backend="eager", fullgraph=True)(PICTURES),
+        lambda: torch.export.export(net, (PICTURES,), strict=False),
+        lambda: torch.export.export(net, (PICTURES,), strict=True),
+    ):
+        torch.compiler.reset()
+        with pytest.raises(Exception, match="a quantized network cannot be traced"):
+            trace()
+    assert net(PICTURES).isfinite().all()
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -145,6 +169,25 @@ def test_an_exported_network_is_as_random_as_it_was(
     assert program(PICTURES[:3]).shape == (3, 3)
     if method == "pointwise":
         torch.testing.assert_close(outputs[0], net(PICTURES))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("method", RANDOM)
+def test_export_freezes_no_draw_that_is_held(method: str, strict: bool) -> None:
+    net = make(method).eval()
+    with torch.no_grad(), held_draw(net, 0):
+        program = torch.export.export(net, (PICTURES,), strict=strict).module()
+        assert not torch.equal(program(PICTURES), program(PICTURES))
+
+
+@pytest.mark.parametrize("method", METHODS[:3])
+def test_integer_networks_compile_and_refuse_to_be_exported(method: str) -> None:
+    spec = QuantSpec()
+    net = convert(calibrate(prepare(fuse(make(method)), spec), [PICTURES]), spec.engine)
+    compiled = torch.compile(net, backend="aot_eager")
+    assert torch.equal(predictive(compiled, PICTURES, 3), predictive(net, PICTURES, 3))
+    with pytest.raises(TypeError, match="a quantized network cannot be traced"):
+        torch.export.export(net, (PICTURES,), strict=False)
 
 
 def test_copies_of_a_network_share_no_draw() -> None:

@@ -9,6 +9,9 @@ from torch import nn
 from bqnn.layers.dropout import MCDropout, to_mcdropout
 from bqnn.layers.markers import DropoutSite
 from bqnn.nets import MLP, LeNet, ResNet
+from bqnn.quant.grids import Grid, OnGrid, plain
+from bqnn.quant.integer import IntegerDropout
+from bqnn.quant.simulated import SimulatedDropout
 
 
 def dropouts(net: nn.Module) -> list[MCDropout]:
@@ -94,6 +97,20 @@ def test_rates_near_zero_and_one_drop_next_to_nothing_and_next_to_all(rate, trai
     rare = num_values - len(kept) if rate < 0.5 else len(kept)
     assert abs(rare - expected) < 5 * math.sqrt(expected) + 1
     torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - rate)))
+
+
+@pytest.mark.parametrize("rate", [1e-9, 1e-6, 0.5, 0.999999])
+def test_dropout_of_integers_drops_by_the_same_rate(rate):
+    x = torch.ones(2**14, 64)
+    dropout = SimulatedDropout(rate).eval()
+    torch.manual_seed(0)
+    simulated = dropout(OnGrid.of(x, Grid(1.0, 0, 127)))
+    torch.manual_seed(0)
+    integers = IntegerDropout(dropout)(torch.quantize_per_tensor(x, 1.0, 0, torch.quint8))
+    torch.testing.assert_close(integers.dequantize(), plain(simulated))
+    expected = x.numel() * rate
+    dropped = int((integers.int_repr() == 0).sum())
+    assert abs(dropped - expected) < 5 * math.sqrt(expected * (1 - rate)) + 1
 
 
 def test_rate_zero_is_the_identity():

@@ -11,10 +11,11 @@ from torch.nn.utils import parametrizations, prune
 
 from bqnn.layers.bayes import to_bayes
 from bqnn.layers.dropout import to_mcdropout
+from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.markers import DropoutSite, Enter, Leave
 from bqnn.layers.swap import swap
 from bqnn.quant.fuse import fuse
-from bqnn.quant.simulated import prepare
+from bqnn.quant.simulated import is_prepared, prepare
 from bqnn.quant.spec import QuantSpec
 
 
@@ -97,6 +98,22 @@ def share_memory(net: nn.Sequential) -> None:
     net[6].weight.data = net[5].weight.data
 
 
+def make_plain(layer: nn.Module, name: str) -> None:
+    value = getattr(layer, name).detach()
+    delattr(layer, name)
+    setattr(layer, name, value)
+
+
+def make_buffer(layer: nn.Module, name: str) -> None:
+    value = getattr(layer, name).detach()
+    delattr(layer, name)
+    layer.register_buffer(name, value)
+
+
+def whole_numbers() -> nn.Parameter:
+    return nn.Parameter(torch.ones(8, 8, dtype=torch.int32), requires_grad=False)
+
+
 def replace(net: nn.Sequential, layer: nn.Module) -> None:
     net[6] = layer
 
@@ -115,6 +132,45 @@ LOST: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
     "parameter": (lambda net: setattr(net[5], "gain", nn.Parameter(torch.ones(1))), r"^5 .*gain"),
     "buffer": (lambda net: net[5].register_buffer("mask", torch.ones(1)), r"^5 .*mask"),
     "no weight": (lambda net: net[5]._parameters.pop("weight"), r"^5 .*no weight"),
+    "weight is None": (lambda net: setattr(net[5], "weight", None), r"^5 .*no weight"),
+    "no bias": (lambda net: net[5]._parameters.pop("bias"), r"^5 .*no bias"),
+    "plain weight": (lambda net: make_plain(net[5], "weight"), r"^5 .*plain tensor weight"),
+    "plain bias": (lambda net: make_plain(net[1], "bias"), r"^1 .*plain tensor bias"),
+    "buffer as weight": (lambda net: make_buffer(net[5], "weight"), r"^5 .*buffer weight"),
+    "buffer as bias": (lambda net: make_buffer(net[5], "bias"), r"^5 .*buffer bias"),
+    "plain tensor": (
+        lambda net: setattr(net[5], "scale", torch.ones(1)),
+        r"^5 .*plain tensor scale",
+    ),
+    "parameter of the network": (
+        lambda net: net.register_parameter("gain", nn.Parameter(torch.ones(1))),
+        r"^the network is a Sequential, which .* know",
+    ),
+    "open sizes": (
+        lambda net: setattr(net[5], "weight", nn.UninitializedParameter()),
+        r"^5 is a Linear, which has no sizes yet; pass a batch",
+    ),
+    "complex numbers": (
+        lambda net: replace(net, nn.Linear(8, 8, dtype=torch.complex64)),
+        r"^6\.weight is of type torch\.complex64",
+    ),
+    "whole numbers": (
+        lambda net: setattr(net[5], "weight", whole_numbers()),
+        r"^5\.weight is of type torch\.int32",
+    ),
+    "subclass": (lambda net: replace(net, Wider(8, 8)), r"^6 is a Wider, which .* know"),
+    "reflected border": (
+        lambda net: net.__setitem__(1, nn.Conv2d(1, 2, 3, padding_mode="reflect")),
+        r"^1: padding_mode='reflect'",
+    ),
+    "state-dict hook": (
+        lambda net: net[5].register_state_dict_post_hook(lambda *_: None),
+        r"^5 has state dict hooks",
+    ),
+    "loading hook": (
+        lambda net: net[5].register_load_state_dict_post_hook(print),
+        r"^5 has load state dict post hooks",
+    ),
     "child": (lambda net: net[5].add_module("adapter", nn.ReLU()), r"^5 .*adapter"),
     "hook": (lambda net: net[5].register_forward_hook(print), r"^5 has forward hooks"),
     "pre-hook": (lambda net: net[1].register_forward_pre_hook(print), r"^1 has forward pre hooks"),
@@ -136,21 +192,63 @@ def test_what_a_conversion_would_lose_is_refused_by_the_layer(case, convert):
     net = plain()
     change, message = LOST[case]
     change(net)
+    children = list(net)
     with pytest.raises(TypeError, match=message) as caught:
         convert(net)
     assert "\n" not in str(caught.value)
+    assert all(now is before for now, before in zip(net, children, strict=True))
 
 
-def test_a_refused_network_stays_as_it_was():
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(2, affine=False),
+        nn.BatchNorm2d(2, track_running_stats=False),
+        nn.LazyBatchNorm2d(),
+        nn.SyncBatchNorm(2),
+    ],
+    ids=repr,
+)
+def test_a_batch_norm_that_cannot_be_fused_leaves_the_network_as_it_was(norm):
     net = plain()
-    torch_utils.spectral_norm(net[6])
-    kinds = [type(module) for module in net.modules()]
-    for convert in (lambda: to_bayes(net, 1.0, -3.0), lambda: fuse(net)):
-        with pytest.raises(TypeError):
-            convert()
-        assert [type(module) for module in net.modules()] == kinds
+    net[2] = norm
+    children = list(net)
+    with pytest.raises(TypeError, match=r"^[12]\b"):
+        fuse(net)
+    assert all(now is before for now, before in zip(net, children, strict=True))
 
 
+def test_a_batch_norm_of_a_plain_mean_is_fused():
+    net = plain()
+    net[2] = nn.BatchNorm2d(2, momentum=None)
+    x = torch.randn(3, 1, 4, 4)
+    net(x)
+    expected = net.eval()(x)
+    torch.testing.assert_close(fuse(net)(x), expected)
+    assert net[1].bn.momentum is None
+
+
+def test_gradient_hooks_are_refused_where_parameters_are_made_anew_and_kept_elsewhere():
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        net = plain()
+        weight = net[5].weight
+        getattr(weight, register)(lambda grad: None)
+        with pytest.raises(TypeError, match=r"^5\.weight has gradient hooks"):
+            to_bayes(net, 1.0, -3.0)
+        prepare(fuse(net), QuantSpec())
+        assert net[5].weight is weight
+
+
+def test_a_refused_ensemble_is_prepared_in_no_member():
+    net = Ensemble(fuse(plain()), 1)
+    net.collect()
+    net.members[0][0].register_forward_hook(print)
+    with pytest.raises(TypeError, match="0 has forward hooks"):
+        prepare(net, QuantSpec())
+    assert not is_prepared(net)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 def test_what_is_made_plain_again_is_converted():
     net = plain()
     torch_utils.spectral_norm(net[5])
@@ -158,6 +256,8 @@ def test_what_is_made_plain_again_is_converted():
     net(torch.randn(2, 1, 4, 4))
     torch_utils.remove_spectral_norm(net[5])
     prune.remove(net[1], "weight")
+    torch_utils.weight_norm(net[5])
+    torch_utils.remove_weight_norm(net[5])
     lazy = nn.LazyLinear(8)
     net[6] = lazy
     x = torch.randn(3, 1, 4, 4)
@@ -189,6 +289,24 @@ def test_hooks_on_other_modules_that_are_replaced_are_refused():
     net[1].register_forward_hook(print)
     with pytest.raises(TypeError, match="1 has forward hooks"):
         to_mcdropout(net, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_conversions_keep_the_type_of_numbers_and_quantization_takes_float32(dtype):
+    net = to_bayes(plain().to(dtype), 1.0, -3.0)
+    assert {param.dtype for param in net.parameters()} == {dtype}
+    assert net.eval()(torch.ones(2, 1, 4, 4, dtype=dtype)).dtype == dtype
+    fuse(net)
+    with pytest.raises(TypeError, match=rf"1\.layer\.mean is of type {dtype}.* call float\(\)"):
+        prepare(net, QuantSpec())
+    assert not is_prepared(net)
+    assert is_prepared(prepare(net.float(), QuantSpec()))
+
+
+def test_networks_without_memory_are_converted():
+    net = to_bayes(plain().to("meta"), 1.0, -3.0)
+    prepare(fuse(net), QuantSpec())
+    assert {param.device.type for param in net.parameters()} == {"meta"}
 
 
 def test_one_gaussian_layer_in_two_places_is_not_quantized_to_two_draws():

@@ -49,7 +49,9 @@ class GaussianWeight(DrawnWeights):
             )
         self.mean = nn.Parameter(weight.detach().clone())
         self.rho = nn.Parameter(torch.full_like(self.mean, init_rho))
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.register_parameter(
+            "bias", None if bias is None else nn.Parameter(bias.detach().clone())
+        )
         self.prior_std = prior_std
 
     @property

@@ -59,8 +59,8 @@ class DrawnWeights(Drawn):
         raise NotImplementedError
 
     def weights(self) -> Any:
-        """The draw that is held, or a new one."""
-        held = self.held()
+        """The draw that is held, or a new one; torch.export would make a held one a constant."""
+        held = None if torch.compiler.is_exporting() else self.held()
         return self.draw() if held is None else held
 
     def make_draw(self, index: int) -> Any:
@@ -110,7 +110,7 @@ def evaluation_coins(like: Tensor, probability: float) -> Tensor:
 
     As `evaluation_noise`, on the CPU.
     """
-    draw = _held.get()
+    draw = None if torch.compiler.is_exporting() else _held.get()
     if draw is not None:
         return _coins_of(draw, like, probability)
     return coins_like(like, probability, torch.default_generator)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from bqnn.layers.draws import Stochastic, evaluation_coins
 from bqnn.layers.markers import DropoutSite
 from bqnn.layers.noise import coins_like
-from bqnn.layers.swap import check_no_hooks
+from bqnn.layers.swap import check_plain
 
 
 class MCDropout(Stochastic):
@@ -45,13 +45,13 @@ def to_mcdropout(net: nn.Module, rate: float, before_output: bool = True) -> nn.
     """Make the marked sites of a network drop, in place.
 
     `before_output` says whether the site before the output layer drops too. ValueError: there is no
-    site; TypeError: a site has hooks, which would be lost.
+    site; TypeError: a site has something, such as hooks, that would be lost.
     """
     sites = []
     for path, parent in net.named_modules():
         for name, child in parent._modules.items():
             if isinstance(child, DropoutSite) and (before_output or not child.before_output):
-                check_no_hooks(f"{path}.{name}".lstrip("."), child)
+                check_plain(f"{path}.{name}".lstrip("."), child)
                 sites.append((parent, name, MCDropout(rate).train(child.training)))
     if not sites:
         raise ValueError("to_mcdropout: the network has no DropoutSite to convert")

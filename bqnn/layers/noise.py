@@ -52,12 +52,14 @@ def coins_like(x: Tensor, probability: float, generator: torch.Generator | None 
 
     The random number of a coin is a part of a 64-bit one, which on the CPU takes a fraction of
     `bernoulli_`'s time. It has 32 bits, or 64 where those would round a probability close to 0 or 1
-    by more than a millionth of itself.
+    by more than a millionth of itself. A probability below 2^-64 is zero (2^-62 where torch.compile
+    or torch.export traces).
 
     generator: of the CPU; by default the global one of the device of `x`.
     """
-    if torch.compiler.is_compiling():  # `random_` cannot be traced
-        return torch.empty(x.shape, device=x.device).bernoulli_(probability).bool()
+    if torch.compiler.is_compiling():  # which can trace neither `random_` nor views of other types
+        # Not `bernoulli`: compiled, it compares with random numbers of 24 bits.
+        return torch.randint(2**62, x.shape, device=x.device) < int(probability * 2**62)
     kind = torch.int32 if 2**-12 <= probability <= 1 - 2**-12 else torch.int64
     bits = 8 * kind.itemsize
     smallest_false = int(probability * 2**bits) - 2 ** (bits - 1)

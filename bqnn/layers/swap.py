@@ -6,6 +6,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+# Names of what may be hooked to a module. Those before loading a state are left out, since
+# `remove_spectral_norm` leaves one behind.
+HOOKS = (
+    "forward_pre_hooks",
+    "forward_hooks",
+    "backward_pre_hooks",
+    "backward_hooks",
+    "state_dict_pre_hooks",
+    "state_dict_hooks",
+    "load_state_dict_post_hooks",
+)
+
 
 def swap(
     net: nn.Module,
@@ -26,6 +38,10 @@ def swap(
     shares a parameter with another one; or a module owns parameters and is neither a key nor one of
     the types in `keep`, so that it would stay as it is without anyone noticing.
     """
+    known = ", ".join(kind.__name__ for kind in (*replacements, *keep))
+    unknown = f"this conversion does not know; it knows {known}"
+    if owns_parameters(net) and not isinstance(net, (*replacements, *keep)):
+        refuse_unknown("the network", net, unknown)
     check_unshared(net, replacements)
     made: dict[nn.Module, nn.Module] = {}
     places: list[tuple[nn.Module, str, nn.Module]] = []
@@ -36,12 +52,12 @@ def swap(
             path = f"{name}.{child_name}" if name else child_name
             if type(child) in replacements:
                 check_plain(path, child, parameters=("weight", "bias"))
+                _check_no_gradient_hooks(path, child)
                 if child not in made:
                     made[child] = _made(path, replacements[type(child)], child)
                 places.append((parent, child_name, made[child]))
             elif owns_parameters(child) and not isinstance(child, keep):
-                known = ", ".join(kind.__name__ for kind in (*replacements, *keep))
-                refuse_unknown(path, child, f"this conversion does not know; it knows {known}")
+                refuse_unknown(path, child, unknown)
     for parent, child_name, module in places:
         setattr(parent, child_name, module)
     return len(made)
@@ -59,9 +75,16 @@ def check_plain(
     compute the weight in a hook, from parameters of other names; hooks and functions of the user
     would be lost.
     """
-    own = set(layer._parameters)
-    lacking = set(parameters) - own - {"bias"}
-    others = [*sorted(own - set(parameters)), *sorted(set(layer._buffers) - set(buffers))]
+    if any(param is not None and is_lazy(param) for param in layer._parameters.values()):
+        refuse_unknown(path, layer, "has no sizes yet")
+    lacking = [name for name in parameters if not _has(layer, name)]
+    # Old weight norm, or a function of the user, puts a plain tensor where a parameter was.
+    plain = [name for name, value in vars(layer).items() if isinstance(value, Tensor)]
+    others = [
+        *sorted(layer._parameters.keys() - set(parameters)),
+        *(f"buffer {name}" for name in layer._buffers if name not in buffers),
+        *(f"plain tensor {name}" for name in plain),
+    ]
     if lacking or others:
         found = ", ".join(others) or "no " + ", ".join(lacking)
         raise TypeError(
@@ -69,6 +92,11 @@ def check_plain(
             "where spectral norm, weight norm or pruning made that, call "
             "torch.nn.utils.remove_spectral_norm, remove_weight_norm or prune.remove on it first"
         )
+    for name, param in layer._parameters.items():
+        if param is not None and not param.is_floating_point():
+            raise TypeError(
+                f"{path}.{name} is of type {param.dtype}, which no conversion takes; use float32"
+            )
     if layer._modules:
         raise TypeError(
             f"{path} is a {type(layer).__name__} with modules of its own "
@@ -79,8 +107,7 @@ def check_plain(
 
 def check_no_hooks(path: str, module: nn.Module) -> None:
     """TypeError where something was hooked to a module that a conversion replaces."""
-    kinds = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
-    hooks = [kind for kind in kinds if getattr(module, f"_{kind}")]
+    hooks = [kind for kind in HOOKS if getattr(module, f"_{kind}")]
     hooks += ["a forward of its own"] if "forward" in vars(module) else []
     if hooks:
         raise TypeError(
@@ -141,6 +168,24 @@ def refuse_unknown(path: str, module: nn.Module, reason: str) -> None:
     else:
         remedy = ""
     raise TypeError(f"{path} is a {type(module).__name__}, which {reason}{remedy}")
+
+
+def _has(layer: nn.Module, parameter: str) -> bool:
+    """Whether a layer has a parameter; its bias, and both of a batch norm, may be None."""
+    may_be_none = parameter == "bias" or isinstance(layer, nn.BatchNorm2d)
+    return layer._parameters.get(parameter) is not None or (
+        may_be_none and parameter in layer._parameters
+    )
+
+
+def _check_no_gradient_hooks(path: str, layer: nn.Module) -> None:
+    """TypeError where a parameter has hooks, which the parameter made of it would not have."""
+    for name, param in layer.named_parameters(recurse=False):
+        if param._backward_hooks or param._post_accumulate_grad_hooks:
+            raise TypeError(
+                f"{path}.{name} has gradient hooks, which a conversion would lose; register them "
+                "on the parameters that the conversion makes"
+            )
 
 
 def _made(path: str, make: Callable[..., nn.Module], layer: nn.Module) -> nn.Module:

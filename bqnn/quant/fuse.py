@@ -66,41 +66,57 @@ def fuse(net: nn.Module) -> nn.Module:
     Names stay: what moved into the layer before it leaves an identity behind. A TypeError names a
     module with parameters that is none of the layers known here, such as a batch norm that
     follows no convolution; a ValueError says that there was nothing to fuse, or all was done
-    before.
+    before. A network that is refused stays as it was.
     """
     if any(isinstance(module, Fused) for module in net.modules()):
         raise ValueError("fuse: this network is fused already")
     _check_parts(net)
-    count = 0
-    for path, parent in list(net.named_modules()):
-        if isinstance(parent, LAYERS):
-            continue
-        chain = list(parent._modules) if is_chain(parent) else []
-        for name, child in list(parent._modules.items()):
-            if type(child) in LAYERS:
-                followers = chain[chain.index(name) + 1 :] if chain else []
-                try:
-                    setattr(parent, name, _fused(parent, child, followers))
-                except TypeError as error:
-                    raise TypeError(f"{f'{path}.{name}'.lstrip('.')}: {error}") from None
-                count += 1
-            else:
-                _refuse_unknown(f"{path}.{name}".lstrip("."), parent._modules[name])
-    if count == 0:
+    if not isinstance(net, LAYERS):
+        _refuse_unknown("the network", net)
+    places = [
+        (parent, *place)
+        for path, parent in net.named_modules()
+        if not isinstance(parent, LAYERS)
+        for place in _places(path, parent)
+    ]
+    if not places:
         raise ValueError("fuse: this network has no linear layer or convolution")
+    for parent, name, module in places:
+        setattr(parent, name, module)
     return net
 
 
-def _fused(parent: nn.Module, layer: Any, followers: list[str]) -> Fused:
-    """The layer with what directly follows it, which is replaced by identities."""
+def _places(path: str, parent: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What is to stand where among the children of a module, which stays as it is."""
+    places: dict[str, nn.Module] = {}
+    chain = list(parent._modules) if is_chain(parent) else []
+    for name, child in parent._modules.items():
+        place = f"{path}.{name}".lstrip(".")
+        if name in places:  # a part of the layer before it
+            continue
+        if type(child) in LAYERS:
+            followers = chain[chain.index(name) + 1 :] if chain else []
+            try:
+                fused = _fused(child, [parent._modules[each] for each in followers])
+            except TypeError as error:
+                raise TypeError(f"{place}: {error}") from None
+            places[name] = fused
+            taken = (fused.bn is not None) + fused.relu
+            places.update((each, nn.Identity()) for each in followers[:taken])
+        else:
+            _refuse_unknown(place, child)
+    return list(places.items())
+
+
+def _fused(layer: Any, followers: list[nn.Module | None]) -> Fused:
+    """The layer with the batch norm and the ReLU that directly follow it."""
     bn, relu = None, False
-    if followers and type(parent._modules[followers[0]]) is nn.BatchNorm2d:
-        bn = parent._modules[followers[0]]
-        setattr(parent, followers.pop(0), nn.Identity())
-    if followers and type(parent._modules[followers[0]]) is nn.ReLU:
+    if followers and type(followers[0]) is nn.BatchNorm2d:
+        bn = followers.pop(0)
+    if followers and type(followers[0]) is nn.ReLU:
         relu = True
-        setattr(parent, followers.pop(0), nn.Identity())
-    is_output = bool(followers) and type(parent._modules[followers[0]]) is Leave
+        followers.pop(0)
+    is_output = bool(followers) and type(followers[0]) is Leave
     assert bn is None or isinstance(bn, nn.BatchNorm2d)
     if bn is not None and (bn.weight is None or bn.running_var is None):
         raise TypeError("a batch norm without affine parameters or running statistics is not fused")

@@ -26,6 +26,12 @@ class Grid(NamedTuple):
     origin: str = ""
 
 
+UNTRACED = (
+    "a quantized network cannot be traced; call torch.compile or torch.export on the float one, "
+    "before prepare()"
+)
+
+
 class OnGrid(Tensor):
     """An activation that lies on a grid.
 
@@ -34,6 +40,10 @@ class OnGrid(Tensor):
     """
 
     grid: Grid
+
+    @property
+    def is_nested(self) -> bool:  # type: ignore[override]  # what torch.compile asks first
+        raise TypeError(UNTRACED)
 
     @classmethod
     def of(cls, x: Tensor, grid: Grid) -> Self:

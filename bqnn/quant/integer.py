@@ -18,6 +18,7 @@ from bqnn.quant.fbgemm import (
     keep_scaled,
     quantized_weight,
 )
+from bqnn.quant.grids import UNTRACED
 from bqnn.quant.saturation import refuse_saturation
 from bqnn.quant.simulated import (
     SimulatedAdd,
@@ -81,6 +82,8 @@ class IntegerGaussianLayer(DrawnWeights):
         packed = quantized_weight(weight, grids.weight)
         return PackedWeight(packed, self.bias, self.geometry, self.engine)
 
+    # A trace cannot hold what packs a draw.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         out = self.weights()(x, self.relu, self.grid.scale, self.grid.zero_point)
         return self.grid.clamp(out)
@@ -107,6 +110,8 @@ class IntegerEnter(nn.Module):
         self.grid = ActivationGrid(enter.output_quant)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            raise TypeError(UNTRACED)
         return self.grid.quantize(x)
 
 

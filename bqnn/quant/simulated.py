@@ -30,7 +30,7 @@ from bqnn.quant.fbgemm import (
     requantized_sum,
 )
 from bqnn.quant.fuse import Fused
-from bqnn.quant.grids import Grid, OnGrid, grid_of, plain
+from bqnn.quant.grids import UNTRACED, Grid, OnGrid, grid_of, plain
 from bqnn.quant.region import check_region
 from bqnn.quant.spec import QuantSpec
 from bqnn.quant.stochastic import GaussianGrids, activation_fake_quant, weight_fake_quant
@@ -255,6 +255,8 @@ class SimulatedEnter(OutputOnGrid, Enter):
     """Rounds the network's inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            raise TypeError(UNTRACED)
         if grid_of(x) is not None:
             raise TypeError(
                 f"{self.path} is an Enter inside the integer region; remove it, or put a Leave "
@@ -305,18 +307,19 @@ def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
 
     ValueError: nothing is fused, `Enter` or `Leave` are missing, an override of the spec matches
     no layer, or this torch lacks the engine that the spec names. TypeError: something between
-    `Enter` and `Leave` is not known in integers, or a layer stands outside.
+    `Enter` and `Leave` is not known in integers, a layer stands outside, has hooks or has weights
+    that are not float32. A network that is refused stays as it was.
     """
     check_engine(spec.engine)
     if not any(isinstance(module, Fused) for module in net.modules()):
         raise ValueError("prepare: the network has no fused layer; call fuse() on it first")
     check_region(_parts(net)[0])  # members are copies of one network
     for part in _parts(net):
+        _check_modules(part)
+    for part in _parts(net):
         device = next(part.parameters()).device
         found = [(name, m) for name, m in part.named_modules() if type(m) in SIMULATED]
         spec.check_overrides([name for name, module in found if type(module) in ROUNDED])
-        for name, module in found:
-            check_no_hooks(name, module)
 
         def made(name: str, module: nn.Module, device: torch.device = device) -> nn.Module:
             is_output = isinstance(module, Fused) and module.is_output
@@ -328,19 +331,37 @@ def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
     return net
 
 
+def _check_modules(part: nn.Module) -> None:
+    """TypeError where a module has hooks, which would be lost, or weights that are not float32."""
+    for name, module in part.named_modules():
+        if type(module) in SIMULATED:
+            check_no_hooks(name, module)
+        if isinstance(module, Fused):
+            for param_name, param in module.named_parameters():
+                if param.dtype != torch.float32:
+                    raise TypeError(
+                        f"prepare: {name}.{param_name} is of type {param.dtype}, and quantization "
+                        "takes float32; call float() on the network first"
+                    )
+
+
 def replace_modules(
     net: nn.Module, makers: Mapping[type[nn.Module], Callable[[str, Any], nn.Module]]
 ) -> None:
     """Put what `makers[type(module)](name, module)` gives in the place of each module.
 
-    A module that stands in several places stays one.
+    A module that stands in several places stays one. Where a maker raises, the network stays as it
+    was.
     """
     made: dict[nn.Module, nn.Module] = {}
-    for name, module in list(net.named_modules(remove_duplicate=False)):
+    places: dict[str, nn.Module] = {}
+    for name, module in net.named_modules(remove_duplicate=False):
         if type(module) in makers:
             if module not in made:
                 made[module] = makers[type(module)](name, module)
-            net.set_submodule(name, made[module])
+            places[name] = made[module]
+    for name, replacement in places.items():
+        net.set_submodule(name, replacement)
 
 
 def is_prepared(net: nn.Module) -> bool:
