@@ -46,14 +46,16 @@ def paired_test(a: Any, b: Any) -> dict[str, Any]:
     from scipy import stats
 
     n = len(a)
-    differences = _differences(np.asarray(a, dtype=float), np.asarray(b, dtype=float))
-    result: dict[str, Any] = {"n": n, "difference": differences.mean(0)}
+    with np.errstate(all="ignore"):  # values at the end of float64 give infinity, and no test
+        differences, varies = _differences(np.asarray(a, dtype=float), np.asarray(b, dtype=float))
+        result: dict[str, Any] = {"n": n, "difference": differences.mean(0)}
     for name in ("std", "p_t", "p_wilcoxon"):
         result[name] = np.full(differences.shape[1], np.nan)
-    varies = (differences != differences[0]).any(0)
+    varies &= np.isfinite(differences).all(0)
     some = (differences != 0).any(0)
     if n >= 2:
-        result["std"] = np.where(varies, differences.std(0, ddof=1), 0.0)
+        with np.errstate(all="ignore"):
+            result["std"] = np.where(varies, differences.std(0, ddof=1), 0.0)
         if varies.any():
             result["p_t"][varies] = stats.ttest_1samp(differences[:, varies], 0).pvalue
         if some.any():
@@ -82,13 +84,15 @@ def remark(n: int, varies: bool = True, some: bool = True) -> str:
     return "; ".join(remarks)
 
 
-def _differences(a: Any, b: Any) -> Any:
-    """a - b, rounded to a multiple of what a and b of that size can resolve."""
+def _differences(a: Any, b: Any) -> tuple[Any, Any]:
+    """a - b, each rounded to what its operands can resolve, and which columns vary beyond that."""
     import numpy as np
 
-    largest = np.maximum(np.abs(a), np.abs(b)).max(0)
-    step = np.ldexp(1.0, np.frexp(largest)[1] - 49)  # 16 units in the last place
-    return np.round((a - b) / step) * step
+    largest = np.maximum(np.abs(a), np.abs(b))
+    step = np.ldexp(1.0, np.maximum(np.frexp(largest)[1] - 49, -1000))  # 16 units in the last place
+    differences = np.round((a - b) / step) * step
+    low, high = (differences - step).max(0), (differences + step).min(0)
+    return differences, low > high
 
 
 Comparison = tuple[str, dict[str, Any], str, str, "DataFrame"]

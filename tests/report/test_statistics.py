@@ -214,3 +214,8 @@ def test_a_single_trial_suggests_no_missing_runs(write_run: WriteRun, tmp_path: 
     (tmp_path / "runs/pointwise_1/metrics.json").unlink()
     (problem,) = missing_cells(read_runs([tmp_path]).runs)
     assert problem.reason.endswith("seed 1")
+
+
+def test_one_huge_value_costs_the_other_pairs_nothing() -> None:
+    a, b = np.array([[1e15 + 1], [1.0], [2.0]]), np.array([[1e15], [0.0], [0.5]])
+    assert paired_test(a, b)["difference"][0] == pytest.approx(3.5 / 3)
