@@ -1,5 +1,7 @@
 """Which checkpoint files a path or a pattern of the command line stands for; no file is opened."""
 
+import os
+from collections.abc import Iterable, Iterator
 from glob import glob
 from pathlib import Path
 
@@ -39,12 +41,14 @@ def locate_all(key: str, pattern: str) -> list[Path]:
     """
     if not is_pattern(pattern):
         return [locate(key, pattern)]
-    matches = [Path(match) for match in glob(str(Path(pattern).expanduser()), recursive=True)]
+    matches = _matches(Path(pattern).expanduser())
     folders = {path for path in matches if path.is_dir()}
     files = set(matches) - folders
     if folders:
         files = {path for path in files if path.suffix == ".ckpt"}
     files |= {path / CHECKPOINT for path in folders if (path / CHECKPOINT).exists()}
+    # A folder in the place of a file is one of the matches that cannot be read.
+    files |= {path for path in folders if path.suffix == ".ckpt" and path / CHECKPOINT not in files}
     if not files:
         raise _missing(key, pattern)
     return sorted(files)
@@ -65,6 +69,49 @@ def canonical(key: str, path: str) -> str:
         locate_all(key, path)
         return str(Path(path).expanduser())
     return str(locate(key, path))
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """What a pattern matches; `**` enters each folder once, whatever links lead to it again.
+
+    `glob` follows a link to a folder above as often as the system lets it: a folder with two such
+    links takes exponential time.
+    """
+    heads: Iterable[Path] = [Path(pattern.anchor)]
+    parts: list[str] = []
+    for part in pattern.relative_to(pattern.anchor).parts:
+        if part == "**":
+            heads = list(_folders(_below(heads, parts)))
+            parts = []
+        else:
+            parts.append(part)
+    found = list(_below(heads, parts))
+    return [*found, *_below(heads, ["*"])] if pattern.name == "**" else found
+
+
+def _below(heads: Iterable[Path], parts: list[str]) -> Iterator[Path]:
+    """What the parts of a pattern match below each of some folders."""
+    for head in heads:
+        if parts:
+            pattern = str(Path(*parts))
+            yield from (head / match for match in glob(pattern, root_dir=head))
+        else:
+            yield head
+
+
+def _folders(tops: Iterable[Path]) -> Iterator[Path]:
+    """Folders and all visible ones below them, each once."""
+    seen: set[tuple[int, int]] = set()
+    for top in tops:
+        for name, below, _ in os.walk(top, followlinks=True):
+            found = os.stat(name)
+            if (found.st_dev, found.st_ino) in seen:
+                below.clear()
+                continue
+            seen.add((found.st_dev, found.st_ino))
+            visible = [each for each in below if not each.startswith(".")]
+            below[:] = sorted(visible, key=lambda each: (Path(name, each).is_symlink(), each))
+            yield Path(name)
 
 
 def _missing(key: str, path: str) -> FileNotFoundError:

@@ -1,7 +1,9 @@
 """From a plain dictionary to a model, and from a checkpoint file to the model it describes."""
 
+import logging
 import warnings
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,10 @@ from bqnn.schema import check_recipe
 from bqnn.seeds import Stream, stream_seed
 from bqnn.text import one_line, printable, short
 
+log = logging.getLogger(__name__)
+
 Recipe = dict[str, Any]
+LARGEST_PROBE = 2**18  # values of the inputs together; a picture of 3x224x224 has 150,528
 NUMERICS = ("unquantized", "simulated", "int8")
 
 # What a task says of training; all else in it is an option of its data set.
@@ -125,7 +130,7 @@ def load(path: str | Path, numeric: str | None = None, *, allow_saturation: bool
             model.net = convert(
                 model.net,
                 spec.engine,
-                probe=_probe(recipe),
+                probe=_probe(recipe, where),
                 allow_saturation=allow_saturation or spec.allow_saturation,
             )
     except (RuntimeError, ValueError) as error:
@@ -133,10 +138,24 @@ def load(path: str | Path, numeric: str | None = None, *, allow_saturation: bool
     return model
 
 
-def _probe(recipe: Recipe) -> torch.Tensor:
-    """A few inputs of the shape that the model reads, the same each time."""
+def _probe(recipe: Recipe, where: str) -> torch.Tensor | None:
+    """A few inputs of the shape that the model reads, the same each time.
+
+    None, with a warning, where they are so large that a small file could fill the memory: the
+    weights of a convolution do not tell how large its pictures are.
+    """
+    shape = recipe["facts"]["input_shape"]
+    if prod(shape) > LARGEST_PROBE:
+        log.warning(
+            "%s: its layers are not compared with their simulation, for an input has more than %d "
+            "values; compare the predictions of numeric=int8 and numeric=simulated on a few rows",
+            where,
+            LARGEST_PROBE,
+        )
+        return None
+    count = max(1, min(4, LARGEST_PROBE // prod(shape)))
     generator = torch.Generator().manual_seed(stream_seed(0, Stream.COMPARISON))
-    return channels_last(torch.randn(4, *recipe["facts"]["input_shape"], generator=generator))
+    return channels_last(torch.randn(count, *shape, generator=generator))
 
 
 def _require_near(root: Path, folders: list[Path]) -> None:

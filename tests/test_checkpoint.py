@@ -347,6 +347,32 @@ def test_members_are_counted_before_any_is_made(
     state["net.members.9999.output.heads.0.linear.bias"] = torch.zeros(1)
     with pytest.raises(ValueError, match=r"net.collected says 10000 members, but not all"):
         load(saved(tmp_path / "a.ckpt", recipe=model.recipe, state_dict=state))
+    names = model.net.current.state_dict()  # empty tensors take no room in a file
+    state |= {f"net.members.{i}.{n}": torch.zeros(0) for i in range(20) for n in names}
+    state["net.collected"] = torch.tensor(20)
+    with pytest.raises(ValueError, match=r"net.collected says [0-9]+ members, but not all"):
+        load(saved(tmp_path / "a.ckpt", recipe=model.recipe, state_dict=state))
+
+
+def test_integers_are_compared_on_inputs_that_fit_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = []
+    monkeypatch.setattr(
+        "bqnn.recipe.convert", lambda net, *_, probe, **__: sizes.append(probe) or net
+    )
+    net = {"name": "resnet", "width": 2, "blocks_per_stage": [1]}
+    for side in (16, 400, 1_000_000):
+        facts = {**RECIPE["facts"], "input_shape": [1, side, side]}
+        recipe = {**RECIPE, "net": net, "facts": facts, "stage": "ptq", "quant": {}}
+        model = build(recipe)
+        quantize_module(model, QuantSpec(), "ptq")
+        path = saved(tmp_path / "a.ckpt", recipe=recipe, state_dict=model.state_dict())
+        load(path, "int8")
+    small, large, none = sizes
+    assert (small.shape, large.shape) == ((4, 1, 16, 16), (1, 1, 400, 400))
+    assert none is None
+    assert "not compared with their simulation" in caplog.text
 
 
 def test_layers_are_not_made_that_the_state_does_not_have(

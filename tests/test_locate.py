@@ -59,3 +59,20 @@ def test_what_is_not_there_is_told_by_its_key_and_path(runs: Path, path: str) ->
             find("method.init_from", path)
         assert path in str(error.value)
         assert "method.init_from" in str(error.value)
+
+
+def test_a_pattern_enters_each_folder_once_whatever_links_there_are(runs: Path) -> None:
+    for name in ("b=1", "b=2"):  # with two links to itself a folder has 2^40 paths
+        (runs / "a" / name).symlink_to(runs, target_is_directory=True)
+    (runs / "elsewhere").symlink_to("a", target_is_directory=True)
+    assert locate_all("checkpoint", "sweep/**/best.ckpt") == [Path("sweep/a/best.ckpt")]
+    assert len(locate_all("checkpoint", "**/checkpoint.ckpt")) == 2
+    assert len(locate_all("checkpoint", "**/a/**/checkpoint.ckpt")) == 2
+
+
+def test_a_pattern_goes_through_a_link_to_runs_elsewhere(runs: Path) -> None:
+    outputs = runs.parent / "outputs"
+    outputs.mkdir()
+    (outputs / "linked").symlink_to(runs, target_is_directory=True)
+    found = locate_all("checkpoint", "outputs/**/best.ckpt")
+    assert found == [Path("outputs/linked/a/best.ckpt")]

@@ -1,6 +1,7 @@
 """An ensemble of networks of one shape, collected while one of them is being sampled."""
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -77,13 +78,15 @@ class Ensemble(Drawn):
 def _make_room(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
     """Give the ensemble as many members as the state that is about to be loaded.
 
-    RuntimeError, before any is made: the state does not have all tensors of that many.
+    RuntimeError, before any is made: the state does not have all tensors of that many, in the
+    shapes of the current network's.
     """
     assert isinstance(module, Ensemble)
     count = min(_collected(state, prefix), module.num_members)
-    names = list(module.current.state_dict())
-    for index in range(count):
-        if any(f"{prefix}members.{index}.{name}" not in state for name in names):
+    current = module.current.state_dict()
+    for index, (name, value) in itertools.product(range(count), current.items()):
+        found = state.get(f"{prefix}members.{index}.{name}")
+        if found is None or found.shape != value.shape:
             raise RuntimeError(f"{prefix}collected says {count} members, but not all are there")
     while len(module.members) < count:
         module._add_member()

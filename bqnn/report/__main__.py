@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from bqnn.files import write_text
 from bqnn.report.runs import Runs, read_runs
 from bqnn.terminal import protect_output
+from bqnn.text import one_line, printable
 
 if TYPE_CHECKING:
     from bqnn.report.page import Section
@@ -24,9 +25,16 @@ def main(arguments: list[str]) -> str | None:
     except FileNotFoundError as error:
         return str(error)
     if runs.runs.empty and not runs.problems:
-        return f"{' '.join(map(str, options.folders))}: no runs (metrics.json, config.yaml) below"
-    options.out.mkdir(parents=True, exist_ok=True)
-    report = write(runs, options.out)
+        names = printable(" ".join(map(str, options.folders)))
+        return f"{names}: no runs (metrics.json, config.yaml) below"
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        report = write(runs, options.out)
+    except OSError as error:
+        if error.strerror is None:
+            return one_line(str(error))
+        out = printable(str(options.out))
+        return f"--out {out}: {one_line(error.strerror)}; choose a folder that can be written to"
     print(f"{report.text}\n{options.out / 'index.html'}")
     return None
 

@@ -65,7 +65,7 @@ SUMMARY = (
     "Over seeds and splits: mean, standard deviation (std, of single runs), standard error (of "
     "the mean), and how many runs there are (n). summary.csv has every metric."
 )
-LEVEL = r"^shift/.+_\d+/"  # one of a distortion's; the mean over them has a name of its own
+LEVEL = r"^shift/.+_[0-9]{1,6}/"  # one of a distortion's; the mean over them has a name of its own
 
 
 def contents(runs: Runs, plots: Path) -> "tuple[Section, dict[str, DataFrame]]":

@@ -101,12 +101,17 @@ def size_figure(runs: "DataFrame", colors: Mapping[str, str]) -> "Figure | None"
     Points go from few weight bits to many at the activation bits that most runs have; circles
     without a line are the float networks. runs: those of one task. None: none was quantized.
     """
-    rows = runs[runs["verb"] == "quantize"].dropna(axis="columns", how="all")
-    needed = {"size/packed_bytes", "size/float_bytes"}
-    if not needed <= set(rows) or not {"int8/test/error", "int8/test/rmse"} & set(rows):
+    rows = runs[(runs["verb"] == "quantize") & runs["activation_bits"].notna()]
+    sizes = ["size/packed_bytes", "size/float_bytes"]
+    qualities = [name for name in ("int8/test/error", "int8/test/rmse") if name in rows]
+    if not qualities or not {*sizes} <= {*rows}:
+        return None
+    is_classification = bool(rows[qualities[0]].notna().any()) and "error" in qualities[0]
+    rows = rows[(rows[sizes] > 0).all(axis=1)]  # the axis is logarithmic
+    rows = rows[rows[qualities[0] if is_classification else qualities[-1]].notna()]
+    if rows.empty:
         return None
     rows = rows[rows["activation_bits"] == rows["activation_bits"].mode()[0]]
-    is_classification = "int8/test/error" in rows
     with style():
         figure = new_figure(5.2, 3.6)
         axes = figure.subplots()

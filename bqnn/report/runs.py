@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 FILES = ("metrics.json", "config.yaml", "status.json")
+LARGEST = 1e150  # of a number: a standard deviation needs its square
 STAGES = ("float", "unquantized", "simulated", "int8")
 
 UNIT = ["seed", "split"]  # what runs are repeated over
@@ -126,10 +127,18 @@ class Run:
         default = "float" if self.config["quant"]["name"] == "none" else "simulated"
         for key, value in self.metrics.items():
             head, _, rest = key.partition("/")
-            if head in STAGES:
+            if head in STAGES and rest:
                 yield head, rest, value
             elif rest and head != "time":
                 yield default, key, value
+
+    def require_one_value(self) -> None:
+        """ValueError where two names stand for one number, as test/nll and float/test/nll may."""
+        seen = set()
+        for numeric, metric, _ in self.scores():
+            if (numeric, metric) in seen:
+                raise ValueError(f"metrics.json has {short(f'{numeric}/{metric}')} in two ways")
+            seen.add((numeric, metric))
 
 
 @dataclass(frozen=True)
@@ -220,6 +229,7 @@ def read(folder: Path, has_parts: bool) -> Run | Problem | None:
         config = _config(folder / "config.yaml")
         run = Run(folder, config, _numbers(metrics), instant(status.get("start")))
         run.row(), run.options, run.sizes  # what is odd in them is odd in this run alone
+        run.require_one_value()
     except FileNotFoundError:
         return _problem(folder, "MISSING", "there is no config.yaml")
     except ValueError as error:
@@ -283,7 +293,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _numbers(path: Path) -> dict[str, float]:
-    """Finite numbers by their names, which have to be fit for a column."""
+    """Numbers by their names, which have to be fit for a column; their squares are finite, too."""
     content = read_record(path)
     for name, value in content.items():
         if not name.isprintable() or len(name) > 200 or name in COLUMNS:
@@ -291,6 +301,8 @@ def _numbers(path: Path) -> dict[str, float]:
         is_number = type(value) is float or (type(value) is int and abs(value) < 2**63)
         if not is_number or not math.isfinite(value):
             raise ValueError(f"{path.name}: {name} is {short(value)}, which is no finite number")
+        if abs(value) > LARGEST:
+            raise ValueError(f"{path.name}: {name} is {short(value)}, too large for statistics")
     return content
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-LEVEL = r"^shift/(?P<distortion>.+)_(?P<level>\d+)/(?P<name>[^/]+)$"
+LEVEL = r"^shift/(?P<distortion>.+)_(?P<level>[0-9]{1,6})/(?P<name>[^/]+)$"
 UNFAMILIAR = r"^(?P<set>test|ood/[^/]+)/(?P<name>[^/]+)$"
 LEVEL_METRICS = ("error", "nll", "ape", "mi", "ece", "rmse", "std")
 OOD_METRICS = ("auroc_entropy", "auroc_mi", "auroc_std", "auroc_epistemic_std", "ape", "mi", "std")

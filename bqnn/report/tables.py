@@ -41,7 +41,7 @@ def plain(text: str) -> str:
     text = re.sub(r"([\\`*\[\]|~])", r"\\\1", text)
     # An underscore inside a word marks nothing; an address becomes a link by itself.
     text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\_", text)
-    return re.sub(r"(?i)\b(https?|ftp)://|\b(www)\.|(?<=\w)(@)(?=\w)", _broken_address, text)
+    return re.sub(r"(?i)(https?|ftp)://|www\.|(?<=[\w.+-])@", _broken_address, text)
 
 
 def csv(table: "DataFrame") -> str:

@@ -158,15 +158,79 @@ def test_a_folder_whose_name_is_not_utf_8_is_reported(tmp_path: Path, write_run:
     assert "\\udcff\\udcfe" in (tmp_path / "out" / "results.csv").read_text()
 
 
-def test_values_at_the_end_of_float64_do_not_stop_the_report(
+def test_values_whose_squares_leave_float64_cost_their_runs_alone(
     tmp_path: Path, write_run: WriteRun
 ) -> None:
-    for number, value in enumerate((1e308, -1e308, 5e-324, 0.0)):
+    for seed in (0, 1):
+        write_run(f"odd{seed}", {"test/nll": 1.7e308}, seed=seed)
+    write_run("good", {"test/nll": 1.0}, method="sghmc")
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) is None
+    runs = read_runs([tmp_path / "runs"])
+    assert len(runs.runs) == 1
+    assert all("too large for statistics" in problem.reason for problem in runs.problems)
+
+
+def test_values_far_apart_do_not_stop_the_report(tmp_path: Path, write_run: WriteRun) -> None:
+    for number, value in enumerate((1e150, -1e150, 5e-324, 0.0)):
         for bits in (2, 4):
             metrics = {"float/test/nll": value, "int8/test/nll": value, "int8/test/error": 0.1}
             write_run(f"{number}_{bits}", metrics, seed=number, bits=(bits, 7), size=bits)
     assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) is None
     assert len(read_runs([tmp_path / "runs"]).runs) == 8
+
+
+@pytest.mark.parametrize("other", ["float/test/nll", "float//test/nll", "float/"])
+def test_a_number_that_is_there_under_two_names_costs_its_run_alone(
+    tmp_path: Path, write_run: WriteRun, other: str
+) -> None:
+    write_run("odd", {"test/nll": 1.0, other: 2.0})
+    if other == "float/test/nll":
+        assert "float/test/nll" in only_the_good_one(tmp_path, write_run)
+    else:
+        assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) is None
+
+
+def test_a_level_of_many_digits_does_not_stop_the_report(
+    tmp_path: Path, write_run: WriteRun
+) -> None:
+    for level in ("9" * 30, "1", "\u0663"):
+        metrics = {"test/nll": 1.0, f"shift/blur_{level}/nll": 2.0}
+        write_run(f"of {level}", metrics, checkpoint="a/checkpoint.ckpt", numeric=None)
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) is None
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"packed_bytes": 0, "float_bytes": 0}, {"packed_bytes": -5, "float_bytes": 1},
+     {"packed_bytes": 3}, {"float_bytes": 3}],
+)  # fmt: skip
+def test_sizes_that_a_logarithm_does_not_take_are_not_drawn(
+    tmp_path: Path, write_run: WriteRun, sizes: dict[str, int]
+) -> None:
+    for bits in (2, 4):
+        folder = write_run(f"{bits}", {"int8/test/error": 0.1}, bits=(bits, 7))
+        (folder / "size.json").write_text(json.dumps(sizes))
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) is None
+    assert not (tmp_path / "out/plots/digits_size.png").exists()
+
+
+def test_only_quantized_runs_are_drawn_against_size(tmp_path: Path, write_run: WriteRun) -> None:
+    # With a checkpoint it counts as one of quantize.py, and yet it has no bits.
+    write_run("odd", {"int8/test/error": 0.1}, size=10, checkpoint="a/checkpoint.ckpt")
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) is None
+
+
+def test_a_place_that_cannot_be_written_to_is_told_in_one_line(
+    tmp_path: Path, write_run: WriteRun
+) -> None:
+    write_run("a", {"test/nll": 1.0})
+    (tmp_path / "file").touch()
+    (tmp_path / "out" / "results.csv").mkdir(parents=True)
+    for name in ("file", "file/out", "out"):
+        told = main([str(tmp_path / "runs"), "--out", str(tmp_path / name)])
+        assert told is not None
+        assert str(tmp_path / name) in told
+        assert told.isprintable()
 
 
 def test_what_started_last_counts_across_a_change_of_utc_offset(
@@ -204,7 +268,8 @@ def test_numbers_of_a_csv_stay_numbers() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["![x](https://example.org/a.png)", "<img src=x>", "[a](javascript:b)", "`a`", "**a**", "_a_",
+    ["a_https://example.org", "1https://example.org", "a_www.example.org", "a.@example.org",
+     "![x](https://example.org/a.png)", "<img src=x>", "[a](javascript:b)", "`a`", "**a**", "_a_",
      "https://example.org", "www.example.org", "me@example.org", "a\n# b", "~~a~~", "| a |", "\\*",
      "<https://example.org>", "&lt;script>"],
 )  # fmt: skip
