@@ -1,5 +1,6 @@
 """Means, comparisons and paired tests give what is computed by hand, or by scipy alone."""
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -219,3 +220,15 @@ def test_a_single_trial_suggests_no_missing_runs(write_run: WriteRun, tmp_path: 
 def test_one_huge_value_costs_the_other_pairs_nothing() -> None:
     a, b = np.array([[1e15 + 1], [1.0], [2.0]]), np.array([[1e15], [0.0], [0.5]])
     assert paired_test(a, b)["difference"][0] == pytest.approx(3.5 / 3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_signed_rank_test_with_ties_is_exact(seed: int) -> None:
+    differences = np.random.default_rng(seed).integers(-3, 4, size=(8, 1)).astype(float)
+    signs = np.array(list(itertools.product((-1, 1), repeat=8)))
+    some = differences[:, 0] != 0
+    ranks = stats.rankdata(np.abs(differences[some, 0]))
+    sums = np.abs((signs[:, some] * ranks).sum(1))
+    seen = abs((np.sign(differences[some, 0]) * ranks).sum())
+    expected = (sums >= seen - 1e-9).mean()
+    assert paired_test(differences, 0 * differences)["p_wilcoxon"][0] == pytest.approx(expected)
