@@ -84,9 +84,11 @@ def _make_room(module: nn.Module, state: dict[str, Any], prefix: str, *_: object
     assert isinstance(module, Ensemble)
     count = min(_collected(state, prefix), module.num_members)
     current = module.current.state_dict()
-    for index, (name, value) in itertools.product(range(count), current.items()):
+    shapes = {name: value.shape for name, value in module.current.named_parameters()}
+    for index, name in itertools.product(range(count), current):
         found = state.get(f"{prefix}members.{index}.{name}")
-        if found is None or found.shape != value.shape:
+        # Buffers of observers have other shapes before they have seen data.
+        if found is None or found.shape != shapes.get(name, found.shape):
             raise RuntimeError(f"{prefix}collected says {count} members, but not all are there")
     while len(module.members) < count:
         module._add_member()
