@@ -1,10 +1,12 @@
 """Running the scripts as a user does, and small networks to test on."""
 
+import logging
 import os
 import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,21 @@ def quantized(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_script(name: str, *arguments: str) -> None:
     """Run `python <name>.py *arguments` in this process; a failure is SystemExit."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, kept_logging():
         patch.setattr(sys, "argv", [f"{name}.py", *arguments])
         runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+
+
+@contextmanager
+def kept_logging() -> Iterator[None]:
+    """Put the root logger back as it was: Hydra replaces its handlers, for a whole process."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        for handler in [handler for handler in root.handlers if handler not in handlers]:
+            root.removeHandler(handler)
+            handler.close()
+        root.handlers[:] = handlers
+        root.setLevel(level)
