@@ -35,9 +35,8 @@ test: $(INSTALLED)
 # The instruction sets that oneDNN may use at most, and what is tested under each: on a CPU with more
 # of them, what users of older ones get.
 ISAS ?= AVX2 AVX512_CORE DEFAULT
-ISA_TESTS ?= tests/test_safe_convolutions.py tests/test_bayes.py tests/test_dropout.py tests/test_ensemble.py \
-	tests/test_noise.py tests/test_nets.py tests/test_methods.py tests/test_predict.py tests/test_resume.py tests/quant \
-	tests/test_quantize.py
+ISA_TESTS ?= tests/layers tests/nets tests/methods tests/inference tests/quant tests/training/test_resume.py \
+	tests/commands/test_quantize.py
 
 test-isa: $(addprefix test-isa-,$(ISAS))
 

@@ -1,16 +1,16 @@
 """Evaluate trained networks: python evaluate.py checkpoint=outputs/.../checkpoint.ckpt"""
 
-from bqnn.config import launch
-from bqnn.run import Job, run_parts
-from bqnn.terminal import say
+from bqnn.jobs.job import Job, run_parts
+from bqnn.jobs.launch import launch
+from bqnn.jobs.terminal import say
 
 FILES = ("metrics.json", "predictions.npz", "uncertainty.npz", "risk_coverage.csv")
 
 
 def evaluate(job: Job) -> None:
     """Evaluate the network at the path, or each that the pattern stands for."""
-    from bqnn.checkpoint import find_checkpoints
-    from bqnn.recipe import described
+    from bqnn.checkpoints.file import find_checkpoints
+    from bqnn.checkpoints.recipe import described
 
     configs, numeric = [], job.config["numeric"]
     stage = None if numeric is None else "quantized"
@@ -23,20 +23,26 @@ def evaluate(job: Job) -> None:
 
 
 def evaluate_one(job: Job) -> None:
-    from bqnn.isolation import leave_as_found
-    from bqnn.loggers import log_final, log_pictures, log_uncertain, make_loggers
-    from bqnn.progress import evaluation_progress
-    from bqnn.recipe import load, make_data
-    from bqnn.results import (
+    from bqnn.checkpoints.recipe import load
+    from bqnn.data.task import make_data
+    from bqnn.evaluation.results import (
         Predictions,
         draw_pictures,
         require_results,
         write_metrics,
         write_predictions,
     )
-    from bqnn.suite import judge, make_sets, predict_sets
-    from bqnn.suite_results import draw_suite, suite_table, write_curves, write_uncertainty
-    from bqnn.trainer import prepare_torch
+    from bqnn.evaluation.suite import judge, make_sets, predict_sets
+    from bqnn.evaluation.suite_results import (
+        draw_suite,
+        suite_table,
+        write_curves,
+        write_uncertainty,
+    )
+    from bqnn.jobs.isolation import leave_as_found
+    from bqnn.training.loggers import log_final, log_pictures, log_uncertain, make_loggers
+    from bqnn.training.progress import evaluation_progress
+    from bqnn.training.trainer import prepare_torch
 
     leave_as_found(job)
     config, accelerator = job.config, prepare_torch(job)

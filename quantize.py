@@ -3,10 +3,10 @@
 from copy import deepcopy
 from typing import Any
 
-from bqnn.config import launch
+from bqnn.jobs.job import Job, run_parts
+from bqnn.jobs.launch import launch
+from bqnn.jobs.terminal import say
 from bqnn.quant.spec import QuantSpec
-from bqnn.run import Job, run_parts
-from bqnn.terminal import say
 
 FILES = ("checkpoint.ckpt", "metrics.json", "predictions.npz", "quantization.csv", "size.json")
 
@@ -15,8 +15,8 @@ def quantize(job: Job) -> None:
     """Quantize the network at the path, or each that the pattern stands for."""
     QuantSpec.from_config(job.config["quant"])
     # Imported here, so that a mistake on the command line is answered at once.
-    from bqnn.checkpoint import find_checkpoints
-    from bqnn.recipe import described
+    from bqnn.checkpoints.file import find_checkpoints
+    from bqnn.checkpoints.recipe import described
 
     configs = []
     found = find_checkpoints(job.config["checkpoint"], "float", job.config["select"])
@@ -26,25 +26,9 @@ def quantize(job: Job) -> None:
 
 
 def quantize_one(job: Job) -> None:
-    from bqnn.checkpoint import save_checkpoint
-    from bqnn.isolation import leave_as_found
-    from bqnn.loggers import (
-        log_checkpoint,
-        log_final,
-        log_layers,
-        log_pictures,
-        log_uncertain,
-        make_loggers,
-    )
-    from bqnn.progress import evaluation_progress
-    from bqnn.quant.callback import (
-        calibrate_module,
-        fine_tuning_optimizer,
-        quantization_callbacks,
-        quantize_module,
-    )
-    from bqnn.recipe import NUMERICS, load, make_data
-    from bqnn.results import (
+    from bqnn.checkpoints.recipe import NUMERICS, load
+    from bqnn.data.task import make_data
+    from bqnn.evaluation.results import (
         comparison_table,
         draw_pictures,
         draw_weights,
@@ -54,8 +38,25 @@ def quantize_one(job: Job) -> None:
         write_metrics,
         write_predictions,
     )
+    from bqnn.jobs.isolation import leave_as_found
+    from bqnn.quant.callback import (
+        calibrate_module,
+        fine_tuning_optimizer,
+        quantization_callbacks,
+        quantize_module,
+    )
     from bqnn.seeds import Stream
-    from bqnn.trainer import EpochTimer, fit, make_trainer
+    from bqnn.training.callbacks import EpochTimer, save_checkpoint
+    from bqnn.training.loggers import (
+        log_checkpoint,
+        log_final,
+        log_layers,
+        log_pictures,
+        log_uncertain,
+        make_loggers,
+    )
+    from bqnn.training.progress import evaluation_progress
+    from bqnn.training.trainer import fit, make_trainer
 
     leave_as_found(job)
     options = job.config["quant"]
@@ -117,7 +118,7 @@ def quantize_one(job: Job) -> None:
 
 
 def check(config: dict[str, Any]) -> None:
-    from bqnn.choices import check_optimizer
+    from bqnn.commands.choices import check_optimizer
 
     check_optimizer("quant.fine_tuning.optimizer", config["quant"]["fine_tuning"]["optimizer"])
 

@@ -2,27 +2,18 @@
 
 from typing import Any
 
-from bqnn.config import launch
-from bqnn.run import Job
-from bqnn.terminal import say
+from bqnn.jobs.job import Job
+from bqnn.jobs.launch import launch
+from bqnn.jobs.terminal import say
 
 FILES = ("checkpoint.ckpt", "metrics.csv", "metrics.json", "predictions.npz")
 
 
 def train(job: Job) -> None:
     # Imported here, so that a mistake on the command line is answered at once.
-    from bqnn.isolation import leave_as_found
-    from bqnn.loggers import (
-        log_checkpoint,
-        log_final,
-        log_pictures,
-        log_uncertain,
-        make_loggers,
-    )
-    from bqnn.progress import evaluation_progress
-    from bqnn.quant.callback import quantization_callbacks
-    from bqnn.recipe import build, load, make_data, make_recipe
-    from bqnn.results import (
+    from bqnn.checkpoints.recipe import build, load, make_recipe
+    from bqnn.data.task import make_data
+    from bqnn.evaluation.results import (
         Evaluation,
         draw_pictures,
         evaluate,
@@ -31,7 +22,18 @@ def train(job: Job) -> None:
         write_metrics,
         write_predictions,
     )
-    from bqnn.trainer import EpochTimer, fit, make_trainer, measure
+    from bqnn.jobs.isolation import leave_as_found
+    from bqnn.quant.callback import quantization_callbacks
+    from bqnn.training.callbacks import EpochTimer
+    from bqnn.training.loggers import (
+        log_checkpoint,
+        log_final,
+        log_pictures,
+        log_uncertain,
+        make_loggers,
+    )
+    from bqnn.training.progress import evaluation_progress
+    from bqnn.training.trainer import fit, make_trainer, measure
 
     leave_as_found(job)
     config = job.config
@@ -76,8 +78,8 @@ def train(job: Job) -> None:
 
 
 def check(config: dict[str, Any]) -> None:
-    from bqnn.choices import check_training
-    from bqnn.trainer import refuse_options
+    from bqnn.commands.choices import check_training
+    from bqnn.training.trainer import refuse_options
 
     check_training(config)
     refuse_options(config["trainer"])

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 from train_step import machine, seconds
 
+from bqnn.inference.predict import predictive
 from bqnn.layers.bayes import to_bayes
 from bqnn.layers.draws import held_draw
 from bqnn.layers.dropout import to_mcdropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.nets import LeNet, ResNet
-from bqnn.predict import predictive
 from bqnn.quant.fbgemm import ActivationGrid, make_fake_quant
 from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import IntegerAdd, convert
 from bqnn.quant.simulated import SimulatedAdd, calibrate, prepare
 from bqnn.quant.spec import QuantSpec
-from bqnn.trainer import keep_freed_memory, silence_known_warnings
+from bqnn.training.trainer import keep_freed_memory, silence_known_warnings
 
 NETS = {"lenet": (LeNet, (1, 28, 28)), "resnet": (ResNet, (3, 32, 32))}
 METHODS = ("pointwise", "bbb", "mcdropout", "sghmc")

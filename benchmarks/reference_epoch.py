@@ -26,13 +26,13 @@ from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDat
 from torchvision.transforms.functional import to_pil_image, to_tensor
 from train_step import configuration, machine, seconds
 
+from bqnn.checkpoints.recipe import build, make_recipe
 from bqnn.data import Rows, TensorData
-from bqnn.loggers import make_loggers
+from bqnn.jobs.job import Job
 from bqnn.methods import METHODS, Method
 from bqnn.optim import SGHMC
-from bqnn.recipe import build, make_recipe
-from bqnn.run import Job
-from bqnn.trainer import make_trainer
+from bqnn.training.loggers import make_loggers
+from bqnn.training.trainer import make_trainer
 
 TABLES = {"yacht": (277, 6), "power": (8611, 4)}
 NUM_IMAGES = 6000  # of MNIST's 60,000; validation rows are taken out of them

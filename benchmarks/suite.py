@@ -16,12 +16,12 @@ from random_data import RandomImages
 from torch import Tensor, nn
 from train_step import machine, seconds
 
+from bqnn.checkpoints.recipe import build
 from bqnn.data.images import ImageData
+from bqnn.evaluation.suite import judge, make_sets, predict_sets
+from bqnn.inference.predict import BATCH_SIZE
 from bqnn.methods import Method
-from bqnn.predict import BATCH_SIZE
-from bqnn.recipe import build
-from bqnn.suite import judge, make_sets, predict_sets
-from bqnn.trainer import keep_freed_memory
+from bqnn.training.trainer import keep_freed_memory
 
 SUITE = {
     "splits": ["test"],

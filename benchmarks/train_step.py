@@ -28,15 +28,15 @@ from hydra import compose, initialize_config_dir
 from random_data import RandomImages, RandomTable
 from torch import Tensor
 
-from bqnn.config import CONF, plain
+from bqnn.checkpoints.recipe import build, make_recipe
 from bqnn.data import TensorData, TensorLoader
+from bqnn.jobs.job import Job, versions
+from bqnn.jobs.launch import CONF, plain
 from bqnn.methods import METHODS, Method, SGHMCEnsemble
 from bqnn.optim import make_optimizer
 from bqnn.quant.callback import quantize_module
 from bqnn.quant.spec import QuantSpec
-from bqnn.recipe import build, make_recipe
-from bqnn.run import Job, versions
-from bqnn.trainer import keep_freed_memory, make_trainer
+from bqnn.training.trainer import keep_freed_memory, make_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 

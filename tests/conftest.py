@@ -1,18 +1,15 @@
 """Running the scripts as a user does, and small networks to test on."""
 
-import logging
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from running import ROOT, run_script
 
-ROOT = Path(__file__).resolve().parents[1]
 _VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
 _GPU_IS_AVAILABLE = torch.cuda.is_available
 
@@ -104,25 +101,3 @@ def quantized(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = [f"checkpoint={trained}/bbb_0/checkpoint.ckpt", "quant.mode=ptq", "logger=none"]
     run_script("quantize", *arguments, "quant.weight_bits=4", f"hydra.run.dir={folder}")
     return folder
-
-
-def run_script(name: str, *arguments: str) -> None:
-    """Run `python <name>.py *arguments` in this process; a failure is SystemExit."""
-    with pytest.MonkeyPatch.context() as patch, kept_logging():
-        patch.setattr(sys, "argv", [f"{name}.py", *arguments])
-        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
-
-
-@contextmanager
-def kept_logging() -> Iterator[None]:
-    """Put the root logger back as it was: Hydra replaces its handlers, for a whole process."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    try:
-        yield
-    finally:
-        for handler in [handler for handler in root.handlers if handler not in handlers]:
-            root.removeHandler(handler)
-            handler.close()
-        root.handlers[:] = handlers
-        root.setLevel(level)

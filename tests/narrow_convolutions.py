@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bqnn.inference.likelihoods import Classification
 from bqnn.layers.markers import DropoutSite
 from bqnn.layers.noise import reseed
-from bqnn.likelihoods import Classification
 from bqnn.methods import METHODS, Method
 from bqnn.nets import ResNet
 

@@ -12,8 +12,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from bqnn.checkpoint import save_checkpoint
 from bqnn.files import append_text, write_json, write_text, written_beside
+from bqnn.training.callbacks import save_checkpoint
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

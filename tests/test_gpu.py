@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import run_script
 from torch import Tensor
 
+from bqnn.checkpoints.recipe import load
 from bqnn.data import TensorData
+from bqnn.data.task import make_data
 from bqnn.methods import METHODS
-from bqnn.recipe import load, make_data
-from tests.conftest import run_script
 
 DEVICE = os.environ.get("BQNN_TEST_DEVICE", "cuda")
 TOLERANCE = 1e-3  # of a metric or an output, between devices: sums are added up in another order

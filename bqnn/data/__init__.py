@@ -8,7 +8,7 @@ from inspect import signature
 from bqnn.data.base import Rows, TensorData
 from bqnn.data.cifar10 import CIFAR10Data
 from bqnn.data.digits import DigitsData
-from bqnn.data.folder import ImageFolderData
+from bqnn.data.image_folder import ImageFolderData
 from bqnn.data.loader import TensorLoader
 from bqnn.data.mnist import MNISTData
 from bqnn.data.synthetic import SyntheticData

@@ -9,7 +9,7 @@ import torch
 
 from bqnn.data.base import Rows
 from bqnn.data.download import fetch, unpack
-from bqnn.data.folder import read_image_folder
+from bqnn.data.image_folder import read_image_folder
 from bqnn.data.images import ImageData
 from bqnn.text import short
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from bqnn.epochs import is_last_epoch
+from bqnn.inference.likelihoods import Likelihood, NotFiniteError
+from bqnn.inference.predict import predictive_sets
 from bqnn.layers.noise import reseed
 from bqnn.layers.safe_convolutions import SafeConvolutions, has_narrow_kernels
-from bqnn.likelihoods import Likelihood, NotFiniteError
+from bqnn.methods.epochs import is_last_epoch
 from bqnn.optim import make_optimizer
-from bqnn.predict import predictive_sets
 from bqnn.seeds import Stream, stream_seed
 
 Batch = tuple[Tensor, Tensor]

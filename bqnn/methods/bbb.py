@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bqnn.checkpoint import read_checkpoint
+from bqnn.checkpoints.file import read_checkpoint
+from bqnn.inference.likelihoods import Likelihood
 from bqnn.layers.bayes import GaussianWeight, JointPosterior, to_bayes
-from bqnn.likelihoods import Likelihood
 from bqnn.methods.base import Method, Terms
 
 

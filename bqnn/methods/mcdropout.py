@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from bqnn.inference.likelihoods import Likelihood
 from bqnn.layers.dropout import to_mcdropout
-from bqnn.likelihoods import Likelihood
 from bqnn.methods.base import Method
 
 

@@ -10,8 +10,8 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from bqnn.inference.likelihoods import Likelihood
 from bqnn.layers.ensemble import Ensemble
-from bqnn.likelihoods import Likelihood
 from bqnn.methods.base import Batch, Method, Terms
 from bqnn.optim import make_optimizer
 

@@ -33,8 +33,9 @@ class QuantizationCallback(pl.Callback):
 
     In the last `freeze_epochs` epochs of a fit (but never in its only one) ranges and batch norm's
     statistics stay as they are. The network stays fake-quantized: `bqnn.quant.integer.convert`,
-    or `bqnn.recipe.load(path, numeric="int8")`, makes integers of it. A module that keeps a
-    recipe, as bqnn's do, has the spec written there, so that its checkpoints describe themselves.
+    or `bqnn.checkpoints.recipe.load(path, numeric="int8")`, makes integers of it. A module that
+    keeps a recipe, as bqnn's do, has the spec written there, so that its checkpoints describe
+    themselves.
     """
 
     def __init__(self, spec: QuantSpec, freeze_epochs: int = 2) -> None:

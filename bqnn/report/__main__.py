@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bqnn.files import write_text
+from bqnn.jobs.terminal import protect_output
 from bqnn.report.runs import Runs, read_runs
-from bqnn.terminal import protect_output
 from bqnn.text import one_line, printable
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bqnn.plots.style import save_small
 from bqnn.report.figures import (
     Sweep,
     bit_widths,
@@ -26,7 +27,6 @@ from bqnn.report.summary import (
     summarize,
 )
 from bqnn.report.tables import cells
-from bqnn.style import save_small
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bqnn.plots.style import COLORS, GREY, new_figure, plain_labels, style
 from bqnn.report.runs import UNIT
 from bqnn.report.summary import MAIN_KEYS, executed, summarize
-from bqnn.style import COLORS, GREY, new_figure, plain_labels, style
 from bqnn.text import valid_name
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bqnn.records import instant, read_record
+from bqnn.jobs.records import instant, read_record
 from bqnn.report.settings import flatten, method_labels, setting_labels
 from bqnn.text import one_line, printable, short
 

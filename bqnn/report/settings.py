@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bqnn.status import WITHOUT_EFFECT
+from bqnn.jobs.status import WITHOUT_EFFECT
 from bqnn.text import printable
 
 # Columns of their own, or without effect on the numbers.

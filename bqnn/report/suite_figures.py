@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bqnn.plots.style import GREY, new_figure, style
 from bqnn.report.figures import label, legend, marker, mean_line
 from bqnn.report.summary import executed, summarize
-from bqnn.style import GREY, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,7 +15,7 @@ from bqnn.data import download
 from bqnn.data.base import TensorData
 from bqnn.data.cifar10 import CIFAR10Data
 from bqnn.data.digits import DigitsData
-from bqnn.data.folder import ImageFolderData
+from bqnn.data.image_folder import ImageFolderData
 from bqnn.data.images import random_crop, random_flip
 from bqnn.data.mnist import MNISTData
 

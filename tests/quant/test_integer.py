@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bqnn.inference.predict import predictive
 from bqnn.layers.bayes import to_bayes
 from bqnn.layers.draws import held_draw
 from bqnn.layers.dropout import MCDropout, to_mcdropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.markers import DropoutSite, Enter, Leave
-from bqnn.predict import predictive
 from bqnn.quant import fbgemm
 from bqnn.quant.fbgemm import can_saturate, has_vnni
 from bqnn.quant.fuse import fuse

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from bqnn.inference.predict import predictive
 from bqnn.layers.bayes import kl_divergence
 from bqnn.layers.markers import Enter, Leave
-from bqnn.predict import predictive
 from bqnn.quant.fbgemm import FakeQuant, make_fake_quant
 from bqnn.quant.fuse import Fused, fuse
 from bqnn.quant.simulated import (

@@ -1,0 +1,1 @@
+"""Checkpoint files, the recipes in them, and the models that they describe."""

@@ -1,0 +1,85 @@
+"""Whether a configuration names classes that there are, with options that they take.
+
+Looked at before a job starts, so that a mistyped name or option leaves nothing behind.
+"""
+
+from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
+from typing import Any
+
+from bqnn.checkpoints.schema import check_recipe
+from bqnn.data import DATASETS
+from bqnn.data.task import TRAINING_KEYS
+from bqnn.methods import METHODS
+from bqnn.nets import NETS
+from bqnn.optim import OPTIMIZERS
+from bqnn.quant.callback import quantization_callbacks
+from bqnn.settings.options import did_you_mean, leaves
+from bqnn.text import short
+
+# Arguments that the program gives, and no configuration.
+GIVEN = {
+    "method": ("net", "likelihood", "num_train", "seed"),
+    "net": ("input_shape", "heads"),
+    "task": ("data_dir", "seed"),
+    "optimizer": ("params", "num_train", "num_burn_in_steps", "fused", "foreach", "capturable"),
+}
+
+
+def check_training(config: Mapping[str, Any]) -> None:
+    """Check all that `train.py` builds from its configuration.
+
+    Raises:
+        ValueError: In one line, with the key and what is probably meant.
+    """
+    _check_group("method", "name", config["method"], METHODS, more=("name",))
+    _check_group("net", "name", config["net"], NETS, more=("name",))
+    _check_group("task", "dataset", config["task"], DATASETS, more=TRAINING_KEYS)
+    check_optimizer("method.optimizer", config["method"]["optimizer"])
+    quantization_callbacks(config["quant"])
+    groups = {group: config[group] for group in ("seed", "method", "net", "task")}
+    facts = {"likelihood": "regression", "input_shape": [1], "num_train": 1}
+    try:
+        check_recipe({"version": 1, "stage": "float", **groups, "facts": facts})
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("recipe.")) from None
+
+
+def check_optimizer(key: str, options: Mapping[str, Any]) -> None:
+    """Check the name and the options of an optimizer, which stand under this key."""
+    _check_group(key, "name", options, OPTIMIZERS, more=("name",))
+
+
+def _check_group(
+    group: str,
+    name_key: str,
+    options: Mapping[str, Any],
+    table: Mapping[str, Callable[..., Any]],
+    more: tuple[str, ...],
+) -> None:
+    name = str(options.get(name_key))
+    if name not in table:
+        hint = did_you_mean(name, table)
+        raise ValueError(
+            f"{group}.{name_key}={short(name)}: unknown{hint or ';'} choose one of "
+            f"{', '.join(table)}"
+        )
+    accepted = _keywords(table[name]) - set(GIVEN[group.rpartition(".")[2]]) | set(more)
+    for key in options:
+        if key not in accepted:
+            there = {path for path, _ in leaves(options)}
+            names = sorted(f"{group}.{option}" for option in (accepted | there) - {key})
+            hint = did_you_mean(f"{group}.{key}", names)
+            raise ValueError(f"{group}.{key}: {group}={name} has no such option{hint}")
+
+
+def _keywords(called: Callable[..., Any]) -> set[str]:
+    """The names of the arguments that a function takes; of a class, those of its bases as well."""
+    takers = [called] if not isinstance(called, type) else called.__mro__
+    names: set[str] = set()
+    for taker in takers:
+        parameters = signature(taker).parameters.values()
+        names |= {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        if not any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
+            break
+    return names

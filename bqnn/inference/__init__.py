@@ -1,0 +1,1 @@
+"""Draws of a network's output, likelihoods and metrics."""

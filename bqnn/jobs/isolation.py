@@ -1,0 +1,37 @@
+"""What a job may change in its process, and putting it back for the next one."""
+
+import gc
+import logging
+import warnings
+
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+
+from bqnn.jobs.job import Job
+
+CHANGED_LOGGERS = ("pytorch_lightning",)
+
+
+def leave_as_found(job: Job) -> None:
+    """Have the process look to the next job as it did to this one, and free its memory."""
+    kept_filters = warnings.catch_warnings()
+    kept_filters.__enter__()
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    engine, random_state = torch.backends.quantized.engine, torch.get_rng_state()
+    rank = rank_zero_only.rank  # type: ignore[attr-defined]
+    # Lightning read the environment when it was imported.
+    rank_zero_only.rank = job.rank  # type: ignore[attr-defined]
+    levels = {name: logging.getLogger(name).level for name in CHANGED_LOGGERS}
+
+    def restore(exit_code: int) -> None:
+        kept_filters.__exit__(None, None, None)
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.backends.quantized.engine = engine
+        torch.set_rng_state(random_state)
+        rank_zero_only.rank = rank  # type: ignore[attr-defined]
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        gc.collect()  # a Trainer and its model hold each other
+
+    job.at_end(restore)

@@ -1,0 +1,460 @@
+"""One job's life: its folder, its status.json, how it ended."""
+
+import _thread
+import contextlib
+import ctypes
+import functools
+import itertools
+import logging
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+from filelock import Timeout
+
+from bqnn.files import write_json, write_text
+from bqnn.jobs.ranks import ALONE, find_place, hide_launcher
+from bqnn.jobs.secrets import mask, refuse_secrets
+from bqnn.jobs.status import (
+    config_hash,
+    folder_lock,
+    input_digest,
+    is_finished,
+    is_prolonged,
+    is_same,
+    read_status,
+)
+from bqnn.jobs.terminal import say
+from bqnn.text import one_line, short, valid_name
+
+log = logging.getLogger(__name__)
+traceback_log = logging.getLogger("bqnn.traceback")  # conf/hydra sends it to the log file alone
+
+PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-core")
+PROCESS_STARTED = time.perf_counter()
+INSIST_SECONDS = 10.0  # after which an interruption that something swallowed is repeated
+
+
+class Job:
+    """A context in which one job runs, in a folder of its own.
+
+    The folder gets config.yaml and status.json, whose state is RUNNING, then DONE, FAILED or
+    INTERRUPTED, and is locked as long as the process lives. An exception ends here: its traceback
+    goes to the log, one line of it to the terminal and to status.json; only an interruption goes
+    on, as SystemExit(130). `sweep` names the multirun that the job is part of, `resume_command` is
+    what an interrupted one tells its user to type.
+
+    However it ends, its status is written, then the actions of `at_end` are done, then the folder
+    is unlocked, and what there is to say is said last: none of these keeps the next from happening.
+
+    Where several processes train one model, the first writes. Of the others only a failure is
+    recorded, because Lightning kills the first process when another one fails.
+    """
+
+    def __init__(
+        self, folder: Path, verb: str, sweep: str | None = None, resume_command: str | None = None
+    ) -> None:
+        self.config: dict[str, Any] = {}
+        self.folder = folder
+        self.verb = verb
+        self.rank, self.launcher = ALONE
+        self.sweep = sweep
+        self.resume_command = resume_command
+        self.id = uuid.uuid4().hex[:8]  # stays when the job is resumed
+        self.state = "RUNNING"
+        self.error: str | None = None
+        self.started = datetime.now().astimezone()
+        self.parts: list[str] = []
+        self.is_resumed = False
+        self.is_prolonged = False  # a resumed training that now has more epochs
+        self._hash: str | None = None
+        self._input_digest: str | None = None
+        self._resumed_from_epoch: int | None = None
+        self._claimed = False
+        self._is_interrupted = False
+        self._insists = False
+        self._ended = threading.Event()
+        self._at_end: list[Callable[[int], None]] = []
+        self._handlers: dict[int, Any] = {}
+        global _num_jobs
+        self._clock = time.perf_counter() if _num_jobs else PROCESS_STARTED
+        _num_jobs += 1
+
+    def claim(self) -> None:
+        """Take the folder; FileExistsError, and nothing is touched, where a job has it already."""
+        self._lock()
+        if (self.folder / "status.json").exists():
+            self._unlock()
+            raise FileExistsError(
+                f"{self.folder} holds a job already (status.json is there); give another "
+                "hydra.run.dir, or none to get a new folder, or go on with it (resume=true)"
+            )
+        self._claimed = True
+        self._write_status()
+
+    def configure(self, config: dict[str, Any]) -> None:
+        """Give the job its resolved configuration, and record it in config.yaml.
+
+        ValueError: It holds a secret of the environment.
+        """
+        refuse_secrets(config)
+        self.config = config
+        if self._hash is None:  # what it was started with, by which it will be recognized
+            self._hash, self._input_digest = config_hash(config), input_digest(config)
+        if self.rank > 0:
+            return
+        write_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        if self._claimed:
+            self._write_status()
+
+    def take(self, config: dict[str, Any], resume: bool) -> bool:
+        """Claim and configure, or go on where an earlier process ended; False: it was DONE.
+
+        FileExistsError: the folder holds another job, or one that cannot be told. BlockingIOError:
+        a process runs it.
+        """
+        self._find_place(config)
+        if self.rank > 0:  # the first process has taken it
+            self.is_resumed = resume
+            self._take_id(read_status(self.folder) or {})
+            self.configure(config)
+            return True
+        if not resume:
+            self.claim()
+            self.configure(config)
+            return True
+        key = config_hash(config)
+        before = read_status(self.folder)
+        if before is not None and is_finished(before, key):
+            return False
+        self._lock()
+        before = read_status(self.folder) or {}
+        if is_finished(before, key):  # it has just ended
+            self._unlock()
+            return False
+        self.is_prolonged = self.verb == "train" and is_prolonged(self.folder, config)
+        if not self.is_prolonged and (reason := _other_job(before, key)):
+            self._unlock()
+            raise FileExistsError(f"{self.folder} {reason}")
+        self._claimed = True
+        self.is_resumed = self.is_prolonged or is_same(before.get("config_hash"), key)
+        self._take_id(before)
+        for part in self.folder.glob(".*.part"):  # a killed process was writing it
+            part.unlink()
+        self.configure(config)
+        if self.is_resumed and (changes := _changes_since(before)):
+            log.warning(
+                "resumed with %s: the results may differ in their last bits from those of a run "
+                "that was never interrupted",
+                changes,
+            )
+        return True
+
+    def record_epoch(self, epoch: int) -> None:
+        """Say in status.json with which epoch (from 0) a resumed training goes on."""
+        self._resumed_from_epoch = epoch
+        if self.rank == 0:
+            self._write_status()
+
+    def at_end(self, action: Callable[[int], None]) -> None:
+        """Have `action(exit_code)` called at the end, however it comes; last in, first out."""
+        self._at_end.insert(0, action)
+
+    def seconds(self) -> float:
+        """Seconds since the job started; for the first job since the process did."""
+        return time.perf_counter() - self._clock
+
+    def __enter__(self) -> "Job":
+        # SIGTERM is treated like Ctrl-C. Handlers are a matter of the main thread.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._interrupt)
+        # A log on a full disk would say so in fifty lines a record.
+        self._raises_in_logs, logging.raiseExceptions = logging.raiseExceptions, False
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        self._ended.set()
+        # Lightning may have left other handlers behind.
+        for number in self._handlers:
+            signal.signal(number, self._interrupt)
+        lines = self._conclude(error)
+        if error is not None and self.state == "FAILED" and self._claimed:
+            _log_traceback(f"{self.verb} failed", error)
+        for action in self._at_end:
+            try:
+                action(0 if self.state == "DONE" else 1)
+            except (Exception, KeyboardInterrupt, SystemExit) as failure:
+                # The job has ended as its status says; the rest must still be done.
+                self._is_interrupted |= _is_interruption(failure)
+                _log_traceback("after the end of the job", failure)
+                lines.append(f"{self.verb}.py: after the end of the job: {describe(failure)}")
+        if self._claimed and self.rank == 0:
+            self._unlock()
+        elif self.rank > 0:
+            with contextlib.suppress(OSError):  # it holds something, or is the first process's
+                self.folder.rmdir()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        logging.raiseExceptions = self._raises_in_logs
+        for line in lines:
+            say(line, error=True)
+        if self.state == "INTERRUPTED" or self._is_interrupted:
+            raise SystemExit(130) from error
+        return isinstance(error, Exception)
+
+    def _conclude(self, error: BaseException | None) -> list[str]:
+        """Write down how the job ended, and what there is to say about it."""
+        lines = []
+        if error is None:
+            self.state, self.error = "DONE", None
+        elif self._is_interrupted or _is_interruption(error):
+            self.state, self.error = "INTERRUPTED", "interrupted"
+            if self.resume_command is not None and self.rank == 0:
+                lines = [f"{self.verb}.py: interrupted; go on with", f"  {self.resume_command}"]
+        else:
+            self.state, self.error = "FAILED", describe(error)
+            if self.rank > 0:
+                first = read_status(self.folder) or {}
+                self._claimed = first.get("state") == "RUNNING"
+            who = f" (process {self.rank})" if self.rank > 0 else ""
+            lines = [f"{self.verb}.py{who}: {self.error} [{one_line(str(self.folder))}]"]
+        try:
+            if self._claimed:
+                self._write_status()
+        except Exception as unwritable:  # status.json stays as it was; what failed first is said
+            if self.state != "FAILED":
+                lines.append(f"{self.verb}.py: {describe(unwritable)}")
+            if self.state == "DONE":
+                self.state = "FAILED"
+        return lines
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        """End the job as soon as Python gets to it, and the second time at once."""
+        if self._insists:
+            self._insists = False
+        elif self._is_interrupted:
+            os._exit(130)
+        else:
+            self._is_interrupted = True
+            if self._claimed and self.state == "RUNNING":  # said now: there may be no later
+                self.state, self.error = "INTERRUPTED", "interrupted"
+                # Any exception of its own would be taken for a failure of what was interrupted.
+                with contextlib.suppress(Exception):
+                    self._write_status()
+            threading.Thread(target=self._insist, daemon=True).start()
+        # Not KeyboardInterrupt: Lightning would ignore a second Ctrl-C from then on.
+        if not self._ended.is_set():
+            raise SystemExit(130)
+
+    def _insist(self) -> None:
+        """Interrupt again until the job ends: libraries swallow exceptions, in callbacks say."""
+        while not self._ended.wait(INSIST_SECONDS):
+            self._insists = True
+            _thread.interrupt_main(signal.SIGTERM)
+
+    def _find_place(self, config: dict[str, Any]) -> None:
+        """Learn whether this is one of several processes; one that is none shall look so."""
+        if self.verb == "train" and self.sweep is None:
+            self.rank, self.launcher = find_place(config.get("trainer", {}))
+        if self.launcher is None:
+            hidden = hide_launcher()
+            self.at_end(lambda _: os.environ.update(hidden))
+        if self.rank > 0:
+            logging.disable(logging.WARNING)  # the first process says it, too
+            self.at_end(lambda _: logging.disable(logging.NOTSET))
+
+    def _take_id(self, status: dict[str, Any]) -> None:
+        """Keep the name that the job has for Weights & Biases, where it is one."""
+        name = status.get("id", "")
+        if name == valid_name(name):
+            self.id = name
+
+    def _lock(self) -> None:
+        self._folder_lock = folder_lock(self.folder)
+        try:
+            self._folder_lock.acquire(timeout=0)
+        except Timeout:
+            raise BlockingIOError(f"{self.folder} is being run by another process") from None
+
+    def _unlock(self) -> None:
+        # Removed while it is held: who opened it meanwhile sees that the file is gone.
+        with contextlib.suppress(OSError):  # the folder may be gone as well
+            (self.folder / ".lock").unlink(missing_ok=True)
+        self._folder_lock.release()
+
+    def _write_status(self) -> None:
+        ended = None if self.state == "RUNNING" else datetime.now().astimezone().isoformat()
+        status: dict[str, Any] = {
+            "state": self.state,
+            "start": self.started.isoformat(),
+            "end": ended,
+            "error": self.error,
+            "resumed_from_epoch": self._resumed_from_epoch,
+            "id": self.id,
+            "config_hash": self._hash,
+            "input_sha256": self._input_digest,
+            "host": socket.gethostname(),
+            "versions": versions(),
+            **_hardware(),
+            "git_commit": _git_commit(),
+        }
+        if self.parts:
+            status["parts"] = self.parts
+        write_json(self.folder / "status.json", status)
+
+
+def run_parts(job: Job, configs: Sequence[dict[str, Any]], task: Callable[[Job], None]) -> None:
+    """Run `task` for the one checkpoint at a path, or for each that a pattern matched.
+
+    The one runs as the job itself. The others have a configuration each and run as parts, in
+    folders with a number and a name below the job's. In a resumed job, parts that are DONE stay
+    as they are. RuntimeError, once all have run: some failed.
+    """
+    if Path(job.config["checkpoint"]).exists():
+        job.configure(configs[0])
+        task(job)
+        return
+    resume = bool(job.config.get("resume"))
+    failed = []
+    for config in configs:
+        part = Job(_part_folder(job, config), job.verb, job.sweep or job.folder.name)
+        part.folder.mkdir(exist_ok=True)
+        job.parts.append(part.folder.name)
+        with part:
+            if part.take(config, resume):
+                task(part)
+        if part.state != "DONE":
+            failed.append(part.folder.name)
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(job.parts)} failed: {', '.join(failed)}")
+
+
+def end_with(parent: int) -> None:
+    """Have this process killed when its parent process dies, where Linux does that."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
+    if prctl is not None:
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl.h
+        prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:  # it is dead already
+            raise SystemExit(130)
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """The versions of this package, Python and what results depend on."""
+    return {
+        "bqnn": version("bqnn"),
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def describe(error: BaseException) -> str:
+    """What an exception says, in one line without secrets, after its kind if that is a surprise."""
+    text = one_line(mask(str(error)))
+    expected = (ValueError, TypeError, FloatingPointError, OSError)
+    return text if text and isinstance(error, expected) else f"{type(error).__name__}: {text}"
+
+
+def _log_traceback(message: str, error: BaseException) -> None:
+    """The log file has the traceback; the terminal is told in one line."""
+    with contextlib.suppress(OSError):  # the folder is gone, and a file in it cannot be opened
+        traceback_log.error(message, exc_info=error)
+
+
+def _other_job(status: dict[str, Any], key: str) -> str | None:
+    """Why a folder with this status is not one in which to go on; None: it is."""
+    if is_same(status.get("config_hash"), key):
+        return None
+    if status.get("is_unreadable"):
+        return (
+            f"holds a job that cannot be told ({status['error']}); remove its status.json to start "
+            "anew there, or give another hydra.run.dir, or none"
+        )
+    if status.get("config_hash") is None:  # killed before it was configured
+        return None
+    return (
+        "holds a job with another configuration, or of a checkpoint that has changed since, which "
+        "resume=true does not go on with; give another hydra.run.dir, or none"
+    )
+
+
+def _changes_since(status: dict[str, Any]) -> str:
+    """Which versions results may depend on are others than those of a job's earlier process."""
+    before = {**status.get("versions", {}), "commit": status.get("git_commit")}
+    now = {**versions(), "commit": _git_commit()}
+    return ", ".join(
+        f"{name} {now[name] or 'unknown'} instead of {short(before[name])}"
+        for name in now
+        if before.get(name) not in (None, now[name])
+    )
+
+
+def _part_folder(job: Job, config: dict[str, Any]) -> Path:
+    """Where this configuration was run before, or a new name."""
+    key = config_hash(config)
+    taken = [path for path in job.folder.iterdir() if (path / "status.json").exists()]
+    for path in taken:
+        if is_same((read_status(path) or {}).get("config_hash"), key):
+            return path
+    is_known = "method" in config  # a checkpoint that cannot be read tells none
+    name = f"{config['method']['name']}_{config['task']['name']}" if is_known else "unreadable"
+    name = valid_name(name)  # of a stranger's checkpoint: 200 letters can be 800 bytes
+    numbers = itertools.count(len(taken))
+    folders = (job.folder / f"{number}_{name}" for number in numbers)
+    return next(folder for folder in folders if not folder.exists())
+
+
+def _is_interruption(error: BaseException) -> bool:
+    return isinstance(error, KeyboardInterrupt) or (
+        isinstance(error, SystemExit) and error.code == 130
+    )
+
+
+def _hardware() -> dict[str, str | bool | None]:
+    """The GPU, if one is used, and what torch finds in the CPU.
+
+    VNNI: it multiplies 8-bit integers without saturating.
+    """
+    # Asked only where torch is there already: importing it takes seconds.
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return {"cpu_capability": None, "cpu_vnni": None, "gpu": None}
+    is_used = torch.cuda.is_initialized()
+    return {
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_vnni": torch.cpu._is_vnni_supported(),
+        "gpu": torch.cuda.get_device_name() if is_used else None,
+    }
+
+
+@functools.cache
+def _git_commit() -> str | None:
+    """The commit of the code, where it runs from a checkout and git is installed."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+_num_jobs = 0

@@ -1,0 +1,600 @@
+"""The command line: Hydra in front, plain dictionaries behind; only here is OmegaConf known."""
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import configure_log
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from bqnn.files import write_json
+from bqnn.jobs.job import Job, describe, end_with
+from bqnn.jobs.locate import canonical
+from bqnn.jobs.ranks import find_place, hide_launcher
+from bqnn.jobs.records import read_record
+from bqnn.jobs.secrets import is_secret_name, mask, refuse_secrets
+from bqnn.jobs.status import (
+    ELSEWHERE,
+    WITHOUT_EFFECT,
+    config_hash,
+    find_run,
+    is_prolonged,
+    is_same,
+    read_status,
+)
+from bqnn.jobs.sweep import Sweep, find_sweep
+from bqnn.jobs.terminal import protect_output, say, say_once
+from bqnn.quant.spec import QuantSpec
+from bqnn.settings.options import CONF, OPTIMIZER, check_options, did_you_mean, leaves, nearest
+from bqnn.text import one_line, valid_name
+
+OUTPUTS = Path("outputs")
+
+
+Check = Callable[[dict[str, Any]], None]
+
+
+def launch(task: Callable[[Job], None], verb: str, check: Check | None = None) -> None:
+    """Run `task(job)` once, or for every job of a multirun, and exit.
+
+    A command line that is wrong is answered in one line and leaves nothing behind. A job that fails
+    says so in one line and in its status.json; a multirun goes on with the next job, and ends with
+    a table and sweep.json. The exit code is 0 when every job is done.
+
+    Args:
+        task: What a job does.
+        verb: The configuration is conf/<verb>.yaml.
+        check: Raises a ValueError for a configuration that is wrong in a way that cannot be told
+            here. It is called before anything is written.
+    """
+    protect_output()
+    say_once.cache_clear()
+    # Hydra then hands its errors to us, and we say them in one line.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    states = []
+    SweepCallback.sweep, SweepCallback.check = None, check
+
+    def run(cfg: DictConfig) -> float | None:
+        state = run_job(cfg, task, verb)
+        states.append(state)
+        # Hydra would not launch the rest of a multirun after an exception.
+        return None if state == "DONE" else float("nan")
+
+    error: Exception | None = None
+    with _sigterm_as_interrupt():
+        try:
+            refuse_secrets({"the command line": sys.argv[1:]}, references=False)
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)(run)()
+        except _StoppedError as stop:
+            error = stop.error
+        except (KeyboardInterrupt, SystemExit) as stop:
+            if isinstance(stop, SystemExit) and stop.code != 130:
+                raise
+            if SweepCallback.sweep is not None:
+                SweepCallback.finish("interrupted")
+            sys.exit(130)
+        except Exception as raised:  # of Hydra or a launcher: a job keeps its own to itself
+            error = raised
+        if error is not None:
+            message = _explain(error, verb)
+            if SweepCallback.sweep is not None:
+                SweepCallback.finish(message)
+            say(f"{verb}.py: {message}", error=True)
+            sys.exit(1)
+    if any(state != "DONE" for state in states):
+        sys.exit(1)
+
+
+def run_job(cfg: DictConfig, task: Callable[[Job], None], verb: str) -> str:
+    """Run one job in the folder that Hydra made, or that of the run it resumes: its state."""
+    protect_output()  # it may be a process of a launcher
+    hydra_config = HydraConfig.get()
+    is_sweep = hydra_config.mode == RunMode.MULTIRUN
+    resume = bool(OmegaConf.select(cfg, "resume"))
+    job = Job(Path(hydra_config.runtime.output_dir), verb)
+    if is_sweep:
+        job.sweep = Path(hydra_config.sweep.dir).name
+    with job:
+        try:
+            config = checked(cfg)
+        except (ValueError, OSError):
+            if is_sweep:  # its table has this job, too
+                with contextlib.suppress(FileExistsError):
+                    job.claim()
+            raise
+        if resume:
+            job.folder = _folder_to_resume(config)
+            _log_into(job.folder)
+        if not is_sweep:
+            job.resume_command = _resume_command("hydra.run.dir", job.folder)
+        if job.take(config, resume):
+            task(job)
+        else:
+            say(f"done before: {job.folder}")
+    return job.state
+
+
+class _StoppedError(SystemExit):
+    """Ends Hydra from within a callback, where it would only warn of other exceptions."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(describe(error))
+        self.error = error
+
+
+def _final(hook: Callable[..., None]) -> Callable[..., None]:
+    """Have an exception in a callback end the process."""
+
+    @functools.wraps(hook)
+    def guarded(self: Callback, config: DictConfig, **options: Any) -> None:
+        try:
+            hook(self, config, **options)
+        except Exception as error:
+            raise _StoppedError(error) from error
+
+    return guarded
+
+
+class SweepCallback(Callback):
+    """Refuses what is wrong before anything is written, and keeps the record of a sweep."""
+
+    check: Check | None = None  # what `launch` was given
+    sweep: Sweep | None = None  # of this process, while it is launching one
+    launched_from: int | None = None  # the process
+
+    @_final
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        _refuse_composed(config)
+        if not _is_given("hydra.run.dir", config.hydra):
+            config.hydra.run.dir = fresh_folder(config.hydra.run.dir)
+
+    @_final
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        verb, hydra_overrides = config.hydra.job.name, config.hydra.overrides.hydra
+        overrides = [
+            override
+            for override in config.hydra.overrides.task
+            if not override.lstrip("+~").startswith(WITHOUT_EFFECT)
+        ]
+        _refuse_hydra_secrets(config)
+        jobs = _jobs(config)
+        if jobs is not None:
+            _refuse_invalid_sweep(config, jobs)
+        given = _is_given("hydra.sweep.dir", config.hydra)
+        folder, resume = None, bool(OmegaConf.select(config, "resume"))
+        if resume and not given:
+            folder = find_sweep(OUTPUTS / verb, verb, overrides)
+        if folder is None:
+            name = config.hydra.sweep.dir
+            folder = Path(name if given else fresh_folder(name))
+        folder = folder.absolute()
+        # Jobs compose their configuration anew, perhaps in another working folder. `++` is our
+        # own: `_is_given` still tells what the user said.
+        escaped = str(folder).replace("'", "\\'")
+        hydra_overrides.append(f"{'' if given else '++'}hydra.sweep.dir='{escaped}'")
+        config.hydra.sweep.dir = str(folder)
+        SweepCallback.sweep = Sweep(
+            folder, verb, overrides, None if jobs is None else len(jobs), resume
+        )
+        self.launched_from = os.getpid()
+
+    @_final
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        # A job may be in another process. Those of joblib would go on alone after a kill -9.
+        is_joblib = config.hydra.launcher._target_.endswith(".JoblibLauncher")
+        if is_joblib and self.launched_from not in (None, os.getpid()):
+            end_with(parent=self.launched_from)
+
+    @_final
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        if not self.finish():
+            sys.exit(1)
+
+    @classmethod
+    def finish(cls, error: str | None = None) -> bool:
+        """Print what became of the sweep, and how to get what is missing; whether all is done."""
+        assert cls.sweep is not None
+        all_done = cls.sweep.finish(error)
+        if not all_done and cls.sweep.jobs:
+            command = _resume_command("hydra.sweep.dir", cls.sweep.folder)
+            say(f"\nfor what is missing:\n  {command}")
+        return all_done
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration, in plain types alone.
+
+    Raises:
+        ValueError: A value is missing, holds a secret, or is none that its key may have.
+    """
+    try:
+        config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{reason}; give it on the command line") from error
+    assert isinstance(config, dict)
+    refuse_secrets(config)
+    check_options(config)  # type: ignore[arg-type]
+    return config  # type: ignore[return-value]
+
+
+def checked(cfg: DictConfig) -> dict[str, Any]:
+    """The same, with the paths of checkpoints as `bqnn.jobs.locate` finds them.
+
+    Raises:
+        ValueError: As `plain`, or no quantization can be made of `quant`.
+        FileNotFoundError: There is no such checkpoint. A job that is resumed may have outlived it.
+    """
+    config = plain(cfg)
+    if config.get("quant", {}).get("name", "none") != "none":
+        QuantSpec.from_config(config["quant"])
+    for key, node, name in (
+        ("checkpoint", config, "checkpoint"),
+        ("method.init_from", config.get("method", {}), "init_from"),
+    ):
+        if node.get(name) is not None:
+            try:
+                node[name] = canonical(key, node[name])
+            except FileNotFoundError:
+                if not config.get("resume"):
+                    raise
+    return config
+
+
+def fresh_folder(name: str) -> str:
+    """Make a folder of this name that did not exist before; `name_2` and so on where it did."""
+    number = 1
+    while True:
+        folder = Path(name if number == 1 else f"{name}_{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return str(folder)
+
+
+# All here, so that they are known to every process that unpickles the callback.
+OmegaConf.register_new_resolver("valid_name", lambda text: valid_name(str(text)), replace=True)
+warnings.filterwarnings(  # conf/hydra/launcher names what its plugins name, on purpose
+    "ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema"
+)
+
+
+def _folder_to_resume(config: dict[str, Any]) -> Path:
+    """The folder that a resumed job runs in: of the newest run like it, or Hydra's own.
+
+    A `hydra.run.dir` or `hydra.sweep.dir` on the command line is taken at its word: nothing outside
+    of it is looked at.
+    """
+    hydra_config, key = HydraConfig.get(), config_hash(config)
+    own = Path(hydra_config.runtime.output_dir)
+    status = read_status(own)
+    if status is not None and is_same(status.get("config_hash", key), key):
+        return own
+    if status is not None and is_prolonged(own, config):
+        return own
+    if hydra_config.mode == RunMode.RUN:
+        found = None if _is_given("hydra.run.dir", hydra_config) else find_run(OUTPUTS, key)
+        if found is not None:
+            own.rmdir()
+        return found or own
+    if status is not None:  # another job's; the sweep has changed
+        own = Path(fresh_folder(str(own)))
+    found = find_run(Path(hydra_config.sweep.dir), key)
+    if found is not None:
+        own.rmdir()
+    elif not _is_given("hydra.sweep.dir", hydra_config):
+        found = find_run(OUTPUTS, key)
+        if found is not None:
+            write_json(own / ELSEWHERE, {"folder": str(found.absolute())})
+    return found or own
+
+
+def _log_into(folder: Path) -> None:
+    """Have Hydra's log file in this folder from now on."""
+    config: Any = HydraConfig.instance().cfg
+    if Path(config.hydra.runtime.output_dir) == folder:
+        return
+    with read_write(config.hydra):
+        config.hydra.runtime.output_dir = str(folder)
+        config.hydra.run.dir = str(folder)  # Lightning hands it to the processes it starts
+    # A copy: Hydra's own refers to the configuration that this one was taken from, and in a sweep
+    # it has resolved the name of the file.
+    copy = OmegaConf.create({"hydra": OmegaConf.to_container(config.hydra)})
+    file = OmegaConf.select(copy, "hydra.job_logging.handlers.file")
+    if file is not None:
+        file.filename = str(folder / f"{config.hydra.job.name}.log")
+    configure_log(copy.hydra.job_logging, copy.hydra.verbose)
+
+
+def _jobs(config: DictConfig) -> list[list[str]] | None:
+    """The overrides of each job of a multirun, where Hydra's own sweeper makes them."""
+    if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
+        return None
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    parser = OverridesParser.create(config_loader=_loader())
+    values: dict[str, list[str]] = {}  # of several that set the same key, the last counts
+    for override in parser.parse_overrides([*params, *config.hydra.overrides.task]):
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            values[key] = [f"{key}={override.get_value_element_as_str()}"]
+        elif override.is_discrete_sweep():
+            values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:  # the sweeper refuses it
+            return None
+    return [list(job) for job in itertools.product(*values.values())]
+
+
+def _refuse_invalid_sweep(config: DictConfig, jobs: list[list[str]]) -> None:
+    """Refuse a sweep one of whose choices cannot be composed, or all of whose jobs are invalid.
+
+    A job that is invalid among others that are not fails alone, as one that fails later does.
+    """
+
+    def refusal(job: list[str]) -> Exception | None:
+        composed = _loader().load_sweep_config(config, job)
+        try:
+            _refuse_composed(composed)
+        except (ValueError, OSError) as error:
+            return error
+        return None
+
+    # Values do not matter to whether a job can be composed, so one job for all choices will do.
+    of_choices: dict[tuple[str, ...], int] = {}
+    for number, job in enumerate(jobs):
+        of_choices.setdefault(tuple(filter(_is_choice, job)), number)
+    firsts = list(of_choices.values())
+    refusals = [refusal(jobs[number]) for number in [*firsts, len(jobs) - 1]]
+    if None in refusals:
+        return
+    if len(set(map(str, refusals))) > 1:  # or it does not depend on what is swept
+        rest = (job for number, job in enumerate(jobs[:-1]) if number not in firsts)
+        if any(refusal(job) is None for job in rest):
+            return
+    assert refusals[0] is not None
+    raise refusals[0]
+
+
+def _refuse_composed(config: DictConfig) -> None:
+    """ValueError or FileNotFoundError for a configuration, Hydra's part included, that is wrong."""
+    _refuse_added_keys(config)
+    _refuse_hydra_secrets(config)
+    values = checked(OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]))
+    if SweepCallback.check is None:
+        return
+    # It imports Lightning, which takes stray variables of a cluster for its own.
+    alone = find_place(values.get("trainer", {})).launcher is None
+    hidden = hide_launcher() if alone else {}
+    try:
+        SweepCallback.check(values)
+    finally:
+        os.environ.update(hidden)
+
+
+def _refuse_hydra_secrets(config: DictConfig) -> None:
+    """The same for a secret in what Hydra writes: folders, multirun.yaml, .hydra/hydra.yaml."""
+    for name in config.hydra.job.env_set:
+        if is_secret_name(name):
+            raise ValueError(
+                f"hydra.job.env_set.{name}: Hydra would write it to its files; set {name} in the "
+                "environment, which every job gets"
+            )
+    unresolved: Any = OmegaConf.to_container(config, resolve=False)
+    known = unresolved["hydra"]
+    # Where things are on this machine, and the command line, which was looked at.
+    del known["runtime"], known["overrides"], known["job"]["override_dirname"]
+    refuse_secrets({"hydra": known})
+    refuse_secrets({"hydra.run.dir": config.hydra.run.dir})
+
+
+def _refuse_added_keys(config: DictConfig) -> None:
+    """ValueError for a key that `+` made, or `~` removed, and that no part of the program knows."""
+    overrides = list(config.hydra.overrides.task)
+    changes = [o for o in overrides if o.startswith(("+", "~")) and not _is_choice(o)]
+    if not changes:
+        return
+    verb = config.hydra.job.config_name
+    rest = [o for o in overrides if o not in changes]
+    original = _loader().load_configuration(
+        verb, [*config.hydra.overrides.hydra, *rest], run_mode=RunMode.RUN
+    )
+    before, now = (_own_leaves(c) for c in (original, config))
+    for key in now.keys() - before.keys():
+        _refuse_added_key(key, before, verb)
+    for key in {key.split(".")[0] for key in before} - {key.split(".")[0] for key in now}:
+        raise ValueError(f"~{key}: this key is needed; it can be changed, but not removed")
+
+
+def _refuse_added_key(key: str, known: dict[str, Any], verb: str) -> None:
+    group = key.partition(".")[0]
+    if group in ("method", "net", "task") and verb == "train":
+        return  # `check` compares them with what the classes take
+    names = set(known)
+    if group == "trainer" and "trainer.max_epochs" in known:
+        names |= {f"trainer.{option}" for option in _trainer_options()}
+    if verb == "quantize":
+        names |= {f"quant.fine_tuning.optimizer.{option}" for option in OPTIMIZER}
+    if key not in names and not any(key.startswith(f"{name}.") for name in known):
+        raise ValueError(_unknown_key(key, names, verb))
+
+
+def _trainer_options() -> list[str]:
+    """What Lightning's Trainer takes and `make_trainer` does not set itself."""
+    from pytorch_lightning import Trainer
+
+    return [name for name in signature(Trainer).parameters if name not in SET_BY_MAKE_TRAINER]
+
+
+SET_BY_MAKE_TRAINER = (
+    *("callbacks", "logger", "log_every_n_steps", "enable_progress_bar", "enable_model_summary"),
+    *("num_sanity_val_steps", "inference_mode", "use_distributed_sampler", "default_root_dir"),
+)
+
+
+def _own_leaves(config: DictConfig) -> dict[str, Any]:
+    values: Any = OmegaConf.to_container(config, resolve=False)
+    values.pop("hydra", None)
+    return dict(leaves(values))
+
+
+def _loader() -> Any:
+    return GlobalHydra.instance().config_loader()
+
+
+def _is_choice(override: str) -> bool:
+    """Whether an override chooses a file of a group, and is no value."""
+    key = override.lstrip("+~").partition("=")[0].partition("@")[0]
+    return bool(_loader().get_group_options(key))
+
+
+def _is_given(key: str, hydra_config: Any) -> bool:
+    return any(override.startswith(f"{key}=") for override in hydra_config.overrides.hydra)
+
+
+def _resume_command(key: str, folder: Path) -> str:
+    """The command line of this process, resuming what is in the folder."""
+    arguments = [a for a in sys.argv[1:] if not a.startswith(("resume=", f"{key}="))]
+    given = f"{key}={folder}"
+    try:
+        is_plain = OverridesParser.create().parse_override(given).value() == str(folder)
+    except HydraException:
+        is_plain = False
+    given = given if is_plain else _quoted(key, str(folder))
+    return shlex.join(["python", sys.argv[0], *arguments, "resume=true", given])
+
+
+def _quoted(key: str, value: str) -> str:
+    escaped = value.replace('"', '\\"')
+    return f'{key}="{escaped}"'
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Between jobs SIGTERM is like Ctrl-C; within one the job sees to it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _explain(error: Exception, verb: str) -> str:
+    """What is wrong with a command line, in one line, and how to write it."""
+    if isinstance(error, OverrideParseException):
+        return _in_quotes(error.override) or one_line(mask(str(error)))
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        near = nearest(choice, error.options)
+        hint = "" if near is None else f"; did you mean {group}={near}?"
+        there = f"there are {', '.join(error.options)}"
+        return one_line(mask(f"Could not find '{group}/{choice}'{hint} ({there})"))
+    text = str(error)
+    if "defaults list" in text:  # the group is there, and + adds it
+        return one_line(mask(text))
+    if match := re.match(r"Could not override '([^']+)'", text):
+        hint = _hint_for_sweep(match[1]) if {"-m", "--multirun"} & set(sys.argv) else ""
+        return one_line(mask(_unknown_key(match[1], _known_keys(verb), verb) + hint))
+    if text.startswith("Config group override must be a string"):
+        return _no_choice() or one_line(mask(text))
+    if match := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{match[1]} is missing; give it on the command line"
+    if match := re.match(r"Ambiguous value for argument '(.*)'\n", text):
+        return _in_quotes(match[1]) or one_line(mask(text))
+    if not isinstance(error, HydraException):
+        return describe(error)
+    text = text.partition("Config search path")[0]  # without the list of where it looked
+    if error.__cause__ is not None:
+        text += " " + str(error.__cause__).partition("\n")[0]
+    return one_line(mask(text))
+
+
+def _no_choice() -> str | None:
+    """What to write in place of a number or null that was given for a group."""
+    for override in get_args_parser().parse_args().overrides:
+        group, equals, value = override.partition("=")
+        choices = sorted(path.stem for path in (CONF / group.lstrip("+~")).glob("*.yaml"))
+        if group and equals and choices and value not in choices and "," not in value:
+            return one_line(mask(f"{override}: choose one of {', '.join(choices)}"))
+    return None
+
+
+def _in_quotes(override: str) -> str | None:
+    """How to write an override whose value has characters that Hydra reads as its own.
+
+    None: Quotes would not help.
+    """
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override}: write it as key=value"
+    cure = _quoted(key, value.strip("'\""))
+    try:
+        OverridesParser.create().parse_override(cure)
+    except HydraException:
+        return None
+    return (
+        f"{one_line(mask(override))}: outside of quotes, = , ( ) [ ] {{ }} and others are Hydra's "
+        f"own; write {one_line(mask(shlex.quote(cure)))}, or -m for a sweep over several values"
+    )
+
+
+def _unknown_key(key: str, known: Iterable[str], verb: str) -> str:
+    """That there is no such key, what was probably meant, and which choice would have it."""
+    known = {key[:end] for key in known for end in [*_dots(key), None]}
+    group, _, rest = key.partition(".")
+    having = [
+        path.stem
+        for path in sorted(CONF.glob("*/*.yaml"))
+        if path.parent.name == group and rest in dict(leaves(read_record(path)))
+    ]
+    hint = did_you_mean(key, known)
+    if rest and having:
+        hint = f"; {' and '.join(f'{group}={choice}' for choice in having)} would have it"
+    return f"{key}: there is no such key{hint} (python {verb}.py --cfg job shows all)"
+
+
+def _dots(key: str) -> Iterator[int]:
+    return (end for end, character in enumerate(key) if character == ".")
+
+
+def _known_keys(verb: str) -> list[str]:
+    """The keys of the configuration that the command line's choices make, without its values."""
+    arguments = get_args_parser().parse_args()
+    folder = arguments.config_dir
+    own = [] if folder is None else [f"hydra.searchpath=[{json.dumps(f'file://{folder}')}]"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        choices = [o for o in arguments.overrides if _is_choice(o) and "," not in o]
+        try:
+            return list(_own_leaves(compose(verb, [*own, *choices])))
+        except HydraException:
+            return []
+
+
+def _hint_for_sweep(key: str) -> str:
+    """What helps where Hydra missed a key: it composes a sweep without the choices it sweeps."""
+    return f"; if the choices that are swept have this key, write {key}=choice(<value>)"

@@ -1,0 +1,182 @@
+"""A sweep's own record, sweep.json, and its table: what became of each of its jobs."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from bqnn.files import write_json
+from bqnn.jobs.records import instant, read_record
+from bqnn.jobs.status import (
+    ELSEWHERE,
+    STATES,
+    is_running,
+    job_folders,
+    read_status,
+    start_of,
+    tell_unreadable,
+)
+from bqnn.jobs.terminal import say
+from bqnn.text import one_line, printable, short
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What a sweep says of a job.
+
+    state: done, skipped (it was done before), refused (its folder was another job's), failed,
+    interrupted, or running (elsewhere).
+    """
+
+    folder: str
+    state: str
+    seconds: float | None
+    error: str | None
+
+
+class Sweep:
+    """The record of one launch of a multirun; jobs may run in other processes, on other machines.
+
+    All that is known of them is read from their folders. `overrides` is the command, by which the
+    same one is recognized; `num_jobs` is how many jobs it stands for, None where a sweeper decides
+    that as it goes.
+    """
+
+    def __init__(
+        self, folder: Path, verb: str, overrides: list[str], num_jobs: int | None, resume: bool
+    ) -> None:
+        self.folder = folder
+        self.verb = verb
+        self.overrides = overrides
+        self.num_jobs = num_jobs
+        self.resume = resume
+        self.jobs: list[JobRecord] = []  # once it is finished
+        self.started = datetime.now().astimezone()
+        self._done_before = {f for f in _jobs_of(folder) if _state(f) == "done"}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write("RUNNING", None)
+
+    def finish(self, error: str | None = None) -> bool:
+        """Write down and print what became of all jobs; whether every one of them is done.
+
+        A sweep whose record cannot be written is not done, and says so.
+        """
+        self.jobs = [self._record(folder) for folder in _jobs_of(self.folder)]
+        finished = sum(job.state in ("done", "skipped") for job in self.jobs)
+        all_done = error is None and finished == max(len(self.jobs), self.num_jobs or 0)
+        try:
+            self._write("DONE" if all_done else "FAILED", error)
+        except OSError as unwritable:  # the disk is full, or the folder gone
+            all_done = False
+            say(f"{self.verb}.py: {one_line(str(unwritable))}", error=True)
+        say(self._table())
+        return all_done
+
+    def _record(self, folder: Path) -> JobRecord:
+        status = read_status(folder) or {}
+        state = _state(folder)
+        if state == "done" and (folder in self._done_before or not _is_below(folder, self.folder)):
+            state = "skipped" if self.resume else "refused"
+        seconds, start, end = None, instant(status.get("start")), instant(status.get("end"))
+        if start is not None and end is not None:
+            seconds = round((end - start).total_seconds(), 1)
+        shown = folder.relative_to(self.folder) if _is_below(folder, self.folder) else folder
+        error = None if state in ("done", "skipped", "running") else status.get("error")
+        return JobRecord(str(shown), state, seconds, error or _explain(state))
+
+    def _table(self) -> str:
+        width = max((len(job.folder) for job in self.jobs), default=0)
+        lines = ["", f"sweep in {self.folder}: {self._summary()}"]
+        for job in self.jobs:
+            seconds = "" if job.seconds is None else f"{job.seconds:.1f} s"
+            lines.append(
+                f"  {job.state:<12}{seconds:>10}  {job.folder:<{width}}  {job.error or ''}"
+            )
+        return "\n".join(printable(line.rstrip()) for line in lines)
+
+    def _summary(self) -> str:
+        counts = Counter(job.state for job in self.jobs)
+        counts["not started"] = max((self.num_jobs or 0) - len(self.jobs), 0)
+        return (
+            ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no jobs"
+        )
+
+    def _write(self, state: str, error: str | None) -> None:
+        ended = None if state == "RUNNING" else datetime.now().astimezone().isoformat()
+        record = {
+            "state": state,
+            "start": self.started.isoformat(),
+            "end": ended,
+            "error": error,
+            "verb": self.verb,
+            "overrides": self.overrides,
+            "num_jobs": self.num_jobs,
+            "jobs": [asdict(job) for job in self.jobs],
+        }
+        write_json(self.folder / "sweep.json", record)
+
+
+def find_sweep(root: Path, verb: str, overrides: list[str]) -> Path | None:
+    """The newest folder directly below `root` in which this command was run as a sweep."""
+    found = []
+    for path in root.glob("*/sweep.json"):
+        try:
+            record = read_record(path)
+            if record.get("state") not in STATES:
+                raise ValueError(f"sweep.json has the state {short(record.get('state'))}")
+        except FileNotFoundError:  # removed meanwhile
+            continue
+        except ValueError as error:
+            tell_unreadable(path.parent, error)
+            continue
+        if (record.get("verb"), record.get("overrides")) == (verb, overrides):
+            found.append((start_of(record), path.parent))
+    return max(found)[1] if found else None
+
+
+def _jobs_of(sweep: Path) -> list[Path]:
+    """The folders of a sweep's jobs, in the order of their numbers, wherever they are."""
+
+    def number(folder: Path) -> tuple[int, str]:
+        first = folder.name.partition("_")[0]
+        return (int(first) if first.isdecimal() else 0, folder.name)
+
+    folders = sorted(job_folders(sweep), key=number)
+    return [_elsewhere(folder) or folder for folder in folders]
+
+
+def _elsewhere(folder: Path) -> Path | None:
+    """Where the job is that this folder of a sweep stands for, if it is not here."""
+    if (folder / "status.json").exists():
+        return None
+    try:
+        there = read_record(folder / ELSEWHERE).get("folder")
+        if not isinstance(there, str) or "\0" in there:
+            raise ValueError(f"{ELSEWHERE} names the folder {short(there)}")
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        tell_unreadable(folder, error)
+        return None
+    return Path(there)
+
+
+def _state(folder: Path) -> str:
+    status = read_status(folder)
+    if status is None:
+        return "interrupted"  # it was removed
+    if status["state"] == "RUNNING":
+        return "running" if is_running(folder) else "interrupted"
+    return str(status["state"]).lower()
+
+
+def _explain(state: str) -> str | None:
+    return {
+        "interrupted": "its process was killed",
+        "running": "by another process",
+        "refused": "its folder holds an earlier job; give another hydra.sweep.dir, or resume=true",
+    }.get(state)
+
+
+def _is_below(folder: Path, root: Path) -> bool:
+    return root in folder.parents

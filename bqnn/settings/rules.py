@@ -1,0 +1,95 @@
+"""Kinds and ranges of values: a test, and the words for it in an error message."""
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value has to be, in words and as a test of it."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def is_finite(value: object) -> bool:
+    """Whether it is a number that a float can hold: 10**400 is none, and neither is NaN."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+
+
+def whole(least: int, most: int = 2**31 - 1) -> Rule:
+    words = f"a whole number from {least} to {most}"
+    return Rule(words, lambda value: type(value) is int and least <= value <= most)
+
+
+def number() -> Rule:
+    return Rule("a finite number", is_finite)
+
+
+def flag() -> Rule:
+    return Rule("true or false", lambda value: type(value) is bool)
+
+
+def text() -> Rule:
+    return Rule(
+        "a text of at most 4096 characters that UTF-8 can hold",
+        lambda v: type(v) is str and len(v) <= 4096 and not re.search("[\ud800-\udfff]", v),
+    )
+
+
+def name() -> Rule:
+    """Text that becomes the name of a folder, and never a path to another one."""
+    return Rule(
+        "a name without slashes, a dot in front or unprintable characters, of at most 200 bytes",
+        lambda value: (
+            type(value) is str
+            and 0 < len(value) <= 200
+            and value.isprintable()  # so it has no lone surrogates either
+            and len(value.encode()) <= 200
+            and value[0] != "."
+            and not set("/\\") & set(value)
+        ),
+    )
+
+
+def one_of(*choices: str | int) -> Rule:
+    words = " or ".join(map(str, choices))
+    return Rule(words, lambda value: type(value) in (str, int) and value in choices)
+
+
+def many(rule: Rule, most: int) -> Rule:
+    return Rule(
+        f"at most {most} entries, each {rule.words}",
+        lambda value: (
+            type(value) is list and len(value) <= most and all(rule.holds(entry) for entry in value)
+        ),
+    )
+
+
+def either(*rules: Rule) -> Rule:
+    words = ", or ".join(rule.words for rule in rules)
+    return Rule(words, lambda value: any(rule.holds(value) for rule in rules))
+
+
+def maybe(rule: Rule) -> Rule:
+    return Rule(f"null, or {rule.words}", lambda value: value is None or rule.holds(value))
+
+
+def is_option(key: object) -> bool:
+    """Whether a key could be a public argument of a constructor."""
+    return type(key) is str and key.isidentifier() and len(key) <= 60 and key[0] != "_"
+
+
+# An option of a method, network or optimizer of your own, whose constructor judges it.
+NUMBER = either(
+    whole(-10_000_000, 10_000_000),
+    Rule("a finite float", lambda value: type(value) is float and is_finite(value)),
+)
+OPTION = maybe(either(flag(), NUMBER, name(), many(NUMBER, 256)))
+
+SIZE = whole(1, 65_536)  # of a layer
+COUNT = whole(0)
+DRAWN = whole(1, 10_000_000)  # rows made up and kept in memory

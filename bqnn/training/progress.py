@@ -1,0 +1,161 @@
+"""How far a training or an evaluation is: a bar on a terminal, and a few lines elsewhere."""
+
+import logging
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
+from tqdm import tqdm
+
+from bqnn.methods import Method
+from bqnn.methods.epochs import is_last_epoch
+
+log = logging.getLogger(__name__)
+
+NUM_LINES = 20  # of a training, about
+PATIENCE = 300  # seconds after which there is a line in any case
+SHOWN = ("train/loss", "val/nll")
+
+
+class TrainingProgress(Checkpoint):
+    """Shows the training loss, val/nll and the time left.
+
+    On a terminal that is one bar for the whole training. Elsewhere it is a line of the log for
+    logged epochs: the first one, the last one, and of those between about every twentieth of the
+    training, or one each five minutes. Being a Checkpoint, it is called when the epoch's metrics
+    are complete.
+    """
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._values: dict[str, float] = {}  # that the bar shows
+        self._line_at = -math.inf  # the epoch
+        self._said_at = -math.inf  # the time
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started, self._first_epoch = time.monotonic(), trainer.current_epoch
+        if not trainer.is_global_zero or not _is_terminal():
+            return
+        batches, epochs = int(trainer.num_training_batches), trainer.max_epochs
+        self._bar = tqdm(
+            total=None if epochs is None or epochs < 0 else epochs * batches,
+            initial=trainer.current_epoch * batches,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+            **_size(),
+        )
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._bar is not None:
+            text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            self._bar.set_description_str(text, refresh=False)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        # The loss is looked at where it is displayed, since a GPU would be waited for.
+        if self._bar is not None and self._bar.update():
+            if isinstance(outputs, dict) and "loss" in outputs:
+                self._values["train/loss"] = float(outputs["loss"])
+            self._bar.set_postfix_str(_text(self._values), refresh=False)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Method)
+        if self._bar is not None:
+            self._values |= _metrics(trainer)
+            self._bar.set_postfix_str(_text(self._values))
+        elif trainer.is_global_zero and pl_module.is_logged_epoch():
+            self._say(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            _say_evaluation(pl_module, "validation")
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _say_evaluation(pl_module, "test")
+
+    def _say(self, trainer: pl.Trainer) -> None:
+        epoch, now, epochs = trainer.current_epoch + 1, time.monotonic(), trainer.max_epochs or 0
+        is_due = epoch - self._line_at >= epochs / NUM_LINES or now - self._said_at >= PATIENCE
+        is_last = is_last_epoch(trainer)
+        if not (is_due or is_last):
+            return
+        self._line_at, self._said_at = epoch, now
+        seconds = (now - self._started) / (epoch - self._first_epoch)
+        left = 0 if is_last else seconds * max(epochs - epoch, 0)
+        text = _text(_metrics(trainer))
+        log.info("epoch %d/%d: %s, %.0f s left", epoch, epochs, text, left)
+
+
+@contextmanager
+def evaluation_progress(
+    what: str, sets: Sequence[str], num_samples: int, is_shown: bool = True
+) -> Iterator[Callable[[int, int], None] | None]:
+    """What `predictive_sets` is to call with the index of a set and of the draw it made for it.
+
+    Args:
+        what: A name for what is evaluated, such as int8.
+        sets: The names of the sets.
+        num_samples: Draws for each of them.
+        is_shown: False: nothing is to be shown, and the context gives None.
+    """
+    if not is_shown:
+        yield None
+    elif _is_terminal():
+        with tqdm(total=len(sets) * num_samples, leave=False, **_size()) as bar:
+
+            def move(index: int, draw: int) -> None:
+                text = f"{what}: {sets[index]}, draw {draw + 1}/{num_samples}"
+                bar.set_description_str(text, refresh=False)
+                bar.update()
+
+            yield move
+    else:
+        names = sets[0] if len(sets) == 1 else f"{len(sets)} sets"
+        log.info("evaluating %s: %s; draws: %d", what, names, num_samples)
+        said_at = time.monotonic()
+
+        def say(index: int, draw: int) -> None:
+            nonlocal said_at
+            if time.monotonic() - said_at >= PATIENCE:
+                said_at = time.monotonic()
+                log.info("evaluating %s: %s, draw %d/%d", what, sets[index], draw + 1, num_samples)
+
+        yield say
+
+
+def _say_evaluation(pl_module: pl.LightningModule, rows: str) -> None:
+    assert isinstance(pl_module, Method)
+    log.info("evaluating the %s rows; draws: %d", rows, pl_module.available_samples)
+
+
+def _metrics(trainer: pl.Trainer) -> dict[str, float]:
+    metrics = trainer.callback_metrics
+    return {name: float(metrics[name]) for name in SHOWN if name in metrics}
+
+
+def _text(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)
+
+
+def _size() -> dict[str, int]:
+    """That of the terminal. tqdm shows nothing on one that does not say, as some do not."""
+    size = shutil.get_terminal_size()
+    return {"ncols": size.columns, "nrows": size.lines}
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()

@@ -1,0 +1,76 @@
+"""A record is read as what it is, whatever somebody left in its place."""
+
+import os
+import threading
+
+import pytest
+
+from bqnn.jobs.records import LARGEST_RECORD, instant, read_record
+
+ODD = {
+    "empty.json": b"",
+    "list.json": b"[]",
+    "number.json": b"5",
+    "cut.json": b'{"state": "DO',
+    "latin.json": b'{"state": "\xe9"}',
+    "deep.json": b"[" * 100_000,
+    "digits.json": b'{"n": ' + b"9" * 5000 + b"}",
+    "large.json": b" " * (LARGEST_RECORD + 1),
+    "empty.yaml": b"",
+    "scalar.yaml": b"seed",
+    "cut.yaml": b"{seed: 0",
+    "tag.yaml": b"!!python/object/apply:os.system ['true']",
+    "self.yaml": b"a: &a\n  b: *a\n",
+    "bomb.yaml": b"a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\n",
+    "deep.yaml": b"[" * 100_000,
+    "number_key.yaml": b"5: seed\n",
+    "list_key.yaml": b"[1, 2]: seed\n",
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_no_record_is_a_value_error_in_one_line(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(ODD[name])
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")) as caught:
+        read_record(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
+def test_a_folder_and_a_fifo_are_no_records(tmp_path):
+    (tmp_path / "status.json").mkdir()
+    with pytest.raises(ValueError, match=r"regular file|directory"):
+        read_record(tmp_path / "status.json")
+    os.mkfifo(tmp_path / "fifo.json")
+    done = threading.Event()
+
+    def read() -> None:
+        with pytest.raises(ValueError, match="no regular file"):
+            read_record(tmp_path / "fifo.json")
+        done.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    assert done.wait(10), "reading a FIFO waits for its writer"
+
+
+def test_a_missing_record_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_record(tmp_path / "status.json")
+
+
+def test_records_are_read(tmp_path):
+    (tmp_path / "a.json").write_text('{"state": "DONE", "n": 1.5}')
+    (tmp_path / "a.yaml").write_text("state: DONE\nn: 1.5\n")
+    assert read_record(tmp_path / "a.json") == read_record(tmp_path / "a.yaml")
+
+
+def test_instants_compare_across_a_change_of_utc_offset():
+    earlier = instant("2026-10-25T02:30:00+02:00")
+    later = instant("2026-10-25T02:15:00+01:00")
+    assert earlier < later
+
+
+@pytest.mark.parametrize("odd", [None, 5, "", "yesterday", "9999-12-31T23:59:59-23:00", [], {}])
+def test_what_names_no_instant_is_none(odd):
+    assert instant(odd) is None

@@ -1,0 +1,611 @@
+"""The methods in a real Trainer: their losses, their members, their checkpoints."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from bare_trainer import bare_trainer
+from pytorch_lightning.callbacks import EarlyStopping
+from small_methods import (
+    ADAM,
+    NUM_ROWS,
+    OPTIONS,
+    mlp,
+    picture_method,
+    pictures,
+    table,
+    table_method,
+)
+from torch import Tensor, nn
+
+from bqnn.data.loader import TensorLoader
+from bqnn.inference.likelihoods import Regression
+from bqnn.layers.bayes import GaussianWeight, kl_divergence
+from bqnn.methods import METHODS, BayesByBackprop, MCDropoutMethod, Method, Pointwise, SGHMCEnsemble
+from bqnn.nets import ResNet
+
+
+def trainer(max_epochs: int = 1, **options: Any) -> pl.Trainer:
+    return bare_trainer(max_epochs, num_sanity_val_steps=0, inference_mode=False, **options)
+
+
+class AtEpochEnd(pl.Callback):
+    """Keeps what `look` sees in the method at the end of every epoch."""
+
+    def __init__(self, look: Callable[[Any], Any]) -> None:
+        self.look = look
+        self.seen: list[Any] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seen.append(self.look(pl_module))
+
+
+def weights_of(net: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().reshape(-1) for parameter in net.parameters()])
+
+
+# ---- every method
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_an_epoch_moves_every_weight_and_ends_with_finite_metrics(name, precision):
+    method = picture_method(name)
+    before = weights_of(method.net)
+    fit = trainer(precision=precision)
+    fit.fit(method, pictures(), pictures())
+    after = weights_of(method.net)[: len(before)]  # what follows are members of an ensemble
+    assert after.isfinite().all()
+    # dropout and dead ReLUs may hold a few weights still
+    assert (after != before).float().mean() > 0.8
+    for metric in ("train/loss", "train/nll", "val/nll", "val/error"):
+        assert torch.isfinite(fit.callback_metrics[metric])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_checkpoint_loads_strictly_into_a_new_method_and_predicts_the_same(name, tmp_path):
+    method = picture_method(name)
+    method.recipe = {"method": {"name": name}}
+    fit = trainer(max_epochs=2)
+    fit.fit(method, pictures())
+    fit.save_checkpoint(tmp_path / "checkpoint.ckpt")
+
+    checkpoint = torch.load(tmp_path / "checkpoint.ckpt", weights_only=True)
+    assert checkpoint["recipe"] == {"method": {"name": name}}
+    loaded = picture_method(name)
+    loaded.load_state_dict(checkpoint["state_dict"], strict=True)
+    x = pictures().inputs
+    expected = method.eval().predictive(x)
+    assert torch.equal(loaded.eval().predictive(x), expected)
+    assert len(expected) == {"pointwise": 1, "sghmc": 2}.get(name, 20)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_equal_seeds_train_equal_weights_and_other_seeds_do_not(name):
+    trained = []
+    for seed in (0, 0, 1):
+        method = table_method(name, seed=seed)
+        trainer(max_epochs=2).fit(method, table())
+        trained.append(weights_of(method.net))
+    assert torch.equal(trained[0], trained[1])
+    # nothing is drawn in pointwise training
+    assert torch.equal(trained[0], trained[2]) == (name == "pointwise")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_metrics_are_those_of_the_draws_over_all_rows(name):
+    method = table_method(name)
+    rows = table()
+    (results,) = trainer().test(method, rows, verbose=False)
+    method.eval()
+    samples = torch.cat([method.predictive(inputs) for inputs, _ in rows], dim=1)
+    expected = method.likelihood.metrics(samples, rows.targets)
+    assert results.keys() == {f"test/{key}" for key in expected}
+    for key, value in expected.items():
+        assert results[f"test/{key}"] == pytest.approx(value, rel=1e-6)
+
+
+def test_training_metrics_are_averages_over_rows_not_batches():
+    torch.manual_seed(0)
+    rows = TensorLoader(torch.randn(5, 3), torch.randn(5), batch_size=4)  # batches of 4 and 1
+    method = table_method("pointwise", optimizer={"name": "sgd", "lr": 1e-30})
+    fit = trainer()
+    fit.fit(method, rows)
+    with torch.no_grad():
+        expected = method.likelihood.loss(method(rows.inputs), rows.targets)
+    torch.testing.assert_close(fit.callback_metrics["train/nll"], expected)
+
+
+def test_metrics_of_validation_and_test_keep_the_range_and_the_digits_of_float64():
+    rows = table()
+    rows.targets[3] = 1e30  # of which the square is no float32
+    method = table_method("pointwise", optimizer={"name": "sgd", "lr": 1e-30})
+    fit = trainer()
+    fit.fit(method, table(), rows)
+    method.eval()
+    whole = TensorLoader(rows.inputs, rows.targets, batch_size=NUM_ROWS)
+    expected = method.likelihood.metrics(method.predictive(rows.inputs), rows.targets)
+    assert expected["nll"] > 1e50
+    for split, run in (("val", fit.validate), ("test", fit.test)):
+        (found,) = run(method, whole, verbose=False)
+        assert found == {f"{split}/{name}": value for name, value in expected.items()}
+
+
+@pytest.mark.parametrize("monitored", ["train/loss", "val/nll"])
+def test_metrics_are_there_for_callbacks_of_lightning(monitored):
+    method = table_method("pointwise", optimizer={"name": "sgd", "lr": 1e-30})
+    stopping = EarlyStopping(monitored, patience=1)
+    fit = trainer(max_epochs=5, callbacks=[stopping])
+    fit.fit(method, table(), table())
+    assert fit.current_epoch == 2  # that of the first was not improved
+    assert {"train/loss", "train/nll", "train/lr", "val/rmse"} <= fit.logged_metrics.keys()
+
+
+def test_validation_draws_fewer_samples_while_training_than_after(monkeypatch):
+    method = table_method("bbb", num_samples=7, val_samples=2)
+    drawn = []
+    plain = method.predictive
+
+    def counting(x: Tensor, num_samples: int | None = None) -> Tensor:
+        samples = plain(x, num_samples)
+        drawn.append(len(samples))
+        return samples
+
+    monkeypatch.setattr(method, "predictive", counting)
+    trainer().fit(method, table(), table())
+    trainer().validate(method, table(), verbose=False)
+    trainer().test(method, table(), verbose=False)
+    assert drawn == [2] * 3 + [7] * 3 + [7] * 3
+
+
+class At(pl.Callback):
+    """Does something to the method before the batch of a global step."""
+
+    def __init__(self, step: int, act: Callable[[Any], object]) -> None:
+        self.step = step
+        self.act = act
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            self.act(module)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(name):
+    method = table_method(name)
+    network = method.net.current if name == "sghmc" else method.net
+    said = r"loss is nan at step 5 \(epoch 1, batch 2\).*; net\..*output\.heads\.0\.linear\.bias"
+    spoil = At(5, lambda _: nn.init.constant_(network.output.heads[0].linear.bias, torch.nan))
+    with pytest.raises(FloatingPointError, match=said):
+        trainer(max_epochs=3, callbacks=[spoil]).fit(method, table())
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_gradient_that_is_not_finite_stops_the_run_with_its_parameter(name, value):
+    method = table_method(name)
+    wanted = {"bbb": "net.features.2.rho", "sghmc": "net.current.features.2.weight"}.get(
+        name, "net.features.2.weight"
+    )
+    before = []
+
+    def spoil(module: Method) -> None:
+        before.append(weights_of(module.net).clone())
+        param = dict(module.named_parameters())[wanted]
+        param.register_hook(lambda grad: grad.index_fill(0, torch.tensor([1]), value))
+
+    said = rf"gradient of {wanted} has a norm of (inf|nan) while the loss is .*step 4 \(epoch 1"
+    with pytest.raises(FloatingPointError, match=said):
+        trainer(max_epochs=3, callbacks=[At(4, spoil)]).fit(method, table())
+    assert torch.equal(weights_of(method.net)[: len(before[0])], before[0])  # no step was made
+
+
+def spoil_loss(method: Method) -> None:
+    nn.init.constant_(method.net.output.heads[0].linear.bias, torch.nan)
+
+
+def spoil_gradient(method: Method) -> None:
+    method.net.output.heads[0].linear.bias.register_hook(lambda grad: grad * torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [(spoil_loss, "the loss is nan"), (spoil_gradient, r"gradient of net\..*bias has a norm")],
+)
+@pytest.mark.parametrize(("step", "batch"), [(2, 0), (3, 2)])
+def test_steps_of_several_batches_are_watched_by_step_and_batch(spoil, said, step, batch):
+    # three batches an epoch, two to a step: steps 2 and 3 of epoch 1 start at batches 0 and 2
+    ends_with = {0: 0 if spoil is spoil_loss else 1, 2: 2}[batch]
+    callback = At(step, spoil)
+    fit = trainer(max_epochs=3, accumulate_grad_batches=2, callbacks=[callback])
+    with pytest.raises(
+        FloatingPointError, match=rf"{said}.* step {step} \(epoch 1, batch {ends_with}\)"
+    ):
+        fit.fit(table_method("pointwise"), table())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "expected"),
+    [
+        # lr (1 + cos(pi t / T)) / 2; three batches an epoch
+        ("cosine", {"max_steps": 6}, [0.1, 0.05]),
+        ("cosine", {"accumulate_grad_batches": 2, "max_steps": 4}, [0.1, 0.05]),
+        ("cosine_by_step", {"accumulate_grad_batches": 3}, [0.1, 0.0853553391, 0.05, 0.0146446609]),
+    ],
+)
+def test_the_rate_ends_at_0_with_the_last_step(schedule, options, expected):
+    logged = LoggedRate()
+    method = table_method("pointwise", schedule=schedule, optimizer={"name": "sgd", "lr": 0.1})
+    fit = trainer(max_epochs=4, callbacks=[logged], check_val_every_n_epoch=1, **options)
+    fit.fit(method, table())
+    assert logged.rates == pytest.approx(expected)
+    assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_trainer_that_overfits_is_refused(name):
+    with pytest.raises(ValueError, match=r"overfit_batches=2: .* choose trainer.limit_train"):
+        trainer(overfit_batches=2).fit(table_method(name), table())
+
+
+def test_fine_tuned_members_are_watched_too():
+    method = table_method("sghmc", num_members=2)
+    trainer(max_epochs=2).fit(method, table())
+    method.fine_tune({"name": "adam", "lr": 1e-3}, prior_weight=1.0)
+    param = dict(method.named_parameters())["net.members.1.output.heads.0.linear.bias"]
+    spoil = At(2, lambda _: param.register_hook(lambda grad: grad * torch.inf))
+    with pytest.raises(
+        FloatingPointError, match=r"members\.1\.output\.heads\.0\.linear\.bias .* step 2"
+    ):
+        trainer(max_epochs=3, callbacks=[spoil]).fit(method, table())
+
+
+class LoggedRate(pl.Callback):
+    """Keeps the learning rate that each epoch logs."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch > 0:  # what the epoch before has logged
+            self.rates.append(float(trainer.callback_metrics["train/lr"]))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.rates.append(float(trainer.callback_metrics["train/lr"]))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # lr (1 + cos(pi t / 4)) / 2 in the epochs t = 0, 1, 2, 3
+        ("cosine", [0.1, 0.0853553391, 0.05, 0.0146446609]),
+        ("constant", [0.1, 0.1, 0.1, 0.1]),
+    ],
+)
+def test_the_rate_that_an_epoch_logs_is_the_one_it_was_trained_with(schedule, expected):
+    logged = LoggedRate()
+    method = table_method("pointwise", schedule=schedule, optimizer={"name": "sgd", "lr": 0.1})
+    trainer(max_epochs=4, callbacks=[logged]).fit(method, table())
+    assert logged.rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"val_samples": 0}, "val_samples=0"),
+        ({"schedule": "linear"}, "schedule='linear'"),
+        ({"beta": -1.0}, r"beta=-1\.0"),
+        ({"warmup_epochs": -1}, "warmup_epochs=-1"),
+        ({"init_delta": 0.0}, r"init_delta=0\.0"),
+    ],
+)
+def test_a_bad_number_is_refused_by_its_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        table_method("bbb", **changes)
+
+
+def test_bad_numbers_of_the_other_methods_are_refused_too():
+    with pytest.raises(ValueError, match=r"rate=1\.0"):
+        table_method("mcdropout", rate=1.0)
+    with pytest.raises(ValueError, match="burn_in=-1"):
+        table_method("sghmc", burn_in=-1)
+    with pytest.raises(ValueError, match="collect_every=0"):
+        table_method("sghmc", collect_every=0)
+
+
+# ---- Bayes-by-backprop
+
+
+class Recorded(BayesByBackprop):
+    """Keeps the terms of every training step."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.terms: list[dict[str, Tensor | float]] = []
+
+    def loss_terms(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor | float]:
+        self.terms.append(super().loss_terms(inputs, targets))
+        return self.terms[-1]
+
+
+def recorded(max_epochs: int, accumulate_grad_batches: int = 1, **changes: Any) -> Recorded:
+    options = {"num_train": NUM_ROWS, "seed": 0, **OPTIONS["bbb"], **changes}
+    method = Recorded(mlp(), Regression(0.0, 1.0), **options)
+    fit = trainer(max_epochs=max_epochs, accumulate_grad_batches=accumulate_grad_batches)
+    fit.fit(method, table())
+    return method
+
+
+def test_loss_is_the_mean_nll_plus_beta_times_the_kl_over_the_rows_trained_on():
+    method = table_method("bbb", num_train=1234, beta=0.7)
+    inputs, targets = torch.randn(4, 3), torch.randn(4)
+    with torch.random.fork_rng():
+        nll = method.likelihood.loss(method(inputs), targets)
+    kl = kl_divergence(method.net)
+    terms = method.loss_terms(inputs, targets)
+    torch.testing.assert_close(terms["loss"], nll + 0.7 * kl / 1234)
+    torch.testing.assert_close(terms["nll"], nll)
+    torch.testing.assert_close(terms["kl"], kl)
+    assert terms["beta"] == 0.7
+
+
+@pytest.mark.parametrize("accumulated", [1, 2, 3, 5])
+def test_beta_grows_linearly_in_batches_and_is_constant_after(accumulated):
+    # three batches an epoch
+    method = recorded(4, accumulate_grad_batches=accumulated, beta=0.6, warmup_epochs=2)
+    betas = [terms["beta"] for terms in method.terms]
+    assert betas == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5] + [0.6] * 6)
+    for terms in method.terms:
+        expected = terms["nll"] + terms["beta"] * terms["kl"] / NUM_ROWS
+        torch.testing.assert_close(terms["loss"], expected)
+
+
+def test_without_warm_up_beta_is_there_from_the_first_step():
+    assert [terms["beta"] for terms in recorded(max_epochs=1).terms] == [0.5] * 3
+
+
+def saved(method: Method, name: str, folder: Path) -> str:
+    path = folder / f"{name}.ckpt"
+    recipe = {
+        "version": 1,
+        "stage": "float",
+        "seed": 0,
+        "method": {"name": name, "optimizer": ADAM},
+        "net": {"name": "mlp"},
+        "task": {"name": "made", "dataset": "up"},
+        "facts": {"likelihood": "regression", "input_shape": [3], "num_train": NUM_ROWS},
+    }
+    state = {"recipe": recipe, "state_dict": method.state_dict()}
+    torch.save(state, path)
+    return str(path)
+
+
+def small_resnet() -> nn.Module:
+    return ResNet([1, 8, 8], [3], width=4, blocks_per_stage=(1, 1))
+
+
+def test_init_from_takes_means_from_a_pointwise_run_and_sigma_in_proportion(tmp_path):
+    torch.manual_seed(5)
+    pointwise = picture_method("pointwise", net=small_resnet())
+    with torch.no_grad():
+        pointwise.net.output.heads[0].linear.weight[0, 0] = 0
+        for buffer in pointwise.buffers():
+            buffer.copy_(torch.full_like(buffer, 3))
+    path = saved(pointwise, "pointwise", tmp_path)
+    bayes = picture_method("bbb", net=small_resnet(), init_from=path, init_delta=0.2)
+    bayes.initialize_from(path)
+
+    trained, layers = pointwise.state_dict(), 0
+    for name, layer in bayes.named_modules():
+        if isinstance(layer, GaussianWeight):
+            layers += 1
+            mean = trained.pop(f"{name}.weight")
+            assert torch.equal(layer.mean, mean)
+            sigma = (0.2 * mean.abs()).clamp_min(1e-4)
+            torch.testing.assert_close(layer.sigma, sigma, rtol=1e-5, atol=0)
+    assert layers == 7
+    own = bayes.state_dict()
+    assert len(trained) == 6 * 5  # what is left is batch norm
+    for name, value in trained.items():
+        assert torch.equal(own[name], value)
+
+
+def test_init_from_waits_for_initialize_and_a_loaded_model_is_not_initialized(tmp_path):
+    path = saved(table_method("pointwise"), "pointwise", tmp_path)
+    bayes, trained = table_method("bbb", init_from=path), table_method("bbb")
+    assert bayes.net.output.heads[0].linear.rho.eq(-3).all()
+    bayes.initialize()
+    assert bayes.net.output.heads[0].linear.rho.ne(-3).all()
+    loaded = table_method("bbb", init_from=path)
+    loaded.load_state_dict(trained.state_dict())
+    loaded.initialize()
+    assert torch.equal(weights_of(loaded.net), weights_of(trained.net))
+
+
+def test_init_from_refuses_another_method_and_another_network(tmp_path):
+    bayes = table_method("bbb")
+    path = saved(table_method("mcdropout"), "mcdropout", tmp_path)
+    with pytest.raises(ValueError, match=r"init_from=.*mcdropout"):
+        bayes.initialize_from(path)
+    path = saved(picture_method("pointwise"), "pointwise", tmp_path)
+    with pytest.raises(ValueError, match="its network is not this one"):
+        bayes.initialize_from(path)
+
+
+# ---- MC dropout
+
+
+def test_evaluation_drops_and_leaves_batch_norm_as_it_was():
+    method = picture_method("mcdropout", net=small_resnet())
+    assert isinstance(method, MCDropoutMethod)
+    evaluate = trainer()
+    before = {name: buffer.clone() for name, buffer in method.named_buffers()}
+    evaluate.validate(method, pictures(), verbose=False)
+    evaluate.test(method, pictures(), verbose=False)
+    draws = method.eval().predictive(pictures().inputs, 2)
+    assert not torch.equal(draws[0], draws[1])
+    assert len(before) == 6 * 3
+    for name, buffer in method.named_buffers():
+        assert torch.equal(buffer, before[name])
+    trainer().fit(method.train(), pictures())
+    moved = [
+        name for name, buffer in method.named_buffers() if not torch.equal(buffer, before[name])
+    ]
+    assert len(moved) == 6 * 3
+
+
+# ---- pointwise
+
+
+def test_pointwise_has_one_output_whatever_the_seed_and_the_number_of_samples():
+    first, second = (table_method("pointwise", seed=seed, num_samples=20).eval() for seed in (0, 1))
+    assert isinstance(first, Pointwise)
+    x = table().inputs
+    draws = first.predictive(x, 2)
+    assert torch.equal(draws[0], draws[1])
+    assert torch.equal(second.predictive(x), draws[:1])
+
+
+# ---- SGHMC
+
+
+def test_members_are_the_weights_at_the_ends_of_the_right_epochs():
+    method = table_method("sghmc", burn_in=2, collect_every=3, num_members=5)
+    assert isinstance(method, SGHMCEnsemble)
+    look = AtEpochEnd(lambda method: weights_of(method.net.current))
+    trainer(max_epochs=10, callbacks=[look]).fit(method, table(), table())
+    # 3 and 6 epochs after burn-in; the next would be epoch 11
+    assert len(method.net) == 2
+    assert torch.equal(weights_of(method.net.members[0]), look.seen[5 - 1])
+    assert torch.equal(weights_of(method.net.members[1]), look.seen[8 - 1])
+
+
+@pytest.mark.parametrize(
+    ("burn_in", "collect_every", "max_epochs", "expected"),
+    [(0, 1, 3, [1, 2, 3]), (0, 2, 5, [2, 4]), (3, 1, 4, [4]), (4, 1, 4, []), (1, 1, 6, [5, 6, 4])],
+)
+def test_members_count_from_the_end_of_burn_in_and_the_last_are_kept(
+    burn_in, collect_every, max_epochs, expected
+):
+    method = table_method("sghmc", burn_in=burn_in, collect_every=collect_every)
+    look = AtEpochEnd(lambda method: weights_of(method.net.current))
+    trainer(max_epochs=max_epochs, callbacks=[look]).fit(method, table())
+    assert len(method.net) == len(expected)
+    for member, epoch in zip(method.net.members, expected, strict=True):
+        assert torch.equal(weights_of(member), look.seen[epoch - 1])
+
+
+def test_sampler_gets_the_rows_and_the_steps_of_burn_in_and_the_current_network_alone():
+    method = table_method("sghmc", burn_in=2)
+    fit = trainer(max_epochs=4)
+    fit.fit(method, table())
+    (group,) = fit.optimizers[0].param_groups
+    assert group["num_train"] == NUM_ROWS
+    assert group["num_burn_in_steps"] == 2 * 3
+    assert group["step"] == 4 * 3
+    own = [id(parameter) for parameter in method.net.current.parameters()]
+    assert [id(parameter) for parameter in group["params"]] == own
+
+
+@pytest.mark.parametrize(
+    ("options", "burn_in", "steps"),
+    [
+        ({"accumulate_grad_batches": 2}, 2 * 2, 4 * 2),  # three batches an epoch
+        ({"accumulate_grad_batches": 5}, 2, 4),
+        ({"limit_train_batches": 2}, 2 * 2, 4 * 2),
+        ({"max_steps": 7}, 2 * 3, 7),
+        ({"max_steps": 3, "accumulate_grad_batches": 2}, 2 * 2, 3),
+    ],
+)
+def test_burn_in_is_in_epochs_however_many_steps_they_have(options, burn_in, steps):
+    fit = trainer(max_epochs=4, **options)
+    fit.fit(table_method("sghmc", burn_in=2), table())
+    (group,) = fit.optimizers[0].param_groups
+    assert group["num_burn_in_steps"] == burn_in
+    assert group["step"] == steps
+
+
+class SumOfGradients(pl.Callback):
+    """Adds up the gradients that the optimizer gets."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: Any) -> None:
+        self.steps += 1
+        for name, param in module.net.current.named_parameters():
+            self.sums[name] = self.sums.get(name, 0) + param.grad
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "options", "num_rows"),
+    [
+        (4, {}, 12),
+        (5, {}, 12),  # 5, 5, 2
+        (11, {}, 12),
+        (5, {"limit_train_batches": 2}, 10),
+        (3, {"accumulate_grad_batches": 4}, 12),
+        (5, {"accumulate_grad_batches": 2}, 12),
+        (2, {"accumulate_grad_batches": 4}, 12),
+        (5, {"accumulate_grad_batches": 8}, 12),
+    ],
+)
+def test_noise_of_the_gradients_that_sghmc_gets_cancels_over_an_epoch(
+    batch_size, options, num_rows
+):
+    method = table_method("sghmc", optimizer={"name": "sghmc", "lr": 1e-12})  # holds the weights
+    method.double()
+    inputs, targets = table().inputs.double(), table().targets.double()
+    seen = SumOfGradients()
+    trainer(callbacks=[seen], **options).fit(method, TensorLoader(inputs, targets, batch_size))
+    method.zero_grad()
+    outputs = method.net.current(inputs[:num_rows])
+    method.likelihood.loss(outputs, targets[:num_rows]).backward()
+    for name, param in method.net.current.named_parameters():
+        torch.testing.assert_close(seen.sums[name] / seen.steps, param.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_sghmc_refuses_clipped_gradients():
+    with pytest.raises(ValueError, match=r"gradient_clip_val=1\.0: .* choose a smaller method"):
+        trainer(gradient_clip_val=1.0).fit(table_method("sghmc"), table())
+
+
+def test_evaluation_uses_the_members_there_are_and_warns_when_there_are_none(caplog):
+    method = table_method("sghmc", num_samples=20)
+    assert method.available_samples == 1
+    with caplog.at_level("WARNING", logger="bqnn"):
+        trainer().test(method, table(), verbose=False)
+    assert "no member is collected yet" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="bqnn"):
+        trainer(max_epochs=2).fit(method, table())
+    assert caplog.text == ""
+    assert method.available_samples == 2
+    assert len(method.eval().predictive(table().inputs)) == 2
+
+
+def test_a_run_too_short_for_a_member_warns_at_its_start(caplog):
+    method = table_method("sghmc", burn_in=2, collect_every=3)
+    with caplog.at_level("WARNING", logger="bqnn"):
+        trainer(max_epochs=4).fit(method, table())
+    assert "first member comes after epoch 5" in caplog.text
+
+
+def test_fine_tuning_pulls_members_to_the_prior_that_the_sampler_draws() -> None:
+    method = picture_method("sghmc")
+    assert isinstance(method, SGHMCEnsemble)
+    method.fine_tune({"name": "adam", "lr": 1e-3}, prior_weight=1.0)
+    assert len(method.net) == 1
+    (member,) = method.net.members
+    energy = method._prior_energy(member)
+    energy.backward()
+    for param in member.parameters():
+        # The mean of Gamma(10 + n / 2, 10 + |w|^2 / 2), with the sampler's default prior.
+        square = float(param.detach().square().sum())
+        precision = (10 + param.numel() / 2) / (10 + square / 2)
+        assert torch.allclose(param.grad, precision * param.detach(), rtol=1e-5)

@@ -1,0 +1,215 @@
+"""Every cell of the configuration composes, and says what the scripts rely on."""
+
+import math
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from bqnn.checkpoints.recipe import NUMERICS, make_recipe
+from bqnn.data import DATASETS
+from bqnn.data.distortions import DISTORTIONS
+from bqnn.data.synthetic import _FUNCTIONS
+from bqnn.jobs.launch import CONF, plain
+from bqnn.methods import METHODS
+from bqnn.methods.base import SCHEDULES
+from bqnn.nets import NETS
+from bqnn.quant.callback import fine_tuning_optimizer
+from bqnn.report.settings import flatten, tell_apart
+from bqnn.settings.options import RULES, UNFAMILIAR, leaves, nearest, published
+from bqnn.text import valid_name
+
+
+def group(name: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / name).glob("*.yaml"))
+
+
+FACTS = {"likelihood": "regression", "input_shape": [3], "num_train": 1}
+REQUIRED = {"uci": ["task.table=yacht"], "images": ["task.root=pictures"]}
+
+
+def composed(*overrides: str, verb: str = "train") -> dict:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return plain(compose(verb, list(overrides)))
+
+
+@pytest.mark.parametrize("task", group("task"))
+@pytest.mark.parametrize("method", group("method"))
+def test_every_cell_composes(method: str, task: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for trainer in group("trainer"):
+            for logger in group("logger"):
+                overrides = [f"method={method}", f"task={task}", f"trainer={trainer}"]
+                overrides += [f"logger={logger}", *REQUIRED.get(task, [])]
+                config = plain(compose("train", overrides))
+                assert config["method"]["name"] == method
+                assert config["logger"]["name"] == logger
+                assert config["task"]["dataset"] in DATASETS
+                assert config["net"]["name"] in NETS
+                assert config["trainer"]["max_epochs"] > 0
+                for key in ("check_val_every_n_epoch", "save_every"):
+                    assert key in config["trainer"]
+                make_recipe(config, FACTS)  # the schema knows every option
+
+
+def test_every_method_and_network_has_a_configuration() -> None:
+    assert group("method") == sorted(METHODS)
+    assert group("net") == sorted(NETS)
+
+
+@pytest.mark.parametrize("suite", group("suite"))
+def test_every_suite_composes_of_sets_that_there_are(suite: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = plain(compose("evaluate", [f"suite={suite}", "checkpoint=file.ckpt"]))
+    assert "test" in config["suite"]["splits"]
+    assert set(config["suite"]["distortions"]) <= DISTORTIONS.keys()
+
+
+def test_every_tuned_file_belongs_to_a_cell() -> None:
+    cells = {f"{method}_{task}" for method in group("method") for task in group("task")}
+    assert set(group("tuned")) <= cells
+
+
+def test_the_command_line_wins_over_tuned_values() -> None:
+    assert composed("method=bbb", "task=digits")["method"]["beta"] == 0.02  # conf/tuned
+    assert composed("method=bbb", "task=digits", "method.beta=0.7")["method"]["beta"] == 0.7
+
+
+def test_the_task_chooses_the_network_unless_told() -> None:
+    assert composed("task=cifar10")["net"]["name"] == "resnet"
+    assert composed("task=cifar10", "net=lenet")["net"]["name"] == "lenet"
+    assert composed("task=yacht")["net"]["name"] == "mlp"
+
+
+def test_data_dir_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BQNN_DATA_DIR", raising=False)
+    assert composed()["data_dir"] == "data"
+    monkeypatch.setenv("BQNN_DATA_DIR", "/elsewhere")
+    assert composed()["data_dir"] == "/elsewhere"
+    assert composed("data_dir=here")["data_dir"] == "here"
+
+
+CELLS = [
+    *(("train", f"method={m}", f"task={t}") for m in group("method") for t in group("task")),
+    *(("train", f"net={net}", "quant=default") for net in group("net")),
+    *(("train", f"trainer={trainer}") for trainer in group("trainer")),
+    *(("quantize", f"quant={quant}", "checkpoint=x") for quant in ("default", "paper")),
+    *(("evaluate", f"suite={suite}", "checkpoint=x") for suite in group("suite")),
+]
+
+
+@pytest.mark.parametrize(("verb", "overrides"), [(c[0], c[1:]) for c in CELLS], ids=str)
+def test_every_number_and_switch_has_its_rule_and_takes_no_other_kind(
+    verb: str, overrides: tuple[str, ...]
+) -> None:
+    required = REQUIRED.get(overrides[-1].removeprefix("task="), [])
+    config = composed(*overrides, *required, verb=verb)
+    for key, value in leaves(config):
+        entries = value if isinstance(value, list) else [value]
+        if not any(isinstance(entry, int | float) for entry in entries):
+            continue
+        assert key in RULES, f"{key}={value} has no rule in bqnn/settings/options.py"
+        wrong: list[object] = ["text", 10**400, math.nan, math.inf, [True], {}, -(10**20)]
+        wrong += [1, 0.5] if isinstance(value, bool) else [True, False]
+        assert [odd for odd in wrong if RULES[key].holds(odd)] == [], key
+
+
+# Where null may be written instead of a number, and what it then stands for is said in conf/.
+NULL = {
+    "num_samples": "null for the method's own number",
+    "trainer.threads": "null leaves it to torch",
+    "quant.output_bits": "null: activation_bits",
+    "quant.sigma_bits": "weight_bits",
+    "quant.fine_tuning.seed": "null for that of the float training",
+    "quant.fine_tuning.optimizer.lr": "lr_at_8_bits and its rule",
+    "task.mean": "one number per channel",
+    "task.std": "one number per channel",
+}
+
+
+def test_null_is_taken_only_where_the_configuration_says_what_it_means() -> None:
+    takes_numbers = [k for k, rule in RULES.items() if any(map(rule.holds, (1, 3, [1])))]
+    assert {key for key in takes_numbers if RULES[key].holds(None)} == NULL.keys()
+    for meaning in NULL.values():
+        assert meaning in published()
+
+
+def test_sets_of_words_are_those_of_the_code() -> None:
+    for key, words in {
+        "method.schedule": SCHEDULES,
+        "suite.distortions": DISTORTIONS,
+        "suite.ood": UNFAMILIAR,
+        "task.function": _FUNCTIONS,
+        "numeric": NUMERICS,
+    }.items():
+        rule = RULES[key]
+        for name in words:
+            assert rule.holds(name) or rule.holds([name])
+            assert name in rule.words
+
+
+def test_a_name_with_more_of_it_than_a_letter_is_the_nearest() -> None:
+    keys = ["method", "method.rate", "method.optimizer.lr", "task.batch_size", "trainer.max_epochs"]
+    nearest_of = {
+        "method.lr": "method.optimizer.lr",
+        "lr": "method.optimizer.lr",
+        "mehod": "method",
+        "batchsize": "task.batch_size",
+        "trainer.epochs": "trainer.max_epochs",
+        "zzz": None,
+    }
+    assert {name: nearest(name, keys) for name in nearest_of} == nearest_of
+
+
+@pytest.mark.parametrize(
+    ("verb", "overrides", "end"),
+    [
+        ("train", ["task=uci", "task.table=/home/me/my.csv"], "_bbb_-home-me-my.csv_s0"),
+        ("train", ["task.name='a b/../c'"], "_bbb_a-b-..-c_s0"),
+        ("train", ["method.name=../../x"], "x_digits_s0"),
+        ("train", ["task.name='Übung'"], "_bbb_Ubung_s0"),
+        ("quantize", ["checkpoint=x", "quant.mode='a/b'"], "_a-b_w8a7"),
+        ("evaluate", ["checkpoint=x"], "_default"),
+    ],
+)
+def test_folders_are_named_by_what_is_fit_for_names(
+    verb: str, overrides: list[str], end: str
+) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(verb, overrides, return_hydra_config=True)
+        config.hydra.job.num = 3
+        run, sweep = config.hydra.run.dir, config.hydra.sweep.subdir
+    assert run.startswith(f"outputs/{verb}/2")
+    for name in (run.removeprefix(f"outputs/{verb}/"), sweep):
+        assert name.endswith(end)
+        assert name == valid_name(name)
+    assert sweep.startswith("3_")
+
+
+def test_the_rate_of_fine_tuning_grows_with_the_weights_step() -> None:
+    def rate(*overrides: str) -> float:
+        config = composed("checkpoint=x", *overrides, verb="quantize")
+        return fine_tuning_optimizer(config["quant"])["lr"]
+
+    assert [rate(f"quant.weight_bits={bits}") for bits in (8, 6, 4, 2)] == pytest.approx(
+        [1.25e-5, 5e-5, 2e-4, 8e-4]
+    )
+    assert rate("quant.weight_bits=2", "quant.fine_tuning.optimizer.lr=0.5") == 0.5
+    assert rate("quant=paper", "quant.weight_bits=2") == 1e-5
+
+
+def test_a_sweep_over_bits_that_was_resumed_is_one_setting_to_the_report() -> None:
+    swept = [
+        flatten(composed("checkpoint=x", f"bits={bits}", f"resume={resume}", verb="quantize"))
+        for bits in ("w8a7", "w4a7", "w3a7", "w8a4")
+        for resume in ("true", "false")
+    ]
+    assert tell_apart(swept) == []
+
+
+@pytest.mark.parametrize("task", ["boston", "concrete", "energy", "power", "wine", "yacht"])
+def test_the_six_tables_are_short_files_on_top_of_uci(task: str) -> None:
+    config = composed(f"task={task}", "task.split=3")
+    assert config["task"]["dataset"] == "uci"
+    assert config["task"]["split"] == 3
+    assert len((Path(CONF) / "task" / f"{task}.yaml").read_text().splitlines()) <= 4

@@ -1,0 +1,60 @@
+"""Each method on a small network, and the rows that it is trained on."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from bqnn.data.loader import TensorLoader
+from bqnn.inference.likelihoods import Classification, Regression
+from bqnn.methods import METHODS, Method
+from bqnn.nets import MLP, LeNet
+
+NUM_ROWS = 12
+ADAM = {"name": "adam", "lr": 1e-2}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "pointwise": {"num_samples": 1, "val_samples": 1, "optimizer": ADAM},
+    "bbb": {"prior_std": 1.0, "init_rho": -3.0, "beta": 0.5, "optimizer": ADAM},
+    "mcdropout": {"rate": 0.2, "drop_before_output": True, "optimizer": ADAM},
+    "sghmc": {
+        "burn_in": 0,
+        "collect_every": 1,
+        "num_members": 3,
+        "schedule": "constant",
+        "optimizer": {"name": "sghmc", "lr": 1e-3},
+    },
+}
+
+
+def pictures() -> TensorLoader:
+    """12 pictures of 1x8x8 in three classes, 4 to a batch."""
+    torch.manual_seed(0)
+    return TensorLoader(torch.randn(NUM_ROWS, 1, 8, 8), torch.arange(NUM_ROWS) % 3, batch_size=4)
+
+
+def table() -> TensorLoader:
+    """12 rows of 3 numbers and a standardized target, 4 to a batch."""
+    torch.manual_seed(0)
+    return TensorLoader(torch.randn(NUM_ROWS, 3), torch.randn(NUM_ROWS), batch_size=4)
+
+
+def lenet() -> nn.Module:
+    torch.manual_seed(0)
+    return LeNet([1, 8, 8], [3], channels=(2, 3), hidden_features=5)
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return MLP([3], [1, 1], hidden_features=[4])
+
+
+def picture_method(name: str, net: nn.Module | None = None, **changes: Any) -> Method:
+    """The method on LeNet and three classes."""
+    options = {"num_train": NUM_ROWS, "seed": 0, **OPTIONS[name], **changes}
+    return METHODS[name](net or lenet(), Classification(["a", "b", "c"]), **options)
+
+
+def table_method(name: str, **changes: Any) -> Method:
+    """The method on an MLP and one target."""
+    options = {"num_train": NUM_ROWS, "seed": 0, **OPTIONS[name], **changes}
+    return METHODS[name](mlp(), Regression(target_mean=0.0, target_std=1.0), **options)
