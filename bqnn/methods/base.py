@@ -4,7 +4,6 @@ import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,7 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from bqnn.epochs import is_last_epoch
 from bqnn.layers.noise import reseed
-from bqnn.layers.safe_convolutions import SafeConvolutions, has_narrow_kernels
+from bqnn.layers.safe_convolutions import guard_backward
 from bqnn.likelihoods import Likelihood, NotFiniteError
 from bqnn.optim import make_optimizer
 from bqnn.predict import predictive_sets
@@ -59,8 +58,8 @@ class Method(pl.LightningModule):
             )
         if schedule not in SCHEDULES:
             raise ValueError(f"method.schedule={schedule!r}: choose {', '.join(SCHEDULES)}")
+        guard_backward()
         self.net = net.to(memory_format=torch.channels_last)
-        self._is_narrow = has_narrow_kernels(net)
         self.likelihood = likelihood
         self.num_train = num_train
         self.seed = seed
@@ -79,8 +78,8 @@ class Method(pl.LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """One draw of the network's output: logits [B, C], or mean and log variance [B, 2]."""
-        with SafeConvolutions() if self._is_narrow else nullcontext():
-            return self.net(channels_last(x))
+        out: Tensor = self.net(channels_last(x))
+        return out
 
     def predictive(self, x: Tensor, num_samples: int | None = None) -> Tensor:
         """Stack independent draws of the output for normalized inputs: [S, B, ...]."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.layers.noise import reseed
+from bqnn.layers.safe_convolutions import guard_backward
 from bqnn.quant.fbgemm import FakeQuant
 from bqnn.quant.fuse import fuse
 from bqnn.quant.saturation import refuse_saturation
@@ -55,6 +56,7 @@ class QuantizationCallback(pl.Callback):
                 f"trainer.precision={trainer.precision}: fake quantization needs 32-true, in which "
                 "its ranges and the integers' scales are"
             )
+        guard_backward()
         quantize_module(pl_module, self.spec)
         if stage == "fit":
             refuse_saturation(_net(pl_module))
