@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.layers.draws import Drawn
-from bqnn.layers.swap import check_no_loose_tensors
+from bqnn.layers.swap import check_copied_as_one, check_no_loose_tensors
 from bqnn.numbers import whole_number
 
 
@@ -26,6 +26,7 @@ class Ensemble(Drawn):
     def __init__(self, net: nn.Module, num_members: int) -> None:
         super().__init__()
         check_no_loose_tensors(net)
+        check_copied_as_one(net)
         self.current = net
         self.num_members = whole_number(
             "num_members", num_members, "an ensemble keeps at least one member", 1
