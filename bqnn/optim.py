@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributions import Gamma
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from bqnn.numbers import real_number, whole_number
+
 log = logging.getLogger(__name__)
 
 # Of lr^2 V^(1/2) / friction: gradient noise then adds at most half of it, 10 %, to a variance.
@@ -68,25 +70,6 @@ class SGHMC(Optimizer):
         prior_shape: float = 10.0,
         prior_rate: float = 10.0,
     ) -> None:
-        if lr <= 0:
-            raise ValueError(f"lr={lr}: the step size of SGHMC is positive")
-        if not 0 < friction <= 1:
-            raise ValueError(
-                f"friction={friction}: it is the share of momentum lost in a step, above 0 and "
-                "at most 1"
-            )
-        if temperature <= 0:
-            raise ValueError(f"temperature={temperature}: choose more than 0; 1 is the posterior")
-        if num_train < 1 or num_burn_in_steps < 0:
-            raise ValueError(
-                f"num_train={num_train}, num_burn_in_steps={num_burn_in_steps}: sampling needs a "
-                "row to train on and no negative number of steps"
-            )
-        if min(resample_momentum, resample_prior) < 0 or min(prior_shape, prior_rate) <= 0:
-            raise ValueError(
-                f"resample_momentum={resample_momentum}, resample_prior={resample_prior}: steps, "
-                f"0 for never; prior_shape={prior_shape}, prior_rate={prior_rate}: positive"
-            )
         defaults = {
             "lr": lr,
             "num_train": num_train,
@@ -100,6 +83,11 @@ class SGHMC(Optimizer):
             "step": 0,
         }
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        for name, check in _CHECKS.items():
+            check(name, {**self.defaults, **param_group}[name])
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -163,6 +151,29 @@ class SGHMC(Optimizer):
                 state[name] = torch.ones_like(param)
             state["precision"] = _gamma(group["prior_shape"], group["prior_rate"])
         return state
+
+
+def _positive(name: str, value: object) -> float:
+    return real_number(name, value, "choose more than 0", 0, without=(0,))
+
+
+def _count(name: str, value: object) -> int:
+    return whole_number(name, value, "a number of steps, 0 for none", 0)
+
+
+_CHECKS: dict[str, Callable[[str, object], float]] = {
+    "lr": _positive,
+    "num_train": lambda name, value: whole_number(name, value, "rows to train on, 1 or more", 1),
+    "num_burn_in_steps": _count,
+    "friction": lambda name, value: real_number(
+        name, value, "the share of momentum lost in a step, above 0 and at most 1", 0, 1, (0,)
+    ),
+    "temperature": _positive,  # 1 is the posterior
+    "resample_momentum": _count,
+    "resample_prior": _count,
+    "prior_shape": _positive,
+    "prior_rate": _positive,
+}
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD, "sghmc": SGHMC}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from bqnn.inference.likelihoods import Classification
 from bqnn.layers.markers import DropoutSite
@@ -54,6 +55,46 @@ class DerivedKernel(nn.Module):
         return F.conv2d(x, self.linear.weight[:, :, None, None], self.linear.bias, stride=2)
 
 
+class Operators(nn.Module):
+    """Convolutions that are neither layers nor functions of torch.nn.functional."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat = nn.Parameter(torch.randn(5, 3, 1, 1))
+        self.deep = nn.Parameter(torch.randn(3, 5, 1, 1))
+        self.up = nn.Parameter(torch.randn(3, 2, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.ops.aten.conv2d(x, self.flat, None, [1, 2])
+        x = torch.convolution(x, self.deep, None, (2, 1), (0, 0), (1, 1), False, (0, 0), 1)
+        up = torch.ops.aten.convolution.default
+        return up(x, self.up, None, [2, 2], [0, 0], [1, 1], True, [1, 1], 1)
+
+
+class Checkpointed(nn.Module):
+    """A layer that is computed again in the backward pass, in both of torch's ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 5, 1, stride=2)
+        self.second = nn.Conv2d(5, 7, 1, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.first, x, use_reentrant=False)
+        return checkpoint(self.second, x, use_reentrant=True)
+
+
+class Mapped(nn.Module):
+    """A convolution of one picture, mapped over the batch by torch.func."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 1, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.vmap(lambda picture: self.conv(picture[None])[0])(x)
+
+
 def narrow_resnet() -> nn.Module:
     """A ResNet whose shortcuts have 3 and 6 channels."""
     return ResNet([3, SIZE, SIZE], [4], width=3, blocks_per_stage=(1, 1, 1))
@@ -89,18 +130,43 @@ def derived() -> nn.Module:
     )
 
 
+def operators() -> nn.Module:
+    """Direct calls of torch's operators."""
+    return nn.Sequential(
+        Operators(), nn.ReLU(), DropoutSite(), nn.Flatten(), nn.Linear(2 * SIZE**2, 4)
+    )
+
+
+def checkpointed() -> nn.Module:
+    """Layers in a checkpoint."""
+    return nn.Sequential(
+        Checkpointed(), nn.ReLU(), DropoutSite(), nn.Flatten(), nn.Linear(7 * (SIZE // 4) ** 2, 4)
+    )
+
+
+def mapped() -> nn.Module:
+    """A layer in torch.func."""
+    return nn.Sequential(
+        Mapped(), nn.ReLU(), DropoutSite(), nn.Flatten(), nn.Linear(5 * (SIZE // 2) ** 2, 4)
+    )
+
+
 NETS: list[Callable[[], nn.Module]] = [
     narrow_resnet,
     odd_geometries,
     functional,
     derived,
+    operators,
+    checkpointed,
+    mapped,
 ]
-# A Bayesian network has no parameters but those of known layers.
+# A Bayesian network has no parameters but those of known layers; their random numbers cannot be
+# mapped, and what is computed jointly is not there when a checkpoint computes its part again.
 CASES = [
     (name, net)
     for name in METHODS
     for net in NETS
-    if not (name == "bbb" and net in (functional, derived))
+    if not (name == "bbb" and net not in (narrow_resnet, odd_geometries))
 ]
 
 

@@ -21,6 +21,7 @@ from bqnn.inference.metrics import (
     moments,
     mutual_information,
 )
+from bqnn.numbers import real_number
 
 
 class NotFiniteError(ValueError):
@@ -190,15 +191,11 @@ class Regression(Likelihood):
     heads = (1, 1)
 
     def __init__(self, target_mean: float, target_std: float) -> None:
-        if not (math.isfinite(target_std) and target_std > 0):
-            raise ValueError(
-                f"target_std={target_std}: standardizing needs a finite, positive standard "
-                "deviation; is the target column constant?"
-            )
-        if not math.isfinite(target_mean):
-            raise ValueError(f"target_mean={target_mean}: is there a gap in the target column?")
-        self.target_mean = target_mean
-        self.target_std = target_std
+        reason = "is there a gap in the target column?"
+        self.target_mean = real_number("target_mean", target_mean, reason)
+        reason = "standardizing needs a finite, positive standard deviation; is the target column "
+        reason += "constant?"
+        self.target_std = real_number("target_std", target_std, reason, 0, without=(0,))
 
     def loss(self, output: Tensor, targets: Tensor) -> Tensor:
         """-log N(target; mean, variance) in standardized units, averaged over the batch."""

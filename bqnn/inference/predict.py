@@ -10,6 +10,7 @@ from bqnn.layers.bayes import JointPosterior
 from bqnn.layers.chain import is_chain
 from bqnn.layers.draws import Drawn, Stochastic, held_draw
 from bqnn.layers.finite import refuse_non_finite
+from bqnn.numbers import whole_number
 from bqnn.seeds import Stream, stream_seed
 
 BATCH_SIZE = 256
@@ -54,8 +55,7 @@ def predictive_sets(
     """
     if net.training:
         raise ValueError("predictive: the network is in training mode; call eval() on it first")
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}: at least one draw is needed")
+    num_samples = whole_number("num_samples", num_samples, "at least one draw is needed", 1)
     for index, x in enumerate(sets):
         refuse_non_finite(x, f"inputs of set {index}" if len(sets) > 1 else "inputs")
     # Where a draw costs nothing to begin, each set gets all the room for itself.

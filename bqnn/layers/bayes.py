@@ -15,6 +15,7 @@ from bqnn.layers.draws import DrawnWeights, evaluation_noise
 from bqnn.layers.linear_map import Geometry, linear_map, linear_map_gradients
 from bqnn.layers.noise import in_memory_order, noise_like
 from bqnn.layers.swap import swap
+from bqnn.numbers import real_number
 
 Moments = tuple[Tensor, Tensor]  # sigma and its square, flat, in the order of memory
 
@@ -40,19 +41,12 @@ class GaussianWeight(DrawnWeights):
         self, weight: Tensor, bias: Tensor | None, *, prior_std: float, init_rho: float
     ) -> None:
         super().__init__()
-        if not 0 < prior_std < math.inf:
-            raise ValueError(f"method.prior_std={prior_std}: a standard deviation is positive")
-        if not -80 <= init_rho <= 80:
-            raise ValueError(
-                f"method.init_rho={init_rho}: sigma = softplus(rho) leaves the range of floats; "
-                "choose -80 to 80, -5 is usual"
-            )
+        self.prior_std, init_rho = _checked(prior_std, init_rho)
         self.mean = nn.Parameter(weight.detach().clone())
         self.rho = nn.Parameter(torch.full_like(self.mean, init_rho))
         self.register_parameter(
             "bias", None if bias is None else nn.Parameter(bias.detach().clone())
         )
-        self.prior_std = prior_std
 
     @property
     def sigma(self) -> Tensor:
@@ -150,6 +144,7 @@ class BayesConv2d(GaussianWeight):
 
 def to_bayes(net: nn.Module, prior_std: float, init_rho: float) -> nn.Module:
     """Give every linear and convolution of a network Gaussian weights, in place."""
+    prior_std, init_rho = _checked(prior_std, init_rho)
     count = swap(
         net,
         {
@@ -161,6 +156,13 @@ def to_bayes(net: nn.Module, prior_std: float, init_rho: float) -> nn.Module:
     if count == 0:
         raise ValueError("to_bayes: no Linear or Conv2d left to convert")
     return net
+
+
+def _checked(prior_std: float, init_rho: float) -> tuple[float, float]:
+    reason = "a standard deviation is positive and finite; 1 is usual"
+    prior_std = real_number("method.prior_std", prior_std, reason, 0, without=(0,))
+    reason = "of sigma = softplus(rho), which must stay in the range of floats; choose -80 to 80"
+    return prior_std, real_number("method.init_rho", init_rho, f"{reason}, -5 is usual", -80, 80)
 
 
 # What this thread has computed jointly, while it uses that.

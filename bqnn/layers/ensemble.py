@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.layers.draws import Drawn
-from bqnn.layers.swap import check_no_loose_tensors
+from bqnn.layers.swap import check_copied_as_one, check_no_loose_tensors
+from bqnn.numbers import whole_number
 
 
 class Ensemble(Drawn):
@@ -24,11 +25,12 @@ class Ensemble(Drawn):
 
     def __init__(self, net: nn.Module, num_members: int) -> None:
         super().__init__()
-        if num_members < 1:
-            raise ValueError(f"num_members={num_members}: an ensemble keeps at least one member")
         check_no_loose_tensors(net)
+        check_copied_as_one(net)
         self.current = net
-        self.num_members = num_members
+        self.num_members = whole_number(
+            "num_members", num_members, "an ensemble keeps at least one member", 1
+        )
         self.members = nn.ModuleList()
         self.register_buffer("collected", torch.zeros((), dtype=torch.int64))
         self.register_load_state_dict_pre_hook(_make_room)

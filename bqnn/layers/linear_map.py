@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bqnn.layers.safe_convolutions import pixels_read
+from bqnn.layers.safe_convolutions import Gradients, pixels_read, safe_convolution_backward
 
 
 class Geometry(NamedTuple):
@@ -50,7 +50,7 @@ def linear_map_gradients(
     *,
     needs_x: bool,
     needs_bias: bool,
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
+) -> Gradients:
     """Gradients of `linear_map` by `x`, the weight and the bias; x [B, C] where it is linear."""
     if geometry is None:
         return (
@@ -58,13 +58,13 @@ def linear_map_gradients(
             grad.t() @ x,
             grad.sum(0) if needs_bias else None,
         )
-    read, stride = pixels_read(x, weight, *geometry)
-    by_read, by_weight, by_bias = torch.ops.aten.convolution_backward(
+    return safe_convolution_backward(
+        torch.ops.aten.convolution_backward,
         grad,
-        read,
+        x,
         weight,
         [len(weight)] if needs_bias else None,
-        stride,
+        geometry.stride,
         geometry.padding,
         geometry.dilation,
         False,  # transposed
@@ -72,8 +72,3 @@ def linear_map_gradients(
         geometry.groups,
         [needs_x, True, needs_bias],
     )
-    if read is x or not needs_x:
-        return by_read, by_weight, by_bias
-    by_x = torch.zeros_like(x)
-    by_x[..., :: geometry.stride[0], :: geometry.stride[1]] = by_read
-    return by_x, by_weight, by_bias

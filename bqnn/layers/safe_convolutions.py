@@ -1,20 +1,22 @@
 """Keep oneDNN from writing past a buffer in the backward pass of narrow 1x1 convolutions."""
 
-from collections.abc import Callable
+import functools
+import threading
+from collections.abc import Callable, Sequence
 from types import EllipsisType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 SAFE_CHANNELS = 16  # from here on `corrupts_memory` holds on no CPU
-KNOWN = ("torch.nn.", "bqnn.")  # modules whose kernels are their parameters
+
+Index = tuple[EllipsisType | slice, ...]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # by inputs, weight and bias
 
 
 def corrupts_memory(
-    weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], groups: int
+    weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> bool:
     """Whether the gradient by the weight of a convolution may be written past a buffer.
 
@@ -65,92 +67,84 @@ def pixels_read(
     """
     if not corrupts_memory(weight, stride, padding, groups):
         return x, stride
-    met: list[EllipsisType | slice] = [..., *(slice(None, None, step) for step in stride)]
-    return x[tuple(met)], (1,) * len(stride)
+    return x[_met(stride)], (1,) * len(stride)
 
 
-class SafeConvolutions(TorchFunctionMode):
-    """In a `with` statement no convolution of torch is computed in a way that `corrupts_memory`.
+def guard_backward() -> None:
+    """Let no convolution of this process be differentiated in a way that `corrupts_memory`.
 
-    It holds for layers of torch.nn and for functions of torch, and for the backward pass of what
-    they compute. Each call costs about a microsecond: use it where `has_narrow_kernels`.
+    It gives torch's operator `convolution_backward` a kernel for the CPU, which is
+    `safe_convolution_backward`. All gradients of convolutions come from there: those of layers, of
+    functions, of operators in torch.ops.aten, of a checkpoint that computes its part again, of
+    torch.func and of compiled networks. Results change by rounding alone. A convolution costs 10
+    microseconds more. The kernel stays for the life of the process; more calls change nothing.
     """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        return _SAFE.get(func, func)(*args, **(kwargs or {}))
+    with _lock:
+        _guard()
 
 
-def has_narrow_kernels(net: nn.Module) -> bool:
-    """Whether a network may have 1x1 kernels on so few channels that one may be in that danger.
+def safe_convolution_backward(
+    original: Callable[..., Gradients],
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    output_mask: Sequence[bool],
+) -> Gradients:
+    """The gradients that torch's `convolution_backward` computes, never where it is in danger.
 
-    A module from outside torch and bqnn may make its kernels of anything, such as a linear weight.
+    There, `original` gets the pixels that the stride meets, and a stride of 1.
+
+    Args:
+        original: torch's own, which takes the other arguments. They are those of the operator.
     """
-    return any(
-        weight.dim() in (3, 4) and weight.shape[1] < SAFE_CHANNELS and max(weight.shape[2:]) == 1
-        for weight in net.parameters()
-    ) or any(not type(module).__module__.startswith(KNOWN) for module in net.modules())
+    rest = (padding, dilation, transposed)
+    if not corrupts_memory(weight, stride, padding, groups):
+        return original(
+            grad, x, weight, bias_sizes, stride, *rest, output_padding, groups, output_mask
+        )
+    met, ones, zeros = _met(stride), [1] * len(stride), [0] * len(stride)
+    if transposed:  # here the stride is one through the outputs, and only the bias meets all
+        by_bias = grad.sum([0, *range(2, grad.dim())]) if output_mask[2] else None
+        inner: Index = (..., *(slice(size) for size in x.shape[2:]))
+        mask = [*output_mask[:2], False]
+        by_x, by_weight, _ = original(
+            grad[met][inner], x, weight, None, ones, *rest, zeros, groups, mask
+        )
+        return by_x, by_weight, by_bias
+    by_met, by_weight, by_bias = original(
+        grad, x[met], weight, bias_sizes, ones, *rest, zeros, groups, output_mask
+    )
+    by_x = None
+    if by_met is not None:
+        by_x = torch.zeros_like(x)
+        by_x[met] = by_met
+    return by_x, by_weight, by_bias
 
 
-def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.conv1d or torch.conv2d, safe."""
-
-    def convolution(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: int | tuple[int, ...] = 1,
-        padding: int | str | tuple[int, ...] = 0,
-        dilation: int | tuple[int, ...] = 1,
-        groups: int = 1,
-    ) -> Tensor:
-        dimensions = weight.dim() - 2
-        if padding == "valid":
-            padding = 0
-        if not isinstance(padding, str):
-            steps, border = _each(stride, dimensions), _each(padding, dimensions)
-            input, stride = pixels_read(input, weight, steps, border, (), groups)
-        return function(input, weight, bias, stride, padding, dilation, groups)
-
-    return convolution
+_lock = threading.Lock()
 
 
-def _transposed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.conv_transpose1d or torch.conv_transpose2d, safe by output channels of zeros."""
+@functools.cache
+def _guard() -> torch.library.Library:
+    """The registration, which ends with this object."""
+    operator = torch.ops.aten.convolution_backward.default
+    kernel = torch.library.get_kernel(operator, "CPU")
+    library = torch.library.Library("aten", "IMPL")
 
-    def convolution(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: int | tuple[int, ...] = 1,
-        padding: int | tuple[int, ...] = 0,
-        output_padding: int | tuple[int, ...] = 0,
-        groups: int = 1,
-        dilation: int | tuple[int, ...] = 1,
-    ) -> Tensor:
-        dimensions, channels = weight.dim() - 2, weight.shape[1]
-        missing = SAFE_CHANNELS - channels
-        steps, border = _each(stride, dimensions), _each(padding, dimensions)
-        is_unsafe = corrupts_memory(weight, steps, border, groups)
-        if is_unsafe:
-            weight = F.pad(weight, (0, 0) * dimensions + (0, missing))
-            bias = None if bias is None else F.pad(bias, (0, missing))
-        out = function(input, weight, bias, stride, padding, output_padding, groups, dilation)
-        return out.narrow(1 - weight.dim(), 0, channels) if is_unsafe else out
+    def backward(keys: Any, *arguments: Any) -> Gradients:
+        return safe_convolution_backward(functools.partial(kernel.call_boxed, keys), *arguments)
 
-    return convolution
+    library.impl("convolution_backward", backward, "CPU", with_keyset=True, allow_override=True)
+    return library
 
 
-def _each(value: int | tuple[int, ...], dimensions: int) -> tuple[int, ...]:
-    """One value for each dimension of a picture, as torch reads it."""
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * dimensions if len(values) == 1 else values
-
-
-_SAFE: dict[Any, Callable[..., Tensor]] = {
-    torch.conv1d: _convolution(torch.conv1d),
-    torch.conv2d: _convolution(torch.conv2d),
-    torch.conv_transpose1d: _transposed(torch.conv_transpose1d),
-    torch.conv_transpose2d: _transposed(torch.conv_transpose2d),
-}
+def _met(stride: Sequence[int]) -> Index:
+    """The index of the pixels that a stride meets."""
+    return (..., *(slice(None, None, step) for step in stride))

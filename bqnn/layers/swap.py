@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from bqnn.layers.memory import is_one, shared
+
 # Names of what may be hooked to a module. Those before loading a state are left out, since
 # `remove_spectral_norm` leaves one behind.
 HOOKS = (
@@ -133,23 +135,31 @@ def check_no_loose_tensors(net: nn.Module) -> None:
 
 
 def check_unshared(net: nn.Module, kinds: Collection[type[nn.Module]]) -> None:
-    """TypeError where two layers, one of them of these types, share a parameter.
+    """TypeError where a layer of these types shares a number with another parameter or buffer.
 
     After a conversion each would have its own.
     """
-    owners: dict[int, tuple[str, bool]] = {}
-    for path, module in net.named_modules():
-        is_converted = type(module) in kinds
-        for name, param in module._parameters.items():
-            if param is None:
-                continue
-            owner = f"{path}.{name}" if path else name
-            first, first_is_converted = owners.setdefault(_place(param), (owner, is_converted))
-            if first != owner and (is_converted or first_is_converted):
-                raise TypeError(
-                    f"{first} and {owner} are one parameter, and a conversion would make two of "
-                    "it; give each layer its own, or call one layer twice"
-                )
+    for first, second in shared(net):
+        if type(first.module) in kinds or type(second.module) in kinds:
+            are = "are one parameter" if is_one(first, second) else "lie in the same memory"
+            raise TypeError(
+                f"{first.name} and {second.name} {are}, and a conversion would make two of "
+                "it; give each layer its own, or call one layer twice"
+            )
+
+
+def check_copied_as_one(net: nn.Module) -> None:
+    """TypeError where parameters lie in the same memory, and copies of a network would part them.
+
+    One parameter under two names stays one.
+    """
+    for first, second in shared(net):
+        if first.tensor is not second.tensor:
+            raise TypeError(
+                f"{first.name} and {second.name} lie in the same memory, and copies of the "
+                "network would have two of it; give each module its own, or both the same "
+                "nn.Parameter"
+            )
 
 
 def owns_parameters(module: nn.Module) -> bool:
@@ -193,9 +203,3 @@ def _made(path: str, make: Callable[..., nn.Module], layer: nn.Module) -> nn.Mod
         return make(layer).train(layer.training)
     except TypeError as error:
         raise TypeError(f"{path}: {error}") from error
-
-
-def _place(param: Tensor) -> int:
-    """Where a parameter lies in memory: two objects may be one, as after `a.data = b.data`."""
-    has_memory = not is_lazy(param) and param.device.type != "meta" and param.numel() > 0
-    return param.data_ptr() if has_memory else id(param)

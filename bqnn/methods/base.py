@@ -4,7 +4,6 @@ import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,8 +16,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from bqnn.inference.likelihoods import Likelihood, NotFiniteError
 from bqnn.inference.predict import predictive_sets
 from bqnn.layers.noise import reseed
-from bqnn.layers.safe_convolutions import SafeConvolutions, has_narrow_kernels
+from bqnn.layers.safe_convolutions import guard_backward
 from bqnn.methods.epochs import is_last_epoch
+from bqnn.numbers import whole_number
 from bqnn.optim import make_optimizer
 from bqnn.seeds import Stream, stream_seed
 
@@ -52,22 +52,18 @@ class Method(pl.LightningModule):
         val_samples: int = 4,
     ) -> None:
         super().__init__()
-        if min(num_samples, val_samples) < 1:
-            raise ValueError(
-                f"method.num_samples={num_samples}, method.val_samples={val_samples}: "
-                "at least one draw is needed"
-            )
         if schedule not in SCHEDULES:
             raise ValueError(f"method.schedule={schedule!r}: choose {', '.join(SCHEDULES)}")
+        guard_backward()
         self.net = net.to(memory_format=torch.channels_last)
-        self._is_narrow = has_narrow_kernels(net)
         self.likelihood = likelihood
-        self.num_train = num_train
-        self.seed = seed
+        self.num_train = whole_number("num_train", num_train, "rows to train on, 1 or more", 1)
+        self.seed = whole_number("seed", seed, "choose 0 or more", 0)
         self.optimizer = optimizer
         self.schedule = schedule
-        self.num_samples = num_samples
-        self.val_samples = val_samples
+        reason = "at least one draw is needed"
+        self.num_samples = whole_number("method.num_samples", num_samples, reason, 1)
+        self.val_samples = whole_number("method.val_samples", val_samples, reason, 1)
         self.stream = Stream.TRAINING
         self.recipe: dict[str, Any] | None = None
         self._epoch_terms: defaultdict[str, list[Tensor]] = defaultdict(list)
@@ -79,8 +75,8 @@ class Method(pl.LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """One draw of the network's output: logits [B, C], or mean and log variance [B, 2]."""
-        with SafeConvolutions() if self._is_narrow else nullcontext():
-            return self.net(channels_last(x))
+        out: Tensor = self.net(channels_last(x))
+        return out
 
     def predictive(self, x: Tensor, num_samples: int | None = None) -> Tensor:
         """Stack independent draws of the output for normalized inputs: [S, B, ...]."""

@@ -9,6 +9,7 @@ from bqnn.checkpoints.file import read_checkpoint
 from bqnn.inference.likelihoods import Likelihood
 from bqnn.layers.bayes import GaussianWeight, JointPosterior, to_bayes
 from bqnn.methods.base import Method, Terms
+from bqnn.numbers import real_number, whole_number
 
 
 class BayesByBackprop(Method):
@@ -32,12 +33,11 @@ class BayesByBackprop(Method):
         init_delta: float = 0.1,
         **options: Any,
     ) -> None:
-        if beta < 0 or warmup_epochs < 0:
-            raise ValueError(
-                f"method.beta={beta}, method.warmup_epochs={warmup_epochs}: neither is negative"
-            )
-        if init_delta <= 0:
-            raise ValueError(f"method.init_delta={init_delta}: sigma has to be positive")
+        beta = real_number("method.beta", beta, "the weight of the KL term, 0 or more", 0)
+        reason = "epochs in which beta grows, 0 or more"
+        warmup_epochs = whole_number("method.warmup_epochs", warmup_epochs, reason, 0)
+        reason = "sigma as a multiple of the mean has to be positive; 0.1 is usual"
+        init_delta = real_number("method.init_delta", init_delta, reason, 0, without=(0,))
         super().__init__(to_bayes(net, prior_std, init_rho), likelihood, **options)
         self.beta = beta
         self.warmup_epochs = warmup_epochs

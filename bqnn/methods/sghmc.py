@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from bqnn.inference.likelihoods import Likelihood
 from bqnn.layers.ensemble import Ensemble
 from bqnn.methods.base import Batch, Method, Terms
+from bqnn.numbers import whole_number
 from bqnn.optim import make_optimizer
 
 log = logging.getLogger(__name__)
@@ -37,11 +38,9 @@ class SGHMCEnsemble(Method):
         num_members: int,
         **options: Any,
     ) -> None:
-        if burn_in < 0 or collect_every < 1:
-            raise ValueError(
-                f"method.burn_in={burn_in}, method.collect_every={collect_every}: in epochs, at "
-                "least 0 and 1"
-            )
+        burn_in = whole_number("method.burn_in", burn_in, "in epochs, 0 or more", 0)
+        reason = "in epochs, 1 or more"
+        collect_every = whole_number("method.collect_every", collect_every, reason, 1)
         super().__init__(Ensemble(net, num_members), likelihood, **options)
         self.burn_in = burn_in
         self.collect_every = collect_every

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.layers.noise import reseed
+from bqnn.layers.safe_convolutions import guard_backward
+from bqnn.numbers import whole_number
 from bqnn.quant.fbgemm import FakeQuant
 from bqnn.quant.fuse import fuse
 from bqnn.quant.saturation import refuse_saturation
@@ -39,8 +41,7 @@ class QuantizationCallback(pl.Callback):
     """
 
     def __init__(self, spec: QuantSpec, freeze_epochs: int = 2) -> None:
-        if freeze_epochs < 0:
-            raise ValueError(f"quant.freeze_epochs={freeze_epochs}: 0 or more")
+        freeze_epochs = whole_number("quant.freeze_epochs", freeze_epochs, "0 or more", 0)
         if spec.activation_observer == "histogram":
             raise ValueError(
                 "quant.activation_observer=histogram only calibrates (quant.mode=ptq); train with "
@@ -56,6 +57,7 @@ class QuantizationCallback(pl.Callback):
                 f"trainer.precision={trainer.precision}: fake quantization needs 32-true, in which "
                 "its ranges and the integers' scales are"
             )
+        guard_backward()
         quantize_module(pl_module, self.spec)
         if stage == "fit":
             refuse_saturation(_net(pl_module))
@@ -122,8 +124,8 @@ def calibrate_module(
     model: pl.LightningModule, spec: QuantSpec, data: Data, num_batches: int
 ) -> None:
     """Quantize `model.net` without training, its ranges set by batches of the training rows."""
-    if num_batches < 1:
-        raise ValueError(f"quant.fine_tuning.calibration_batches={num_batches}: 1 or more")
+    name = "quant.fine_tuning.calibration_batches"
+    num_batches = whole_number(name, num_batches, "1 or more", 1)
     quantize_module(model, spec, stage="ptq")
     refuse_saturation(_net(model))
     batches = islice(data.train_dataloader(), num_batches)

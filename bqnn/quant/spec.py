@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from bqnn.numbers import real_number, whole_number
 from bqnn.text import short
 
 ENGINES = ("fbgemm", "x86", "onednn")
@@ -57,7 +57,7 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         for name in BITS:
-            _check_bits(name, getattr(self, name))
+            object.__setattr__(self, name, _checked_bits(name, getattr(self, name)))
         _check_choice("weight_granularity", self.weight_granularity, ("channel", "tensor"))
         _check_choice("weight_observer", self.weight_observer, ("minmax", "moving_average"))
         _check_choice(
@@ -72,12 +72,9 @@ class QuantSpec:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"quant.{name}={_shown(value)}: true or false")
-        is_number = type(self.noise_range) in (int, float)
-        if not (is_number and 0 < self.noise_range <= sys.float_info.max):
-            raise ValueError(
-                f"quant.noise_range={_shown(self.noise_range)}: in standard deviations, above 0; 3 "
-                "is usual"
-            )
+        reason = "in standard deviations, above 0; 3 is usual"
+        noise_range = real_number("quant.noise_range", self.noise_range, reason, 0, without=(0,))
+        object.__setattr__(self, "noise_range", noise_range)
         if self.engine == "onednn" and not self.weight_symmetric:
             raise ValueError(
                 "quant.engine=onednn takes symmetric weights only; set quant.weight_symmetric=true "
@@ -97,7 +94,10 @@ class QuantSpec:
             raise ValueError(
                 f"quant.overrides={_shown(overrides)}: give a list of at most 1000 dictionaries"
             )
-        return cls(**options)
+        try:
+            return cls(**options)
+        except TypeError as error:  # a number of another kind
+            raise ValueError(str(error)) from None
 
     @classmethod
     def from_config(cls, options: Mapping[str, Any]) -> QuantSpec:
@@ -142,13 +142,12 @@ LAYER_BITS = ("weight_bits", "activation_bits", "sigma_bits", "noise_bits")
 BITS = (*LAYER_BITS, "output_bits")
 
 
-def _check_bits(name: str, bits: object) -> None:
+def _checked_bits(name: str, bits: object) -> int | None:
     if name in ("sigma_bits", "output_bits") and bits is None:
-        return
-    if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
-        raise ValueError(
-            f"quant.{name}={_shown(bits)}: integers live in 8-bit containers; choose 2 to 8"
-        )
+        return None
+    return whole_number(
+        f"quant.{name}", bits, "integers live in 8-bit containers; choose 2 to 8", 2, 8
+    )
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -169,9 +168,10 @@ def _checked_override(override: object) -> dict[str, Any]:
             f"quant.overrides: one that has {keys or 'nothing'} needs a layer (a glob) and one or "
             f"more of {', '.join(LAYER_BITS)}"
         )
-    for name in override.keys() - {"layer"}:
-        _check_bits(name, override[name])
-    return dict(override)
+    return {
+        name: value if name == "layer" else _checked_bits(name, value)
+        for name, value in override.items()
+    }
 
 
 def _shown(value: object) -> str:

@@ -8,10 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.figure import Figure
-from matplotlib.text import Text
-from torch import Tensor
-
 from bqnn.plots.figures import (
     confidence_histogram,
     curves,
@@ -25,6 +21,9 @@ from bqnn.plots.figures import (
     synthetic_fit,
     weight_grids,
 )
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from torch import Tensor
 
 PNG_SIGNATURE, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 

@@ -30,8 +30,10 @@ from bqnn.quant.spec import QuantSpec
     ],
 )
 def test_bad_options_are_refused(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         QuantSpec(**options)
+    with pytest.raises(ValueError, match=message):
+        QuantSpec.from_dict(options)
 
 
 def test_a_spec_survives_json() -> None:
