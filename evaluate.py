@@ -1,5 +1,7 @@
 """Evaluate trained networks: python evaluate.py checkpoint=outputs/.../checkpoint.ckpt"""
 
+from typing import Any
+
 from bqnn.jobs.job import Job, run_parts
 from bqnn.jobs.launch import launch
 from bqnn.jobs.terminal import say
@@ -82,5 +84,11 @@ def evaluate_one(job: Job) -> None:
     require_results(job.folder, metrics, promised)
 
 
+def check(config: dict[str, Any], is_sweep: bool) -> None:
+    from bqnn.training.trainer import refuse_devices
+
+    refuse_devices(config["trainer"], may_be_several=False)
+
+
 if __name__ == "__main__":
-    launch(evaluate, "evaluate")
+    launch(evaluate, "evaluate", check)

@@ -117,9 +117,11 @@ def quantize_one(job: Job) -> None:
     log_checkpoint(loggers, job)
 
 
-def check(config: dict[str, Any]) -> None:
+def check(config: dict[str, Any], is_sweep: bool) -> None:
     from bqnn.commands.choices import check_optimizer
+    from bqnn.training.trainer import refuse_devices
 
+    refuse_devices(config["trainer"], may_be_several=False)
     check_optimizer("quant.fine_tuning.optimizer", config["quant"]["fine_tuning"]["optimizer"])
 
 

@@ -77,12 +77,12 @@ def train(job: Job) -> None:
     log_checkpoint(loggers, job)
 
 
-def check(config: dict[str, Any]) -> None:
+def check(config: dict[str, Any], is_sweep: bool) -> None:
     from bqnn.commands.choices import check_training
-    from bqnn.training.trainer import refuse_options
+    from bqnn.training.trainer import refuse_devices
 
     check_training(config)
-    refuse_options(config["trainer"])
+    refuse_devices(config["trainer"], may_be_several=not is_sweep)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def check_training(config: Mapping[str, Any]) -> None:
     _check_group("method", "name", config["method"], METHODS, more=("name",))
     _check_group("net", "name", config["net"], NETS, more=("name",))
     _check_group("task", "dataset", config["task"], DATASETS, more=TRAINING_KEYS)
-    check_optimizer("method.optimizer", config["method"]["optimizer"])
+    check_optimizer("method.optimizer", config["method"].get("optimizer", {}))
     quantization_callbacks(config["quant"])
     groups = {group: config[group] for group in ("seed", "method", "net", "task")}
     facts = {"likelihood": "regression", "input_shape": [1], "num_train": 1}
@@ -71,6 +71,15 @@ def _check_group(
             names = sorted(f"{group}.{option}" for option in (accepted | there) - {key})
             hint = did_you_mean(f"{group}.{key}", names)
             raise ValueError(f"{group}.{key}: {group}={name} has no such option{hint}")
+    for key in _required(table[name]) - set(GIVEN[group.rpartition(".")[2]]) - set(options):
+        raise ValueError(f"{group}.{key} is missing: {group}={name} needs it")
+
+
+def _required(called: Callable[..., Any]) -> set[str]:
+    """The names of the arguments without which a function cannot be called."""
+    parameters = signature(called).parameters.values()
+    kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    return {p.name for p in parameters if p.default is p.empty and p.kind in kinds}
 
 
 def _keywords(called: Callable[..., Any]) -> set[str]:

@@ -43,6 +43,13 @@ from bqnn.text import one_line, short, valid_name
 log = logging.getLogger(__name__)
 traceback_log = logging.getLogger("bqnn.traceback")  # conf/hydra sends it to the log file alone
 
+# What jobs write, and would take from another owner.
+WRITTEN = (
+    *("config.yaml", "checkpoint.ckpt", "best.ckpt", "predictions.npz", "uncertainty.npz"),
+    *("metrics.csv", "metrics.json", "size.json", "quantization.csv", "risk_coverage.csv"),
+    *("curves.png", "reliability.png", "confidence.png", "fit.png", "interval_calibration.png"),
+    *("weights.png", "risk_coverage.png", "shift.png", "ood.png", "convergence.png"),
+)
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-core")
 PROCESS_STARTED = time.perf_counter()
 INSIST_SECONDS = 10.0  # after which an interruption that something swallowed is repeated
@@ -101,6 +108,12 @@ class Job:
             raise FileExistsError(
                 f"{self.folder} holds a job already (status.json is there); give another "
                 "hydra.run.dir, or none to get a new folder, or go on with it (resume=true)"
+            )
+        if foreign := next((name for name in WRITTEN if (self.folder / name).exists()), None):
+            self._unlock()
+            raise FileExistsError(
+                f"{self.folder} holds {foreign}, which the job would overwrite; move it away, or "
+                "give another hydra.run.dir, or none to get a new folder"
             )
         self._claimed = True
         self._write_status()

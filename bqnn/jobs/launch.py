@@ -1,5 +1,6 @@
 """The command line: Hydra in front, plain dictionaries behind; only here is OmegaConf known."""
 
+import argparse
 import contextlib
 import functools
 import itertools
@@ -12,9 +13,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -47,13 +47,22 @@ from bqnn.jobs.status import (
 from bqnn.jobs.sweep import Sweep, find_sweep
 from bqnn.jobs.terminal import protect_output, say, say_once
 from bqnn.quant.spec import QuantSpec
-from bqnn.settings.options import CONF, OPTIMIZER, check_options, did_you_mean, leaves, nearest
+from bqnn.settings.options import (
+    CONF,
+    LEFT_OUT,
+    OPTIMIZER,
+    RULES,
+    check_options,
+    did_you_mean,
+    leaves,
+    nearest,
+)
 from bqnn.text import one_line, valid_name
 
 OUTPUTS = Path("outputs")
 
 
-Check = Callable[[dict[str, Any]], None]
+Check = Callable[[dict[str, Any], bool], None]  # the configuration, and whether it is a sweep
 
 
 def launch(task: Callable[[Job], None], verb: str, check: Check | None = None) -> None:
@@ -61,7 +70,8 @@ def launch(task: Callable[[Job], None], verb: str, check: Check | None = None) -
 
     A command line that is wrong is answered in one line and leaves nothing behind. A job that fails
     says so in one line and in its status.json; a multirun goes on with the next job, and ends with
-    a table and sweep.json. The exit code is 0 when every job is done.
+    a table and sweep.json. The exit code is 0 when every job is done, and 2 where the program has
+    no such option.
 
     Args:
         task: What a job does.
@@ -86,7 +96,11 @@ def launch(task: Callable[[Job], None], verb: str, check: Check | None = None) -
     with _sigterm_as_interrupt():
         try:
             refuse_secrets({"the command line": sys.argv[1:]}, references=False)
+            _refuse_malformed(_arguments(), verb)
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)(run)()
+        except _UsageError as usage:
+            say(f"{verb}.py: {usage}", error=True)
+            sys.exit(2)
         except _StoppedError as stop:
             error = stop.error
         except (KeyboardInterrupt, SystemExit) as stop:
@@ -136,6 +150,10 @@ def run_job(cfg: DictConfig, task: Callable[[Job], None], verb: str) -> str:
     return job.state
 
 
+class _UsageError(Exception):
+    """The command line has options that the program has not, or in another order."""
+
+
 class _StoppedError(SystemExit):
     """Ends Hydra from within a callback, where it would only warn of other exceptions."""
 
@@ -178,10 +196,12 @@ class SweepCallback(Callback):
             for override in config.hydra.overrides.task
             if not override.lstrip("+~").startswith(WITHOUT_EFFECT)
         ]
+        _refuse_folders(config)
         _refuse_hydra_secrets(config)
         jobs = _jobs(config)
         if jobs is not None:
             _refuse_invalid_sweep(config, jobs)
+            _refuse_shared_folder(config, len(jobs))
         given = _is_given("hydra.sweep.dir", config.hydra)
         folder, resume = None, bool(OmegaConf.select(config, "resume"))
         if resume and not given:
@@ -381,6 +401,7 @@ def _refuse_invalid_sweep(config: DictConfig, jobs: list[list[str]]) -> None:
 def _refuse_composed(config: DictConfig) -> None:
     """ValueError or FileNotFoundError for a configuration, Hydra's part included, that is wrong."""
     _refuse_added_keys(config)
+    _refuse_folders(config)
     _refuse_hydra_secrets(config)
     values = checked(OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]))
     if SweepCallback.check is None:
@@ -389,9 +410,38 @@ def _refuse_composed(config: DictConfig) -> None:
     alone = find_place(values.get("trainer", {})).launcher is None
     hidden = hide_launcher() if alone else {}
     try:
-        SweepCallback.check(values)
+        SweepCallback.check(values, config.hydra.mode == RunMode.MULTIRUN)
     finally:
         os.environ.update(hidden)
+
+
+def _refuse_folders(config: DictConfig) -> None:
+    """ValueError for a folder or log file without a name of its own, which would be the current."""
+    for key, name in (
+        ("hydra.run.dir", config.hydra.run.dir),
+        ("hydra.sweep.dir", config.hydra.sweep.dir),
+    ):
+        if not name.strip() or "\0" in name:
+            raise ValueError(
+                f"{key}={one_line(name)}: name a folder, or leave it out to get a new one below "
+                f"{OUTPUTS}"
+            )
+    name = config.hydra.job.name
+    if name != valid_name(name):
+        raise ValueError(
+            f"hydra.job.name={one_line(name)}: the log file is named so; choose a name of letters, "
+            "digits, dots, dashes and underscores"
+        )
+
+
+def _refuse_shared_folder(config: DictConfig, num_jobs: int) -> None:
+    """ValueError for jobs that would all have the same folder."""
+    name = str(_unresolved(config)["hydra"]["sweep"]["subdir"])
+    if num_jobs > 1 and "${" not in name:
+        raise ValueError(
+            f"hydra.sweep.subdir={one_line(name)}: {num_jobs} jobs would share a folder; leave it "
+            "out, or put ${hydra.job.num} in it"
+        )
 
 
 def _refuse_hydra_secrets(config: DictConfig) -> None:
@@ -411,53 +461,47 @@ def _refuse_hydra_secrets(config: DictConfig) -> None:
 
 
 def _refuse_added_keys(config: DictConfig) -> None:
-    """ValueError for a key that `+` made, or `~` removed, and that no part of the program knows."""
-    overrides = list(config.hydra.overrides.task)
-    changes = [o for o in overrides if o.startswith(("+", "~")) and not _is_choice(o)]
-    if not changes:
+    """ValueError for a key that `+` made and that no part of the program knows, or `~` removed."""
+    overrides = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
+    rest = [o for o in overrides if not o.startswith("~") and (o[:1] != "+" or _is_choice(o))]
+    if rest == overrides:
         return
     verb = config.hydra.job.config_name
-    rest = [o for o in overrides if o not in changes]
-    original = _loader().load_configuration(
-        verb, [*config.hydra.overrides.hydra, *rest], run_mode=RunMode.RUN
-    )
-    before, now = (_own_leaves(c) for c in (original, config))
-    for key in now.keys() - before.keys():
+    original = _loader().load_configuration(verb, rest, run_mode=RunMode.RUN)
+    before, now = (dict(leaves(_unresolved(c))) for c in (original, config))
+    for key in sorted(now.keys() - before.keys()):
         _refuse_added_key(key, before, verb)
-    for key in {key.split(".")[0] for key in before} - {key.split(".")[0] for key in now}:
-        raise ValueError(f"~{key}: this key is needed; it can be changed, but not removed")
+    for key in sorted(before.keys() - now.keys()):
+        is_option = verb == "train" and key.split(".")[0] in ("method", "net", "task")
+        if not is_option and not any(other.startswith(f"{key}.") for other in now):
+            raise ValueError(f"~{key}: this key is needed; it can be changed, but not removed")
 
 
 def _refuse_added_key(key: str, known: dict[str, Any], verb: str) -> None:
     group = key.partition(".")[0]
     if group in ("method", "net", "task") and verb == "train":
         return  # `check` compares them with what the classes take
+    if key.startswith(OPEN):
+        return
     names = set(known)
     if group == "trainer" and "trainer.max_epochs" in known:
-        names |= {f"trainer.{option}" for option in _trainer_options()}
+        names |= {option for option in (*RULES, *LEFT_OUT) if option.startswith("trainer.")}
     if verb == "quantize":
         names |= {f"quant.fine_tuning.optimizer.{option}" for option in OPTIMIZER}
     if key not in names and not any(key.startswith(f"{name}.") for name in known):
         raise ValueError(_unknown_key(key, names, verb))
 
 
-def _trainer_options() -> list[str]:
-    """What Lightning's Trainer takes and `make_trainer` does not set itself."""
-    from pytorch_lightning import Trainer
-
-    return [name for name in signature(Trainer).parameters if name not in SET_BY_MAKE_TRAINER]
+# Parts of Hydra's configuration that may have any key.
+OPEN = ("hydra.callbacks.", "hydra.hydra_logging.", "hydra.job_logging.")
 
 
-SET_BY_MAKE_TRAINER = (
-    *("callbacks", "logger", "log_every_n_steps", "enable_progress_bar", "enable_model_summary"),
-    *("num_sanity_val_steps", "inference_mode", "use_distributed_sampler", "default_root_dir"),
-)
-
-
-def _own_leaves(config: DictConfig) -> dict[str, Any]:
+def _unresolved(config: DictConfig) -> dict[str, Any]:
+    """The configuration in plain types, but for what differs from one call to the next."""
     values: Any = OmegaConf.to_container(config, resolve=False)
-    values.pop("hydra", None)
-    return dict(leaves(values))
+    for key in ("runtime", "overrides"):
+        values["hydra"].pop(key, None)
+    return dict(values)
 
 
 def _loader() -> Any:
@@ -504,6 +548,54 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _arguments() -> argparse.Namespace:
+    """The command line as Hydra reads it."""
+
+    def refuse(message: str) -> NoReturn:
+        _, options, rest = message.rpartition("unrecognized arguments: ")
+        remedy = "--help and --hydra-help tell what there is"
+        if options and not any(word.startswith("-") for word in rest.split()):
+            remedy = "write options, such as -m, before all that has the form key=value"
+        raise _UsageError(f"{one_line(mask(message))}; {remedy}")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_args()
+
+
+# What Hydra takes for the key of an override, of a value or of a group, with its prefix.
+_KEY = re.compile(r"(\+\+?|~)?[\w$][\w$./@:-]*")
+
+
+def _refuse_malformed(arguments: argparse.Namespace, verb: str) -> None:
+    """ValueError for what Hydra would answer in words of its parser, or would do unchecked."""
+    if arguments.experimental_rerun is not None:
+        raise ValueError(
+            "--experimental-rerun: it would unpickle a file, which can run any code; write the "
+            "overrides again, with resume=true to go on with a run"
+        )
+    if arguments.config_name is not None or arguments.config_path is not None:
+        raise ValueError(
+            f"--config-name, --config-path: {verb}.py reads conf/{verb}.yaml; leave them out, and "
+            "add choices of your own with --config-dir"
+        )
+    for override in arguments.overrides:
+        key, equals, value = override.partition("=")
+        shown = one_line(mask(override)) or "''"
+        if not _KEY.fullmatch(key) or not (equals or key.startswith("~")):
+            raise ValueError(
+                f"{shown}: write it as key=value, with a key of letters (python {verb}.py --cfg "
+                "job shows all)"
+            )
+        if equals and not value and (choices := _choices(key)):
+            raise ValueError(f"{shown}: choose one of {', '.join(choices)}")
+
+
+def _choices(key: str) -> list[str]:
+    """The files of the group in conf/ that an override with this key chooses from."""
+    return sorted(path.stem for path in (CONF / key.lstrip("+~")).glob("*.yaml"))
+
+
 def _explain(error: Exception, verb: str) -> str:
     """What is wrong with a command line, in one line, and how to write it."""
     if isinstance(error, OverrideParseException):
@@ -520,10 +612,12 @@ def _explain(error: Exception, verb: str) -> str:
     if match := re.match(r"Could not override '([^']+)'", text):
         hint = _hint_for_sweep(match[1]) if {"-m", "--multirun"} & set(sys.argv) else ""
         return one_line(mask(_unknown_key(match[1], _known_keys(verb), verb) + hint))
-    if text.startswith("Config group override must be a string"):
+    if text.startswith(("Config group override must be a string", "Error resolving interpolation")):
         return _no_choice() or one_line(mask(text))
-    if match := re.search(r"Missing mandatory value: (\S+)", text):
-        return f"{match[1]} is missing; give it on the command line"
+    if match := re.search(
+        r"Missing mandatory value: (\S+)|Interpolation key '(\S+)' not found", text
+    ):
+        return f"{match[1] or match[2]} is missing; give it on the command line"
     if match := re.match(r"Ambiguous value for argument '(.*)'\n", text):
         return _in_quotes(match[1]) or one_line(mask(text))
     if not isinstance(error, HydraException):
@@ -535,11 +629,12 @@ def _explain(error: Exception, verb: str) -> str:
 
 
 def _no_choice() -> str | None:
-    """What to write in place of a number or null that was given for a group."""
-    for override in get_args_parser().parse_args().overrides:
+    """What to write in place of a number or null that was given for a group, or of its removal."""
+    for override in _arguments().overrides:
         group, equals, value = override.partition("=")
-        choices = sorted(path.stem for path in (CONF / group.lstrip("+~")).glob("*.yaml"))
-        if group and equals and choices and value not in choices and "," not in value:
+        choices = _choices(group)
+        is_wrong = group[:1] == "~" or (equals and value not in choices and "," not in value)
+        if choices and is_wrong:
             return one_line(mask(f"{override}: choose one of {', '.join(choices)}"))
     return None
 
@@ -549,9 +644,7 @@ def _in_quotes(override: str) -> str | None:
 
     None: Quotes would not help.
     """
-    key, equals, value = override.partition("=")
-    if not equals:
-        return f"{override}: write it as key=value"
+    key, _, value = override.partition("=")
     cure = _quoted(key, value.strip("'\""))
     try:
         OverridesParser.create().parse_override(cure)
@@ -575,7 +668,8 @@ def _unknown_key(key: str, known: Iterable[str], verb: str) -> str:
     hint = did_you_mean(key, known)
     if rest and having:
         hint = f"; {' and '.join(f'{group}={choice}' for choice in having)} would have it"
-    return f"{key}: there is no such key{hint} (python {verb}.py --cfg job shows all)"
+    part = "hydra" if group == "hydra" else "job"
+    return f"{key}: there is no such key{hint} (python {verb}.py --cfg {part} shows all)"
 
 
 def _dots(key: str) -> Iterator[int]:
@@ -584,13 +678,14 @@ def _dots(key: str) -> Iterator[int]:
 
 def _known_keys(verb: str) -> list[str]:
     """The keys of the configuration that the command line's choices make, without its values."""
-    arguments = get_args_parser().parse_args()
+    arguments = _arguments()
     folder = arguments.config_dir
     own = [] if folder is None else [f"hydra.searchpath=[{json.dumps(f'file://{folder}')}]"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         choices = [o for o in arguments.overrides if _is_choice(o) and "," not in o]
         try:
-            return list(_own_leaves(compose(verb, [*own, *choices])))
+            composed = compose(verb, [*own, *choices], return_hydra_config=True)
+            return [key for key, _ in leaves(_unresolved(composed))]
         except HydraException:
             return []
 

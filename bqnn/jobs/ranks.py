@@ -40,7 +40,8 @@ def find_place(trainer: Mapping[str, Any]) -> Place:
         trainer: The group `trainer` of the configuration.
 
     Raises:
-        ValueError: There are more, or fewer, processes than the trainer has devices.
+        ValueError: There are more, or fewer, processes than the trainer has devices, or it has
+            several machines and nothing tells which one this is.
     """
     devices, nodes = _num_devices(trainer.get("devices", 1)), _whole(trainer.get("num_nodes")) or 1
     if devices == 1 and nodes == 1:
@@ -58,7 +59,14 @@ def find_place(trainer: Mapping[str, Any]) -> Place:
                 f"started to train one model; start {devices * nodes}, or unset {rank_key}"
             )
         return Place(rank + node * (size // nodes) if launcher == "parent" else rank, launcher)
-    return Place(node * (devices or 1), "parent") if nodes > 1 else ALONE
+    if nodes == 1:
+        return ALONE
+    if not {"NODE_RANK", "GROUP_RANK"} & os.environ.keys():
+        raise ValueError(
+            f"trainer.num_nodes={nodes}: nothing says which machine this is; start it by torchrun "
+            "or srun, or set NODE_RANK, MASTER_ADDR and MASTER_PORT on each"
+        )
+    return Place(node * (devices or 1), "parent")
 
 
 def hide_launcher() -> dict[str, str]:

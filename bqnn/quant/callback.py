@@ -21,6 +21,8 @@ from bqnn.seeds import Stream, stream_seed
 
 log = logging.getLogger(__name__)
 
+SWITCH = "quant.allow_saturation=true"  # as train.py and quantize.py take it
+
 
 class Data(Protocol):
     """A data module as bqnn's are: batches of inputs and targets, and how to normalize inputs."""
@@ -60,7 +62,7 @@ class QuantizationCallback(pl.Callback):
         guard_backward()
         quantize_module(pl_module, self.spec)
         if stage == "fit":
-            refuse_saturation(_net(pl_module))
+            refuse_saturation(_net(pl_module), switch=SWITCH)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         enable(_net(pl_module), False)  # before any batch was seen there are no ranges
@@ -127,7 +129,7 @@ def calibrate_module(
     name = "quant.fine_tuning.calibration_batches"
     num_batches = whole_number(name, num_batches, "1 or more", 1)
     quantize_module(model, spec, stage="ptq")
-    refuse_saturation(_net(model))
+    refuse_saturation(_net(model), switch=SWITCH)
     batches = islice(data.train_dataloader(), num_batches)
     # Stochastic layers are drawn on the way.
     reseed(torch.device("cpu"), stream_seed(0, Stream.CALIBRATION))

@@ -12,10 +12,13 @@ from bqnn.quant.simulated import OutputOnGrid, SimulatedLayer
 log = logging.getLogger(__name__)
 
 
-def refuse_saturation(net: nn.Module, allow: bool = False) -> None:
+def refuse_saturation(
+    net: nn.Module, allow: bool = False, switch: str = "allow_saturation=true"
+) -> None:
     """ValueError where int8 would compute wrong sums on this CPU, at a network's bits.
 
-    With `allow`, or where the spec of every such layer has `allow_saturation`, a warning.
+    With `allow`, or where the spec of every such layer has `allow_saturation`, a warning. `switch`
+    is what the caller's user writes to have that.
     """
     found = list(_saturating(net))
     if not found:
@@ -28,9 +31,8 @@ def refuse_saturation(net: nn.Module, allow: bool = False) -> None:
     )
     if not (allow or all(layer.allow_saturation for _, layer, _ in found)):
         raise ValueError(
-            f"int8: {why}; choose quant.activation_bits=7, use a CPU with VNNI, or accept wrong "
-            "integers with allow_saturation=true (of quantize.py and train.py "
-            "quant.allow_saturation=true)"
+            f"int8: {why}; choose 7-bit activations (quant.activation_bits=7), use a CPU with "
+            f"VNNI, or accept wrong integers with {switch}"
         )
     log.warning("int8 can differ from the simulation: %s", why)
 

@@ -57,10 +57,14 @@ def indices() -> Rule:
 
 
 def duration() -> Rule:
-    """A length of time, as Lightning takes it."""
+    """A length of time above zero, as Lightning takes it."""
     return Rule(
         "a text such as 00:01:30:00 (days:hours:minutes:seconds)",
-        lambda value: type(value) is str and re.fullmatch(r"\d{2,}(:\d\d){3}", value) is not None,
+        lambda value: (
+            type(value) is str
+            and re.fullmatch(r"\d{2,}(:\d\d){3}", value) is not None
+            and re.search("[1-9]", value) is not None
+        ),
     )
 
 
@@ -151,7 +155,10 @@ RULES: dict[str, Rule] = {
     "trainer.threads": maybe(whole(1, 1024)),
     # Of Lightning, which are added with `+`.
     "trainer.num_nodes": whole(1, 1024),
-    "trainer.max_steps": either(whole(0), one_of(-1)),
+    "trainer.strategy": one_of(
+        "auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true"
+    ),
+    "trainer.max_steps": either(whole(1), one_of(-1)),
     "trainer.max_time": maybe(duration()),
     "trainer.min_epochs": COUNT,
     "trainer.min_steps": COUNT,
@@ -162,6 +169,9 @@ RULES: dict[str, Rule] = {
     "trainer.deterministic": maybe(either(flag(), one_of("warn"))),
     "trainer.benchmark": maybe(flag()),
     "trainer.sync_batchnorm": flag(),
+    "trainer.profiler": maybe(one_of("simple", "advanced", "pytorch")),
+    "trainer.reload_dataloaders_every_n_epochs": COUNT,
+    "trainer.enable_autolog_hparams": flag(),
     "trainer.progress_bar": flag(),
     "method.init_from": maybe(PATH),
     "method.num_samples": DRAWS,
@@ -178,6 +188,8 @@ RULES: dict[str, Rule] = {
     "method.collect_every": EVERY,
     "method.schedule": one_of("cosine", "cosine_by_step", "constant"),
     "logger.artifacts": flag(),
+    "logger.name": one_of("wandb", "csv", "none"),
+    "logger.tags": Rule("a list of words, as in [a,b]", lambda value: type(value) is list),
     "suite.splits": many(one_of("train", "val", "test"), 3),
     "suite.ood": maybe(many(one_of(*UNFAMILIAR), len(UNFAMILIAR))),
     "suite.distortions": many(one_of(*DISTORTIONS), len(DISTORTIONS)),
@@ -202,9 +214,38 @@ RULES: dict[str, Rule] = {
     "quant.fine_tuning.optimizer.lr": maybe(POSITIVE),
 }
 
+# Keys that hold others, and no value.
+GROUPS = (
+    *("method", "net", "task", "trainer", "logger", "quant", "suite"),
+    *("method.optimizer", "quant.fine_tuning", "quant.fine_tuning.optimizer"),
+)
+
+# Options of Lightning under which a job could not keep its promises, and what to write instead.
+LEFT_OUT = {
+    "trainer.fast_dev_run": "trainer=smoke is a short run",
+    "trainer.barebones": "logger=none plots=false leaves out what can be left out",
+    "trainer.overfit_batches": "trainer.limit_train_batches trains on fewer batches",
+    "trainer.limit_val_batches": "the validation rows are one batch; "
+    "trainer.check_val_every_n_epoch says how often they are used, and task.validation_share=0 "
+    "that they are not",
+    "trainer.limit_test_batches": "the test rows are one batch, and are always used",
+    "trainer.limit_predict_batches": "the trainer predicts nothing",
+    "trainer.val_check_interval": "trainer.check_val_every_n_epoch says how often the validation "
+    "rows are used",
+    "trainer.enable_checkpointing": "checkpoint.ckpt is always written",
+    "trainer.model_registry": "logger.artifacts=true keeps checkpoints in Weights & Biases",
+}
+# That the first is no more than the second is a condition of training.
+ORDERED = (
+    ("trainer.min_epochs", "trainer.max_epochs"),
+    ("trainer.min_steps", "trainer.max_steps"),
+)
+
 
 def check_options(config: Mapping[str, Any]) -> None:
     """Refuse a value of another kind, or out of the range that `RULES` gives its key.
+
+    So are options that stand in `LEFT_OUT`, and values that contradict each other.
 
     Args:
         config: A resolved configuration, in plain types. Keys without a rule are not looked at.
@@ -213,9 +254,31 @@ def check_options(config: Mapping[str, Any]) -> None:
         ValueError: In one line, with the key, the value and what is accepted.
     """
     values = dict(leaves(config))
+    for key in GROUPS:
+        if key in values and values[key] != {}:
+            hint = f"; did you mean {key}.name?" if key.endswith("optimizer") else ""
+            raise ValueError(
+                f"{key}={_shown(values[key])}: it holds other keys; give them one by one{hint}"
+            )
     for key, rule in RULES.items():
         if key in values and not rule.holds(values[key]):
             raise ValueError(f"{key}={_shown(values[key])}: choose {rule.words}")
+    for key, instead in LEFT_OUT.items():
+        if key in values:
+            raise ValueError(f"{key}={_shown(values[key])}: leave it out; {instead}")
+    for least, most in ORDERED:
+        if most in values and 0 <= values[most] < values.get(least, 0):
+            raise ValueError(
+                f"{least}={values[least]}: training ends at {most}={values[most]}; lower the first "
+                "or raise the second"
+            )
+    every, epochs = (values.get(f"trainer.{k}") for k in ("check_val_every_n_epoch", "max_epochs"))
+    if values.get("trainer.save_best") and every is not None and every > (epochs or every):
+        raise ValueError(
+            f"trainer.save_best=true: no epoch would be validated to choose by, since "
+            f"trainer.check_val_every_n_epoch={every} and trainer.max_epochs={epochs}; lower the "
+            "first"
+        )
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

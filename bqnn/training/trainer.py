@@ -1,12 +1,13 @@
 """The Lightning Trainer of a job."""
 
+import contextlib
 import ctypes
 import logging
 import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -26,7 +27,7 @@ from bqnn.data import TensorData
 from bqnn.inference.likelihoods import NotFiniteError
 from bqnn.jobs.job import Job
 from bqnn.methods import Method
-from bqnn.text import short
+from bqnn.text import one_line, short
 from bqnn.training.callbacks import PlanAnew, SaveCheckpoint, ShareBuffers
 from bqnn.training.loggers import MetricsCsv
 from bqnn.training.progress import TrainingProgress
@@ -49,7 +50,6 @@ def make_trainer(
 ) -> pl.Trainer:
     """A Trainer as `trainer` of the configuration says, saving to the job's folder."""
     options = {**job.config["trainer"], "accelerator": prepare_torch(job)}
-    refuse_options(options)
     if options["save_best"] and not validate:
         raise ValueError(
             "trainer.save_best=true: there are no validation rows to choose by; set "
@@ -86,39 +86,72 @@ def make_trainer(
     return trainer
 
 
-# What a job could not keep its promises under, and what to write instead.
-_REFUSED = {
-    "fast_dev_run": "trainer=smoke is a short run",
-    "barebones": "logger=none plots=false leaves out what can be left out",
-    "overfit_batches": "trainer.limit_train_batches trains on fewer batches",
-    "limit_val_batches": "the validation rows are one batch; trainer.check_val_every_n_epoch says "
-    "how often they are used, and task.validation_share=0 that they are not",
-    "limit_test_batches": "the test rows are one batch, and are always used",
-    "enable_checkpointing": "checkpoint.ckpt is always written",
-}
+# What Lightning finds out about the machine: the rest has its rule in bqnn/settings/options.py.
+_OF_THE_MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "precision")
 
 
-def refuse_options(options: Mapping[str, Any]) -> None:
-    """ValueError for options under which something that a job promises could not be there."""
-    for name, instead in _REFUSED.items():
-        if name in options:
-            raise ValueError(f"trainer.{name}={short(options[name])}: leave it out; {instead}")
-    every, epochs = options["check_val_every_n_epoch"], options["max_epochs"]
-    if options["save_best"] and None not in (every, epochs) and every > epochs:
+def refuse_devices(options: Mapping[str, Any], may_be_several: bool) -> None:
+    """ValueError where this machine has not the devices that `trainer` of a configuration names.
+
+    Args:
+        options: The group.
+        may_be_several: Whether several devices can do what is asked for.
+    """
+    given = {key: options[key] for key in _OF_THE_MACHINE if key in options}
+    accelerator = find_accelerator(given["accelerator"])
+    if "devices" not in given:
+        return
+    devices = given["devices"]
+    if accelerator == "cpu" and devices != "auto" and not str(devices).isdecimal():
         raise ValueError(
-            f"trainer.save_best=true: no epoch would be validated to choose by, since "
-            f"trainer.check_val_every_n_epoch={every} and trainer.max_epochs={epochs}; lower the "
-            "first"
+            f"trainer.devices={devices}: the CPU is no list of devices; say how many processes "
+            "train the model, as in trainer.devices=1"
         )
+    shown = " ".join(f"trainer.{key}={value}" for key, value in given.items())
+    try:
+        with _quiet():
+            found = pl.Trainer(
+                **{**given, "accelerator": accelerator},
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                plugins=[LightningEnvironment()],
+            )
+    except Exception as error:  # of Lightning's many kinds
+        reason = one_line(str(error)).rstrip(".")
+        raise ValueError(
+            f"{shown}: {reason}; trainer.devices=1 trainer.accelerator=auto takes what is there"
+        ) from error
+    if found.world_size > 1 and not may_be_several:
+        raise ValueError(_single(devices))
+
+
+def _single(devices: object) -> str:
+    return (
+        f"trainer.devices={devices}: several devices train one model in a single run of "
+        "train.py; leave trainer=ddp away from quantize.py and from sweeps"
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning's remarks are for the Trainer that trains."""
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _prepare_ranks(job: Job) -> None:
     """Refuse what several processes cannot do, and forget at the end that there were some."""
     if job.verb != "train" or job.sweep is not None:
-        raise ValueError(
-            f"trainer.devices={job.config['trainer']['devices']}: several devices train one model "
-            "in a single run of train.py; leave trainer=ddp away from quantize.py and from sweeps"
-        )
+        raise ValueError(_single(job.config["trainer"]["devices"]))
 
     def forget(_: int) -> None:
         if dist.is_initialized():
@@ -220,10 +253,21 @@ def prepare_torch(job: Job) -> str:
     silence_known_warnings()
     keep_freed_memory()
     stop_searching_for_gpus()
-    accelerator: str = options["accelerator"]
-    if accelerator == "auto":  # Lightning would take a device without float64
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return accelerator
+    return find_accelerator(options["accelerator"])
+
+
+def find_accelerator(name: str) -> str:
+    """The accelerator that `trainer.accelerator` stands for; ValueError where there is none."""
+    if name == "cpu":
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    if name == "auto":  # Lightning would take a device without float64
+        return "cpu"
+    raise ValueError(
+        f"trainer.accelerator={name}: torch finds no GPU of NVIDIA or AMD on this machine; choose "
+        "auto or cpu"
+    )
 
 
 def stop_searching_for_gpus() -> None:

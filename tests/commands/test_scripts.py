@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from bqnn.checkpoints.file import read_checkpoint
 from bqnn.checkpoints.recipe import load
 from bqnn.data.task import make_data
+from bqnn.jobs.job import WRITTEN
 from bqnn.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -177,6 +179,33 @@ REFUSED = [
     (["+trainer.logger=false"], "trainer.logger: there is no such key"),
     (["+logger.x.y=1"], "logger.x.y"),
     (["~seed"], "~seed: this key is needed"),
+    (["~trainer.max_epochs"], "~trainer.max_epochs: this key is needed"),
+    (["~trainer"], "~trainer.accelerator: this key is needed"),
+    (["~method"], "~method: choose one of bbb, mcdropout,"),
+    (["~method.prior_std"], "method.prior_std is missing: method=bbb needs it"),
+    (["~method.optimizer"], "method.optimizer.name='None': unknown"),
+    (["~task.name"], "task.name is missing"),
+    (["method.optimizer=adam"], "did you mean method.optimizer.name?"),
+    (["method="], "method=: choose one of bbb, mcdropout,"),
+    (["method.lr="], "method.lr: there is no such key; did you mean method.optimizer.lr?"),
+    (["=3"], "=3: write it as key=value"),
+    (["[x]=1"], "[x]=1: write it as key=value"),
+    (["a b=1"], "a b=1: write it as key=value"),
+    (["++=1"], "++=1: write it as key=value"),
+    (["~"], "~: write it as key=value"),
+    ([""], "'': write it as key=value"),
+    (["a==b"], "write 'a=\"=b\"'"),
+    (["hydra.foo=1"], "hydra.foo: there is no such key"),
+    (["+hydra.foo=1"], "hydra.foo: there is no such key"),
+    (["hydra.rnu.dir=x"], "did you mean hydra.run.dir? (python train.py --cfg hydra shows all)"),
+    (["++hydra.run.dri=x"], "did you mean hydra.run.dir?"),
+    (["hydra.run.dir="], "hydra.run.dir=: name a folder, or leave it out"),
+    (["hydra.run.dir=' '"], "name a folder, or leave it out"),
+    (["hydra.job.name=x/y"], "hydra.job.name=x/y: the log file is named so"),
+    (["--config-name=quantize"], "train.py reads conf/train.yaml"),
+    (["--experimental-rerun=x"], "it would unpickle a file"),
+    (["logger.name=nope"], "logger.name=nope: choose wandb or csv or none"),
+    (["logger=wandb", "logger.tags=abc"], "logger.tags=abc: choose a list of words"),
     (["task=uci"], "task.table is missing; give it on the command line"),
     (["task=uci", "task.table=/home/me/my.csv"], "task.table=/home/me/my.csv"),
     (["task=uci", "task.table=.."], "task.table=.."),
@@ -223,8 +252,24 @@ REFUSED = [
     (["+trainer.num_nodes=inf"], "trainer.num_nodes=inf"),
     (["+trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val=-1"),
     (["+trainer.accumulate_grad_batches=0.5"], "trainer.accumulate_grad_batches=0.5"),
-    (["+trainer.fast_dev_run=true"], "trainer.fast_dev_run=True: leave it out"),
+    (["+trainer.fast_dev_run=true"], "trainer.fast_dev_run=true: leave it out"),
     (["+trainer.limit_val_batches=0"], "trainer.limit_val_batches=0: leave it out"),
+    (["+trainer.val_check_interval=0"], "trainer.val_check_interval=0: leave it out"),
+    (["+trainer.limit_predict_batches=x"], "trainer.limit_predict_batches=x: leave it out"),
+    (["+trainer.model_registry=x"], "trainer.model_registry=x: leave it out"),
+    (["+trainer.profiler=x"], "trainer.profiler=x: choose null, or simple or advanced"),
+    (["+trainer.plugins=x"], "trainer.plugins: there is no such key"),
+    (["trainer.strategy=fsdp"], "trainer.strategy=fsdp: choose auto or ddp"),
+    (["+trainer.max_steps=0"], "trainer.max_steps=0: choose a whole number from 1"),
+    (["+trainer.max_time=00:00:00:00"], "trainer.max_time=00:00:00:00"),
+    (["+trainer.min_epochs=4", "trainer.max_epochs=2"], "min_epochs=4: training ends at trainer.m"),
+    (["+trainer.min_steps=4", "+trainer.max_steps=2"], "min_steps=4: training ends at trainer.max"),
+    (["+trainer.num_nodes=2"], "trainer.num_nodes=2: nothing says which machine this is"),
+    (["trainer.devices=0"], "trainer.devices=0"),
+    (["trainer.devices=-1"], "trainer.devices=-1: the CPU is no list of devices"),
+    (["trainer.devices=[0,1]"], "trainer.devices=[0, 1]: the CPU is no list of devices"),
+    (["trainer.accelerator=gpu"], "trainer.accelerator=gpu: torch finds no GPU"),
+    (["trainer=gpu"], "trainer.accelerator=gpu: torch finds no GPU"),
     (
         ["trainer.save_best=true", "trainer.check_val_every_n_epoch=3", "trainer.max_epochs=2"],
         "no epoch would be validated",
@@ -275,6 +320,10 @@ def test_a_wrong_command_line_gives_one_line_and_leaves_nothing(
         ["+method.lr=1,2"],
         ["hydra/launcher=nonsense"],
         ["seed=1,,"],
+        ["+hydra.foo=1"],
+        ["hydra.sweep.subdir=same"],
+        ["trainer=ddp", "trainer.accelerator=cpu"],
+        ["+trainer.min_epochs=9", "trainer.max_epochs=2,3"],
     ],
     ids=str,
 )
@@ -287,6 +336,74 @@ def test_a_sweep_none_of_whose_jobs_can_start_leaves_nothing(
         assert code == 1
         assert len(errors.strip().splitlines()) == 1, errors
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_without_a_folder_is_refused(script_here: ScriptHere, tmp_path: Path) -> None:
+    code, errors = script_here("train", "-m", "logger=none", "seed=1,2", "hydra.sweep.dir=")
+    assert code == 1
+    assert "hydra.sweep.dir=: name a folder" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["a=1", "-m", "b=2"], "write options, such as -m, before all that has the form key=value"),
+        (["--nope"], "--nope; --help and --hydra-help tell what there is"),
+        (["--cfg", "nope"], "'nope'"),
+        (["--config-dir"], "--config-dir"),
+    ],
+    ids=str,
+)
+def test_options_that_the_program_has_not_are_one_line_and_exit_code_2(
+    arguments: list[str], said: str, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    for verb in ("train", "quantize", "evaluate"):
+        code, errors = script_here(verb, *arguments)
+        assert code == 2
+        assert len(errors.strip().splitlines()) == 1, errors
+        assert errors.startswith(f"{verb}.py: ")
+        assert said in errors
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "argument", "said"),
+    [
+        ("quantize", "+trainer.fast_dev_run=1", "trainer.fast_dev_run=1: leave it out"),
+        ("quantize", "trainer.accelerator=gpu", "torch finds no GPU"),
+        ("quantize", "trainer.devices=2", "trainer.devices=2: several devices train one model"),
+        ("quantize", "+quant.fine_tuning.optimizer.lrr=1", "did you mean"),
+        ("quantize", "~quant.fine_tuning.optimizer", "this key is needed"),
+        ("evaluate", "trainer.accelerator=gpu", "torch finds no GPU"),
+        ("evaluate", "+trainer.devices=2", "trainer.devices: there is no such key"),
+        ("evaluate", "suite.splits=3", "suite.splits=3"),
+    ],
+)
+def test_what_the_other_scripts_cannot_do_is_told_before_anything_is_written(
+    verb: str, argument: str, said: str, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    (tmp_path / "x.ckpt").touch()
+    code, errors = script_here(verb, "checkpoint=x.ckpt", "logger=none", argument)
+    assert code == 1
+    assert len(errors.strip().splitlines()) == 1, errors
+    assert said in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+def test_what_lightning_finds_out_about_the_machine_is_told_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MisconfigurationException("no such thing\nhere.")
+
+    monkeypatch.setattr("pytorch_lightning.Trainer", refuse)
+    code, errors = script_here("train", "logger=none")
+    assert code == 1
+    assert len(errors.strip().splitlines()) == 1
+    assert "trainer.devices=1" in errors
+    assert ": no such thing here; trainer.devices=1 trainer.accelerator=auto takes" in errors
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -451,6 +568,26 @@ def test_a_given_folder_is_used_as_given_and_never_twice(
     assert "holds a job already" in errors
     after = {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
     assert before == after
+
+
+def test_a_given_folder_keeps_what_is_not_of_a_job(script_here: ScriptHere, tmp_path: Path) -> None:
+    arguments = ["logger=none", "trainer=smoke", "plots=false", "task=synthetic"]
+    for name in ("config.yaml", "checkpoint.ckpt", "curves.png"):
+        (tmp_path / name).write_text("mine")
+        code, errors = script_here("train", *arguments, "hydra.run.dir=.")
+        assert code == 1
+        assert f"holds {name}, which the job would overwrite" in errors
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+    (tmp_path / "notes.txt").write_text("mine")
+    assert script_here("train", *arguments, "hydra.run.dir=.")[0] == 0
+    assert status(tmp_path)["state"] == "DONE"
+    assert {path.name for path in tmp_path.iterdir()} - {
+        "notes.txt",
+        "status.json",
+        "train.log",
+    } < {*WRITTEN}
 
 
 def test_runs_of_the_same_second_get_folders_of_their_own(

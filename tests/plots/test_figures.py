@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from torch import Tensor
+
 from bqnn.plots.figures import (
     confidence_histogram,
     curves,
@@ -21,9 +25,6 @@ from bqnn.plots.figures import (
     synthetic_fit,
     weight_grids,
 )
-from matplotlib.figure import Figure
-from matplotlib.text import Text
-from torch import Tensor
 
 PNG_SIGNATURE, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 

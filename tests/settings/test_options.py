@@ -1,10 +1,12 @@
 """Every cell of the configuration composes, and says what the scripts rely on."""
 
 import math
+from inspect import signature
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from pytorch_lightning import Trainer
 
 from bqnn.checkpoints.recipe import NUMERICS, make_recipe
 from bqnn.data import DATASETS
@@ -16,7 +18,7 @@ from bqnn.methods.base import SCHEDULES
 from bqnn.nets import NETS
 from bqnn.quant.callback import fine_tuning_optimizer
 from bqnn.report.settings import flatten, tell_apart
-from bqnn.settings.options import RULES, UNFAMILIAR, leaves, nearest, published
+from bqnn.settings.options import LEFT_OUT, RULES, UNFAMILIAR, leaves, nearest, published
 from bqnn.text import valid_name
 
 
@@ -146,6 +148,20 @@ def test_sets_of_words_are_those_of_the_code() -> None:
         for name in words:
             assert rule.holds(name) or rule.holds([name])
             assert name in rule.words
+
+
+# What `make_trainer` gives itself.
+GIVEN_TO_THE_TRAINER = {
+    *("callbacks", "logger", "plugins", "log_every_n_steps", "enable_progress_bar"),
+    *("enable_model_summary", "num_sanity_val_steps", "inference_mode", "default_root_dir"),
+    "use_distributed_sampler",
+}
+
+
+def test_every_option_of_lightnings_trainer_has_its_rule_or_is_left_out() -> None:
+    known = {key.removeprefix("trainer.") for key in (*RULES, *LEFT_OUT) if key[:8] == "trainer."}
+    assert signature(Trainer).parameters.keys() - known <= GIVEN_TO_THE_TRAINER
+    assert not known & GIVEN_TO_THE_TRAINER
 
 
 def test_a_name_with_more_of_it_than_a_letter_is_the_nearest() -> None:
