@@ -154,8 +154,7 @@ def _decode(path: Path) -> np.ndarray:
                     return pixels.reshape(*pixels.shape[:2], -1)
     except Exception as error:  # whatever a damaged file leads PIL to
         raise ValueError(
-            f"{_shown(path)} cannot be read as an image ({one_line(str(error))}); replace "
-            "or remove it"
+            f"{_shown(path)} cannot be read as an image ({_reason(error)}); replace or remove it"
         ) from error
     raise ValueError(f"{_shown(path)} {refusal}: convert it")
 
@@ -239,6 +238,14 @@ def _is_srgb(profile: bytes) -> bool:
         return False
     difference = np.asarray(shown).astype(int) - np.asarray(probe.convert("RGB"))
     return bool(abs(difference).max() <= 2)
+
+
+def _reason(error: Exception) -> str:
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):  # its text is the path, or the file's repr
+        return f"it is no {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file, or is damaged"
+    return one_line(str(error))[:300]
 
 
 def _shown(path: Path) -> str:
