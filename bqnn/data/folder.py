@@ -84,6 +84,8 @@ def read_image_folder(root: Path) -> tuple[Rows, Rows, list[str]]:
     with warnings.catch_warnings():
         # PIL warns of pictures so large that they may be meant to fill the memory: refused, too.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        # And of EXIF data that are damaged: they turn nothing, as in a browser.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         shape = _decode(first).shape
         train, test = (_read_part(files[part], first, shape) for part in ("train", "test"))
     return train, test, class_names

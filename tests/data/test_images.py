@@ -491,3 +491,13 @@ def test_a_file_that_is_no_picture_is_named_once(tmp_path):
     with pytest.raises(ValueError, match="it is no BMP, JPEG, PNG or WEBP file") as caught:
         ready(ImageFolderData(str(tmp_path)))
     assert str(caught.value).count(str(path)) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_damaged_exif_data_are_no_warning(tmp_path):
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01\0\0\0\x01"
+
+    def save(path: Path) -> None:
+        arrow().save(path, exif=exif)
+
+    assert read_one(tmp_path, ".jpg", save).shape == (3, 4, 4)
