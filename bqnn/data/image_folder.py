@@ -84,6 +84,8 @@ def read_image_folder(root: Path) -> tuple[Rows, Rows, list[str]]:
     with warnings.catch_warnings():
         # PIL warns of pictures so large that they may be meant to fill the memory: refused, too.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        # And of EXIF data that are damaged: they turn nothing, as in a browser.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         shape = _decode(first).shape
         train, test = (_read_part(files[part], first, shape) for part in ("train", "test"))
     return train, test, class_names
@@ -154,8 +156,7 @@ def _decode(path: Path) -> np.ndarray:
                     return pixels.reshape(*pixels.shape[:2], -1)
     except Exception as error:  # whatever a damaged file leads PIL to
         raise ValueError(
-            f"{_shown(path)} cannot be read as an image ({one_line(str(error))}); replace "
-            "or remove it"
+            f"{_shown(path)} cannot be read as an image ({_reason(error)}); replace or remove it"
         ) from error
     raise ValueError(f"{_shown(path)} {refusal}: convert it")
 
@@ -239,6 +240,14 @@ def _is_srgb(profile: bytes) -> bool:
         return False
     difference = np.asarray(shown).astype(int) - np.asarray(probe.convert("RGB"))
     return bool(abs(difference).max() <= 2)
+
+
+def _reason(error: Exception) -> str:
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):  # its text is the path, or the file's repr
+        return f"it is no {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file, or is damaged"
+    return one_line(str(error))[:300]
 
 
 def _shown(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from glob import glob
 from pathlib import Path
 
@@ -19,14 +20,14 @@ def locate(key: str, path: str) -> Path:
         FileNotFoundError: There is none.
     """
     found = Path(path).expanduser()
-    if found.is_dir():
-        if not (found / CHECKPOINT).exists():
+    if os.path.isdir(found):
+        if not _may_hold(found):
             raise FileNotFoundError(
                 f"{key}={path}: there is no {CHECKPOINT} in this folder; give the folder of a run, "
                 f"or a file, or a pattern as in '{key}={path}/**/{CHECKPOINT}'"
             )
         return found / CHECKPOINT
-    if not found.exists():
+    if not os.path.exists(found):  # not Path.exists, which raises for too long a name
         raise _missing(key, path)
     return found
 
@@ -34,7 +35,8 @@ def locate(key: str, path: str) -> Path:
 def locate_all(key: str, pattern: str) -> list[Path]:
     """The files at a path, or all that a pattern matches, where `**` stands for any folders.
 
-    Of a pattern that also matches folders, only their checkpoints and files named *.ckpt count.
+    Of a pattern that also matches folders, only their checkpoints and files named *.ckpt count,
+    those that cannot be read included: each fails alone then, with its reason.
 
     Raises:
         FileNotFoundError: There is none.
@@ -42,11 +44,11 @@ def locate_all(key: str, pattern: str) -> list[Path]:
     if not is_pattern(pattern):
         return [locate(key, pattern)]
     matches = _matches(Path(pattern).expanduser())
-    folders = {path for path in matches if path.is_dir()}
+    folders = {path for path in matches if os.path.isdir(path)}
     files = set(matches) - folders
     if folders:
         files = {path for path in files if path.suffix == ".ckpt"}
-    files |= {path / CHECKPOINT for path in folders if (path / CHECKPOINT).exists()}
+    files |= {path / CHECKPOINT for path in folders if _may_hold(path)}
     # A folder in the place of a file is one of the matches that cannot be read.
     files |= {path for path in folders if path.suffix == ".ckpt" and path / CHECKPOINT not in files}
     if not files:
@@ -56,7 +58,8 @@ def locate_all(key: str, pattern: str) -> list[Path]:
 
 def is_pattern(path: str) -> bool:
     """Whether a path is none, but has characters of a pattern; a file may be named like one."""
-    return not Path(path).expanduser().exists() and any(character in path for character in "*?[")
+    is_there = os.path.exists(Path(path).expanduser())
+    return not is_there and any(character in path for character in "*?[")
 
 
 def canonical(key: str, path: str) -> str:
@@ -69,6 +72,17 @@ def canonical(key: str, path: str) -> str:
         locate_all(key, path)
         return str(Path(path).expanduser())
     return str(locate(key, path))
+
+
+def _may_hold(folder: Path) -> bool:
+    """Whether a folder has a checkpoint, be it a link to nowhere, or nobody can tell."""
+    try:
+        os.lstat(folder / CHECKPOINT)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _matches(pattern: Path) -> list[Path]:
@@ -94,7 +108,8 @@ def _below(heads: Iterable[Path], parts: list[str]) -> Iterator[Path]:
     for head in heads:
         if parts:
             pattern = str(Path(*parts))
-            yield from (head / match for match in glob(pattern, root_dir=head))
+            with suppress(OSError):  # no file has a name that long
+                yield from (head / match for match in glob(pattern, root_dir=head))
         else:
             yield head
 
@@ -104,7 +119,10 @@ def _folders(tops: Iterable[Path]) -> Iterator[Path]:
     seen: set[tuple[int, int]] = set()
     for top in tops:
         for name, below, _ in os.walk(top, followlinks=True):
-            found = os.stat(name)
+            try:
+                found = os.stat(name)
+            except OSError:  # removed meanwhile
+                continue
             if (found.st_dev, found.st_ino) in seen:
                 below.clear()
                 continue

@@ -82,7 +82,7 @@ class Sweep:
             seconds = round((end - start).total_seconds(), 1)
         shown = folder.relative_to(self.folder) if _is_below(folder, self.folder) else folder
         error = None if state in ("done", "skipped", "running") else status.get("error")
-        return JobRecord(str(shown), state, seconds, error or _explain(state))
+        return JobRecord(str(shown), state, seconds, error or _odd_link(folder) or _explain(state))
 
     def _table(self) -> str:
         width = max((len(job.folder) for job in self.jobs), default=0)
@@ -142,23 +142,30 @@ def _jobs_of(sweep: Path) -> list[Path]:
         return (int(first) if first.isdecimal() else 0, folder.name)
 
     folders = sorted(job_folders(sweep), key=number)
-    return [_elsewhere(folder) or folder for folder in folders]
+    return [folder if _odd_link(folder) else _elsewhere(folder) for folder in folders]
 
 
-def _elsewhere(folder: Path) -> Path | None:
-    """Where the job is that this folder of a sweep stands for, if it is not here."""
+def _elsewhere(folder: Path) -> Path:
+    """Where the job is that this folder of a sweep stands for; ValueError: nobody can tell."""
     if (folder / "status.json").exists():
-        return None
+        return folder
     try:
         there = read_record(folder / ELSEWHERE).get("folder")
-        if not isinstance(there, str) or "\0" in there:
-            raise ValueError(f"{ELSEWHERE} names the folder {short(there)}")
     except FileNotFoundError:
-        return None
+        return folder
+    if not isinstance(there, str) or "\0" in there:
+        raise ValueError(f"{ELSEWHERE} names the folder {short(there)}")
+    return Path(there)
+
+
+def _odd_link(folder: Path) -> str | None:
+    """Why nobody can tell where the job of a folder is, which is said; None where one can."""
+    try:
+        _elsewhere(folder)
     except ValueError as error:
         tell_unreadable(folder, error)
-        return None
-    return Path(there)
+        return str(error)
+    return None
 
 
 def _state(folder: Path) -> str:

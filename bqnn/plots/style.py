@@ -15,10 +15,12 @@ from bqnn.files import written_beside
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
     from matplotlib.typing import RcKeyType
 
 BLUE, ORANGE, VERMILION = "#0072B2", "#E69F00", "#D55E00"
 COLORS = (BLUE, VERMILION, "#009E73", ORANGE, "#CC79A7", "#56B4E9")
+LONGEST_LABEL, LONGEST_TICK = 60, 24  # characters of a text, and of one at an axis
 INK, GREY = "#222222", "#8A8A8A"
 
 
@@ -29,6 +31,7 @@ def save(figure: "Figure", path: str | Path) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _spell_out(figure)
     with written_beside(path) as beside:
         figure.savefig(beside, format=path.suffix.removeprefix("."), dpi=160)
     return path
@@ -39,6 +42,7 @@ def save_small(figure: "Figure", path: Path) -> Path:
     from PIL import Image
 
     full = io.BytesIO()
+    _spell_out(figure)
     figure.savefig(full, format="png", dpi=160)
     path.parent.mkdir(parents=True, exist_ok=True)
     with Image.open(full) as image, written_beside(path) as beside:
@@ -65,6 +69,11 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height))
 
 
+def legend_name(name: str) -> str:
+    """The label of a line that a legend lists; one that begins with an underscore is left out."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def plain_labels(axis: "Axis", minor: str = "") -> None:
     """Label a logarithmic axis in plain numbers.
 
@@ -73,6 +82,39 @@ def plain_labels(axis: "Axis", minor: str = "") -> None:
     """
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(minor)
+
+
+def _spell_out(figure: "Figure") -> None:
+    """Cut long texts of a figure in the middle, and escape characters without a glyph."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import FixedLocator
+
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if isinstance(axis.get_major_locator(), FixedLocator):
+                ticks = axis.get_ticklabels()  # of what they are made anew whenever it draws
+                names = [_drawable(tick.get_text(), tick, LONGEST_TICK) for tick in ticks]
+                if names != [tick.get_text() for tick in ticks]:
+                    axis.set_ticklabels(names)
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_text(_drawable(text.get_text(), text, LONGEST_LABEL))
+
+
+def _drawable(text: str, like: "Text", longest: int) -> str:
+    from matplotlib.font_manager import findfont, get_font
+
+    if len(text) > longest:
+        text = f"{text[: longest - 15]}...{text[-12:]}"
+    if text.isascii():
+        return text
+    font = get_font(findfont(like.get_fontproperties()))
+    return "".join(
+        character
+        if character.isspace() or font.get_char_index(ord(character))
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 _STYLE: "dict[RcKeyType, Any]" = {

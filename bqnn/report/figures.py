@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bqnn.plots.style import COLORS, GREY, new_figure, plain_labels, style
+from bqnn.plots.style import COLORS, GREY, legend_name, new_figure, plain_labels, style
 from bqnn.report.runs import UNIT
 from bqnn.report.summary import MAIN_KEYS, executed, summarize
 from bqnn.text import valid_name
@@ -204,7 +204,7 @@ def mean_line(
 def _line(axes: "Axes", x: Any, rows: "DataFrame", **look: Any) -> None:
     x, mean = x.astype(float), rows["mean"]
     spread = rows["std"].fillna(0)  # one seed has no spread
-    axes.plot(x, mean, markersize=4, **look)
+    axes.plot(x, mean, markersize=4, **look | {"label": legend_name(look["label"])})
     axes.fill_between(x, mean - spread, mean + spread, color=look["color"], alpha=0.15, linewidth=0)
 
 

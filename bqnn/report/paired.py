@@ -38,48 +38,102 @@ def paired_test(a: Any, b: Any) -> dict[str, Any]:
     """Two arrays [n, M] of paired values: differences and p values of each of the M columns.
 
     A p value is NaN where there is no test: of a single pair, of Wilcoxon where no pair differs,
-    and of t where all differences are equal, since their deviation is then 0 or a rounding
-    error. `remark` says why, a text per column. Differences are rounded to what their operands
-    can resolve in float64 first.
+    of t where all differences are equal, since their deviation is then 0 or a rounding error, and
+    of both where a value, a difference or the deviation is not finite. `remark` says why, a text
+    per column. Differences are rounded to what their operands can resolve in float64 first.
+
+    Raises:
+        TypeError: They hold other things than real numbers.
+        ValueError: They differ in shape, or are no tables.
     """
     import numpy as np
     from scipy import stats
 
-    n = len(a)
-    with np.errstate(all="ignore"):  # values at the end of float64 give infinity, and no test
-        differences, varies = _differences(np.asarray(a, dtype=float), np.asarray(b, dtype=float))
-        result: dict[str, Any] = {"n": n, "difference": differences.mean(0)}
-    for name in ("std", "p_t", "p_wilcoxon"):
-        result[name] = np.full(differences.shape[1], np.nan)
-    varies &= np.isfinite(differences).all(0)
-    some = (differences != 0).any(0)
+    a, b = _table("a", a), _table("b", b)
+    if a.shape != b.shape:
+        raise ValueError(
+            f"a is [{_shape(a)}] and b [{_shape(b)}]: every value needs its pair; give both as [n, "
+            "M], a row for each pair"
+        )
+    n, columns = a.shape
+    result: dict[str, Any] = {"n": n}
+    for name in ("difference", "std", "p_t", "p_wilcoxon"):
+        result[name] = np.full(columns, np.nan)
+    if n == 0:
+        return result | {"remark": [remark(0)] * columns}
+    with np.errstate(all="ignore"):  # what leaves float64 on the way becomes infinite, or NaN
+        differences, varies = _differences(a, b)
+        # Squares of very large and very small differences would leave float64, but for the scale.
+        scale = np.abs(differences).max(0)
+        scale[scale == 0] = 1
+        scaled = differences / scale
+        result["difference"] = scaled.mean(0) * scale
+        if n >= 2:
+            std = np.where(varies, scaled.std(0, ddof=1), 0.0)
+            result["std"] = std * scale
+    differing = (differences != 0).sum(0)
+    is_finite = np.isfinite(differences).all(0) & (np.isfinite(result["std"]) | (n < 2))
     if n >= 2:
-        with np.errstate(all="ignore"):
-            result["std"] = np.where(varies, differences.std(0, ddof=1), 0.0)
-        if varies.any():
-            result["p_t"][varies] = stats.ttest_1samp(differences[:, varies], 0).pvalue
-        for column in some.nonzero()[0]:
+        result["std"][~is_finite] = np.nan
+        tested = varies & is_finite
+        t = np.abs(scaled.mean(0)[tested]) / (std[tested] / math.sqrt(n))
+        result["p_t"][tested] = 2 * stats.t.sf(t, n - 1)
+        for column in ((differing > 0) & is_finite).nonzero()[0]:
             result["p_wilcoxon"][column] = _signed_rank_p(differences[:, column])
-    result["remark"] = [remark(n, *which) for which in zip(varies, some, strict=True)]
-    return result
+    each = zip(differing, varies, is_finite, strict=True)
+    return result | {"remark": [remark(n, *of_column) for of_column in each]}
 
 
-def remark(n: int, varies: bool = True, some: bool = True) -> str:
+def remark(
+    n: int, differing: int | None = None, varies: bool = True, is_finite: bool = True
+) -> str:
     """What the tests of n pairs cannot say; empty where they can.
 
-    varies: whether the differences are not all equal; some: whether any is not zero.
+    Args:
+        n: The number of pairs.
+        differing: How many of them differ; all, unless given.
+        varies: Whether the differences are not all equal.
+        is_finite: Whether float64 has all values, their differences and their deviation.
     """
+    differing = n if differing is None else differing
+    if n < 1:
+        return "no pairs: no test"
+    if not is_finite:
+        return "a value or a difference is not finite: no test"
     if n < 2:
         return "one pair: no test"
-    remarks = []
-    if not some:
+    if not differing:
         return "no pair differs: no test"
-    if not varies:
-        remarks.append("all differences are equal: no t test")
-    if n < FEW:
-        t_test = ", and t rests on normal differences" if varies else ""
-        remarks.append(f"few pairs: Wilcoxon's p cannot fall below {2 / 2**n:.3g}{t_test}")
+    remarks = [] if varies else ["all differences are equal: no t test"]
+    if differing < FEW:
+        few = "few pairs" if n < FEW else "few pairs differ"
+        t_test = ", and t rests on normal differences" if varies and n < FEW else ""
+        remarks.append(f"{few}: Wilcoxon's p cannot fall below {2 / 2**differing:.3g}{t_test}")
     return "; ".join(remarks)
+
+
+def _table(name: str, values: Any) -> Any:
+    """The values as an array [n, M] of float64."""
+    import numpy as np
+
+    given = np.asarray(values)
+    if given.ndim != 2:
+        raise ValueError(
+            f"{name} is [{_shape(given)}]: give a table [n, M], a row for each pair and a column "
+            "for each metric"
+        )
+    try:
+        if given.dtype.kind not in "biufO":
+            raise TypeError
+        return given.astype(float)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} holds other things than real numbers; give floats") from None
+    except OverflowError:
+        raise ValueError(f"{name} has a number beyond float64; give it in another unit") from None
+
+
+def _shape(table: Any) -> str:
+    return ", ".join(map(str, table.shape))
 
 
 def _signed_rank_p(differences: Any) -> float:
@@ -92,8 +146,6 @@ def _signed_rank_p(differences: Any) -> float:
     from scipy import stats
 
     some = differences[differences != 0]
-    if not np.isfinite(some).all():
-        return math.nan
     if len(some) > 50:
         return float(stats.wilcoxon(some).pvalue)
     ranks = (2 * stats.rankdata(np.abs(some))).astype(int)  # doubled: those of ties are halves
@@ -111,7 +163,8 @@ def _differences(a: Any, b: Any) -> tuple[Any, Any]:
     import numpy as np
 
     largest = np.maximum(np.abs(a), np.abs(b))
-    step = np.ldexp(1.0, np.maximum(np.frexp(largest)[1] - 51, -1000))  # 4 units in the last place
+    exponent = np.where(largest > 0, np.frexp(largest)[1] - 51, -1074)  # that of a zero is 0
+    step = np.ldexp(1.0, np.maximum(exponent, -1074))  # 4 units in the last place
     differences = np.round((a - b) / step) * step
     low, high = (differences - step).max(0), (differences + step).min(0)
     return differences, low > high

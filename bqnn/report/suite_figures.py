@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bqnn.plots.style import GREY, new_figure, style
+from bqnn.plots.style import GREY, legend_name, new_figure, style
 from bqnn.report.figures import label, legend, marker, mean_line
 from bqnn.report.summary import executed, summarize
 
@@ -101,7 +101,7 @@ def ood_figure(runs: SuiteRuns, colors: Mapping[str, str]) -> "Figure | None":
                 axes.errorbar(
                     [at + beside for at in range(len(shown))], own["mean"], own["std"].fillna(0),
                     linestyle="none", color=colors[method], marker=marker(colors, method),
-                    markersize=4, label=method,
+                    markersize=4, label=legend_name(method),
                 )  # fmt: skip
             axes.set_xticks(range(len(shown)), [s.removeprefix("ood/") for s in shown], rotation=30)
             axes.set_title(label(name))

@@ -88,7 +88,7 @@ def test_a_download_follows_redirects_within_https() -> None:
     followed = follow("https://y/b")
     assert followed is not None
     assert followed.full_url == "https://y/b"
-    with pytest.raises(ValueError, match="redirects to http://y/b, which is no https"):
+    with pytest.raises(ValueError, match="redirects to 'http://y/b', which is no https"):
         follow("http://y/b")
 
 

@@ -482,3 +482,22 @@ def test_the_real_mnist_has_its_published_sizes():
     assert data.test.targets.bincount().tolist() == [
         *(980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009)
     ]
+
+
+def test_a_file_that_is_no_picture_is_named_once(tmp_path):
+    write_images(tmp_path)
+    path = tmp_path / "train" / "cat" / "0.png"
+    path.write_text("no picture")
+    with pytest.raises(ValueError, match="it is no BMP, JPEG, PNG or WEBP file") as caught:
+        ready(ImageFolderData(str(tmp_path)))
+    assert str(caught.value).count(str(path)) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_damaged_exif_data_are_no_warning(tmp_path):
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01\0\0\0\x01"
+
+    def save(path: Path) -> None:
+        arrow().save(path, exif=exif)
+
+    assert read_one(tmp_path, ".jpg", save).shape == (3, 4, 4)

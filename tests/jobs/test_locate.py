@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from bqnn.checkpoints.file import read_checkpoint
 from bqnn.jobs.locate import canonical, is_pattern, locate, locate_all
 
 
@@ -76,3 +77,22 @@ def test_a_pattern_goes_through_a_link_to_runs_elsewhere(runs: Path) -> None:
     (outputs / "linked").symlink_to(runs, target_is_directory=True)
     found = locate_all("checkpoint", "outputs/**/best.ckpt")
     assert found == [Path("outputs/linked/a/best.ckpt")]
+
+
+def test_a_checkpoint_that_is_a_link_to_nowhere_is_not_dropped(runs: Path) -> None:
+    (runs / "empty" / "checkpoint.ckpt").symlink_to("gone.ckpt")
+    (runs / "round").mkdir()
+    (runs / "round" / "checkpoint.ckpt").symlink_to("checkpoint.ckpt")
+    for pattern in ("sweep/*", "sweep/**", "sweep/*/checkpoint.ckpt"):
+        found = {path for path in locate_all("checkpoint", pattern) if path.name[0] == "c"}
+        assert {path.parent.name for path in found} == {"a", "b=1,(x) [y]", "empty", "round"}
+    with pytest.raises(FileNotFoundError, match="a link to what is not there"):
+        read_checkpoint(locate("checkpoint", "sweep/empty"))
+    with pytest.raises(ValueError, match=r"round/checkpoint.ckpt cannot be read"):
+        read_checkpoint(locate("checkpoint", "sweep/round"))
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "x" * 300, "x" * 300 + "*", "a\0b", "a\0*"])
+def test_what_is_no_path_is_not_there(runs: Path, path: str) -> None:
+    with pytest.raises(FileNotFoundError, match="checkpoint: no checkpoint at"):
+        locate_all("checkpoint", path)

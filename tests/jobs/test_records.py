@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from bqnn.jobs.records import LARGEST_RECORD, instant, read_record
+from bqnn.jobs.records import LARGEST_JSON, LARGEST_YAML, instant, read_record
 
 ODD = {
     "empty.json": b"",
@@ -15,7 +15,12 @@ ODD = {
     "latin.json": b'{"state": "\xe9"}',
     "deep.json": b"[" * 100_000,
     "digits.json": b'{"n": ' + b"9" * 5000 + b"}",
-    "large.json": b" " * (LARGEST_RECORD + 1),
+    "negative.json": b'{"n": -' + b"9" * 5000 + b"}",
+    "twice.json": b'{"state": "DONE", "parts": {"a": 1, "a": 2}}',
+    "mark.json": b'\xef\xbb\xbf{"state": "DONE"}',
+    "zero.json": b'{"state": "DONE\0"}',
+    "large.json": b" " * (LARGEST_JSON + 1),
+    "large.yaml": b"- 1\n" * (LARGEST_YAML // 4 + 1),
     "empty.yaml": b"",
     "scalar.yaml": b"seed",
     "cut.yaml": b"{seed: 0",
@@ -23,6 +28,18 @@ ODD = {
     "self.yaml": b"a: &a\n  b: *a\n",
     "bomb.yaml": b"a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\n",
     "deep.yaml": b"[" * 100_000,
+    "digits.yaml": b"n: " + b"9" * 5000,
+    "base.yaml": b"n: 0x" + b"f" * 5000,
+    "hours.yaml": b"n: 1" + b":59" * 250_000,
+    "minutes.yaml": b"n: 1" + b":59" * 5000 + b".5",
+    "truth.yaml": b"a: !!bool perhaps",
+    "time.yaml": b"a: !!timestamp yesterday",
+    "day.yaml": b"a: 2026-13-45",
+    "set.yaml": b"a: !!set {x}",
+    "twice.yaml": b"a:\n- {b: 1, b: 2}\n",
+    "merge.yaml": b"<<: [1]",
+    "zero.yaml": b"a: \0",
+    "two.yaml": b"a: 1\n---\nb: 2\n",
     "number_key.yaml": b"5: seed\n",
     "list_key.yaml": b"[1, 2]: seed\n",
 }
@@ -36,6 +53,14 @@ def test_what_is_no_record_is_a_value_error_in_one_line(tmp_path, name):
         read_record(path)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["digits.json", "negative.json", "digits.yaml", "base.yaml"])
+def test_a_number_that_is_too_long_is_called_so(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(ODD[name])
+    with pytest.raises(ValueError, match=r"it has a number of 500\d characters$"):
+        read_record(path)
 
 
 def test_a_folder_and_a_fifo_are_no_records(tmp_path):

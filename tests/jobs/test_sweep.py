@@ -152,7 +152,10 @@ def test_an_odd_elsewhere_is_said_and_its_job_is_not_done(
     sweep = Sweep(tmp_path, "train", [], 1, resume=True)
     assert not sweep.finish()
     assert sweep.jobs[0].state == "interrupted"
-    assert f"{tmp_path}/0_a: {ELSEWHERE}" in capsys.readouterr().err
+    assert (sweep.jobs[0].error or "").startswith(ELSEWHERE)
+    told = capsys.readouterr()
+    assert f"{tmp_path}/0_a: {ELSEWHERE}" in told.err
+    assert str(sweep.jobs[0].error) in told.out  # in the table
 
 
 def test_the_table_counts_seconds_between_instants(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from bqnn.plots.style import legend_name, new_figure, save_small, style
 from bqnn.report.__main__ import main
 from bqnn.report.runs import read_runs
 from bqnn.report.tables import csv as as_csv
@@ -148,6 +149,27 @@ def test_odd_names_are_drawn_and_written(tmp_path: Path, write_run: WriteRun, na
     pictures = list((out / "plots").iterdir())
     assert any("weight_bits" in picture.name for picture in pictures)
     assert "\x1b" not in (out / "report.md").read_text() + (out / "index.html").read_text()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["名前", "\U0001fae0", "x" * 190, "W m " * 50], ids=ascii)
+def test_names_that_a_font_lacks_or_that_are_long_are_drawn_without_a_warning(
+    tmp_path: Path, name: str
+) -> None:
+    with style():
+        figure = new_figure(3.4, 2.6)
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], label=name)
+        axes.set_title(name)
+        axes.set_xticks([0, 1], [name, "b"], rotation=30)
+        figure.legend()
+    save_small(figure, tmp_path / "a.png")
+    shown = [axes.get_title(), axes.get_xticklabels()[0].get_text()]
+    assert all(text.isascii() and len(text) <= 60 for text in shown)
+
+
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend() -> None:
+    assert (legend_name("_a"), legend_name("a")) == (" _a", "a")
 
 
 def test_a_folder_whose_name_is_not_utf_8_is_reported(tmp_path: Path, write_run: WriteRun) -> None:

@@ -232,3 +232,50 @@ def test_the_signed_rank_test_with_ties_is_exact(seed: int) -> None:
     seen = abs((np.sign(differences[some, 0]) * ranks).sum())
     expected = (sums >= seen - 1e-9).mean()
     assert paired_test(differences, 0 * differences)["p_wilcoxon"][0] == pytest.approx(expected)
+
+
+LARGE = 1.7e308
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "a",
+    [[math.inf, 1.0], [math.nan, 1.0], [math.inf] * 3, [-LARGE, LARGE, 0.0], [None, 1.0],
+     [LARGE, math.nan, 2.0], [-math.inf]],
+)  # fmt: skip
+def test_values_that_are_not_finite_have_no_test_and_say_so(a: list) -> None:
+    b = np.array([[LARGE], *([0.0] for _ in a[1:])])
+    result = paired_test([[value] for value in a], b)
+    assert all(math.isnan(result[name][0]) for name in ("std", "p_t", "p_wilcoxon"))
+    assert result["remark"] == ["a value or a difference is not finite: no test"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scale", [2.0**-1040, 2.0**-700, 2.0**600, 2.0**1020])
+def test_a_column_of_odd_values_or_of_any_scale_changes_no_p_value(scale: float) -> None:
+    a, b = np.random.default_rng(3).normal(size=(2, 9, 1)).astype(np.float16).astype(float)
+    expected = paired_test(a, b)
+    odd = np.full((9, 1), math.nan)
+    found = paired_test(np.hstack([a * scale, odd]), np.hstack([b * scale, odd]))
+    for name in ("p_t", "p_wilcoxon"):
+        assert found[name][0] == pytest.approx(expected[name][0], rel=1e-6)
+    assert found["std"][0] / scale == pytest.approx(expected["std"][0], rel=1e-6)
+    assert found["remark"][0] == ""
+
+
+@pytest.mark.filterwarnings("error")
+def test_tables_without_pairs_or_columns_have_no_test() -> None:
+    assert paired_test(np.ones((0, 1)), np.ones((0, 1)))["remark"] == ["no pairs: no test"]
+    assert paired_test(np.ones((3, 0)), np.ones((3, 0)))["remark"] == []
+    one_differs = paired_test([[1], [2], [3], [4], [5], [6]], [[1], [2], [3], [4], [5], [7]])
+    assert one_differs["remark"] == ["few pairs differ: Wilcoxon's p cannot fall below 1"]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "error"),
+    [([[1], [2]], [[1]], ValueError), ([], [], ValueError), ([1, 2], [3, 4], ValueError),
+     ([[10**400]], [[1]], ValueError), ([["x"]], [[1]], TypeError), ([[1j]], [[1]], TypeError)],
+)  # fmt: skip
+def test_what_is_no_pair_of_tables_is_refused_in_one_line(a: list, b: list, error: type) -> None:
+    with pytest.raises(error, match=r"^(a|b) [^\n]*(give|pair)[^\n]*$"):
+        paired_test(a, b)
