@@ -39,6 +39,8 @@ def plain(text: str) -> str:
     """
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
     text = re.sub(r"([\\`*\[\]|~])", r"\\\1", text)
+    text = re.sub(r"^(\d*)([#+.)=-]+)(?=\s|$)", r"\1\\\2", text)  # a heading, a list, a rule
+    text = text.replace("$", "<span>$</span>")  # two of them would be mathematics on GitHub
     # An underscore inside a word marks nothing; an address becomes a link by itself.
     text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\_", text)
     return re.sub(r"(?i)(https?|ftp)://|www\.|(?<=[\w.+-])@", _broken_address, text)

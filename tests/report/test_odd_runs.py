@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -293,12 +294,19 @@ def test_numbers_of_a_csv_stay_numbers() -> None:
     ["a_https://example.org", "1https://example.org", "a_www.example.org", "a.@example.org",
      "![x](https://example.org/a.png)", "<img src=x>", "[a](javascript:b)", "`a`", "**a**", "_a_",
      "https://example.org", "www.example.org", "me@example.org", "a\n# b", "~~a~~", "| a |", "\\*",
-     "<https://example.org>", "&lt;script>"],
+     "<https://example.org>", "&lt;script>", "# a", "- a", "+ a", "1. a", "2) a", "---", "a\n==="],
 )  # fmt: skip
 def test_a_text_in_markdown_is_shown_as_it_is(text: str) -> None:
     html = MarkdownIt("gfm-like").render(plain(text))
     for markup in ("<img", "<a ", "<code", "<em", "<strong", "<h1", "<s>", "<script", "<table"):
         assert markup not in html
+    assert not re.search("<(li|ol|ul|h2|hr)", html)
+
+
+def test_dollars_in_markdown_are_no_mathematics() -> None:
+    assert plain("$x$") == "<span>$</span>x<span>$</span>"  # what GitHub's documentation says
+    assert plain("-0.5") == "-0.5"
+    assert plain("1.5") == "1.5"
 
 
 def test_the_report_is_the_same_in_any_locale(tmp_path: Path, write_run: WriteRun) -> None:
