@@ -65,8 +65,8 @@ class SGHMC(Optimizer):
         num_burn_in_steps: int,
         friction: float = 0.05,
         temperature: float = 1.0,
-        resample_momentum: int = 50,
-        resample_prior: int = 15,
+        resample_momentum: int = 10,
+        resample_prior: int = 5,
         prior_shape: float = 10.0,
         prior_rate: float = 10.0,
     ) -> None:

@@ -1,18 +1,14 @@
-"""What a recipe may hold: its keys, and the kind and range of each value."""
+"""The schema of recipes: keys, and the kind and range of each value, mostly of settings.options."""
 
 from collections.abc import Mapping
 
 from bqnn.quant.spec import QuantSpec
-from bqnn.settings.options import NET
+from bqnn.settings.options import METHOD, NET, OPTIMIZER, TASK
 from bqnn.settings.rules import (
-    COUNT,
-    DRAWN,
     OPTION,
     Rule,
-    flag,
     is_option,
     many,
-    maybe,
     name,
     number,
     one_of,
@@ -48,7 +44,7 @@ def _check(where: str, value: object, rule: Rule | Schema) -> None:
     for key in value:
         if key not in rule and not (is_open and is_option(key)):
             raise ValueError(
-                f"{where}: no key {short(key)} is known there; bqnn/checkpoints/schema.py has "
+                f"{where}: no key {short(key)} is known there; bqnn/settings/options.py has "
                 "those that are"
             )
     for key in REQUIRED[where]:
@@ -57,66 +53,6 @@ def _check(where: str, value: object, rule: Rule | Schema) -> None:
     for key, entry in value.items():
         _check(f"{where}.{key}", entry, rule.get(key, OPTION))
 
-
-OPTIMIZER: Schema = {
-    "name": name(),
-    "lr": number(),
-    "weight_decay": number(),
-    "betas": many(number(), 2),
-    "eps": number(),
-    "amsgrad": flag(),
-    "maximize": flag(),
-    "momentum": number(),
-    "dampening": number(),
-    "nesterov": flag(),
-    "friction": number(),
-    "temperature": number(),
-    "resample_momentum": COUNT,
-    "resample_prior": COUNT,
-    "prior_shape": number(),
-    "prior_rate": number(),
-}
-
-METHOD: Schema = {
-    "name": name(),
-    "num_samples": whole(1, 100_000),
-    "val_samples": whole(1, 100_000),
-    "schedule": name(),
-    "optimizer": OPTIMIZER,
-    "prior_std": number(),
-    "init_rho": number(),
-    "beta": number(),
-    "warmup_epochs": COUNT,
-    "init_from": maybe(text()),
-    "init_delta": number(),
-    "rate": number(),
-    "drop_before_output": flag(),
-    "num_members": whole(1, 10_000),
-    "burn_in": COUNT,
-    "collect_every": COUNT,
-}
-
-TASK: Schema = {
-    "name": name(),
-    "dataset": name(),
-    "max_epochs": COUNT,
-    "check_val_every_n_epoch": COUNT,
-    "save_every": number(),
-    "batch_size": COUNT,
-    "validation_share": number(),
-    "table": name(),
-    "split": COUNT,
-    "source": name(),
-    "root": maybe(text()),
-    "mean": maybe(many(number(), 256)),
-    "std": maybe(many(number(), 256)),
-    "crop_padding": whole(0, 1024),
-    "flip": flag(),
-    "function": name(),
-    "num_train": DRAWN,
-    "num_test": DRAWN,
-    "data_seed": whole(0),
-}
 
 FACTS: Schema = {
     "likelihood": name(),
@@ -133,15 +69,15 @@ RECIPE: Schema = {
     "version": one_of(1),
     "stage": one_of("float", "qat", "ptq"),
     "seed": whole(0, 2**63 - 1),
-    "method": METHOD,
-    "net": NET,
-    "task": TASK,
+    "method": {"name": name(), "optimizer": {"name": name(), **OPTIMIZER}, **METHOD},
+    "net": {"name": name(), **NET},
+    "task": {"dataset": name(), **TASK},
     "facts": FACTS,
     "quant": Rule("a dictionary", lambda value: type(value) is dict),  # that QuantSpec checks
 }
 
 # Where other options than these may stand, for methods and networks of your own. What a task says
-# leads to files and addresses, so a new option of a data set needs its line in TASK.
+# leads to files and addresses, so a new option of a data set needs its line in options.TASK.
 OPEN = ("recipe.method", "recipe.method.optimizer", "recipe.net")
 
 # Keys that have to be there, by where they are; options have defaults where they are not.

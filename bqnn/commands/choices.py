@@ -14,7 +14,8 @@ from bqnn.methods import METHODS
 from bqnn.nets import NETS
 from bqnn.optim import OPTIMIZERS
 from bqnn.quant.callback import quantization_callbacks
-from bqnn.settings.options import did_you_mean, leaves
+from bqnn.settings.conf import leaves
+from bqnn.settings.suggest import did_you_mean
 from bqnn.text import short
 
 # Arguments that the program gives, and no configuration.

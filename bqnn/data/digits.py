@@ -18,7 +18,7 @@ class DigitsData(ImageData):
         *,
         data_dir: str = "data",
         seed: int = 0,
-        batch_size: int = 256,
+        batch_size: int = 64,
         validation_share: float = 0.1,
     ) -> None:
         super().__init__(

@@ -31,7 +31,7 @@ class SyntheticData(TableData):
         data_seed: int = 0,
         data_dir: str = "data",
         seed: int = 0,
-        batch_size: int = 1000,
+        batch_size: int = 100,
         validation_share: float = 0.2,
     ) -> None:
         super().__init__(

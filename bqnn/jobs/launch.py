@@ -47,16 +47,9 @@ from bqnn.jobs.status import (
 from bqnn.jobs.sweep import Sweep, find_sweep
 from bqnn.jobs.terminal import protect_output, say, say_once
 from bqnn.quant.spec import QuantSpec
-from bqnn.settings.options import (
-    CONF,
-    LEFT_OUT,
-    OPTIMIZER,
-    RULES,
-    check_options,
-    did_you_mean,
-    leaves,
-    nearest,
-)
+from bqnn.settings.conf import CONF, leaves
+from bqnn.settings.options import LEFT_OUT, OPTIMIZER, RULES, check_options
+from bqnn.settings.suggest import did_you_mean, nearest
 from bqnn.text import one_line, valid_name
 
 OUTPUTS = Path("outputs")

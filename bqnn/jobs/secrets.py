@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from urllib.parse import quote
 
-from bqnn.settings.options import published
+from bqnn.settings.conf import published
 
 # Variables that are named like this hold a secret. The second half are ends of words, so that
 # KEYBOARD and PATH are none.

@@ -1,5 +1,6 @@
-"""Kinds and ranges of values: a test, and the words for it in an error message."""
+"""Kinds and ranges of values: a predicate, and the words for it in an error message."""
 
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -93,3 +94,49 @@ OPTION = maybe(either(flag(), NUMBER, name(), many(NUMBER, 256)))
 SIZE = whole(1, 65_536)  # of a layer
 COUNT = whole(0)
 DRAWN = whole(1, 10_000_000)  # rows made up and kept in memory
+
+
+def real(least: float, most: float = math.inf, without: tuple[float, ...] = ()) -> Rule:
+    """A finite number in a range; `without` are the ends that do not belong to it."""
+    words = "a finite number"
+    if least > -math.inf:
+        words += f" above {least:g}" if least in without else f", {least:g} or more"
+    if most < math.inf:
+        words += f", below {most:g}" if most in without else f", at most {most:g}"
+    return Rule(words, lambda value: _is_between(value, least, most) and value not in without)
+
+
+def _is_between(value: object, least: float, most: float) -> bool:
+    # The limit of floats also keeps out whole numbers that none can hold.
+    return type(value) in (int, float) and -1.7e308 < value < 1.7e308 and least <= value <= most  # type: ignore[operator]
+
+
+def indices() -> Rule:
+    """Numbers of devices in a text, as Lightning takes them."""
+    return Rule(
+        'a text such as "0,1"',
+        lambda value: type(value) is str and re.fullmatch(r"\d+(,\d+)*,?", value) is not None,
+    )
+
+
+def duration() -> Rule:
+    """A length of time above zero, as Lightning takes it."""
+    return Rule(
+        "a text such as 00:01:30:00 (days:hours:minutes:seconds)",
+        lambda value: (
+            type(value) is str
+            and re.fullmatch(r"\d{2,}(:\d\d){3}", value) is not None
+            and re.search("[1-9]", value) is not None
+        ),
+    )
+
+
+PATH = Rule("a path, in quotes where it looks like a number or a list", text().holds)
+ANY = real(-math.inf)
+POSITIVE = real(0, without=(0,))
+NOT_NEGATIVE = real(0)
+SHARE = real(0, 1, without=(1,))
+SEED = whole(0, 2**63 - 1)
+DRAWS = whole(1, 100_000)
+WIDTH = whole(2, 8)  # in bits
+EVERY = whole(1)

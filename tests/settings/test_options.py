@@ -18,7 +18,9 @@ from bqnn.methods.base import SCHEDULES
 from bqnn.nets import NETS
 from bqnn.quant.callback import fine_tuning_optimizer
 from bqnn.report.settings import flatten, tell_apart
-from bqnn.settings.options import LEFT_OUT, RULES, UNFAMILIAR, leaves, nearest, published
+from bqnn.settings.conf import leaves, published
+from bqnn.settings.options import LEFT_OUT, RULES, UNFAMILIAR
+from bqnn.settings.suggest import nearest
 from bqnn.text import valid_name
 
 
