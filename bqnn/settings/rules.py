@@ -122,7 +122,7 @@ def indices() -> Rule:
 def duration() -> Rule:
     """A length of time above zero, as Lightning takes it."""
     return Rule(
-        "a text such as 00:01:30:00 (days:hours:minutes:seconds)",
+        "a text such as 00:01:30:00 (days:hours:minutes:seconds), more than zero",
         lambda value: (
             type(value) is str
             and re.fullmatch(r"\d{2,}(:\d\d){3}", value) is not None

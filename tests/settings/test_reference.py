@@ -59,10 +59,10 @@ def test_a_default_in_the_code_is_that_of_the_configuration(
     own = defaults(called)
     for key in own.keys() & configured.keys():
         default = configured[key]
-        if default in (None, "???") or (
-            called is Pointwise and key in ("num_samples", "val_samples")
-        ):
-            continue  # null and ??? stand for no value; a pointwise network has one draw in any case
+        if default in (None, "???"):  # these stand for no value
+            continue
+        if called is Pointwise and key in ("num_samples", "val_samples"):  # it has one draw anyway
+            continue
         ours = list(own[key]) if isinstance(own[key], tuple) else own[key]
         assert ours == (float(default) if isinstance(ours, float) else default), key
 

@@ -57,7 +57,7 @@ def test_a_training_without_a_step_is_refused(
     assert code == 1
     (line,) = errors.strip().splitlines()
     assert limit.strip("+").partition("=")[0] in line
-    assert "before its first step" in line or "choose a whole number from 1" in line
+    assert "choose a whole number from 1" in line or "more than zero" in line
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
