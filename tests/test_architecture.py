@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,15 @@ def imports(path: Path) -> list[str]:
             names.append(node.module or "")
             names += [f"{node.module}.{alias.name}" for alias in node.names]
     return names
+
+
+def test_a_wheel_has_every_package_and_the_configuration() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for path in PACKAGE.rglob("__init__.py")}
+    assert set(setuptools["packages"]) == {".".join(f.parts) for f in folders} | {"bqnn.conf"}
+    patterns = setuptools["package-data"]["bqnn.conf"]
+    files = {path for pattern in patterns for path in (ROOT / "conf").glob(pattern)}
+    assert files == set((ROOT / "conf").rglob("*.yaml"))
 
 
 def test_every_room_stands_in_the_plan() -> None:
