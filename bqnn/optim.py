@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributions import Gamma
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from bqnn.arguments import ArgumentError
+
 log = logging.getLogger(__name__)
 
 # Of lr^2 V^(1/2) / friction: gradient noise then adds at most half of it, 10 %, to a variance.
@@ -69,23 +71,27 @@ class SGHMC(Optimizer):
         prior_rate: float = 10.0,
     ) -> None:
         if lr <= 0:
-            raise ValueError(f"lr={lr}: the step size of SGHMC is positive")
+            raise ArgumentError(f"lr={lr}: the step size of SGHMC is positive", "lr")
         if not 0 < friction <= 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"friction={friction}: it is the share of momentum lost in a step, above 0 and "
-                "at most 1"
+                "at most 1",
+                "friction",
             )
         if temperature <= 0:
-            raise ValueError(f"temperature={temperature}: choose more than 0; 1 is the posterior")
+            raise ArgumentError(
+                f"temperature={temperature}: choose more than 0; 1 is the posterior", "temperature"
+            )
         if num_train < 1 or num_burn_in_steps < 0:
             raise ValueError(
                 f"num_train={num_train}, num_burn_in_steps={num_burn_in_steps}: sampling needs a "
                 "row to train on and no negative number of steps"
             )
         if min(resample_momentum, resample_prior) < 0 or min(prior_shape, prior_rate) <= 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"resample_momentum={resample_momentum}, resample_prior={resample_prior}: steps, "
-                f"0 for never; prior_shape={prior_shape}, prior_rate={prior_rate}: positive"
+                f"0 for never; prior_shape={prior_shape}, prior_rate={prior_rate}: positive",
+                *("resample_momentum", "resample_prior", "prior_shape", "prior_rate"),
             )
         defaults = {
             "lr": lr,
@@ -171,16 +177,16 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": S
 def make_optimizer(params: Iterable[Tensor], name: str, **options: Any) -> Optimizer:
     """The optimizer of that name, with torch's fused kernels where it has them."""
     if name not in OPTIMIZERS:
-        raise ValueError(
-            f"method.optimizer.name={name!r}: unknown; choose one of {', '.join(OPTIMIZERS)}"
+        raise ArgumentError(
+            f"name={name!r}: unknown; choose one of {', '.join(OPTIMIZERS)}", "name"
         )
     if name != "sghmc":
         options["fused"] = True
     try:
         return OPTIMIZERS[name](params, **options)
     except TypeError as error:
-        raise ValueError(
-            f"method.optimizer: no {name} can be made from {options}: {error}"
+        raise ArgumentError(
+            f"name={name}: no such optimizer can be made from {options}: {error}", "name"
         ) from error
 
 
@@ -219,7 +225,7 @@ def _warn_of_large_noise(root_v: Any, lr: float, friction: float) -> None:
         "SGHMC: lr^2 sqrt(V) is above %g friction in %.3g %% of the weights (at most %.2g; "
         "friction is %g): the noise of minibatch gradients, where it does not cancel over an "
         "epoch, adds up to %.2g times the posterior's variance; choose a smaller "
-        "method.optimizer.lr, more method.optimizer.friction or a larger task.batch_size",
+        "lr, more friction or larger batches",
         LARGEST_NOISE,
         100 * num_above / sum(root.numel() for root in root_v),
         largest,

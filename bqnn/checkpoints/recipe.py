@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from bqnn.arguments import prefixed
 from bqnn.checkpoints.file import read_checkpoint
 from bqnn.checkpoints.schema import check_recipe
 from bqnn.inference.likelihoods import likelihood_from
@@ -211,7 +212,8 @@ def _construct(table: Mapping[str, Any], group: str, options: Mapping[str, Any],
     if name not in table:
         raise ValueError(f"{group}.name={short(name)}: unknown; choose one of {', '.join(table)}")
     try:
-        return table[name](*args, **rest)
+        with prefixed(group):
+            return table[name](*args, **rest)
     except TypeError as error:
         raise ValueError(
             f"{group}={name} cannot be built from these options: {one_line(str(error))}"

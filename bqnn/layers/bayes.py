@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from bqnn.arguments import ArgumentError
 from bqnn.layers.draws import DrawnWeights, evaluation_noise
 from bqnn.layers.linear_map import Geometry, linear_map, linear_map_gradients
 from bqnn.layers.noise import in_memory_order, noise_like
@@ -41,11 +42,14 @@ class GaussianWeight(DrawnWeights):
     ) -> None:
         super().__init__()
         if not 0 < prior_std < math.inf:
-            raise ValueError(f"method.prior_std={prior_std}: a standard deviation is positive")
+            raise ArgumentError(
+                f"prior_std={prior_std}: a standard deviation is positive", "prior_std"
+            )
         if not -80 <= init_rho <= 80:
-            raise ValueError(
-                f"method.init_rho={init_rho}: sigma = softplus(rho) leaves the range of floats; "
-                "choose -80 to 80, -5 is usual"
+            raise ArgumentError(
+                f"init_rho={init_rho}: sigma = softplus(rho) leaves the range of floats; choose "
+                "-80 to 80, -5 is usual",
+                "init_rho",
             )
         self.mean = nn.Parameter(weight.detach().clone())
         self.rho = nn.Parameter(torch.full_like(self.mean, init_rho))

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from bqnn.arguments import ArgumentError
 from bqnn.layers.draws import Stochastic, evaluation_coins
 from bqnn.layers.markers import DropoutSite
 from bqnn.layers.noise import coins_like
@@ -19,9 +20,9 @@ class MCDropout(Stochastic):
     def __init__(self, rate: float) -> None:
         super().__init__()
         if not 0 <= rate < 1:
-            raise ValueError(
-                f"method.rate={rate}: the share of dropped values must be at least 0 and "
-                "less than 1"
+            raise ArgumentError(
+                f"rate={rate}: the share of dropped values must be at least 0 and less than 1",
+                "rate",
             )
         self.rate = rate
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bqnn.arguments import ArgumentError
 from bqnn.layers.draws import Drawn
 from bqnn.layers.swap import check_no_loose_tensors
 
@@ -25,7 +26,9 @@ class Ensemble(Drawn):
     def __init__(self, net: nn.Module, num_members: int) -> None:
         super().__init__()
         if num_members < 1:
-            raise ValueError(f"num_members={num_members}: an ensemble keeps at least one member")
+            raise ArgumentError(
+                f"num_members={num_members}: an ensemble keeps at least one member", "num_members"
+            )
         check_no_loose_tensors(net)
         self.current = net
         self.num_members = num_members

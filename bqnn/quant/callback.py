@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from bqnn.arguments import ArgumentError, prefixed
 from bqnn.layers.noise import reseed
 from bqnn.quant.fbgemm import FakeQuant
 from bqnn.quant.fuse import fuse
@@ -40,11 +41,12 @@ class QuantizationCallback(pl.Callback):
 
     def __init__(self, spec: QuantSpec, freeze_epochs: int = 2) -> None:
         if freeze_epochs < 0:
-            raise ValueError(f"quant.freeze_epochs={freeze_epochs}: 0 or more")
+            raise ArgumentError(f"freeze_epochs={freeze_epochs}: 0 or more", "freeze_epochs")
         if spec.activation_observer == "histogram":
-            raise ValueError(
-                "quant.activation_observer=histogram only calibrates (quant.mode=ptq); train with "
-                "moving_average or minmax"
+            raise ArgumentError(
+                "activation_observer=histogram only calibrates; train with moving_average or "
+                "minmax",
+                "activation_observer",
             )
         self.spec = spec
         self.freeze_epochs = freeze_epochs
@@ -52,9 +54,10 @@ class QuantizationCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Before optimizers exist and before a checkpoint is restored, whatever stage comes first.
         if trainer.precision != "32-true":
-            raise ValueError(
-                f"trainer.precision={trainer.precision}: fake quantization needs 32-true, in which "
-                "its ranges and the integers' scales are"
+            raise ArgumentError(
+                f"precision={trainer.precision}: fake quantization needs 32-true, in which its "
+                "ranges and the integers' scales are",
+                "precision",
             )
         quantize_module(pl_module, self.spec)
         if stage == "fit":
@@ -93,15 +96,22 @@ class QuantizationCallback(pl.Callback):
 
 
 def quantization_callbacks(options: Mapping[str, Any]) -> list[pl.Callback]:
-    """The callback that a group `quant` of the configuration asks for, if it asks for one."""
+    """The callback that the group `quant` of a configuration asks for, if it asks for one.
+
+    Raises:
+        ValueError: In one line, with the key of the configuration.
+    """
     if options["name"] == "none":
         return []
-    if options["mode"] != "qat":
-        raise ValueError(
-            f"quant.mode={options['mode']}: a training is quantization-aware (qat); calibrate the "
-            "trained network with quantize.py"
-        )
-    return [QuantizationCallback(QuantSpec.from_config(options), options["freeze_epochs"])]
+    spec = QuantSpec.from_config(options)
+    with prefixed("quant"):
+        if options["mode"] != "qat":
+            raise ArgumentError(
+                f"mode={options['mode']}: a training is quantization-aware (qat); calibrate the "
+                "trained network with quantize.py",
+                "mode",
+            )
+        return [QuantizationCallback(spec, options["freeze_epochs"])]
 
 
 def fine_tuning_optimizer(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,7 +133,7 @@ def calibrate_module(
 ) -> None:
     """Quantize `model.net` without training, its ranges set by batches of the training rows."""
     if num_batches < 1:
-        raise ValueError(f"quant.fine_tuning.calibration_batches={num_batches}: 1 or more")
+        raise ArgumentError(f"num_batches={num_batches}: 1 or more", "num_batches")
     quantize_module(model, spec, stage="ptq")
     refuse_saturation(_net(model))
     batches = islice(data.train_dataloader(), num_batches)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from bqnn.arguments import ArgumentError
 from bqnn.layers.ensemble import Ensemble
 from bqnn.quant import kernels
 from bqnn.quant.simulated import OutputOnGrid, SimulatedLayer
@@ -27,10 +28,10 @@ def refuse_saturation(net: nn.Module, allow: bool = False) -> None:
         f"{layer.engine} adds products up in 16 bits here"
     )
     if not (allow or all(layer.allow_saturation for _, layer, _ in found)):
-        raise ValueError(
-            f"int8: {why}; choose quant.activation_bits=7, use a CPU with VNNI, or accept wrong "
-            "integers with allow_saturation=true (of quantize.py and train.py "
-            "quant.allow_saturation=true)"
+        raise ArgumentError(
+            f"int8: {why}; choose activation_bits=7, use a CPU with VNNI, or accept wrong integers "
+            "with allow_saturation=true",
+            *("activation_bits", "allow_saturation"),
         )
     log.warning("int8 can differ from the simulation: %s", why)
 
