@@ -1,16 +1,14 @@
 """The Lightning Trainer of a job."""
 
-import ctypes
 import logging
-import math
 import os
-import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 import torch.distributed as dist
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import (
@@ -19,16 +17,20 @@ from pytorch_lightning.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from torch import Tensor, nn
 
+from bqnn.arguments import renamed
 from bqnn.checkpoints.file import trained_epochs
+from bqnn.checkpoints.start import start_from
 from bqnn.data import TensorData
 from bqnn.inference.likelihoods import NotFiniteError
 from bqnn.jobs.job import Job
-from bqnn.methods import Method
+from bqnn.methods import BayesByBackprop, Method
+from bqnn.quant.spec import QuantSpec
 from bqnn.text import short
+from bqnn.training.batch_norm import refuse_single_values
 from bqnn.training.callbacks import PlanAnew, SaveCheckpoint, ShareBuffers
 from bqnn.training.loggers import MetricsCsv
+from bqnn.training.process import prepare_torch
 from bqnn.training.progress import TrainingProgress
 
 log = logging.getLogger(__name__)
@@ -130,25 +132,44 @@ def _prepare_ranks(job: Job) -> None:
 
 
 def fit(job: Job, trainer: pl.Trainer, model: Method, data: TensorData) -> None:
-    """Train to the end, from the last checkpoint in the job's folder where the job is resumed.
+    """Train to the end.
 
-    What is measured afterwards is not logged by the trainer: it is for `log_final`, beside the
-    curves. ValueError: no step could be made, or batch norm would fail on the last batch.
+    A job that is resumed goes on from the last checkpoint in its folder. A new training starts at
+    the checkpoint of `method.init_from`, where there is one. What is measured afterwards is not
+    logged by the trainer: it is for `log_final`, beside the curves.
+
+    Raises:
+        ValueError: No step could be made, batch norm would fail on the last batch, or an option
+            does not suit the method. Errors name the configuration's keys.
     """
     path = job.folder / "checkpoint.ckpt"
     resumes = job.is_resumed and path.exists()
     if job.is_resumed:
         job.record_epoch(trained_epochs(path) if resumes else 0)
-    _refuse_single_values(trainer, model, data)
-    if not resumes:
-        model.initialize()
-    trainer.fit(model, datamodule=data, ckpt_path=path if resumes else None, weights_only=True)
+    refuse_single_values(trainer, model, data)
+    with renamed(partial(_key, job.verb)):
+        start = job.config["method"].get("init_from")
+        if start is not None and job.verb == "train" and not resumes:
+            assert isinstance(model, BayesByBackprop)
+            start_from(model, start)
+        trainer.fit(model, datamodule=data, ckpt_path=path if resumes else None, weights_only=True)
     if trainer.global_step == 0:
         limits = ("limit_train_batches", "max_steps", "max_time")
         given = {name: job.config["trainer"].get(name) for name in limits}
         said = ", ".join(f"trainer.{name}={short(v)}" for name, v in given.items() if v is not None)
         raise ValueError(f"{said}: the training ended before its first step; raise that limit")
     trainer.loggers = []
+
+
+def _key(verb: str, name: str) -> str:
+    """The configuration's key of an argument that an error of a training names."""
+    if name in signature(pl.Trainer).parameters:
+        return f"trainer.{name}"
+    if name in {field.name for field in fields(QuantSpec)}:
+        return f"quant.{name}"
+    if verb == "quantize" and name.startswith("optimizer."):
+        return f"quant.fine_tuning.{name}"
+    return f"method.{name}"
 
 
 def measure(
@@ -160,110 +181,3 @@ def measure(
     except NotFiniteError as error:
         return error.metrics
     return dict(metrics)
-
-
-def _refuse_single_values(trainer: pl.Trainer, model: Method, data: TensorData) -> None:
-    """ValueError where batch norm would get one value per channel, whose variance is none.
-
-    That is where a batch has one row, and a batch norm sees it without, or at one, position.
-    """
-    size, rows = data.batch_size, math.ceil(len(data.train) / trainer.world_size)
-    limit = trainer.limit_train_batches
-    num_batches = math.ceil(rows / size)
-    used = min(limit, num_batches) if isinstance(limit, int) else int(limit * num_batches)
-    is_last_used = used == num_batches
-    if 1 not in (size, rows % size if is_last_used else size):
-        return
-    name = _single_valued(model, data)
-    if name is None:
-        return
-    fitting = next((b for b in range(size + 1, rows + 1) if rows % b != 1), None)
-    remedy = "train on more than one row" if rows == 1 else f"choose task.batch_size={fitting}"
-    what = "every batch" if size == 1 else f"the last batch of {rows} training rows"
-    raise ValueError(
-        f"task.batch_size={size}: {what} has one row, of which the batch norm {name} sees one "
-        f"value per channel and can take no variance; {remedy}, or another network"
-    )
-
-
-@torch.no_grad()
-def _single_valued(model: Method, data: TensorData) -> str | None:
-    """The first batch norm that one row reaches with one value per channel, if there is one."""
-    found: list[str] = []
-
-    def look(name: str, inputs: tuple[Tensor, ...]) -> None:
-        if inputs[0].numel() == inputs[0].shape[1]:
-            found.append(name)
-
-    hooks = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs))
-        for name, module in model.net.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    ]
-    was_training = model.training
-    try:
-        if hooks:
-            with torch.random.fork_rng([]):  # in eval mode, where nothing is learned of the row
-                model.eval()(data.normalize(data.train.inputs[:1]))
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    return found[0] if found else None
-
-
-def prepare_torch(job: Job) -> str:
-    """Set threads and memory up as a job wants them, and name the accelerator that it runs on."""
-    options = job.config["trainer"]
-    if options["threads"] is not None:
-        torch.set_num_threads(options["threads"])
-    silence_known_warnings()
-    keep_freed_memory()
-    stop_searching_for_gpus()
-    accelerator: str = options["accelerator"]
-    if accelerator == "auto":  # Lightning would take a device without float64
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return accelerator
-
-
-def stop_searching_for_gpus() -> None:
-    """Where there is no GPU, have torch's optimizers take that as known.
-
-    They ask at every step. Lightning sets how: by loading NVIDIA's library, which is searched for
-    in vain for longer than Adam takes on a small network. That is for processes that fork, and
-    ours do not.
-    """
-    if not torch.cuda.is_available():
-        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
-
-
-def keep_freed_memory() -> None:
-    """Have the C library reuse the memory of a step in the next one.
-
-    By default glibc returns large blocks to the system and gets them back page by page, which
-    took an eighth of a Bayes-by-backprop step on LeNet. It costs nothing over the peak.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 32 * 2**20)
-
-
-def silence_known_warnings() -> None:
-    """The upstream deprecations that we knowingly depend on, and advice that we do not need."""
-    warnings.filterwarnings(
-        "ignore", message=r"It is recommended to use `self.log\(.*sync_dist=True"
-    )  # every rank evaluates all rows, so that their metrics are equal
-    warnings.filterwarnings(
-        "ignore",
-        message=r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6, torch 2.14
-        category=FutureWarning,
-    )
-    warnings.filterwarnings(
-        "ignore",
-        message=r"torch.quantize_per_tensor, torch.quantize_per_channel and other quantized tensor "
-        r"creation functions that produce tensors with dtype torch.quint8, torch.qint8, and "
-        r"torch.qint32 are deprecated",  # torch 2.14; bqnn/quant/fbgemm.py says what it would take
-        category=UserWarning,
-    )
