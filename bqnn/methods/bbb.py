@@ -24,6 +24,16 @@ class BayesByBackprop(Method):
         warmup_epochs: Epochs over which beta grows linearly from 0, batch by batch.
         init_delta: What `initialize_from` makes sigma, as a share of |mean|.
         options: For `Method`.
+
+    Example:
+        >>> import torch
+        >>> from bqnn.inference.likelihoods import Regression
+        >>> from bqnn.nets import MLP
+        >>> net, likelihood = MLP([3], [1, 1], hidden_features=[4]), Regression(0.0, 1.0)
+        >>> options = {"num_train": 100, "seed": 0, "optimizer": {"name": "adam"}}
+        >>> method = BayesByBackprop(net, likelihood, prior_std=0.3, init_rho=-5, beta=1, **options)
+        >>> method.eval().predictive(torch.zeros(2, 3)).shape
+        torch.Size([20, 2, 2])
     """
 
     def __init__(

@@ -26,6 +26,17 @@ class SGHMCEnsemble(Method):
         collect_every: Epochs from one member to the next; the first comes that long after burn-in.
         num_members: The number of members that are kept.
         options: For `Method`.
+
+    Example:
+        >>> import torch
+        >>> from bqnn.inference.likelihoods import Regression
+        >>> from bqnn.nets import MLP
+        >>> net, likelihood = MLP([3], [1, 1], hidden_features=[4]), Regression(0.0, 1.0)
+        >>> options = {"num_train": 100, "seed": 0, "optimizer": {"name": "sghmc"}}
+        >>> options |= {"burn_in": 9, "collect_every": 1, "num_members": 5}
+        >>> method = SGHMCEnsemble(net, likelihood, **options)
+        >>> method.eval().predictive(torch.zeros(2, 3)).shape
+        torch.Size([1, 2, 2])
     """
 
     net: Ensemble

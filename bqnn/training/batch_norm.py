@@ -11,9 +11,12 @@ from bqnn.methods import Method
 
 
 def refuse_single_values(trainer: pl.Trainer, model: Method, data: TensorData) -> None:
-    """ValueError where batch norm would get one value per channel, whose variance is none.
+    """Refuse a batch of one row that a batch norm sees at one position.
 
-    That is where a batch has one row, and a batch norm sees it without, or at one, position.
+    It would get one value per channel, which has no variance.
+
+    Raises:
+        ValueError: There is such a batch in an epoch, and such a batch norm in the network.
     """
     size, rows = data.batch_size, math.ceil(len(data.train) / trainer.world_size)
     limit = trainer.limit_train_batches
@@ -36,7 +39,7 @@ def refuse_single_values(trainer: pl.Trainer, model: Method, data: TensorData) -
 
 @torch.no_grad()
 def _single_valued(model: Method, data: TensorData) -> str | None:
-    """The first batch norm that one row reaches with one value per channel, if there is one."""
+    """The name of the first batch norm that gets one value per channel from one row, or None."""
     found: list[str] = []
 
     def look(name: str, inputs: tuple[Tensor, ...]) -> None:
@@ -51,7 +54,7 @@ def _single_valued(model: Method, data: TensorData) -> str | None:
     was_training = model.training
     try:
         if hooks:
-            with torch.random.fork_rng([]):  # in eval mode, where nothing is learned of the row
+            with torch.random.fork_rng([]):  # in eval mode, in which nothing is learned
                 model.eval()(data.normalize(data.train.inputs[:1]))
     finally:
         model.train(was_training)

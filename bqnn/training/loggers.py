@@ -1,4 +1,4 @@
-"""Where metrics, configuration and pictures go while a job runs."""
+"""Loggers of a job: metrics.csv, and what goes to the logger that the configuration names."""
 
 import csv
 import io
@@ -30,11 +30,14 @@ LEAST_SIDE = 64  # pixels of an image there, so that small ones can be seen
 
 
 class MetricsCsv(Checkpoint):
-    """Writes metrics.csv: one header, one row per logged epoch, on disk as soon as it is known.
+    """Writes metrics.csv: a header, and one row per logged epoch as soon as it is complete.
 
-    The rows are part of every checkpoint, so that a resumed run has those of the epochs that it
-    goes on from. Being a Checkpoint, it is called when the epoch's metrics are complete; it has to
-    come before the callback that saves.
+    Checkpoints contain the rows, so that a resumed run keeps those of its earlier epochs.
+    Lightning calls a Checkpoint callback when the metrics of an epoch are complete. This one has
+    to stand before the callback that saves.
+
+    Args:
+        path: The file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -88,7 +91,7 @@ class MetricsCsv(Checkpoint):
 
 
 def make_loggers(job: Job) -> list[Logger]:
-    """The logger that the configuration names, if it names one; it is closed with the job."""
+    """The logger that the configuration names, or none. It is closed at the end of the job."""
     loggers: list[Logger] = []
     if job.rank > 0:
         return loggers
@@ -107,7 +110,7 @@ def make_loggers(job: Job) -> list[Logger]:
 
 
 def log_final(loggers: list[Logger], metrics: Mapping[str, float]) -> None:
-    """Log what is known at the end of a job, outside of any epoch."""
+    """Log the metrics of a whole job, which belong to no epoch."""
     for logger in loggers:
         logger.log_metrics(dict(metrics))
         logger.save()  # Lightning's CSVLogger would wait for more
@@ -163,7 +166,7 @@ def _wandb_histories(loggers: list[Logger]) -> Iterator[WandbHistory]:
 
 
 def _pixels(image: "Tensor", white: int) -> "np.ndarray":
-    """A picture [C, H, W] as uint8 [H, W, C], every pixel repeated where it is very small."""
+    """An image [C, H, W] as uint8 [H, W, C], with its pixels repeated where it is very small."""
     times = max(1, LEAST_SIDE // max(image.shape[1:]))
     scaled = (image.float() * (255 / white)).round().byte().permute(1, 2, 0)
     return scaled.repeat_interleave(times, 0).repeat_interleave(times, 1).numpy()

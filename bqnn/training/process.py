@@ -1,6 +1,7 @@
 """Set a process up for torch and Lightning: threads, memory, and warnings that are known."""
 
 import ctypes
+import logging
 import os
 import sys
 import warnings
@@ -11,7 +12,11 @@ from bqnn.jobs.job import Job
 
 
 def prepare_torch(job: Job) -> str:
-    """Set threads and memory up as a job wants them, and name the accelerator that it runs on."""
+    """Set threads, memory and warnings up for a job.
+
+    Returns:
+        The accelerator to run on, as Lightning names it.
+    """
     options = job.config["trainer"]
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
@@ -25,21 +30,21 @@ def prepare_torch(job: Job) -> str:
 
 
 def stop_searching_for_gpus() -> None:
-    """Where there is no GPU, have torch's optimizers take that as known.
+    """Make torch's check for a GPU cheap on a machine without one.
 
-    They ask at every step. Lightning sets how: by loading NVIDIA's library, which is searched for
-    in vain for longer than Adam takes on a small network. That is for processes that fork, and
-    ours do not.
+    Optimizers ask for a GPU at every step. Lightning makes torch ask NVIDIA's library, for the sake
+    of processes that fork, which bqnn's do not. Without a GPU the search for that library takes
+    longer than a step of Adam on a small network.
     """
     if not torch.cuda.is_available():
         os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
 
 
 def keep_freed_memory() -> None:
-    """Have the C library reuse the memory of a step in the next one.
+    """Make the C library reuse the memory of a step in the next one.
 
     By default glibc returns large blocks to the system and gets them back page by page, which
-    took an eighth of a Bayes-by-backprop step on LeNet. It costs nothing over the peak.
+    took an eighth of a Bayes-by-backprop step on LeNet. The peak of memory stays the same.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -49,7 +54,9 @@ def keep_freed_memory() -> None:
 
 
 def silence_known_warnings() -> None:
-    """The upstream deprecations that we knowingly depend on, and advice that we do not need."""
+    """Silence deprecations that bqnn knowingly depends on, and advice that it does not need."""
+    # Lightning's remarks on the hardware it found are in status.json already.
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings(
         "ignore", message=r"It is recommended to use `self.log\(.*sync_dist=True"
     )  # every rank evaluates all rows, so that their metrics are equal

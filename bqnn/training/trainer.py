@@ -1,6 +1,5 @@
-"""The Lightning Trainer of a job."""
+"""Set up the Lightning Trainer of a job, and fit with it."""
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -33,8 +32,6 @@ from bqnn.training.loggers import MetricsCsv
 from bqnn.training.process import prepare_torch
 from bqnn.training.progress import TrainingProgress
 
-log = logging.getLogger(__name__)
-
 # How Lightning learns its rank from what started the processes of a job (bqnn/jobs/ranks.py). It
 # would choose by the environment alone, also for a job of one process.
 ENVIRONMENTS = {
@@ -49,7 +46,14 @@ ENVIRONMENTS = {
 def make_trainer(
     job: Job, loggers: list[Logger], callbacks: list[pl.Callback], validate: bool
 ) -> pl.Trainer:
-    """A Trainer as `trainer` of the configuration says, saving to the job's folder."""
+    """The Trainer that the group `trainer` of the configuration describes.
+
+    Args:
+        job: The job, to whose folder it saves.
+        loggers: As `make_loggers` returns them.
+        callbacks: Callbacks that come before those that log and save.
+        validate: Whether there are validation rows.
+    """
     options = {**job.config["trainer"], "accelerator": prepare_torch(job)}
     refuse_options(options)
     if options["save_best"] and not validate:
@@ -60,8 +64,6 @@ def make_trainer(
     del options["threads"]
     save = SaveCheckpoint(job.folder, options.pop("save_every"), options.pop("save_best"))
     progress: list[pl.Callback] = [TrainingProgress()] if options.pop("progress_bar") else []
-    # Lightning's remarks on the hardware it found are in status.json already.
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     trainer = pl.Trainer(
         **options,
         callbacks=[
@@ -88,7 +90,7 @@ def make_trainer(
     return trainer
 
 
-# What a job could not keep its promises under, and what to write instead.
+# Options under which a job could not write all of its results, and what to write instead.
 _REFUSED = {
     "fast_dev_run": "trainer=smoke is a short run",
     "barebones": "logger=none plots=false leaves out what can be left out",
@@ -101,7 +103,7 @@ _REFUSED = {
 
 
 def refuse_options(options: Mapping[str, Any]) -> None:
-    """ValueError for options under which something that a job promises could not be there."""
+    """Raise a ValueError for options under which a job could not write all of its results."""
     for name, instead in _REFUSED.items():
         if name in options:
             raise ValueError(f"trainer.{name}={short(options[name])}: leave it out; {instead}")
@@ -115,7 +117,7 @@ def refuse_options(options: Mapping[str, Any]) -> None:
 
 
 def _prepare_ranks(job: Job) -> None:
-    """Refuse what several processes cannot do, and forget at the end that there were some."""
+    """Refuse several processes where one is needed, and clean up after them at the job's end."""
     if job.verb != "train" or job.sweep is not None:
         raise ValueError(
             f"trainer.devices={job.config['trainer']['devices']}: several devices train one model "
@@ -162,7 +164,10 @@ def fit(job: Job, trainer: pl.Trainer, model: Method, data: TensorData) -> None:
 
 
 def _key(verb: str, name: str) -> str:
-    """The configuration's key of an argument that an error of a training names."""
+    """The key in the configuration of an argument that an error names.
+
+    The argument is one of the Trainer, of `QuantSpec` or of the method.
+    """
     if name in signature(pl.Trainer).parameters:
         return f"trainer.{name}"
     if name in {field.name for field in fields(QuantSpec)}:
@@ -175,7 +180,7 @@ def _key(verb: str, name: str) -> str:
 def measure(
     run: Callable[..., Sequence[Mapping[str, float]]], model: Method, data: TensorData
 ) -> dict[str, float]:
-    """The metrics of `trainer.validate` or `trainer.test`, all of them as they are."""
+    """The metrics of `trainer.validate` or `trainer.test`, whether or not all are finite."""
     try:
         (metrics,) = run(model, datamodule=data, verbose=False)
     except NotFiniteError as error:

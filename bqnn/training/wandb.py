@@ -22,12 +22,13 @@ LONGEST_TAG = 64  # characters
 
 
 class WandbHistory(Logger):
-    """Shows what changes over epochs as curves in Weights & Biases, and all else in the summary.
+    """Logs to Weights & Biases: curves of what changes over epochs, and a summary of the rest.
 
-    A metric has no curve before it changes; then it gets the points that it had. What fails on
-    the way to W&B costs the job nothing: the log says so, once.
+    A metric gets its curve, with all earlier points, when its value first changes. A failure of
+    W&B does not stop the job; the log mentions the first one.
 
-    run: the run that it writes to.
+    Args:
+        run: The run to write to.
     """
 
     def __init__(self, run: "wandb.Run") -> None:
@@ -47,10 +48,10 @@ class WandbHistory(Logger):
         return self.run.id
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Nothing: the run has had the whole configuration since it was started."""
+        """Do nothing: the run has the whole configuration from its start."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log metrics of the `epoch` that is one of them, or of the whole job where none is."""
+        """Log metrics of an epoch, or of the whole job where `epoch` is not among them."""
         values = dict(metrics)
         epoch = values.pop("epoch", None)
         if epoch is None:
@@ -72,7 +73,7 @@ class WandbHistory(Logger):
         self.run.log({f"plots/{path.stem}": [wandb.Image(str(path))] for path in paths})
 
     def image(self, pixels: "np.ndarray") -> "wandb.Image":
-        """A cell of a table: the image of uint8 pixels [H, W, C]."""
+        """A cell of a table that shows an image, given as uint8 [H, W, C]."""
         import wandb
 
         return wandb.Image(pixels)
@@ -84,7 +85,7 @@ class WandbHistory(Logger):
         self.run.log({key: wandb.Table(columns=columns, data=rows)})
 
     def attempt(self, action: Callable[..., Any], *arguments: Any) -> None:
-        """Call `action`, unless W&B has failed before; if it does now, say so."""
+        """Call `action`, unless W&B has failed before; log the first failure."""
         if self._is_lost:
             return
         try:
@@ -112,7 +113,7 @@ class WandbHistory(Logger):
             )
 
     def _new_points(self, name: str, epoch: float, value: float) -> Iterator[tuple[float, float]]:
-        """Epoch and value of what the curve of this metric now gets."""
+        """The points, as epoch and value, to add to the curve of a metric."""
         first_epoch, constant = self._first.setdefault(name, (epoch, value))
         if name not in self._has_curve and value != constant:
             self._has_curve.add(name)
@@ -163,7 +164,7 @@ def own_artifact(job: Job) -> "wandb.Artifact":
 
 
 def _tags(config: Mapping[str, Any]) -> list[str]:
-    """The method, the task and those that were asked for, each once."""
+    """The method, the task and the tags of the configuration, each once."""
     asked = config["logger"]["tags"] or []
     names = [asked] if isinstance(asked, str) else asked
     tags = [config["method"]["name"], config["task"]["name"], *names]

@@ -1,4 +1,4 @@
-"""Start a run of Weights & Biases, whatever the network, the key and the home folder are like."""
+"""Start a run of Weights & Biases, offline where there is no network, key or home folder."""
 
 import contextlib
 import logging

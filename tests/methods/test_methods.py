@@ -1,5 +1,6 @@
 """The methods in a real Trainer: their losses, their members, their checkpoints."""
 
+import doctest
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,19 @@ from torch import Tensor, nn
 from bqnn.data.loader import TensorLoader
 from bqnn.inference.likelihoods import Regression
 from bqnn.layers.bayes import GaussianWeight, kl_divergence
-from bqnn.methods import METHODS, BayesByBackprop, MCDropoutMethod, Method, Pointwise, SGHMCEnsemble
+from bqnn.methods import (
+    METHODS,
+    BayesByBackprop,
+    MCDropoutMethod,
+    Method,
+    Pointwise,
+    SGHMCEnsemble,
+    bbb,
+    epochs,
+    mcdropout,
+    pointwise,
+    sghmc,
+)
 from bqnn.nets import ResNet
 
 
@@ -46,6 +59,12 @@ def weights_of(net: nn.Module) -> Tensor:
 
 
 # ---- every method
+
+
+@pytest.mark.parametrize("module", [bbb, epochs, mcdropout, pointwise, sghmc])
+def test_the_examples_of_the_docstrings_hold(module):
+    found = doctest.testmod(module)
+    assert (found.attempted > 0, found.failed) == (True, 0)
 
 
 @pytest.mark.parametrize("name", METHODS)
