@@ -43,8 +43,8 @@ def evaluate_one(job: Job) -> None:
     )
     from bqnn.jobs.isolation import leave_as_found
     from bqnn.training.loggers import log_final, log_pictures, log_uncertain, make_loggers
+    from bqnn.training.process import prepare_torch
     from bqnn.training.progress import evaluation_progress
-    from bqnn.training.trainer import prepare_torch
 
     leave_as_found(job)
     config, accelerator = job.config, prepare_torch(job)

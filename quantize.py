@@ -3,6 +3,7 @@
 from copy import deepcopy
 from typing import Any
 
+from bqnn.arguments import prefixed
 from bqnn.jobs.job import Job, run_parts
 from bqnn.jobs.launch import launch
 from bqnn.jobs.terminal import say
@@ -74,16 +75,18 @@ def quantize_one(job: Job) -> None:
     if tuned:
         callbacks = [timer, *quantization_callbacks(options)]
         trainer = make_trainer(job, loggers, callbacks, validate=data.val is not None)
-        model.fine_tune(fine_tuning_optimizer(options), tuning["prior_weight"])
+        model = model.fine_tuning(fine_tuning_optimizer(options), tuning["prior_weight"])
         start = deepcopy(model)
-        quantize_module(start, spec)
+        with prefixed("quant"):
+            quantize_module(start, spec)
         data.order = Stream.FINE_TUNING_ORDER
         if tuning["seed"] is not None:  # of batches and noise; validation rows stay what they were
             model.seed = data.seed = tuning["seed"]
         fit(job, trainer, model, data)
     else:
         trainer = make_trainer(job, loggers, [], validate=data.val is not None)
-        calibrate_module(model, spec, data, tuning["calibration_batches"])
+        with prefixed("quant"):
+            calibrate_module(model, spec, data, tuning["calibration_batches"])
         start = model
         save_checkpoint(trainer, model, path)
 

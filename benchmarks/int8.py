@@ -25,7 +25,7 @@ from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import IntegerAdd, convert
 from bqnn.quant.simulated import SimulatedAdd, calibrate, prepare
 from bqnn.quant.spec import QuantSpec
-from bqnn.training.trainer import keep_freed_memory, silence_known_warnings
+from bqnn.training.process import keep_freed_memory, silence_known_warnings
 
 NETS = {"lenet": (LeNet, (1, 28, 28)), "resnet": (ResNet, (3, 32, 32))}
 METHODS = ("pointwise", "bbb", "mcdropout", "sghmc")

@@ -21,7 +21,7 @@ from bqnn.data.images import ImageData
 from bqnn.evaluation.suite import judge, make_sets, predict_sets
 from bqnn.inference.predict import BATCH_SIZE
 from bqnn.methods import Method
-from bqnn.training.trainer import keep_freed_memory
+from bqnn.training.process import keep_freed_memory
 
 SUITE = {
     "splits": ["test"],

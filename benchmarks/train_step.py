@@ -32,11 +32,12 @@ from bqnn.checkpoints.recipe import build, make_recipe
 from bqnn.data import TensorData, TensorLoader
 from bqnn.jobs.job import Job, versions
 from bqnn.jobs.launch import CONF, plain
-from bqnn.methods import METHODS, Method, SGHMCEnsemble
+from bqnn.methods import METHODS, MemberTuning, Method
 from bqnn.optim import make_optimizer
 from bqnn.quant.callback import quantize_module
 from bqnn.quant.spec import QuantSpec
-from bqnn.training.trainer import keep_freed_memory, make_trainer
+from bqnn.training.process import keep_freed_memory
+from bqnn.training.trainer import make_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -157,11 +158,11 @@ def _quantized_step(method: str) -> Callable[[], None]:
     data = RandomImages(256, batch_size=256)
     data.setup()
     model = build(make_recipe(configuration(method, "mnist"), data.facts()))
-    model.fine_tune({"name": "adam", "lr": 5e-4}, prior_weight=1.0)
+    model = model.fine_tuning({"name": "adam", "lr": 5e-4}, prior_weight=1.0)
     quantize_module(model, QuantSpec())
     optimizer = make_optimizer(model.train().trained_parameters(), **model.optimizer)
     inputs, targets = data.normalize(data.train.inputs[:256]), data.train.targets[:256]
-    if not isinstance(model, SGHMCEnsemble):
+    if not isinstance(model, MemberTuning):
         return lambda: _step(model, optimizer, inputs, targets)
     (member,) = model.net.members
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Gamma
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from bqnn.numbers import real_number, whole_number
+from bqnn.arguments import ArgumentError, real_number, whole_number
 
 log = logging.getLogger(__name__)
 
@@ -182,16 +182,16 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": S
 def make_optimizer(params: Iterable[Tensor], name: str, **options: Any) -> Optimizer:
     """The optimizer of that name, with torch's fused kernels where it has them."""
     if name not in OPTIMIZERS:
-        raise ValueError(
-            f"method.optimizer.name={name!r}: unknown; choose one of {', '.join(OPTIMIZERS)}"
+        raise ArgumentError(
+            f"name={name!r}: unknown; choose one of {', '.join(OPTIMIZERS)}", "name"
         )
     if name != "sghmc":
         options["fused"] = True
     try:
         return OPTIMIZERS[name](params, **options)
     except TypeError as error:
-        raise ValueError(
-            f"method.optimizer: no {name} can be made from {options}: {error}"
+        raise ArgumentError(
+            f"name={name}: no such optimizer can be made from {options}: {error}", "name"
         ) from error
 
 
@@ -230,7 +230,7 @@ def _warn_of_large_noise(root_v: Any, lr: float, friction: float) -> None:
         "SGHMC: lr^2 sqrt(V) is above %g friction in %.3g %% of the weights (at most %.2g; "
         "friction is %g): the noise of minibatch gradients, where it does not cancel over an "
         "epoch, adds up to %.2g times the posterior's variance; choose a smaller "
-        "method.optimizer.lr, more method.optimizer.friction or a larger task.batch_size",
+        "lr, more friction or larger batches",
         LARGEST_NOISE,
         100 * num_above / sum(root.numel() for root in root_v),
         largest,

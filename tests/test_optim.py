@@ -174,7 +174,7 @@ def test_gradient_noise_that_is_not_negligible_is_told_once_with_its_share_of_th
     message = record.getMessage()
     assert "in 100 % of the weights (at most 0.01; friction is 0.04)" in message
     assert "up to 0.13 times" in message
-    assert "choose a smaller method.optimizer.lr" in message
+    assert "choose a smaller lr, more friction or larger batches" in message
 
 
 def test_gradient_noise_is_judged_by_what_burn_in_has_learned(caplog):

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from bqnn.arguments import prefixed
 from bqnn.checkpoints.file import read_checkpoint
 from bqnn.checkpoints.schema import check_recipe
 from bqnn.inference.likelihoods import likelihood_from
 from bqnn.layers.noise import reseed
-from bqnn.methods import METHODS, Method
+from bqnn.methods import METHODS, BayesByBackprop, Method
 from bqnn.methods.base import channels_last
 from bqnn.nets import NETS
 from bqnn.quant.callback import quantize_module
@@ -62,14 +63,24 @@ def described(recipe: Recipe | None) -> dict[str, Any]:
     return {**groups, "quant": {"name": "checkpoint", "mode": recipe["stage"], **recipe["quant"]}}
 
 
+def start_keys(method: str) -> tuple[str, ...]:
+    """The keys of a method's configuration that say where its training starts.
+
+    They are no arguments of its class: a model that is built or loaded begins nothing anew.
+    """
+    return ("init_from",) if issubclass(METHODS.get(method, Method), BayesByBackprop) else ()
+
+
 def build(recipe: Recipe) -> Method:
     """The untrained model that a recipe describes. A ValueError says what is wrong with it."""
     facts = recipe["facts"]
     likelihood = likelihood_from(facts)
     reseed(torch.device("cpu"), stream_seed(recipe["seed"], Stream.INITIAL_WEIGHTS))
     net = _construct(NETS, "net", recipe["net"], facts["input_shape"], likelihood.heads)
-    extra = {"num_train": facts["num_train"], "seed": recipe["seed"]}
-    model: Method = _construct(METHODS, "method", {**recipe["method"], **extra}, net, likelihood)
+    no_options = start_keys(recipe["method"]["name"])
+    options = {key: value for key, value in recipe["method"].items() if key not in no_options}
+    options |= {"num_train": facts["num_train"], "seed": recipe["seed"]}
+    model: Method = _construct(METHODS, "method", options, net, likelihood)
     model.recipe = recipe
     return model
 
@@ -139,7 +150,8 @@ def _assembled(recipe: Recipe) -> Method:
     """The model of a recipe, fake-quantized where it is a quantized one; not trained."""
     model = build(recipe)
     if recipe["stage"] != "float":
-        quantize_module(model, QuantSpec.from_dict(recipe["quant"]), recipe["stage"])
+        with prefixed("quant"):
+            quantize_module(model, QuantSpec.from_dict(recipe["quant"]), recipe["stage"])
     return model
 
 
@@ -211,7 +223,8 @@ def _construct(table: Mapping[str, Any], group: str, options: Mapping[str, Any],
     if name not in table:
         raise ValueError(f"{group}.name={short(name)}: unknown; choose one of {', '.join(table)}")
     try:
-        return table[name](*args, **rest)
+        with prefixed(group):
+            return table[name](*args, **rest)
     except TypeError as error:
         raise ValueError(
             f"{group}={name} cannot be built from these options: {one_line(str(error))}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from bqnn.arguments import prefixed
 from bqnn.quant.spec import QuantSpec
 from bqnn.settings.options import METHOD, NET, OPTIMIZER, TASK
 from bqnn.settings.rules import (
@@ -30,7 +31,8 @@ def check_recipe(recipe: object) -> None:
     if recipe["stage"] != "float" and "quant" not in recipe:
         raise ValueError(f"recipe: has no quant, but its stage is {recipe['stage']}")
     if "quant" in recipe:
-        QuantSpec.from_dict(recipe["quant"])
+        with prefixed("quant"):
+            QuantSpec.from_dict(recipe["quant"])
 
 
 def _check(where: str, value: object, rule: Rule | Schema) -> None:

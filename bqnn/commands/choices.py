@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
 from typing import Any
 
+from bqnn.checkpoints.recipe import start_keys
 from bqnn.checkpoints.schema import check_recipe
 from bqnn.data import DATASETS
 from bqnn.data.task import TRAINING_KEYS
@@ -33,7 +34,8 @@ def check_training(config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: In one line, with the key and what is probably meant.
     """
-    _check_group("method", "name", config["method"], METHODS, more=("name",))
+    more = ("name", *start_keys(str(config["method"].get("name"))))
+    _check_group("method", "name", config["method"], METHODS, more)
     _check_group("net", "name", config["net"], NETS, more=("name",))
     _check_group("task", "dataset", config["task"], DATASETS, more=TRAINING_KEYS)
     check_optimizer("method.optimizer", config["method"].get("optimizer", {}))

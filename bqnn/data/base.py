@@ -8,6 +8,7 @@ from pathlib import Path
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
+from bqnn.arguments import ArgumentError
 from bqnn.data.loader import TensorLoader, permutation
 from bqnn.seeds import Stream, stream_seed
 
@@ -51,9 +52,10 @@ class TensorData(LightningDataModule):
     ) -> None:
         super().__init__()
         if not 0 <= validation_share < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"validation_share={validation_share}: it is the part of the training rows that "
-                "is held out; choose 0 or more and less than 1"
+                "is held out; choose 0 or more and less than 1",
+                "validation_share",
             )
         self.data_dir = Path(data_dir).expanduser()
         self.seed = seed
@@ -120,9 +122,10 @@ class TensorData(LightningDataModule):
             return part, None, test
         num_val = max(1, round(self.validation_share * len(part)))
         if num_val >= len(part):
-            raise ValueError(
+            raise ArgumentError(
                 f"validation_share={self.validation_share}: it would hold out all {len(part)} "
-                "training rows; choose a smaller share, or 0"
+                "training rows; choose a smaller share, or 0",
+                "validation_share",
             )
         order = permutation(len(part), stream_seed(self.seed, Stream.VALIDATION_SPLIT))
         # Sorted, so that the rows keep the order of the file.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from bqnn.arguments import ArgumentError
 from bqnn.data.base import Rows
 from bqnn.data.download import fetch, unpack
 from bqnn.data.image_folder import read_image_folder
@@ -49,9 +50,10 @@ class CIFAR10Data(ImageData):
             flip=flip,
         )
         if source not in ("torchvision", "folder"):
-            raise ValueError(
+            raise ArgumentError(
                 f"source={short(source)}: CIFAR-10 is read from torchvision's files or from a "
-                "folder of images; choose torchvision or folder"
+                "folder of images; choose torchvision or folder",
+                "source",
             )
         self.source = source
         self.root = self.data_dir / "cifar10" if root is None else Path(root).expanduser()

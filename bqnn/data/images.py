@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bqnn.arguments import ArgumentError
 from bqnn.data.base import TensorData
 
 
@@ -41,14 +42,19 @@ class ImageData(TensorData):
             validation_share=validation_share,
         )
         if (mean is None) != (std is None) or len(mean or ()) != len(std or ()):
-            raise ValueError(
+            raise ArgumentError(
                 f"mean={mean}, std={std}: images are normalized with both, one number per channel; "
-                "give both or neither"
+                "give both or neither",
+                *("mean", "std"),
             )
         if not all(value > 0 for value in std or ()):
-            raise ValueError(f"std={std}: pixels are divided by it; choose numbers above 0")
+            raise ArgumentError(
+                f"std={std}: pixels are divided by it; choose numbers above 0", "std"
+            )
         if crop_padding < 0:
-            raise ValueError(f"crop_padding={crop_padding}: pixels to pad with; choose 0 or more")
+            raise ArgumentError(
+                f"crop_padding={crop_padding}: pixels to pad with; choose 0 or more", "crop_padding"
+            )
         self.mean = mean
         self.std = std
         self.crop_padding = crop_padding
@@ -58,9 +64,10 @@ class ImageData(TensorData):
         super().setup(stage)
         channels = self.train.inputs.shape[1]
         if self.mean is not None and len(self.mean) != channels:
-            raise ValueError(
+            raise ArgumentError(
                 f"mean={self.mean}: {len(self.mean)} numbers for images of {channels} channels; "
-                "give one per channel"
+                "give one per channel",
+                "mean",
             )
 
     def facts(self) -> dict[str, object]:

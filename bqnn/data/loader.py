@@ -8,6 +8,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from bqnn.arguments import ArgumentError
 from bqnn.seeds import Stream, stream_seed
 
 
@@ -44,8 +45,9 @@ class TensorLoader:
         if len(inputs) == 0:
             raise ValueError("inputs have 0 rows: there is no batch to make; pass at least one row")
         if batch_size < 1:
-            raise ValueError(
-                f"batch_size={batch_size}: a batch holds at least one row; choose 1 or more"
+            raise ArgumentError(
+                f"batch_size={batch_size}: a batch holds at least one row; choose 1 or more",
+                "batch_size",
             )
         if not 0 <= rank < world_size:
             raise ValueError(

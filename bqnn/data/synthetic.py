@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bqnn.arguments import ArgumentError
 from bqnn.data.base import Rows
 from bqnn.data.tables import TableData
 from bqnn.text import short
@@ -41,13 +42,14 @@ class SyntheticData(TableData):
             validation_share=validation_share,
         )
         if function not in _FUNCTIONS:
-            raise ValueError(
+            raise ArgumentError(
                 f"function={short(function)}: no such function; choose one of "
-                f"{', '.join(_FUNCTIONS)}"
+                f"{', '.join(_FUNCTIONS)}",
+                "function",
             )
         for name, count in (("num_train", num_train), ("num_test", num_test)):
             if count < 1:
-                raise ValueError(f"{name}={count}: there is nothing to draw; choose 1 or more")
+                raise ArgumentError(f"{name}={count}: nothing is drawn; choose 1 or more", name)
         self.function = function
         self.num_train = num_train
         self.num_test = num_test

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bqnn.arguments import prefixed
 from bqnn.data import TensorData, build_data
 from bqnn.text import short
 
@@ -22,11 +23,12 @@ def make_data(config: Mapping[str, Any]) -> TensorData:
     if "checkpoint" in config and task.get("root") is not None and not config.get("trust"):
         _require_near(Path(task["root"]), [Path.cwd(), Path(config["data_dir"])])
     options = {key: value for key, value in task.items() if key not in TRAINING_KEYS}
-    data = build_data(
-        task["dataset"], data_dir=config["data_dir"], seed=config["seed"], options=options
-    )
-    data.prepare_data()
-    data.setup()
+    with prefixed("task"):
+        data = build_data(
+            task["dataset"], data_dir=config["data_dir"], seed=config["seed"], options=options
+        )
+        data.prepare_data()
+        data.setup()
     return data
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bqnn.arguments import ArgumentError
 from bqnn.data.base import Rows
 from bqnn.data.download import download_table, known_tables
 from bqnn.data.tables import TableData
@@ -47,9 +48,10 @@ class UCIData(TableData):
             validation_share=validation_share,
         )
         if table in ("", "..") or Path(table).name != table:
-            raise ValueError(
+            raise ArgumentError(
                 f"table={short(table)}: it names one folder inside {self.data_dir / 'uci'}; "
-                "choose a name without slashes or dots alone"
+                "choose a name without slashes or dots alone",
+                "table",
             )
         self.table = table
         self.split = split
@@ -66,9 +68,10 @@ class UCIData(TableData):
         self._require(*_TABLE_FILES)
         num_splits = self._count_splits()
         if not 0 <= self.split < num_splits:
-            raise ValueError(
+            raise ArgumentError(
                 f"split={self.split}: table {self.table} has {num_splits} splits; "
-                f"choose 0 to {num_splits - 1}"
+                f"choose 0 to {num_splits - 1}",
+                "split",
             )
         data_path = self.folder / "data.txt"
         data = _read_numbers(data_path)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from bqnn.arguments import real_number
 from bqnn.inference.metrics import (
     Moments,
     brier_score,
@@ -21,7 +22,6 @@ from bqnn.inference.metrics import (
     moments,
     mutual_information,
 )
-from bqnn.numbers import real_number
 
 
 class NotFiniteError(ValueError):

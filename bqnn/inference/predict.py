@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from bqnn.arguments import whole_number
 from bqnn.inference.precision import full_precision
 from bqnn.layers.bayes import JointPosterior
 from bqnn.layers.chain import is_chain
 from bqnn.layers.draws import Drawn, Stochastic, held_draw
 from bqnn.layers.finite import refuse_non_finite
-from bqnn.numbers import whole_number
 from bqnn.seeds import Stream, stream_seed
 
 BATCH_SIZE = 256

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from bqnn.arguments import real_number
 from bqnn.layers.draws import DrawnWeights, evaluation_noise
 from bqnn.layers.linear_map import Geometry, linear_map, linear_map_gradients
 from bqnn.layers.noise import in_memory_order, noise_like
 from bqnn.layers.swap import swap
-from bqnn.numbers import real_number
 
 Moments = tuple[Tensor, Tensor]  # sigma and its square, flat, in the order of memory
 
@@ -160,9 +160,9 @@ def to_bayes(net: nn.Module, prior_std: float, init_rho: float) -> nn.Module:
 
 def _checked(prior_std: float, init_rho: float) -> tuple[float, float]:
     reason = "a standard deviation is positive and finite; 1 is usual"
-    prior_std = real_number("method.prior_std", prior_std, reason, 0, without=(0,))
+    prior_std = real_number("prior_std", prior_std, reason, 0, without=(0,))
     reason = "of sigma = softplus(rho), which must stay in the range of floats; choose -80 to 80"
-    return prior_std, real_number("method.init_rho", init_rho, f"{reason}, -5 is usual", -80, 80)
+    return prior_std, real_number("init_rho", init_rho, f"{reason}, -5 is usual", -80, 80)
 
 
 # What this thread has computed jointly, while it uses that.

@@ -2,11 +2,11 @@
 
 from torch import Tensor, nn
 
+from bqnn.arguments import real_number
 from bqnn.layers.draws import Stochastic, evaluation_coins
 from bqnn.layers.markers import DropoutSite
 from bqnn.layers.noise import coins_like
 from bqnn.layers.swap import check_plain
-from bqnn.numbers import real_number
 
 
 class MCDropout(Stochastic):
@@ -20,7 +20,7 @@ class MCDropout(Stochastic):
     def __init__(self, rate: float) -> None:
         super().__init__()
         reason = "the share of dropped values must be at least 0 and less than 1"
-        self.rate = real_number("method.rate", rate, reason, 0, 1, without=(1,))
+        self.rate = real_number("rate", rate, reason, 0, 1, without=(1,))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rate == 0:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bqnn.arguments import whole_number
 from bqnn.layers.draws import Drawn
 from bqnn.layers.swap import check_copied_as_one, check_no_loose_tensors
-from bqnn.numbers import whole_number
 
 
 class Ensemble(Drawn):

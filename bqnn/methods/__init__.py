@@ -3,8 +3,19 @@
 from bqnn.methods.base import Method
 from bqnn.methods.bbb import BayesByBackprop
 from bqnn.methods.mcdropout import MCDropoutMethod
+from bqnn.methods.members import MemberTuning
 from bqnn.methods.pointwise import Pointwise
 from bqnn.methods.sghmc import SGHMCEnsemble
+
+__all__ = [
+    "METHODS",
+    "BayesByBackprop",
+    "MCDropoutMethod",
+    "MemberTuning",
+    "Method",
+    "Pointwise",
+    "SGHMCEnsemble",
+]
 
 METHODS: dict[str, type[Method]] = {
     "pointwise": Pointwise,

@@ -1,42 +1,51 @@
 """What every method shares: the training step, evaluation by Monte-Carlo draws, logging."""
 
 import math
-from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from bqnn.arguments import ArgumentError, prefixed, whole_number
 from bqnn.inference.likelihoods import Likelihood, NotFiniteError
 from bqnn.inference.predict import predictive_sets
 from bqnn.layers.noise import reseed
 from bqnn.layers.safe_convolutions import guard_backward
 from bqnn.methods.epochs import is_last_epoch
-from bqnn.numbers import whole_number
+from bqnn.methods.terms import EpochTerms, Terms
+from bqnn.methods.watch import FiniteWatch
 from bqnn.optim import make_optimizer
 from bqnn.seeds import Stream, stream_seed
 
 Batch = tuple[Tensor, Tensor]
-SCHEDULES = ("cosine", "cosine_by_step", "constant")  # cosine lowers the rate at epoch ends
-Terms = dict[str, Tensor | float]
+SCHEDULES = ("cosine", "cosine_by_step", "constant")
 
 
 class Method(pl.LightningModule):
-    """A way to learn a distribution over the weights of `net`.
+    """A way to learn a distribution over the weights of a network.
 
     Subclasses convert the network in `__init__` and may change the loss (`loss_terms`), the
-    optimizer and how many draws there are to evaluate with.
+    optimizer and the number of draws that an evaluation makes. A method trains in any Lightning
+    Trainer; the run stops at the first loss or gradient that is not finite.
 
-    num_samples: draws in test and in the final validation; val_samples: draws in the validations
-    while it trains, which only draw curves. num_train: rows in the training set, the N of the
-    loss. seed: training is reseeded from it at the start of each epoch, and evaluation makes
-    its draws from it.
+    Args:
+        net: The network.
+        likelihood: What the network's outputs mean.
+        num_train: Rows in the training set, the N of the loss.
+        seed: Training is reseeded from it at the start of each epoch, and evaluation makes its
+            draws from it.
+        optimizer: Name and options of the optimizer, for `make_optimizer`.
+        schedule: Of the learning rate: `cosine` lowers it at the end of each epoch,
+            `cosine_by_step` after each step, `constant` never.
+        num_samples: Draws in a test, and in a validation outside of a training.
+        val_samples: Draws in the validations of a training.
+
+    Attributes:
+        epoch_terms: The terms of the loss in the current epoch.
+        recipe: What checkpoints say of the method, so that it can be built from them.
     """
 
     def __init__(
@@ -53,7 +62,7 @@ class Method(pl.LightningModule):
     ) -> None:
         super().__init__()
         if schedule not in SCHEDULES:
-            raise ValueError(f"method.schedule={schedule!r}: choose {', '.join(SCHEDULES)}")
+            raise ArgumentError(f"schedule={schedule!r}: choose {', '.join(SCHEDULES)}", "schedule")
         guard_backward()
         self.net = net.to(memory_format=torch.channels_last)
         self.likelihood = likelihood
@@ -62,15 +71,11 @@ class Method(pl.LightningModule):
         self.optimizer = optimizer
         self.schedule = schedule
         reason = "at least one draw is needed"
-        self.num_samples = whole_number("method.num_samples", num_samples, reason, 1)
-        self.val_samples = whole_number("method.val_samples", val_samples, reason, 1)
+        self.num_samples = whole_number("num_samples", num_samples, reason, 1)
+        self.val_samples = whole_number("val_samples", val_samples, reason, 1)
         self.stream = Stream.TRAINING
         self.recipe: dict[str, Any] | None = None
-        self._epoch_terms: defaultdict[str, list[Tensor]] = defaultdict(list)
-        self._epoch_norms: list[Tensor] = []  # of each parameter's gradient
-        self._num_checked = 0  # of these
-        self._epoch_rows: list[int] = []  # of each batch
-        self._step_ends: list[int] = []  # batches of this epoch up to each step, its own included
+        self.epoch_terms = EpochTerms()
         self._evaluated: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,34 +119,42 @@ class Method(pl.LightningModule):
         nll = self.likelihood.loss(self(inputs), targets)
         return {"loss": nll, "nll": nll}
 
-    def initialize(self) -> None:
-        """Take what training is to start from, where that is not the network as it was built.
+    def fine_tuning(self, optimizer: dict[str, Any], prior_weight: float) -> "Method":
+        """A method that trains the trained network a little further.
 
-        To be called before a Trainer sees the model (its callbacks may change the network), and
-        not for a run that is resumed.
-        """
+        The learning rate falls to 0 along a cosine, step by step: a fine-tuning may be one epoch
+        long.
 
-    def fine_tune(self, optimizer: dict[str, Any], prior_weight: float) -> None:
-        """Train the trained network a little further: another optimizer, down to a rate of 0.
+        Args:
+            optimizer: The optimizer to train with, for `make_optimizer`. Weight decay stays as it
+                was, apart from `prior_weight`, where these options name none.
+            prior_weight: Factor of the part of the loss that comes from the prior.
 
-        prior_weight scales the part of the loss that comes from the prior; weight decay stays as
-        it was where the optimizer's options name none.
+        Returns:
+            This method, changed, or another one of the same network.
         """
         if "weight_decay" in self.optimizer:
             decay = prior_weight * self.optimizer["weight_decay"]
             optimizer = {"weight_decay": decay, **optimizer}
         self.optimizer = optimizer
         self.stream = Stream.FINE_TUNING
-        self.schedule = "cosine_by_step"  # a fine-tuning may be one epoch long
+        self.schedule = "cosine_by_step"
+        return self
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [FiniteWatch(self.epoch_terms)]
 
     def configure_optimizers(self) -> Any:
         epochs = self.trainer.max_epochs
         assert epochs is not None
         if epochs < 1:
-            raise ValueError(f"max_epochs={epochs}: train for a number of epochs, 1 or more")
+            raise ArgumentError(
+                f"max_epochs={epochs}: train for a number of epochs, 1 or more", "max_epochs"
+            )
         steps = int(self.trainer.estimated_stepping_batches)  # this loads the data, too
         options = self.optimizer_options(self.steps_per_epoch)
-        optimizer = make_optimizer(self.trained_parameters(), **options)
+        with prefixed("optimizer"):
+            optimizer = make_optimizer(self.trained_parameters(), **options)
         if self.schedule == "constant":
             return optimizer
         by_step = self.schedule == "cosine_by_step"
@@ -162,7 +175,8 @@ class Method(pl.LightningModule):
     @property
     def epochs_done(self) -> float:
         """Epochs trained so far, the part of the current one included."""
-        return self.current_epoch + len(self._epoch_rows) / int(self.trainer.num_training_batches)
+        batches = int(self.trainer.num_training_batches)
+        return self.current_epoch + len(self.epoch_terms.rows) / batches
 
     def optimizer_options(self, steps_per_epoch: int) -> dict[str, Any]:
         """What `make_optimizer` is called with."""
@@ -180,9 +194,10 @@ class Method(pl.LightningModule):
     def on_fit_start(self) -> None:
         overfit = self.trainer.overfit_batches  # type: ignore[attr-defined]
         if overfit:
-            raise ValueError(
-                f"trainer.overfit_batches={overfit}: the loss is that of all training rows, "
-                "and a few of them have another posterior; choose trainer.limit_train_batches"
+            raise ArgumentError(
+                f"overfit_batches={overfit}: the loss is that of all training rows, and a few of "
+                "them have another posterior; choose limit_train_batches",
+                *("overfit_batches", "limit_train_batches"),
             )
         self.train()  # a loaded model is in eval mode, and Lightning would leave it there
 
@@ -190,17 +205,12 @@ class Method(pl.LightningModule):
         self.seed_epoch()
         # Lightning sets the next epoch's rate before this one's metrics are logged.
         self._epoch_lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        self._first_step = self.global_step
-        self._epoch_terms.clear()
-        self._epoch_norms.clear()
-        self._num_checked = 0
-        self._epoch_rows.clear()
-        self._step_ends.clear()
+        self.epoch_terms.clear()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         inputs, targets = batch
         terms = self.loss_terms(inputs, targets)
-        self._record(terms, len(targets))
+        self.epoch_terms.record(terms, len(targets))
         loss = terms["loss"]
         assert isinstance(loss, Tensor)
         return loss
@@ -217,30 +227,15 @@ class Method(pl.LightningModule):
         seed = stream_seed(self.seed, self.stream, self.current_epoch, rank)
         reseed(self.device, seed)
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        # Here gradients are those of all ranks: what is wrong on one stops all of them.
-        gradients: Any = [param.grad for param in _with_gradient(optimizer)]
-        self._epoch_norms.append(torch.stack(torch._foreach_norm(gradients)).detach())
-        self._step_ends.append(len(self._epoch_rows))
-        # Looking waits for the device, which costs nothing on the CPU.
-        if self.device.type == "cpu" or len(self._epoch_norms) % 50 == 0:
-            self._refuse_non_finite()
-
     def on_train_epoch_end(self) -> None:
-        self._refuse_non_finite()
         if not self.is_logged_epoch():
             return
-        rows = torch.tensor(self._epoch_rows, dtype=torch.float64)
-        values = [torch.stack(term).cpu().double() for term in self._epoch_terms.values()]
-        means = torch.stack(values) @ rows / rows.sum()
+        means = self.epoch_terms.means()
         if self.trainer.world_size > 1:
             means = self.trainer.strategy.reduce(means.to(self.device))
-        names = [f"train/{name}" for name in self._epoch_terms]
+        names = [f"train/{name}" for name in self.epoch_terms.names]
         terms = dict(zip(names, means.tolist(), strict=True))
         self._log_in_fit({**terms, "train/lr": self._epoch_lr}, torch.float32)
-
-    def on_validation_epoch_start(self) -> None:
-        self._refuse_non_finite()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         fitting = self.trainer.state.fn == "fit"
@@ -258,12 +253,6 @@ class Method(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = self.recipe
-
-    def _record(self, terms: Terms, num_rows: int) -> None:
-        """Keep the terms of a training batch for the epoch's means."""
-        for name, value in terms.items():
-            self._epoch_terms[name].append(torch.as_tensor(value).detach())
-        self._epoch_rows.append(num_rows)
 
     def _draw(self, batch: Batch, num_samples: int) -> dict[str, Tensor]:
         inputs, targets = batch
@@ -300,54 +289,6 @@ class Method(pl.LightningModule):
             # The step that Lightning gives to what an epoch logs.
             logger.log_metrics({"epoch": self.current_epoch, **values}, step=self.global_step - 1)
             logger.save()
-
-    def _refuse_non_finite(self) -> None:
-        """FloatingPointError where a loss or a gradient of this epoch is not finite."""
-        first_new, self._num_checked = self._num_checked, len(self._epoch_norms)
-        losses, norms = self._epoch_terms["loss"], self._epoch_norms
-        new = norms[first_new:]
-        new += [
-            loss.reshape(1) for loss in losses[self._step_ends[first_new - 1] if first_new else 0 :]
-        ]
-        if not new or all(map(math.isfinite, torch.cat(new).tolist())):
-            return
-        bad_steps = [step for step, norm in enumerate(norms) if not norm.isfinite().all()]
-        bad_batches = [batch for batch, loss in enumerate(losses) if not loss.isfinite()]
-        steps = [bisect_right(self._step_ends, batch) for batch in bad_batches]
-        is_loss = min(steps, default=math.inf) <= min(bad_steps, default=math.inf)
-        step = steps[0] if is_loss else bad_steps[0]
-        batch = bad_batches[0] if is_loss else self._step_ends[step] - 1
-        where = (
-            f"at step {self._first_step + step} (epoch {self.current_epoch}, batch {batch}); "
-            "likely causes: method.optimizer.lr is too high, or "
-        )
-        if is_loss:
-            spoilt = [n for n, param in self.named_parameters() if not param.isfinite().all()]
-            # Of earlier steps one no longer knows.
-            seen = f"; {spoilt[0]} is not finite" if spoilt and step + 1 >= len(norms) else ""
-            raise FloatingPointError(
-                f"the loss is {losses[batch].item()} {where}inputs are far outside the range of "
-                f"the others{seen}"
-            )
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, Optimizer | LightningOptimizer)
-        first = int((~norms[step].isfinite()).nonzero()[0])
-        param = _with_gradient(optimizer)[first]
-        name = next(name for name, own in self.named_parameters() if own is param)
-        cause = (
-            "a standard deviation left the range of floats: see method.init_rho, method.prior_std"
-            if name.endswith(".rho")
-            else "a predicted variance or probability has become 0, as for targets without noise"
-        )
-        raise FloatingPointError(
-            f"the gradient of {name} has a norm of {norms[step][first].item()} while the loss is "
-            f"{losses[batch].item():.4g}, {where}{cause}"
-        )
-
-
-def _with_gradient(optimizer: Optimizer | LightningOptimizer) -> list[Tensor]:
-    groups = optimizer.param_groups
-    return [param for group in groups for param in group["params"] if param.grad is not None]
 
 
 def _prefixed(split: str, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -1,23 +1,39 @@
 """Bayes-by-backprop: a Gaussian per weight, learned by variational inference."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bqnn.checkpoints.file import read_checkpoint
+from bqnn.arguments import ArgumentError, real_number, whole_number
 from bqnn.inference.likelihoods import Likelihood
 from bqnn.layers.bayes import GaussianWeight, JointPosterior, to_bayes
-from bqnn.methods.base import Method, Terms
-from bqnn.numbers import real_number, whole_number
+from bqnn.methods.base import Method
+from bqnn.methods.terms import Terms
 
 
 class BayesByBackprop(Method):
     """Blundell et al. (2015): minimizes mean NLL + beta * KL / N, N the rows trained on.
 
-    beta grows linearly from 0 over the first `warmup_epochs` epochs. `init_from` is a pointwise
-    checkpoint of the same network: its weights become the means and sigma = init_delta * |mean|
-    (but at least 1e-4, so that a weight of zero can still learn its sigma).
+    Args:
+        net: The network, whose linear layers and convolutions get Gaussian weights.
+        prior_std: Standard deviation of the prior.
+        init_rho: Initial rho of each weight; sigma = softplus(rho).
+        beta: Factor of the KL; 1 is the ELBO.
+        warmup_epochs: Epochs over which beta grows linearly from 0, batch by batch.
+        init_delta: What `initialize_from` makes sigma, as a share of |mean|.
+        options: For `Method`.
+
+    Example:
+        >>> import torch
+        >>> from bqnn.inference.likelihoods import Regression
+        >>> from bqnn.nets import MLP
+        >>> net, likelihood = MLP([3], [1, 1], hidden_features=[4]), Regression(0.0, 1.0)
+        >>> options = {"num_train": 100, "seed": 0, "optimizer": {"name": "adam"}}
+        >>> method = BayesByBackprop(net, likelihood, prior_std=0.3, init_rho=-5, beta=1, **options)
+        >>> method.eval().predictive(torch.zeros(2, 3)).shape
+        torch.Size([20, 2, 2])
     """
 
     def __init__(
@@ -29,25 +45,18 @@ class BayesByBackprop(Method):
         init_rho: float,
         beta: float,
         warmup_epochs: int = 0,
-        init_from: str | None = None,
         init_delta: float = 0.1,
         **options: Any,
     ) -> None:
-        beta = real_number("method.beta", beta, "the weight of the KL term, 0 or more", 0)
+        beta = real_number("beta", beta, "the weight of the KL term, 0 or more", 0)
         reason = "epochs in which beta grows, 0 or more"
-        warmup_epochs = whole_number("method.warmup_epochs", warmup_epochs, reason, 0)
+        warmup_epochs = whole_number("warmup_epochs", warmup_epochs, reason, 0)
         reason = "sigma as a multiple of the mean has to be positive; 0.1 is usual"
-        init_delta = real_number("method.init_delta", init_delta, reason, 0, without=(0,))
+        init_delta = real_number("init_delta", init_delta, reason, 0, without=(0,))
         super().__init__(to_bayes(net, prior_std, init_rho), likelihood, **options)
         self.beta = beta
         self.warmup_epochs = warmup_epochs
-        self.init_from = init_from
         self.init_delta = init_delta
-        self.register_load_state_dict_post_hook(_forget_init_from)
-
-    def initialize(self) -> None:
-        if self.init_from is not None:
-            self.initialize_from(self.init_from)
 
     def loss_terms(self, inputs: Tensor, targets: Tensor) -> Terms:
         with JointPosterior(self.net) as posterior:
@@ -57,11 +66,10 @@ class BayesByBackprop(Method):
         loss = nll + beta * kl / self.num_train
         return {"loss": loss, "nll": nll, "kl": kl, "beta": beta}
 
-    def fine_tune(self, optimizer: dict[str, Any], prior_weight: float) -> None:
-        super().fine_tune(optimizer, prior_weight)
+    def fine_tuning(self, optimizer: dict[str, Any], prior_weight: float) -> Method:
         self.beta *= prior_weight
         self.warmup_epochs = 0
-        self.init_from = None
+        return super().fine_tuning(optimizer, prior_weight)
 
     def current_beta(self) -> float:
         """beta at this batch of the warm-up."""
@@ -70,36 +78,38 @@ class BayesByBackprop(Method):
         return self.beta * self.epochs_done / self.warmup_epochs
 
     @torch.no_grad()
-    def initialize_from(self, path: str) -> None:
-        """Take the means, point parameters and buffers of the pointwise checkpoint at `path`."""
-        checkpoint = read_checkpoint(path)
-        method = checkpoint["recipe"]["method"]["name"]
-        if method != "pointwise":
-            raise ValueError(
-                f"method.init_from={path}: this is a {method} run, give a pointwise one"
-            )
-        state = dict(checkpoint["state_dict"])
+    def initialize_from(self, state: Mapping[str, Tensor]) -> None:
+        """Start at the weights of a pointwise method with the same network.
+
+        Its weights become the means, with sigma = init_delta * |mean| but at least 1e-4, so that
+        a weight of zero can still learn its sigma. Its other parameters and its buffers are copied.
+
+        Args:
+            state: The `state_dict` of the pointwise method.
+
+        Raises:
+            ValueError: The state is not one of this network.
+        """
+        given: dict[str, Tensor | None] = dict(state)
         layers = {n: m for n, m in self.named_modules() if isinstance(m, GaussianWeight)}
         for name, layer in layers.items():
-            state[f"{name}.mean"] = state.pop(f"{name}.weight", None)
-            state[f"{name}.rho"] = layer.rho
+            given[f"{name}.mean"] = given.pop(f"{name}.weight", None)
+            given[f"{name}.rho"] = layer.rho
         own = self.state_dict()
         differing = [
-            name
-            for name in own.keys() | state.keys()
-            if state.get(name) is None or name not in own or state[name].shape != own[name].shape
+            name for name in own.keys() | given.keys() if _shape(given, name) != _shape(own, name)
         ]
         if differing:
-            raise ValueError(
-                f"method.init_from={path}: its network is not this one, they differ in "
-                f"{', '.join(sorted(differing)[:3])}; train with the same net and task"
+            raise ArgumentError(
+                "state: its network is not this one, they differ in "
+                f"{', '.join(sorted(differing)[:3])}; train with the same net and task",
+                "state",
             )
-        self.load_state_dict(state)
+        self.load_state_dict(given)
         for layer in layers.values():
             layer.set_sigma((self.init_delta * layer.mean.abs()).clamp_min(1e-4))
 
 
-def _forget_init_from(module: nn.Module, _: object) -> None:
-    """A model that was loaded has its weights: a fit must not begin anew from that file."""
-    assert isinstance(module, BayesByBackprop)
-    module.init_from = None
+def _shape(state: Mapping[str, Tensor | None], name: str) -> torch.Size | None:
+    value = state.get(name)
+    return None if value is None else value.shape

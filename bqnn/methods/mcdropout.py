@@ -12,7 +12,21 @@ from bqnn.methods.base import Method
 class MCDropoutMethod(Method):
     """Gal & Ghahramani (2016), with one rate for all sites of the network.
 
-    `drop_before_output` says whether the site before the output layer drops too.
+    Args:
+        net: The network, whose `DropoutSite`s begin to drop.
+        rate: The share of values that is dropped.
+        drop_before_output: Whether the site before the output layer drops, too.
+        options: For `Method`.
+
+    Example:
+        >>> import torch
+        >>> from bqnn.inference.likelihoods import Regression
+        >>> from bqnn.nets import MLP
+        >>> net, likelihood = MLP([3], [1, 1], hidden_features=[4]), Regression(0.0, 1.0)
+        >>> options = {"num_train": 100, "seed": 0, "optimizer": {"name": "adam"}}
+        >>> method = MCDropoutMethod(net, likelihood, rate=0.1, drop_before_output=True, **options)
+        >>> method.eval().predictive(torch.zeros(2, 3)).shape
+        torch.Size([20, 2, 2])
     """
 
     def __init__(

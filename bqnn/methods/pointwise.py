@@ -4,7 +4,18 @@ from bqnn.methods.base import Method
 
 
 class Pointwise(Method):
-    """Maximum likelihood, or a posteriori with weight decay."""
+    """Maximum likelihood, or maximum a posteriori with weight decay. All draws are equal.
+
+    Example:
+        >>> import torch
+        >>> from bqnn.inference.likelihoods import Regression
+        >>> from bqnn.nets import MLP
+        >>> net, likelihood = MLP([3], [1, 1], hidden_features=[4]), Regression(0.0, 1.0)
+        >>> options = {"num_train": 100, "seed": 0, "optimizer": {"name": "adam"}}
+        >>> method = Pointwise(net, likelihood, **options)
+        >>> method.eval().predictive(torch.zeros(2, 3)).shape
+        torch.Size([1, 2, 2])
+    """
 
     @property
     def available_samples(self) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from bqnn.arguments import ArgumentError
 from bqnn.layers.markers import DropoutSite, Enter
 from bqnn.nets.heads import Heads
 
@@ -24,7 +25,9 @@ class MLP(nn.Sequential):
         hidden_features: Sequence[int] = (100, 100, 100),
     ) -> None:
         if not hidden_features:
-            raise ValueError("net.hidden_features is empty: give at least one hidden layer")
+            raise ArgumentError(
+                "hidden_features is empty: give at least one hidden layer", "hidden_features"
+            )
         in_features = 1
         for size in input_shape:
             in_features *= size

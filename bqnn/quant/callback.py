@@ -9,9 +9,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from bqnn.arguments import ArgumentError, prefixed, whole_number
 from bqnn.layers.noise import reseed
 from bqnn.layers.safe_convolutions import guard_backward
-from bqnn.numbers import whole_number
 from bqnn.quant.fbgemm import FakeQuant
 from bqnn.quant.fuse import fuse
 from bqnn.quant.saturation import refuse_saturation
@@ -20,8 +20,6 @@ from bqnn.quant.spec import QuantSpec
 from bqnn.seeds import Stream, stream_seed
 
 log = logging.getLogger(__name__)
-
-SWITCH = "quant.allow_saturation=true"  # as train.py and quantize.py take it
 
 
 class Data(Protocol):
@@ -43,11 +41,12 @@ class QuantizationCallback(pl.Callback):
     """
 
     def __init__(self, spec: QuantSpec, freeze_epochs: int = 2) -> None:
-        freeze_epochs = whole_number("quant.freeze_epochs", freeze_epochs, "0 or more", 0)
+        freeze_epochs = whole_number("freeze_epochs", freeze_epochs, "0 or more", 0)
         if spec.activation_observer == "histogram":
-            raise ValueError(
-                "quant.activation_observer=histogram only calibrates (quant.mode=ptq); train with "
-                "moving_average or minmax"
+            raise ArgumentError(
+                "activation_observer=histogram only calibrates; train with moving_average or "
+                "minmax",
+                "activation_observer",
             )
         self.spec = spec
         self.freeze_epochs = freeze_epochs
@@ -55,14 +54,15 @@ class QuantizationCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Before optimizers exist and before a checkpoint is restored, whatever stage comes first.
         if trainer.precision != "32-true":
-            raise ValueError(
-                f"trainer.precision={trainer.precision}: fake quantization needs 32-true, in which "
-                "its ranges and the integers' scales are"
+            raise ArgumentError(
+                f"precision={trainer.precision}: fake quantization needs 32-true, in which its "
+                "ranges and the integers' scales are",
+                "precision",
             )
         guard_backward()
         quantize_module(pl_module, self.spec)
         if stage == "fit":
-            refuse_saturation(_net(pl_module), switch=SWITCH)
+            refuse_saturation(_net(pl_module))
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         enable(_net(pl_module), False)  # before any batch was seen there are no ranges
@@ -97,15 +97,22 @@ class QuantizationCallback(pl.Callback):
 
 
 def quantization_callbacks(options: Mapping[str, Any]) -> list[pl.Callback]:
-    """The callback that a group `quant` of the configuration asks for, if it asks for one."""
+    """The callback that the group `quant` of a configuration asks for, if it asks for one.
+
+    Raises:
+        ValueError: In one line, with the key of the configuration.
+    """
     if options["name"] == "none":
         return []
-    if options["mode"] != "qat":
-        raise ValueError(
-            f"quant.mode={options['mode']}: a training is quantization-aware (qat); calibrate the "
-            "trained network with quantize.py"
-        )
-    return [QuantizationCallback(QuantSpec.from_config(options), options["freeze_epochs"])]
+    spec = QuantSpec.from_config(options)
+    with prefixed("quant"):
+        if options["mode"] != "qat":
+            raise ArgumentError(
+                f"mode={options['mode']}: a training is quantization-aware (qat); calibrate the "
+                "trained network with quantize.py",
+                "mode",
+            )
+        return [QuantizationCallback(spec, options["freeze_epochs"])]
 
 
 def fine_tuning_optimizer(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,10 +133,9 @@ def calibrate_module(
     model: pl.LightningModule, spec: QuantSpec, data: Data, num_batches: int
 ) -> None:
     """Quantize `model.net` without training, its ranges set by batches of the training rows."""
-    name = "quant.fine_tuning.calibration_batches"
-    num_batches = whole_number(name, num_batches, "1 or more", 1)
+    num_batches = whole_number("num_batches", num_batches, "1 or more", 1)
     quantize_module(model, spec, stage="ptq")
-    refuse_saturation(_net(model), switch=SWITCH)
+    refuse_saturation(_net(model))
     batches = islice(data.train_dataloader(), num_batches)
     # Stochastic layers are drawn on the way.
     reseed(torch.device("cpu"), stream_seed(0, Stream.CALIBRATION))

@@ -23,6 +23,7 @@ from torch.ao.quantization.observer import (
     ObserverBase,
 )
 
+from bqnn.arguments import ArgumentError
 from bqnn.layers.linear_map import Geometry
 from bqnn.quant.grids import Grid
 
@@ -214,8 +215,8 @@ def check_engine(engine: str) -> None:
     """ValueError where this torch was built without the engine."""
     supported = torch.backends.quantized.supported_engines
     if engine not in supported:
-        raise ValueError(
-            f"quant.engine={engine}: this torch has {', '.join(supported)}; choose one of these"
+        raise ArgumentError(
+            f"engine={engine}: this torch has {', '.join(supported)}; choose one of these", "engine"
         )
 
 

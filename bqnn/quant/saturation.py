@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from bqnn.arguments import ArgumentError
 from bqnn.layers.ensemble import Ensemble
 from bqnn.quant import kernels
 from bqnn.quant.simulated import OutputOnGrid, SimulatedLayer
@@ -12,13 +13,15 @@ from bqnn.quant.simulated import OutputOnGrid, SimulatedLayer
 log = logging.getLogger(__name__)
 
 
-def refuse_saturation(
-    net: nn.Module, allow: bool = False, switch: str = "allow_saturation=true"
-) -> None:
-    """ValueError where int8 would compute wrong sums on this CPU, at a network's bits.
+def refuse_saturation(net: nn.Module, allow: bool = False) -> None:
+    """Refuse a network whose int8 sums would saturate on this CPU.
 
-    With `allow`, or where the spec of every such layer has `allow_saturation`, a warning. `switch`
-    is what the caller's user writes to have that.
+    Args:
+        net: A simulated network, as `bqnn.quant.simulated.prepare` returns it.
+        allow: Whether to warn instead. The spec of every such layer may say so, too.
+
+    Raises:
+        ArgumentError: A layer would compute wrong sums at its bits.
     """
     found = list(_saturating(net))
     if not found:
@@ -30,9 +33,10 @@ def refuse_saturation(
         f"{layer.engine} adds products up in 16 bits here"
     )
     if not (allow or all(layer.allow_saturation for _, layer, _ in found)):
-        raise ValueError(
-            f"int8: {why}; choose 7-bit activations (quant.activation_bits=7), use a CPU with "
-            f"VNNI, or accept wrong integers with {switch}"
+        raise ArgumentError(
+            f"int8: {why}; choose activation_bits=7, use a CPU with VNNI, or accept wrong integers "
+            "with allow_saturation=true",
+            *("activation_bits", "allow_saturation"),
         )
     log.warning("int8 can differ from the simulation: %s", why)
 

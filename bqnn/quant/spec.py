@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from bqnn.numbers import real_number, whole_number
+from bqnn.arguments import ArgumentError, ArgumentTypeError, prefixed, real_number, whole_number
 from bqnn.text import short
 
 ENGINES = ("fbgemm", "x86", "onednn")
@@ -71,14 +71,15 @@ class QuantSpec:
         for name in ("weight_symmetric", "allow_saturation"):
             value = getattr(self, name)
             if not isinstance(value, bool):
-                raise ValueError(f"quant.{name}={_shown(value)}: true or false")
+                raise ArgumentError(f"{name}={_shown(value)}: true or false", name)
         reason = "in standard deviations, above 0; 3 is usual"
-        noise_range = real_number("quant.noise_range", self.noise_range, reason, 0, without=(0,))
+        noise_range = real_number("noise_range", self.noise_range, reason, 0, without=(0,))
         object.__setattr__(self, "noise_range", noise_range)
         if self.engine == "onednn" and not self.weight_symmetric:
-            raise ValueError(
-                "quant.engine=onednn takes symmetric weights only; set quant.weight_symmetric=true "
-                "or choose fbgemm or x86"
+            raise ArgumentError(
+                "engine=onednn takes symmetric weights only; set weight_symmetric=true or choose "
+                "fbgemm or x86",
+                *("engine", "weight_symmetric"),
             )
         object.__setattr__(self, "overrides", tuple(_checked_override(o) for o in self.overrides))
 
@@ -88,29 +89,36 @@ class QuantSpec:
         known = {field.name for field in fields(cls)}
         for key in options:
             if key not in known:
-                raise ValueError(f"quant.{_shown(key)}: no such option of a quantization")
+                raise ArgumentError(f"{_shown(key)}: no such option of a quantization", _shown(key))
         overrides = options.get("overrides", ())
         if not isinstance(overrides, list | tuple) or len(overrides) > 1000:
-            raise ValueError(
-                f"quant.overrides={_shown(overrides)}: give a list of at most 1000 dictionaries"
+            raise ArgumentError(
+                f"overrides={_shown(overrides)}: give a list of at most 1000 dictionaries",
+                "overrides",
             )
         try:
             return cls(**options)
-        except TypeError as error:  # a number of another kind
-            raise ValueError(str(error)) from None
+        except ArgumentTypeError as error:  # a number of another kind
+            raise ArgumentError(str(error), *error.names) from None
 
     @classmethod
     def from_config(cls, options: Mapping[str, Any]) -> QuantSpec:
-        """The spec in a group `quant` of the configuration, which also says how to get there."""
-        if options["mode"] not in ("qat", "ptq"):
-            raise ValueError(
-                f"quant.mode={_shown(options['mode'])}: choose qat, which trains, or ptq, which "
-                "calibrates"
-            )
-        spec = {key: value for key, value in options.items() if key not in PROCEDURE}
-        if spec.get("activation_observer") is None:
-            spec["activation_observer"] = OBSERVERS[options["mode"]]
-        return cls.from_dict(spec)
+        """The spec in the group `quant` of a configuration, which also says how to get there.
+
+        Raises:
+            ValueError: In one line, with the key of the configuration.
+        """
+        with prefixed("quant"):
+            if options["mode"] not in ("qat", "ptq"):
+                raise ArgumentError(
+                    f"mode={_shown(options['mode'])}: choose qat, which trains, or ptq, which "
+                    "calibrates",
+                    "mode",
+                )
+            spec = {key: value for key, value in options.items() if key not in PROCEDURE}
+            if spec.get("activation_observer") is None:
+                spec["activation_observer"] = OBSERVERS[options["mode"]]
+            return cls.from_dict(spec)
 
     def to_dict(self) -> dict[str, Any]:
         """The spec in plain JSON types."""
@@ -130,9 +138,10 @@ class QuantSpec:
         """ValueError where an override matches none of these layer names."""
         for override in self.overrides:
             if not any(fnmatchcase(name, override["layer"]) for name in names):
-                raise ValueError(
-                    f"quant.overrides: layer={short(override['layer'])} matches no layer; "
-                    f"there are {', '.join(names)}"
+                raise ArgumentError(
+                    f"overrides: layer={short(override['layer'])} matches no layer; "
+                    f"there are {', '.join(names)}",
+                    "overrides",
                 )
 
 
@@ -145,28 +154,28 @@ BITS = (*LAYER_BITS, "output_bits")
 def _checked_bits(name: str, bits: object) -> int | None:
     if name in ("sigma_bits", "output_bits") and bits is None:
         return None
-    return whole_number(
-        f"quant.{name}", bits, "integers live in 8-bit containers; choose 2 to 8", 2, 8
-    )
+    return whole_number(name, bits, "integers live in 8-bit containers; choose 2 to 8", 2, 8)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if type(value) is not str or value not in choices:
-        raise ValueError(f"quant.{name}={_shown(value)}: choose {' or '.join(choices)}")
+        raise ArgumentError(f"{name}={_shown(value)}: choose {' or '.join(choices)}", name)
 
 
 def _checked_override(override: object) -> dict[str, Any]:
     if not isinstance(override, Mapping):
-        raise ValueError(
-            f"quant.overrides: {short(override)} is no dictionary; write "
-            "'quant.overrides=[{layer: output.*, weight_bits: 8}]'"
+        raise ArgumentError(
+            f"overrides: {short(override)} is no dictionary; write "
+            "'overrides=[{layer: output.*, weight_bits: 8}]'",
+            "overrides",
         )
     layer, unknown = override.get("layer"), override.keys() - {"layer", *LAYER_BITS}
     if type(layer) is not str or len(layer) > 200 or unknown or len(override) < 2:
         keys = ", ".join(sorted(_shown(key) for key in override)[:8])
-        raise ValueError(
-            f"quant.overrides: one that has {keys or 'nothing'} needs a layer (a glob) and one or "
-            f"more of {', '.join(LAYER_BITS)}"
+        raise ArgumentError(
+            f"overrides: one that has {keys or 'nothing'} needs a layer (a glob) and one or more "
+            f"of {', '.join(LAYER_BITS)}",
+            "overrides",
         )
     return {
         name: value if name == "layer" else _checked_bits(name, value)

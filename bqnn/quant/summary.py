@@ -201,8 +201,7 @@ def warn_of_differences(found: dict[str, Disagreement], only_warn: bool = True) 
     )
     if worst.largest > 1 and not only_warn:
         raise ValueError(
-            f"{message}; evaluate it with numeric=simulated, or quantize it with another "
-            "quant.engine"
+            f"{message}; evaluate it with numeric=simulated, or quantize it with another engine"
         )
     log.warning("%s", message)
 

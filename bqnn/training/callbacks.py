@@ -21,11 +21,16 @@ log = logging.getLogger(__name__)
 
 
 class SaveCheckpoint(Checkpoint):
-    """Keeps `<folder>/checkpoint.ckpt` at the last epoch, and `best.ckpt` where it is asked for.
+    """Saves checkpoint.ckpt, and best.ckpt on request.
 
-    Checkpoints are taken at epoch ends alone, after validation, at least `save_every` seconds
-    apart and always at the last epoch, however the training ends. `best.ckpt` is the epoch with
-    the lowest val/nll, among those that were validated.
+    It saves only at the ends of epochs, after validation: at least `save_every` seconds apart, and
+    at the last epoch, however the training ends. best.ckpt is the validated epoch with the lowest
+    val/nll.
+
+    Args:
+        folder: Where both files are written.
+        save_every: Seconds.
+        save_best: Whether to save best.ckpt.
     """
 
     def __init__(self, folder: Path, save_every: float, save_best: bool) -> None:
@@ -77,7 +82,7 @@ def save_checkpoint(trainer: pl.Trainer, model: pl.LightningModule, path: Path) 
 
 
 class EpochTimer(pl.Callback):
-    """Seconds until the first training step was done, and seconds of each training epoch."""
+    """Measures the seconds to the first training step, and those of each training epoch."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -98,7 +103,7 @@ class EpochTimer(pl.Callback):
         self.epochs.append(time.perf_counter() - self._epoch_started)
 
     def metrics(self) -> dict[str, float]:
-        """What was measured, in seconds: until the first step, and per epoch (the median)."""
+        """Seconds to the first step and of an epoch (the median); nothing if no step was made."""
         if self.startup is None:  # nothing was trained
             return {}
         return {
@@ -117,9 +122,9 @@ class EpochTimer(pl.Callback):
 
 
 class ShareBuffers(pl.Callback):
-    """Gives all ranks the statistics of batch norm that the first one has, before they are used.
+    """Copies the statistics of batch norm from the first rank to the others before their use.
 
-    Each learns them from its own rows, as is usual with distributed training.
+    Each rank learns them from its own rows, as is usual in distributed training.
     """
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -132,11 +137,11 @@ class ShareBuffers(pl.Callback):
 
 
 class PlanAnew(pl.Callback):
-    """Plans the cosine schedule of a training for the epochs that it now has.
+    """Stretches the cosine schedule of a resumed training that was given more epochs.
 
-    A resumed training that was given more of them would follow the schedule of its checkpoint,
-    which ends at a rate of zero and then rises again. The rate goes on from where a schedule of the
-    new length would be. A training that was planned for this length is not changed.
+    The schedule in its checkpoint would fall to a learning rate of 0 and then rise again. The rate
+    continues where a schedule of the new length would be. A training whose length is the same does
+    not change.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""How far a training or an evaluation is: a bar on a terminal, and a few lines elsewhere."""
+"""Progress of a training or an evaluation: a bar on a terminal, a few log lines elsewhere."""
 
 import logging
 import math
@@ -26,10 +26,9 @@ SHOWN = ("train/loss", "val/nll")
 class TrainingProgress(Checkpoint):
     """Shows the training loss, val/nll and the time left.
 
-    On a terminal that is one bar for the whole training. Elsewhere it is a line of the log for
-    logged epochs: the first one, the last one, and of those between about every twentieth of the
-    training, or one each five minutes. Being a Checkpoint, it is called when the epoch's metrics
-    are complete.
+    On a terminal it is one bar for the whole training. Elsewhere it logs about twenty lines, for
+    the first and the last logged epoch and for some between them, or one each five minutes.
+    Lightning calls a Checkpoint callback when the metrics of an epoch are complete.
     """
 
     def __init__(self) -> None:
@@ -104,13 +103,16 @@ class TrainingProgress(Checkpoint):
 def evaluation_progress(
     what: str, sets: Sequence[str], num_samples: int, is_shown: bool = True
 ) -> Iterator[Callable[[int, int], None] | None]:
-    """What `predictive_sets` is to call with the index of a set and of the draw it made for it.
+    """Show the progress of an evaluation.
 
     Args:
         what: A name for what is evaluated, such as int8.
         sets: The names of the sets.
-        num_samples: Draws for each of them.
-        is_shown: False: nothing is to be shown, and the context gives None.
+        num_samples: Draws for each set.
+        is_shown: If False, show nothing and yield None.
+
+    Yields:
+        A function for `predictive_sets` to call with the index of a set and of a draw.
     """
     if not is_shown:
         yield None
@@ -152,7 +154,7 @@ def _text(values: dict[str, float]) -> str:
 
 
 def _size() -> dict[str, int]:
-    """That of the terminal. tqdm shows nothing on one that does not say, as some do not."""
+    """The size of the terminal, for tqdm, which shows nothing where it finds none."""
     size = shutil.get_terminal_size()
     return {"ncols": size.columns, "nrows": size.lines}
 

@@ -1,17 +1,16 @@
-"""The Lightning Trainer of a job."""
+"""Set up the Lightning Trainer of a job, and fit with it."""
 
 import contextlib
-import ctypes
 import logging
-import math
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 import torch.distributed as dist
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import (
@@ -20,19 +19,21 @@ from pytorch_lightning.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from torch import Tensor, nn
 
+from bqnn.arguments import renamed
 from bqnn.checkpoints.file import trained_epochs
+from bqnn.checkpoints.start import start_from
 from bqnn.data import TensorData
 from bqnn.inference.likelihoods import NotFiniteError
 from bqnn.jobs.job import Job
-from bqnn.methods import Method
+from bqnn.methods import BayesByBackprop, Method
+from bqnn.quant.spec import QuantSpec
 from bqnn.text import one_line, short
+from bqnn.training.batch_norm import refuse_single_values
 from bqnn.training.callbacks import PlanAnew, SaveCheckpoint, ShareBuffers
 from bqnn.training.loggers import MetricsCsv
+from bqnn.training.process import find_accelerator, prepare_torch
 from bqnn.training.progress import TrainingProgress
-
-log = logging.getLogger(__name__)
 
 # How Lightning learns its rank from what started the processes of a job (bqnn/jobs/ranks.py). It
 # would choose by the environment alone, also for a job of one process.
@@ -48,7 +49,14 @@ ENVIRONMENTS = {
 def make_trainer(
     job: Job, loggers: list[Logger], callbacks: list[pl.Callback], validate: bool
 ) -> pl.Trainer:
-    """A Trainer as `trainer` of the configuration says, saving to the job's folder."""
+    """The Trainer that the group `trainer` of the configuration describes.
+
+    Args:
+        job: The job, to whose folder it saves.
+        loggers: As `make_loggers` returns them.
+        callbacks: Callbacks that come before those that log and save.
+        validate: Whether there are validation rows.
+    """
     options = {**job.config["trainer"], "accelerator": prepare_torch(job)}
     if options["save_best"] and not validate:
         raise ValueError(
@@ -58,8 +66,6 @@ def make_trainer(
     del options["threads"]
     save = SaveCheckpoint(job.folder, options.pop("save_every"), options.pop("save_best"))
     progress: list[pl.Callback] = [TrainingProgress()] if options.pop("progress_bar") else []
-    # Lightning's remarks on the hardware it found are in status.json already.
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     trainer = pl.Trainer(
         **options,
         callbacks=[
@@ -149,7 +155,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _prepare_ranks(job: Job) -> None:
-    """Refuse what several processes cannot do, and forget at the end that there were some."""
+    """Refuse several processes where one is needed, and clean up after them at the job's end."""
     if job.verb != "train" or job.sweep is not None:
         raise ValueError(_single(job.config["trainer"]["devices"]))
 
@@ -163,19 +169,27 @@ def _prepare_ranks(job: Job) -> None:
 
 
 def fit(job: Job, trainer: pl.Trainer, model: Method, data: TensorData) -> None:
-    """Train to the end, from the last checkpoint in the job's folder where the job is resumed.
+    """Train to the end.
 
-    What is measured afterwards is not logged by the trainer: it is for `log_final`, beside the
-    curves. ValueError: no step could be made, or batch norm would fail on the last batch.
+    A job that is resumed goes on from the last checkpoint in its folder. A new training starts at
+    the checkpoint of `method.init_from`, where there is one. What is measured afterwards is not
+    logged by the trainer: it is for `log_final`, beside the curves.
+
+    Raises:
+        ValueError: No step could be made, batch norm would fail on the last batch, or an option
+            does not suit the method. Errors name the configuration's keys.
     """
     path = job.folder / "checkpoint.ckpt"
     resumes = job.is_resumed and path.exists()
     if job.is_resumed:
         job.record_epoch(trained_epochs(path) if resumes else 0)
-    _refuse_single_values(trainer, model, data)
-    if not resumes:
-        model.initialize()
-    trainer.fit(model, datamodule=data, ckpt_path=path if resumes else None, weights_only=True)
+    refuse_single_values(trainer, model, data)
+    with renamed(partial(_key, job.verb)):
+        start = job.config["method"].get("init_from")
+        if start is not None and job.verb == "train" and not resumes:
+            assert isinstance(model, BayesByBackprop)
+            start_from(model, start)
+        trainer.fit(model, datamodule=data, ckpt_path=path if resumes else None, weights_only=True)
     if trainer.global_step == 0:
         limits = ("limit_train_batches", "max_steps", "max_time")
         given = {name: job.config["trainer"].get(name) for name in limits}
@@ -184,130 +198,26 @@ def fit(job: Job, trainer: pl.Trainer, model: Method, data: TensorData) -> None:
     trainer.loggers = []
 
 
+def _key(verb: str, name: str) -> str:
+    """The key in the configuration of an argument that an error names.
+
+    The argument is one of the Trainer, of `QuantSpec` or of the method.
+    """
+    if name in signature(pl.Trainer).parameters:
+        return f"trainer.{name}"
+    if name in {field.name for field in fields(QuantSpec)}:
+        return f"quant.{name}"
+    if verb == "quantize" and name.startswith("optimizer."):
+        return f"quant.fine_tuning.{name}"
+    return f"method.{name}"
+
+
 def measure(
     run: Callable[..., Sequence[Mapping[str, float]]], model: Method, data: TensorData
 ) -> dict[str, float]:
-    """The metrics of `trainer.validate` or `trainer.test`, all of them as they are."""
+    """The metrics of `trainer.validate` or `trainer.test`, whether or not all are finite."""
     try:
         (metrics,) = run(model, datamodule=data, verbose=False)
     except NotFiniteError as error:
         return error.metrics
     return dict(metrics)
-
-
-def _refuse_single_values(trainer: pl.Trainer, model: Method, data: TensorData) -> None:
-    """ValueError where batch norm would get one value per channel, whose variance is none.
-
-    That is where a batch has one row, and a batch norm sees it without, or at one, position.
-    """
-    size, rows = data.batch_size, math.ceil(len(data.train) / trainer.world_size)
-    limit = trainer.limit_train_batches
-    num_batches = math.ceil(rows / size)
-    used = min(limit, num_batches) if isinstance(limit, int) else int(limit * num_batches)
-    is_last_used = used == num_batches
-    if 1 not in (size, rows % size if is_last_used else size):
-        return
-    name = _single_valued(model, data)
-    if name is None:
-        return
-    fitting = next((b for b in range(size + 1, rows + 1) if rows % b != 1), None)
-    remedy = "train on more than one row" if rows == 1 else f"choose task.batch_size={fitting}"
-    what = "every batch" if size == 1 else f"the last batch of {rows} training rows"
-    raise ValueError(
-        f"task.batch_size={size}: {what} has one row, of which the batch norm {name} sees one "
-        f"value per channel and can take no variance; {remedy}, or another network"
-    )
-
-
-@torch.no_grad()
-def _single_valued(model: Method, data: TensorData) -> str | None:
-    """The first batch norm that one row reaches with one value per channel, if there is one."""
-    found: list[str] = []
-
-    def look(name: str, inputs: tuple[Tensor, ...]) -> None:
-        if inputs[0].numel() == inputs[0].shape[1]:
-            found.append(name)
-
-    hooks = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs))
-        for name, module in model.net.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    ]
-    was_training = model.training
-    try:
-        if hooks:
-            with torch.random.fork_rng([]):  # in eval mode, where nothing is learned of the row
-                model.eval()(data.normalize(data.train.inputs[:1]))
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    return found[0] if found else None
-
-
-def prepare_torch(job: Job) -> str:
-    """Set threads and memory up as a job wants them, and name the accelerator that it runs on."""
-    options = job.config["trainer"]
-    if options["threads"] is not None:
-        torch.set_num_threads(options["threads"])
-    silence_known_warnings()
-    keep_freed_memory()
-    stop_searching_for_gpus()
-    return find_accelerator(options["accelerator"])
-
-
-def find_accelerator(name: str) -> str:
-    """The accelerator that `trainer.accelerator` stands for; ValueError where there is none."""
-    if name == "cpu":
-        return name
-    if torch.cuda.is_available():
-        return "cuda"
-    if name == "auto":  # Lightning would take a device without float64
-        return "cpu"
-    raise ValueError(
-        f"trainer.accelerator={name}: torch finds no GPU of NVIDIA or AMD on this machine; choose "
-        "auto or cpu"
-    )
-
-
-def stop_searching_for_gpus() -> None:
-    """Where there is no GPU, have torch's optimizers take that as known.
-
-    They ask at every step. Lightning sets how: by loading NVIDIA's library, which is searched for
-    in vain for longer than Adam takes on a small network. That is for processes that fork, and
-    ours do not.
-    """
-    if not torch.cuda.is_available():
-        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
-
-
-def keep_freed_memory() -> None:
-    """Have the C library reuse the memory of a step in the next one.
-
-    By default glibc returns large blocks to the system and gets them back page by page, which
-    took an eighth of a Bayes-by-backprop step on LeNet. It costs nothing over the peak.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 32 * 2**20)
-
-
-def silence_known_warnings() -> None:
-    """The upstream deprecations that we knowingly depend on, and advice that we do not need."""
-    warnings.filterwarnings(
-        "ignore", message=r"It is recommended to use `self.log\(.*sync_dist=True"
-    )  # every rank evaluates all rows, so that their metrics are equal
-    warnings.filterwarnings(
-        "ignore",
-        message=r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6, torch 2.14
-        category=FutureWarning,
-    )
-    warnings.filterwarnings(
-        "ignore",
-        message=r"torch.quantize_per_tensor, torch.quantize_per_channel and other quantized tensor "
-        r"creation functions that produce tensors with dtype torch.quint8, torch.qint8, and "
-        r"torch.qint32 are deprecated",  # torch 2.14; bqnn/quant/fbgemm.py says what it would take
-        category=UserWarning,
-    )

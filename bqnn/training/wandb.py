@@ -1,165 +1,208 @@
-"""Start a run of Weights & Biases, whatever the network, the key and the home folder are like."""
+"""A job's run of Weights & Biases: its curves, tables, pictures and checkpoints."""
 
-import contextlib
 import logging
-import netrc
-import os
-import ssl
-import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
-from urllib.request import urlopen
 
-from bqnn.text import one_line
+from pytorch_lightning.loggers import Logger
+
+from bqnn.jobs.job import Job
+from bqnn.text import LONGEST_NAME, one_line, valid_name
+from bqnn.training.wandb_start import end_service, start_run
 
 if TYPE_CHECKING:
+    import numpy as np
     import wandb
 
 log = logging.getLogger(__name__)
 
-ANSWER_SECONDS = 5.0  # in which a server has to answer
-RETRY_SECONDS = 900.0  # until one that did not is asked again, by a later job of the process
-# W&B's settings, unless the environment has them (WANDB_INIT_TIMEOUT, WANDB_FINISH_TIMEOUT).
-INIT_SECONDS = 30.0
-FINISH_SECONDS = 60.0
-FINISH_SECONDS_WITH_ARTIFACTS = 300.0
-
-_asked_again_at: dict[str, float] = {}  # of servers that failed
+LONGEST_TAG = 64  # characters
 
 
-def start_run(folder: Path, has_artifacts: bool, **options: Any) -> "wandb.Run":
-    """Start a run that keeps its files in `folder`, online where that works and else offline.
+class WandbHistory(Logger):
+    """Logs to Weights & Biases: curves of what changes over epochs, and a summary of the rest.
 
-    A mode in the environment (WANDB_MODE) is the user's word. Without one the run is offline, and
-    the log says why in one line, where the server does not answer in a few seconds, or does not
-    take the key. It is quietly offline where there is no key.
+    A metric gets its curve, with all earlier points, when its value first changes. A failure of
+    W&B does not stop the job; the log mentions the first one.
 
     Args:
-        folder: The job's.
-        has_artifacts: Whether large files will be uploaded, which may take longer at the end.
-        options: For `wandb.init`.
+        run: The run to write to.
     """
-    _find_folders(folder / "wandb")
-    import wandb
 
-    quiet: dict[str, Any] = {"silent": True, "console": "off"}
-    given = wandb.setup(wandb.Settings(**quiet)).settings
-    limits = {
-        "init_timeout": INIT_SECONDS,
-        "finish_timeout": FINISH_SECONDS_WITH_ARTIFACTS if has_artifacts else FINISH_SECONDS,
-        "finish_timeout_raises": True,
-    }
-    known = wandb.Settings.model_fields  # an older W&B lacks some
-    for name, value in limits.items():
-        if name in known and f"WANDB_{name.upper()}" not in os.environ:
-            quiet[name] = value
+    def __init__(self, run: "wandb.Run") -> None:
+        super().__init__()
+        self.run = run
+        self._first: dict[str, tuple[float, float]] = {}  # epoch and value, while it is constant
+        self._last_epoch: dict[str, float] = {}
+        self._has_curve: set[str] = set()
+        self._is_lost = False
 
-    def init(**mode: Any) -> "wandb.Run":
-        return wandb.init(dir=folder, settings=wandb.Settings(**quiet, **mode), **options)
+    @property
+    def name(self) -> str:
+        return self.run.project
 
-    def init_again(**mode: Any) -> "wandb.Run":
+    @property
+    def version(self) -> str:
+        return self.run.id
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Do nothing: the run has the whole configuration from its start."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log metrics of an epoch, or of the whole job where `epoch` is not among them."""
+        values = dict(metrics)
+        epoch = values.pop("epoch", None)
+        if epoch is None:
+            self.attempt(self.run.summary.update, values)
+            return
+        points: dict[float, dict[str, float]] = {}
+        for name, value in values.items():
+            for at, known in self._new_points(name, epoch, value):
+                points.setdefault(at, {})[name] = known
+        constant = {name: value for name, value in values.items() if name not in self._has_curve}
+        self.attempt(self.run.summary.update, constant)
+        for at in sorted(points):
+            self.attempt(self.run.log, {"epoch": at, **points[at]})
+
+    def show_pictures(self, paths: list[Path]) -> None:
+        """Log pictures under their file names."""
+        import wandb
+
+        self.run.log({f"plots/{path.stem}": [wandb.Image(str(path))] for path in paths})
+
+    def image(self, pixels: "np.ndarray") -> "wandb.Image":
+        """A cell of a table that shows an image, given as uint8 [H, W, C]."""
+        import wandb
+
+        return wandb.Image(pixels)
+
+    def show_table(self, key: str, columns: list[Any], rows: list[list[Any]]) -> None:
+        """Log a table."""
+        import wandb
+
+        self.run.log({key: wandb.Table(columns=columns, data=rows)})
+
+    def attempt(self, action: Callable[..., Any], *arguments: Any) -> None:
+        """Call `action`, unless W&B has failed before; log the first failure."""
+        if self._is_lost:
+            return
         try:
-            return init(**mode)
-        except Exception:  # the service that W&B started for an earlier job may have died
-            end_service()
-            return init(**mode)
+            action(*arguments)
+        except Exception as error:  # a service that died, a full disk, a server that refuses
+            self._is_lost = True
+            reason = one_line(str(error)) or type(error).__name__
+            log.warning(
+                "Weights & Biases gets no more of this job (%s); all results are in the job's "
+                "folder",
+                reason,
+            )
 
-    if "WANDB_MODE" in os.environ:
-        is_online = os.environ["WANDB_MODE"] in ("online", "run", "shared")
-        return init() if is_online else init_again()
-    server = given.base_url
-    if not _has_key(given) or time.monotonic() < _asked_again_at.get(server, 0):
-        return init_again(mode="offline")
-    why = _why_silent(server)
-    if why is None:
+    def finish(self, exit_code: int) -> None:
+        """End the run, within a time limit."""
         try:
-            return init(mode="online")
-        except Exception as error:  # of its own kinds, of its service's, and of what it imports
-            why = one_line(str(error)).partition(" Consider increasing")[0] or type(error).__name__
-            end_service()  # else the run would count as one that is in use
-    _asked_again_at[server] = time.monotonic() + RETRY_SECONDS
-    log.warning(
-        "Weights & Biases at %s: %s; runs are kept offline, to be uploaded with wandb "
-        "sync; with WANDB_MODE=offline or logger=none nothing is asked",
-        *(server, why),
+            self.run.finish(exit_code=exit_code)
+        except Exception as error:
+            if not isinstance(error, TimeoutError):
+                end_service()
+            reason = one_line(str(error)) or type(error).__name__
+            log.warning(
+                "not all was uploaded to Weights & Biases (%s); wandb sync %s does that later",
+                *(reason, Path(self.run.dir).parent),
+            )
+
+    def _new_points(self, name: str, epoch: float, value: float) -> Iterator[tuple[float, float]]:
+        """The points, as epoch and value, to add to the curve of a metric."""
+        first_epoch, constant = self._first.setdefault(name, (epoch, value))
+        if name not in self._has_curve and value != constant:
+            self._has_curve.add(name)
+            yield first_epoch, constant
+            if self._last_epoch[name] != first_epoch:
+                yield self._last_epoch[name], constant
+        self._last_epoch[name] = epoch
+        if name in self._has_curve:
+            yield epoch, value
+
+
+def start_history(job: Job) -> WandbHistory:
+    """Start the run of a job; it ends with the job."""
+    config, options = job.config, job.config["logger"]
+    quant = config["quant"]
+    if job.verb == "evaluate":
+        stage = "evaluate"
+    else:
+        stage = "float" if quant["name"] == "none" else quant["mode"]
+    group = options["group"] or job.sweep
+    run = start_run(
+        job.folder,
+        has_artifacts=bool(options["artifacts"]),
+        id=job.id,  # a resumed job goes on in its run
+        resume="allow",
+        name=_run_name(config, _bits(config)),
+        project=valid_name(str(options["project"] or "bqnn")),
+        entity=options["entity"] and valid_name(str(options["entity"])),
+        group=group and valid_name(str(group)),
+        job_type=stage,
+        tags=_tags(config),
+        config=config,
     )
-    return init_again(mode="offline")
+    logger = WandbHistory(run)
+    # Without this, the next job of the process would go on in this job's run.
+    job.at_end(logger.finish)
+    # Charts are those of what changes over epochs, without one of the epoch itself.
+    logger.attempt(partial(run.define_metric, "epoch", hidden=True))
+    logger.attempt(partial(run.define_metric, "*", step_metric="epoch"))
+    if options["artifacts"] and "checkpoint" in config:
+        logger.attempt(_use_checkpoint, run, job)
+    return logger
 
 
-def end_service() -> None:
-    """End W&B's process, whatever state it is in; the next run starts another one."""
+def own_artifact(job: Job) -> "wandb.Artifact":
+    """The artifact of the job's own checkpoint."""
+    return _artifact(job, _bits(job.config), job.folder / "checkpoint.ckpt")
+
+
+def _tags(config: Mapping[str, Any]) -> list[str]:
+    """The method, the task and the tags of the configuration, each once."""
+    asked = config["logger"]["tags"] or []
+    names = [asked] if isinstance(asked, str) else asked
+    tags = [config["method"]["name"], config["task"]["name"], *names]
+    return list(dict.fromkeys(valid_name(str(tag), LONGEST_TAG) for tag in tags))
+
+
+def _use_checkpoint(run: "wandb.Run", job: Job) -> None:
+    """Declare the checkpoint that the job starts from as its input, which makes the lineage.
+
+    Equal files of one name are one version of an artifact: the one that its training logged.
+    """
+    bits = "float" if job.verb == "quantize" else _bits(job.config)
+    artifact = _artifact(job, bits, Path(job.config["checkpoint"]))
+    if run.offline:
+        # use_artifact refuses, because it would wait for the server. This is the record that it
+        # writes; the server gets it with the rest of the run, when that is synced.
+        run._log_artifact(artifact, aliases=[], is_user_created=True, use_after_commit=True)
+    else:
+        run.use_artifact(artifact)
+
+
+def _artifact(job: Job, bits: str, path: Path) -> "wandb.Artifact":
     import wandb
 
-    with contextlib.suppress(Exception, SystemExit):  # that it is dead is known
-        wandb.teardown()
+    artifact = wandb.Artifact(_run_name(job.config, bits), type="model")
+    artifact.add_file(str(path), name="checkpoint.ckpt", policy="immutable")  # not copied
+    return artifact
 
 
-def _why_silent(server: str) -> str | None:
-    """What keeps a server from answering, or None."""
-    found: list[str | None] = [f"no answer in {ANSWER_SECONDS:g} s"]
-
-    def ask() -> None:
-        found[0] = _ask(server)
-
-    # In a thread, because looking up a name takes as long as it takes.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(ANSWER_SECONDS)
-    return found[0]
+def _run_name(config: Mapping[str, Any], bits: str) -> str:
+    """A name for the run, and for the artifact of its checkpoint."""
+    ending = f"-{bits}-s{config['seed']}"  # which tells runs apart, and is not to be cut
+    start = f"{config['method']['name']}-{config['task']['name']}"
+    return valid_name(start, LONGEST_NAME - len(ending)) + ending
 
 
-def _ask(server: str) -> str | None:
-    try:
-        with urlopen(server, timeout=ANSWER_SECONDS):
-            return None
-    except HTTPError as error:  # it need not have such a page, but it has answered
-        return f"it answers {error.code}" if error.code >= 500 else None
-    except URLError as error:
-        # W&B has certificates of its own.
-        is_there = isinstance(error.reason, ssl.SSLError)
-        return None if is_there else f"no connection ({one_line(str(error.reason))})"
-    except (OSError, ValueError) as error:
-        return f"no connection ({one_line(str(error))})"
-
-
-def _has_key(settings: Any) -> bool:
-    """Whether a key is at hand; without one W&B would stop and ask."""
-    if settings.api_key or getattr(settings, "identity_token_file", None):
-        return True
-    hosts = [urlsplit(settings.base_url).netloc]
-    if settings.base_url == type(settings)().base_url:
-        hosts.append("api.wandb.ai")  # where the key is for, from before the address was another
-    try:
-        known = netrc.netrc(os.environ.get("NETRC"))
-        return any(known.authenticators(host) for host in hosts)
-    except (OSError, ValueError, netrc.NetrcParseError):
-        return False
-
-
-def _find_folders(instead: Path, environment: Mapping[str, str] = os.environ) -> None:
-    """Where the home folder takes no files, have W&B keep its own ones below `instead`.
-
-    They stay there for later jobs of the process, since W&B looks at its environment once.
-    """
-    home = environment.get("HOME" if os.name == "posix" else "USERPROFILE")
-    for name, moved, inside in (
-        ("WANDB_CACHE_DIR", "XDG_CACHE_HOME", ".cache"),
-        ("WANDB_DATA_DIR", "XDG_DATA_HOME", ".local/share"),
-        ("WANDB_CONFIG_DIR", "XDG_CONFIG_HOME", ".config"),
-    ):
-        usual = environment.get(moved) or (home and os.path.join(home, inside))
-        if not (usual and _takes_files(Path(usual))):
-            folder = str(instead.absolute() / name.split("_")[1].lower())
-            os.environ.setdefault(name, folder)
-            if not os.path.isabs(os.path.expanduser("~")):  # W&B asks for a home even so
-                os.environ.setdefault(moved, folder)
-
-
-def _takes_files(folder: Path) -> bool:
-    """Whether a folder can be written to, or made."""
-    existing = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
-    return folder.is_absolute() and existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+def _bits(config: Mapping[str, Any]) -> str:
+    quant = config["quant"]
+    if quant["name"] == "none":
+        return "float"
+    return f"w{quant['weight_bits']}a{quant['activation_bits']}"

@@ -12,6 +12,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 import pytest
 import torch
 
+from bqnn.arguments import ArgumentError, prefixed
 from bqnn.checkpoints.file import _best_of_each, find_checkpoints, read_checkpoint, trained_epochs
 from bqnn.checkpoints.recipe import build, load
 from bqnn.checkpoints.schema import check_recipe
@@ -178,8 +179,9 @@ def test_values_that_would_fill_a_terminal_for_years_are_named_by_their_kind() -
         quant = {"weight_bits": value}, {"engine": value}, {"overrides": [value]}, {"x": value}
         bits = [{"layer": "a", "weight_bits": value}], [{"layer": value, "weight_bits": 3}], value
         for options in (*quant, *({"overrides": each} for each in bits), {"noise_range": value}):
-            with pytest.raises(ValueError, match=r"^quant\.") as error:
+            with pytest.raises(ArgumentError) as error, prefixed("quant"):
                 QuantSpec.from_dict(options)
+            assert str(error.value).startswith("quant.")
             assert len(str(error.value)) < 300
             assert str(error.value).isprintable()
 

@@ -22,7 +22,7 @@ import torch
 from bqnn.jobs.job import Job, run_parts
 from bqnn.jobs.launch import fresh_folder
 from bqnn.jobs.status import config_hash, find_run, is_running, read_status
-from bqnn.training.trainer import prepare_torch
+from bqnn.training.process import prepare_torch
 
 
 def status(folder: Path) -> dict:

@@ -103,6 +103,7 @@ def test_train_py_with_two_processes_leaves_one_set_of_files(
 ) -> None:
     arguments = ["trainer=ddp", "trainer.accelerator=cpu", "task=synthetic", "method=sghmc"]
     arguments += ["quant=default", "trainer.max_epochs=4", "trainer.save_best=true"]
+    arguments += ["trainer.check_val_every_n_epoch=2"]
     arguments += ["method.burn_in=1", "method.collect_every=1", "logger=wandb", "plots=false"]
     result = script("train", *arguments, "hydra.run.dir=run")
     assert result.returncode == 0, result.stderr

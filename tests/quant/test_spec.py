@@ -10,23 +10,23 @@ from bqnn.quant.spec import QuantSpec
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight_bits": 9}, r"quant\.weight_bits=9: .* choose 2 to 8"),
-        ({"activation_bits": 1}, r"quant\.activation_bits=1"),
-        ({"sigma_bits": 0}, r"quant\.sigma_bits=0"),
-        ({"weight_bits": 4.0}, r"quant\.weight_bits=4\.0"),
-        ({"engine": "qnnpack"}, r"quant\.engine=qnnpack: choose fbgemm or x86 or onednn"),
+        ({"weight_bits": 9}, r"^weight_bits=9: .* choose 2 to 8"),
+        ({"activation_bits": 1}, r"^activation_bits=1"),
+        ({"sigma_bits": 0}, r"^sigma_bits=0"),
+        ({"weight_bits": 4.0}, r"^weight_bits=4\.0"),
+        ({"engine": "qnnpack"}, r"^engine=qnnpack: choose fbgemm or x86 or onednn"),
         ({"engine": "onednn", "weight_symmetric": False}, "takes symmetric weights only"),
-        ({"engine": "\x1b[2J"}, r"quant\.engine=\\x1b\[2J: choose"),
-        ({"engine": ["fbgemm"]}, r"quant\.engine=a list of 1: choose"),
-        ({"noise_range": 10**400}, r"quant\.noise_range=a number of 1329 bits"),
-        ({"noise_range": True}, r"quant\.noise_range=True"),
+        ({"engine": "\x1b[2J"}, r"^engine=\\x1b\[2J: choose"),
+        ({"engine": ["fbgemm"]}, r"^engine=a list of 1: choose"),
+        ({"noise_range": 10**400}, r"^noise_range=a number of 1329 bits"),
+        ({"noise_range": True}, r"^noise_range=True"),
         ({"overrides": [{"layer": "a" * 201, "weight_bits": 8}]}, "needs a layer"),
-        ({"strategy": "all"}, r"quant\.strategy=all"),
-        ({"noise_range": 0.0}, r"quant\.noise_range=0\.0"),
+        ({"strategy": "all"}, r"^strategy=all"),
+        ({"noise_range": 0.0}, r"^noise_range=0\.0"),
         ({"overrides": [{"weight_bits": 8}]}, "needs a layer"),
         ({"overrides": [{"layer": "a", "bits": 8}]}, "needs a layer"),
         ({"overrides": ["a"]}, "'a' is no dictionary; write"),
-        ({"overrides": [{"layer": "a", "weight_bits": 12}]}, r"quant\.weight_bits=12"),
+        ({"overrides": [{"layer": "a", "weight_bits": 12}]}, r"^weight_bits=12"),
     ],
 )
 def test_bad_options_are_refused(options: dict, message: str) -> None:
@@ -39,7 +39,7 @@ def test_bad_options_are_refused(options: dict, message: str) -> None:
 def test_a_spec_survives_json() -> None:
     spec = QuantSpec(weight_bits=3, overrides=({"layer": "a.*", "weight_bits": 8},))
     assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
-    with pytest.raises(ValueError, match=r"quant\.wight_bits: no such option"):
+    with pytest.raises(ValueError, match=r"^wight_bits: no such option"):
         QuantSpec.from_dict({"wight_bits": 3})
 
 
@@ -59,5 +59,5 @@ def test_the_observer_follows_the_mode() -> None:
     options = {"name": "default", "mode": "ptq", "activation_observer": None}
     assert QuantSpec.from_config(options).activation_observer == "histogram"
     assert QuantSpec.from_config({**options, "mode": "qat"}).activation_observer == "moving_average"
-    with pytest.raises(ValueError, match=r"quant\.mode=both: choose qat"):
+    with pytest.raises(ValueError, match=r"^quant\.mode=both: choose qat"):
         QuantSpec.from_config({**options, "mode": "both"})

@@ -16,7 +16,8 @@ from bqnn.inference.likelihoods import Regression
 from bqnn.jobs.job import Job
 from bqnn.methods import Method, Pointwise
 from bqnn.nets import MLP
-from bqnn.training.loggers import MetricsCsv, WandbHistory, log_checkpoint, log_final, make_loggers
+from bqnn.training.loggers import MetricsCsv, log_checkpoint, log_final, make_loggers
+from bqnn.training.wandb import WandbHistory
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ def test_names_are_made_valid_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "bqnn.training.loggers.start_run", lambda folder, **options: FakeRun(**options)
+        "bqnn.training.wandb.start_run", lambda folder, **options: FakeRun(**options)
     )
     job = Job(tmp_path, "train", sweep="s" * 200)
     logger = {"name": "wandb", "project": "a/b?#%:\\c", "entity": "me & you", "group": None}
@@ -211,7 +212,7 @@ def test_names_are_made_valid_before_anything_starts(
 
 @pytest.mark.parametrize(("tags", "expected"), [(None, []), ("mine", ["mine"]), ([], [])])
 def test_tags_may_be_a_list_a_text_or_nothing(tags: Any, expected: list[str]) -> None:
-    from bqnn.training.loggers import _tags
+    from bqnn.training.wandb import _tags
 
     config = {"method": {"name": "bbb"}, "task": {"name": "digits"}, "logger": {"tags": tags}}
     assert _tags(config) == ["bbb", "digits", *expected]

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from bqnn.training import wandb as tracking
+from bqnn.training import wandb_start as tracking
 
 KEY = "a" * 40
 START = """
 import json, sys
 from pathlib import Path
-from bqnn.training.wandb import start_run
+from bqnn.training.wandb_start import start_run
 modes = []
 for number in range(2):
     folder = Path(sys.argv[1]) / str(number)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from bqnn.arguments import real_number, whole_number
 from bqnn.inference.likelihoods import Classification, Regression
 from bqnn.inference.predict import predictive
 from bqnn.layers.bayes import BayesLinear, to_bayes
@@ -17,7 +18,6 @@ from bqnn.layers.dropout import MCDropout, to_mcdropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.markers import DropoutSite
 from bqnn.methods import METHODS
-from bqnn.numbers import real_number, whole_number
 from bqnn.optim import SGHMC
 from bqnn.quant.callback import QuantizationCallback
 from bqnn.quant.spec import QuantSpec
