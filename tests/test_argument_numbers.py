@@ -52,15 +52,15 @@ def override(bits: Any) -> QuantSpec:
 
 # What makes something of a number, and what the number is called.
 REALS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "MCDropout": ("method.rate", MCDropout),
-    "to_mcdropout": ("method.rate", lambda value: to_mcdropout(net(), value)),
-    "prior_std": ("method.prior_std", lambda value: to_bayes(net(), value, -5.0)),
-    "init_rho": ("method.init_rho", lambda value: to_bayes(net(), 1.0, value)),
-    "beta": ("method.beta", lambda value: bbb(beta=value)),
-    "init_delta": ("method.init_delta", lambda value: bbb(init_delta=value)),
+    "MCDropout": ("rate", MCDropout),
+    "to_mcdropout": ("rate", lambda value: to_mcdropout(net(), value)),
+    "prior_std": ("prior_std", lambda value: to_bayes(net(), value, -5.0)),
+    "init_rho": ("init_rho", lambda value: to_bayes(net(), 1.0, value)),
+    "beta": ("beta", lambda value: bbb(beta=value)),
+    "init_delta": ("init_delta", lambda value: bbb(init_delta=value)),
     "target_mean": ("target_mean", lambda value: Regression(value, 1.0)),
     "target_std": ("target_std", lambda value: Regression(0.0, value)),
-    "noise_range": ("quant.noise_range", lambda value: QuantSpec(noise_range=value)),
+    "noise_range": ("noise_range", lambda value: QuantSpec(noise_range=value)),
     "lr": ("lr", lambda value: sampler(lr=value)),
     "lr of a group": (
         "lr",
@@ -75,25 +75,25 @@ REALS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 WHOLES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "num_members": ("num_members", lambda value: Ensemble(net(), value)),
-    "weight_bits": ("quant.weight_bits", lambda value: QuantSpec(weight_bits=value)),
-    "activation_bits": ("quant.activation_bits", lambda value: QuantSpec(activation_bits=value)),
-    "noise_bits": ("quant.noise_bits", lambda value: QuantSpec(noise_bits=value)),
-    "overrides": ("quant.weight_bits", override),
+    "weight_bits": ("weight_bits", lambda value: QuantSpec(weight_bits=value)),
+    "activation_bits": ("activation_bits", lambda value: QuantSpec(activation_bits=value)),
+    "noise_bits": ("noise_bits", lambda value: QuantSpec(noise_bits=value)),
+    "overrides": ("weight_bits", override),
     "freeze_epochs": (
-        "quant.freeze_epochs",
+        "freeze_epochs",
         lambda value: QuantizationCallback(QuantSpec(), freeze_epochs=value),
     ),
     "num_train": ("num_train", lambda value: sampler(num_train=value)),
     "burn-in": ("num_burn_in_steps", lambda value: sampler(num_burn_in_steps=value)),
     "resample_momentum": ("resample_momentum", lambda value: sampler(resample_momentum=value)),
     "resample_prior": ("resample_prior", lambda value: sampler(resample_prior=value)),
-    "num_samples": ("method.num_samples", lambda value: method("pointwise", num_samples=value)),
-    "val_samples": ("method.val_samples", lambda value: method("pointwise", val_samples=value)),
+    "num_samples": ("num_samples", lambda value: method("pointwise", num_samples=value)),
+    "val_samples": ("val_samples", lambda value: method("pointwise", val_samples=value)),
     "rows": ("num_train", lambda value: method("pointwise", num_train=value)),
     "seed": ("seed", lambda value: method("pointwise", seed=value)),
-    "warmup_epochs": ("method.warmup_epochs", lambda value: bbb(warmup_epochs=value)),
-    "burn_in": ("method.burn_in", lambda value: sghmc(burn_in=value)),
-    "collect_every": ("method.collect_every", lambda value: sghmc(collect_every=value)),
+    "warmup_epochs": ("warmup_epochs", lambda value: bbb(warmup_epochs=value)),
+    "burn_in": ("burn_in", lambda value: sghmc(burn_in=value)),
+    "collect_every": ("collect_every", lambda value: sghmc(collect_every=value)),
     "draws": ("num_samples", lambda value: predictive(net().eval(), torch.ones(1, 2), value)),
 }
 NO_NUMBERS = ["0.1", "5", None, True, False, [0.1], {}, 1j, b"1", torch.tensor(0.5), np.bool_(True)]
@@ -161,5 +161,5 @@ def test_numbers_come_back_in_pythons_types():
 
 
 def test_a_configuration_with_a_wrong_kind_is_a_value_error():
-    with pytest.raises(ValueError, match=r"^quant\.weight_bits='8' is no whole number: "):
+    with pytest.raises(ValueError, match=r"^weight_bits='8' is no whole number: "):
         QuantSpec.from_dict({"weight_bits": "8"})

@@ -254,7 +254,7 @@ def test_saturating_bits_are_refused_unless_asked_for(
     monkeypatch.setattr(fbgemm, "has_vnni", lambda: False)
     net = calibrated(small_conv(), PICTURES, activation_bits=8)
     with pytest.raises(
-        ValueError, match=r"1 the first, would saturate .*bits=7\).* with allow_sat"
+        ValueError, match=r"1 the first, would saturate .*bits=7, .* with allow_sat"
     ):
         convert(copy.deepcopy(net), "fbgemm")
     convert(copy.deepcopy(net), "fbgemm", allow_saturation=True)
