@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from bqnn.inference.likelihoods import Likelihood, NotFiniteError
+from bqnn.inference.likelihoods import Likelihood
+from bqnn.inference.metrics import NotFiniteError
 from bqnn.inference.predict import predictive_sets
+from bqnn.inference.predictions import Prediction, score
 from bqnn.layers.noise import reseed
 from bqnn.layers.safe_convolutions import SafeConvolutions, has_narrow_kernels
 from bqnn.methods.epochs import is_last_epoch
@@ -75,7 +77,7 @@ class Method(pl.LightningModule):
         self._num_checked = 0  # of these
         self._epoch_rows: list[int] = []  # of each batch
         self._step_ends: list[int] = []  # batches of this epoch up to each step, its own included
-        self._evaluated: list[tuple[Tensor, Tensor]] = []
+        self._predictions: list[Prediction] = []  # of the batches that are being evaluated
 
     def forward(self, x: Tensor) -> Tensor:
         """One draw of the network's output: logits [B, C], or mean and log variance [B, 2]."""
@@ -246,13 +248,13 @@ class Method(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._refuse_non_finite()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         fitting = self.trainer.state.fn == "fit"
         available = self.available_samples
-        return self._draw(batch, min(self.val_samples, available) if fitting else available)
+        self._predict(batch, min(self.val_samples, available) if fitting else available)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        return self._draw(batch, self.available_samples)
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._predict(batch, self.available_samples)
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
@@ -269,17 +271,15 @@ class Method(pl.LightningModule):
             self._epoch_terms[name].append(torch.as_tensor(value).detach())
         self._epoch_rows.append(num_rows)
 
-    def _draw(self, batch: Batch, num_samples: int) -> dict[str, Tensor]:
+    def _predict(self, batch: Batch, num_samples: int) -> None:
         inputs, targets = batch
-        samples, targets = self.predictive(inputs, num_samples).cpu(), targets.cpu()
-        self._evaluated.append((samples, targets))
-        return {"samples": samples, "targets": targets}
+        samples = self.predictive(inputs, num_samples)
+        self._predictions.append(Prediction(self.likelihood, samples.cpu(), targets.cpu()))
 
     def _log_metrics(self, split: str) -> None:
-        samples, targets = zip(*self._evaluated, strict=True)
-        self._evaluated.clear()
+        predictions, self._predictions = self._predictions, []
         try:
-            metrics = self.likelihood.metrics(torch.cat(samples, dim=1), torch.cat(targets))
+            metrics = score(*predictions)
         except NotFiniteError as error:
             raise NotFiniteError(f"{split}/{error}", _prefixed(split, error.metrics)) from None
         named = _prefixed(split, metrics)

@@ -6,7 +6,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 
 from bqnn.checkpoints.file import trained_epochs
 from bqnn.data import TensorData
-from bqnn.inference.likelihoods import NotFiniteError
 from bqnn.jobs.job import Job
 from bqnn.methods import Method
 from bqnn.text import short
@@ -132,8 +132,7 @@ def _prepare_ranks(job: Job) -> None:
 def fit(job: Job, trainer: pl.Trainer, model: Method, data: TensorData) -> None:
     """Train to the end, from the last checkpoint in the job's folder where the job is resumed.
 
-    What is measured afterwards is not logged by the trainer: it is for `log_final`, beside the
-    curves. ValueError: no step could be made, or batch norm would fail on the last batch.
+    ValueError: no step could be made, or batch norm would fail on the last batch.
     """
     path = job.folder / "checkpoint.ckpt"
     resumes = job.is_resumed and path.exists()
@@ -148,18 +147,19 @@ def fit(job: Job, trainer: pl.Trainer, model: Method, data: TensorData) -> None:
         given = {name: job.config["trainer"].get(name) for name in limits}
         said = ", ".join(f"trainer.{name}={short(v)}" for name, v in given.items() if v is not None)
         raise ValueError(f"{said}: the training ended before its first step; raise that limit")
-    trainer.loggers = []
 
 
-def measure(
-    run: Callable[..., Sequence[Mapping[str, float]]], model: Method, data: TensorData
-) -> dict[str, float]:
-    """The metrics of `trainer.validate` or `trainer.test`, all of them as they are."""
-    try:
-        (metrics,) = run(model, datamodule=data, verbose=False)
-    except NotFiniteError as error:
-        return error.metrics
-    return dict(metrics)
+@contextmanager
+def trained_conditions(trainer: pl.Trainer, model: Method) -> Iterator[None]:
+    """Have a model predict as it was trained: on the same device and in the same precision.
+
+    Args:
+        trainer: The Trainer that has trained the model.
+        model: The model, which stays in evaluation mode.
+    """
+    model.to(trainer.strategy.root_device).eval()
+    with trainer.precision_plugin.forward_context():
+        yield
 
 
 def _refuse_single_values(trainer: pl.Trainer, model: Method, data: TensorData) -> None:
