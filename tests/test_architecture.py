@@ -1,75 +1,33 @@
 """Imports point one way, and heavy packages are imported only when they are needed."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "bqnn"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "bqnn"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# What a part of the package may import of ours.
-ALLOWED = {
-    "layers": {"layers"},
-    "nets": {"nets", "layers.markers"},
-    "methods": {
-        "methods",
-        "layers",
-        "likelihoods",
-        "predict",
-        "optim",
-        "checkpoint",
-        "epochs",
-        "seeds",
-    },
-    "data": {"data", "files", "text", "seeds"},
-    "quant": {"quant", "layers", "text", "seeds"},
-    "optim": set(),
-    "metrics": set(),
-    "files": set(),
-    "detection": set(),
-    "likelihoods": {"metrics"},
-    "predict": {"layers", "precision", "seeds"},
-    "precision": set(),
-    "seeds": set(),
-    "plots": {"metrics", "style"},
-    "style": {"files"},
-    "report": {"report", "files", "style", "status", "records", "terminal", "text"},
-    "suite": {"data", "methods", "likelihoods", "metrics", "detection"},
-    "suite_results": {"suite", "data", "likelihoods", "plots", "files", "results"},
-    "options": {"schema", "text"},
-    "secrets": {"options"},
-    "locate": set(),
-    "choices": {
-        *("data", "methods", "nets", "optim", "options", "quant", "recipe", "schema", "text"),
-    },
-    "schema": {"text", "quant.spec"},
-    "text": set(),
-    "records": {"files", "text"},
-    "archive": {"text"},
-    "terminal": {"secrets", "text"},
-    "ranks": set(),
-    "epochs": set(),
-    "status": {"records", "terminal", "text"},
-    "run": {"files", "ranks", "secrets", "status", "terminal", "text"},
-    "sweep": {"files", "records", "status", "terminal", "text"},
-    "config": {
-        *("files", "secrets", "run", "status", "sweep", "terminal", "text"),
-        *("locate", "options", "quant.spec", "ranks", "records"),
-    },
-    "checkpoint": {
-        *("archive", "epochs", "files", "locate", "records", "schema", "status", "text"),
-    },
-    "tracking": {"text"},
-    "progress": {"methods", "epochs"},
-    "isolation": {"run"},
-}
+
+def read_rooms() -> dict[str, tuple[int, set[str]]]:
+    """The table of docs/architecture.md: each room's floor, and what it may import."""
+    rooms = {}
+    for line in (ROOT / "docs" / "architecture.md").read_text().splitlines():
+        if match := re.fullmatch(r"\| (\d) \| `(\w+)` \| [^|]+ \| ?([^|]*) ?\|", line):
+            rooms[match[2]] = (int(match[1]), set(re.findall(r"`(\w+)`", match[3])))
+    rooms["commands"] = (rooms["commands"][0], set(rooms) - {"commands"})
+    return rooms
 
 
-# On top of the others; __init__ is empty.
-ALL_ALLOWED = {"__init__", "recipe", "results", "trainer", "loggers"}
+ROOMS = read_rooms()
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imports(path: Path) -> list[str]:
@@ -84,17 +42,29 @@ def imports(path: Path) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_one_way(path: Path) -> None:
-    part = path.relative_to(PACKAGE).with_suffix("").parts[0]
-    if part in ALL_ALLOWED:
-        return
-    for name in imports(path):
-        if name.startswith("bqnn."):
-            ours = name.removeprefix("bqnn.")
-            assert any(ours == ok or ours.startswith(f"{ok}.") for ok in ALLOWED[part]), (
-                f"{part} must not import {name}"
-            )
+def test_every_room_stands_in_the_plan() -> None:
+    assert {room_of(path) for path in MODULES} - {"__init__"} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_may_import_from_those_below_it(room: str) -> None:
+    floor, allowed = ROOMS[room]
+    assert all(ROOMS[name][0] < floor for name in allowed)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_what_the_plan_says(room: str) -> None:
+    seen = {
+        name.split(".")[1]
+        for path in MODULES
+        if room_of(path) == room
+        for name in imports(path)
+        if name.startswith("bqnn.")
+    }
+    _, allowed = ROOMS[room]
+    assert seen - {room} <= allowed
+    if room != "commands":
+        assert allowed <= seen
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -102,7 +72,7 @@ def test_some_packages_are_known_in_one_place_only(path: Path) -> None:
     own = str(path.relative_to(PACKAGE))
     for name in imports(path):
         if name.split(".")[0] in ("hydra", "omegaconf"):
-            assert own == "config.py", f"{own} imports {name}"
+            assert own == "jobs/launch.py", f"{own} imports {name}"
         if name.startswith("torch.ao"):
             assert own == "quant/fbgemm.py", f"{own} imports {name}"
 
@@ -112,9 +82,6 @@ def test_quantized_operators_are_called_in_one_place_only(path: Path) -> None:
     for word in ("torch.ops.quantized", "torch.ao"):
         if word in path.read_text():
             assert str(path.relative_to(PACKAGE)) == "quant/fbgemm.py", word
-
-
-ROOT = PACKAGE.parent
 
 
 @pytest.mark.parametrize(
