@@ -83,7 +83,7 @@ def predict_suite(
     sets = make_sets(data, job.config["suite"])
     what, show = job.config["numeric"] or "float", job.config["trainer"]["progress_bar"]
     with evaluation_progress(what, list(sets), num_samples, show) as progress:
-        return predict_sets(model, data, sets, num_samples, progress)
+        return predict_sets(model, sets, data.normalize, num_samples, progress)
 
 
 def write_results(

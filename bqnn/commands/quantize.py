@@ -94,7 +94,7 @@ def predict_test(
     """Predict the test rows."""
     sets, show = split_sets(data, ["test"]), job.config["trainer"]["progress_bar"]
     with evaluation_progress(numeric, list(sets), num_samples, show) as progress:
-        return predict_sets(model, data, sets, num_samples, progress)["test"]
+        return predict_sets(model, sets, data.normalize, num_samples, progress)["test"]
 
 
 def fine_tune(

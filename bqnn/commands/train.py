@@ -53,10 +53,11 @@ def run(job: Job) -> None:
     fit(job, trainer, model, data)
     if not trainer.is_global_zero:
         return
-    predictions = predict_splits(job, trainer, model, data)
-    metrics = {"num_samples": model.available_samples, **score_sets(predictions)}
+    num_samples = model.check_samples(None)
+    predictions = predict_splits(job, trainer, model, data, num_samples)
+    metrics = {"num_samples": num_samples, **score_sets(predictions)}
     if is_quantized(job):
-        metrics |= score_int8(job, data, model.available_samples)
+        metrics |= score_int8(job, data, num_samples)
     metrics |= timer.metrics()
 
     files = write_results(job, loggers, model, data, predictions["test"], metrics)
@@ -72,17 +73,20 @@ def is_quantized(job: Job) -> bool:
 
 
 def predict_splits(
-    job: Job, trainer: pl.Trainer, model: Method, data: TensorData
+    job: Job, trainer: pl.Trainer, model: Method, data: TensorData, num_samples: int
 ) -> dict[str, Prediction]:
     """Predict the validation rows, where there are any, and the test rows."""
     sets = split_sets(data, ["val", "test"])
-    what, num_samples = "simulated" if is_quantized(job) else "float", model.available_samples
+    what = "simulated" if is_quantized(job) else "float"
     show = job.config["trainer"]["progress_bar"]
+    convert = trainer.precision_plugin.convert_input
     with (
         trained_conditions(trainer, model),
         evaluation_progress(what, list(sets), num_samples, show) as progress,
     ):
-        return predict_sets(model, data, sets, num_samples, progress)
+        return predict_sets(
+            model, sets, lambda rows: convert(data.normalize(rows)), num_samples, progress
+        )
 
 
 def score_int8(job: Job, data: TensorData, num_samples: int) -> dict[str, float]:
@@ -90,7 +94,7 @@ def score_int8(job: Job, data: TensorData, num_samples: int) -> dict[str, float]
     integer = load(job.folder / "checkpoint.ckpt", "int8")
     sets, show = split_sets(data, ["test"]), job.config["trainer"]["progress_bar"]
     with evaluation_progress("int8", list(sets), num_samples, show) as progress:
-        metrics = score_sets(predict_sets(integer, data, sets, num_samples, progress))
+        metrics = score_sets(predict_sets(integer, sets, data.normalize, num_samples, progress))
     return {f"int8/{name}": value for name, value in metrics.items()}
 
 

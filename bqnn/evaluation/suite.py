@@ -95,8 +95,8 @@ def make_sets(data: TensorData, suite: Mapping[str, Any]) -> dict[str, Evaluatio
 
 def predict_sets(
     model: Method,
-    data: TensorData,
     sets: Mapping[str, EvaluationSet],
+    normalize: Callable[[Tensor], Tensor],
     num_samples: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Prediction]:
@@ -104,8 +104,8 @@ def predict_sets(
 
     Args:
         model: The network, in evaluation mode. It predicts on its own device.
-        data: Normalizes the inputs.
         sets: The sets by name.
+        normalize: Makes what the network reads of raw inputs, as `TensorData.normalize` does.
         num_samples: The number of draws S; None for the method's own number.
         progress: Called with the index of a set and of the draw that was made for it.
 
@@ -113,7 +113,7 @@ def predict_sets(
         The predictions by name, on the CPU.
     """
     inputs = [each.inputs.to(model.device) for each in sets.values()]
-    draws = model.predictive_sets(inputs, data.normalize, num_samples, progress)
+    draws = model.predictive_sets(inputs, normalize, num_samples, progress)
     return {
         name: Prediction(model.likelihood, samples.cpu(), each.targets)
         for (name, each), samples in zip(sets.items(), draws, strict=True)

@@ -7,7 +7,7 @@ from functools import cached_property
 from torch import Tensor
 
 from bqnn.inference.likelihoods import Likelihood
-from bqnn.inference.metrics import Mixture, NotFiniteError
+from bqnn.inference.metrics import Mixture, MixtureMetrics, NotFiniteError
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,16 +43,22 @@ class Prediction:
         return self.likelihood.summary(self.mixture)
 
 
-def score(*batches: Prediction) -> dict[str, float]:
+def score(*batches: Prediction, metrics: MixtureMetrics | None = None) -> dict[str, float]:
     """Compute every metric of predictions whose targets are known, over all of their rows.
 
     Each process scores the rows that it has itself.
+
+    Args:
+        batches: Predictions of one likelihood.
+        metrics: Its metrics, to be used again; making them anew takes a millisecond.
 
     Raises:
         NotFiniteError: A metric is infinite or NaN; it has all of them.
         ValueError: A draw is not finite, or there are no targets.
     """
-    metrics = batches[0].likelihood.metrics(sync_on_compute=False)
+    if metrics is None:
+        metrics = batches[0].likelihood.metrics(sync_on_compute=False)
+    metrics.reset()
     for batch in batches:
         metrics.update(batch.mixture)
     return metrics.finite_numbers()

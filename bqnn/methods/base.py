@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from bqnn.inference.likelihoods import Likelihood
-from bqnn.inference.metrics import NotFiniteError
+from bqnn.inference.metrics import MixtureMetrics, NotFiniteError
 from bqnn.inference.predict import predictive_sets
 from bqnn.inference.predictions import Prediction, score
 from bqnn.layers.noise import reseed
@@ -276,10 +277,14 @@ class Method(pl.LightningModule):
         samples = self.predictive(inputs, num_samples)
         self._predictions.append(Prediction(self.likelihood, samples.cpu(), targets.cpu()))
 
+    @cached_property  # which is no submodule: float64 sums stay on the CPU, as the samples do
+    def _metrics(self) -> MixtureMetrics:
+        return self.likelihood.metrics(sync_on_compute=False)
+
     def _log_metrics(self, split: str) -> None:
         predictions, self._predictions = self._predictions, []
         try:
-            metrics = score(*predictions)
+            metrics = score(*predictions, metrics=self._metrics)
         except NotFiniteError as error:
             raise NotFiniteError(f"{split}/{error}", _prefixed(split, error.metrics)) from None
         named = _prefixed(split, metrics)

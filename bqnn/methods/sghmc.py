@@ -60,6 +60,7 @@ class SGHMCEnsemble(Method):
                 f"num_samples={num_samples}: this ensemble has {available} members; ask for at "
                 f"most {available}, or train with more (method.num_members, method.collect_every)"
             )
+        self._say_if_empty()
         return super().check_samples(num_samples)
 
     def configure_callbacks(self) -> list[pl.Callback]:

@@ -20,6 +20,7 @@ from small_methods import (
     table_method,
 )
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from bqnn.data.loader import TensorLoader
 from bqnn.inference.likelihoods import Regression
@@ -611,3 +612,10 @@ def test_fine_tuning_pulls_members_to_the_prior_that_the_sampler_draws() -> None
         square = float(param.detach().square().sum())
         precision = (10 + param.numel() / 2) / (10 + square / 2)
         assert torch.allclose(param.grad, precision * param.detach(), rtol=1e-5)
+
+
+def test_metrics_are_no_part_of_the_module():
+    """A device without float64 can train: only the network moves there."""
+    method = table_method("pointwise")
+    trainer().test(method, table(), verbose=False)
+    assert not [module for module in method.modules() if isinstance(module, Metric)]
