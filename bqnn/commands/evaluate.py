@@ -8,6 +8,7 @@ from pytorch_lightning.loggers import Logger
 
 from bqnn.checkpoints.file import find_checkpoints
 from bqnn.checkpoints.recipe import described, load
+from bqnn.commands.predictions import predict
 from bqnn.data import TensorData
 from bqnn.data.task import make_data
 from bqnn.evaluation.figures import draw_results, draw_suite
@@ -18,15 +19,13 @@ from bqnn.evaluation.results import (
     write_predictions,
     write_uncertainty,
 )
-from bqnn.evaluation.suite import Findings, judge, make_sets, predict_sets
+from bqnn.evaluation.suite import Findings, judge, make_sets
 from bqnn.evaluation.tables import suite_table
-from bqnn.inference.predictions import Prediction
 from bqnn.jobs.isolation import leave_as_found
 from bqnn.jobs.job import Job, run_parts
 from bqnn.jobs.terminal import say
 from bqnn.methods import Method
 from bqnn.training.loggers import log_final, log_pictures, log_uncertain, make_loggers
-from bqnn.training.progress import evaluation_progress
 from bqnn.training.trainer import prepare_torch
 
 FILES = ("metrics.json", "predictions.npz", "uncertainty.npz", "risk_coverage.csv")
@@ -54,10 +53,11 @@ def evaluate(job: Job) -> None:
     model = load_model(job)
     num_samples = model.check_samples(job.config["num_samples"])
     data = make_data(job.config)
+    sets = make_sets(data, job.config["suite"])
     loggers = make_loggers(job)
-    predictions = predict_suite(job, model, data, num_samples)
-    findings = judge(predictions, job.config["convergence"])
     numeric = job.config["numeric"]
+    predictions = predict(job, numeric or "float", model, sets, data.normalize, num_samples)
+    findings = judge(predictions, job.config["convergence"])
     prefix = "" if numeric is None else f"{numeric}/"
     metrics = {f"{prefix}{name}": value for name, value in findings.metrics.items()}
     metrics["num_samples"] = num_samples
@@ -74,16 +74,6 @@ def load_model(job: Job) -> Method:
     allow_saturation = job.config["allow_saturation"]
     model = load(job.config["checkpoint"], numeric, allow_saturation=allow_saturation)
     return model if accelerator == "cpu" or numeric == "int8" else model.cuda()
-
-
-def predict_suite(
-    job: Job, model: Method, data: TensorData, num_samples: int
-) -> dict[str, Prediction]:
-    """Make the sets of the suite, and predict them."""
-    sets = make_sets(data, job.config["suite"])
-    what, show = job.config["numeric"] or "float", job.config["trainer"]["progress_bar"]
-    with evaluation_progress(what, list(sets), num_samples, show) as progress:
-        return predict_sets(model, sets, data.normalize, num_samples, progress)
 
 
 def write_results(

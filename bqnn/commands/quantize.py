@@ -10,6 +10,7 @@ from pytorch_lightning.loggers import Logger
 from bqnn.checkpoints.file import find_checkpoints
 from bqnn.checkpoints.recipe import NUMERICS, described, load
 from bqnn.commands.choices import check_optimizer
+from bqnn.commands.predictions import predict
 from bqnn.data import TensorData
 from bqnn.data.task import make_data
 from bqnn.evaluation.figures import draw_results, draw_weights
@@ -19,7 +20,7 @@ from bqnn.evaluation.results import (
     write_metrics,
     write_predictions,
 )
-from bqnn.evaluation.suite import predict_sets, score_sets, split_sets
+from bqnn.evaluation.suite import score_sets, split_sets
 from bqnn.evaluation.tables import comparison_table
 from bqnn.inference.predictions import Prediction
 from bqnn.jobs.isolation import leave_as_found
@@ -43,7 +44,6 @@ from bqnn.training.loggers import (
     log_uncertain,
     make_loggers,
 )
-from bqnn.training.progress import evaluation_progress
 from bqnn.training.trainer import fit, make_trainer
 
 FILES = ("checkpoint.ckpt", "metrics.json", "predictions.npz", "quantization.csv", "size.json")
@@ -70,31 +70,26 @@ def quantize(job: Job) -> None:
     data = make_data(job.config)
     loggers, timer = make_loggers(job), EpochTimer(job)
     num_samples = model.check_samples(job.config["num_samples"])
-    tests = {"float": predict_test(job, "float", model, data, num_samples)}
+    test_set = split_sets(data, ["test"])
+    predictions = {"float": predict(job, "float", model, test_set, data.normalize, num_samples)}
     if job.config["quant"]["mode"] == "qat":
         start = fine_tune(job, loggers, timer, model, data)
     else:
         start = calibrate(job, loggers, model, data)
     models = {numeric: load(job.folder / "checkpoint.ckpt", numeric) for numeric in NUMERICS}
     for numeric, quantized in models.items():
-        tests[numeric] = predict_test(job, numeric, quantized, data, num_samples)
-    metrics = score_sets({f"{numeric}/test": test for numeric, test in tests.items()})
+        predictions[numeric] = predict(
+            job, numeric, quantized, test_set, data.normalize, num_samples
+        )
+    tests = {f"{numeric}/test": of["test"] for numeric, of in predictions.items()}
+    metrics = score_sets(tests)
     metrics |= {"num_samples": num_samples, **timer.metrics()}
 
-    files = write_results(job, loggers, data, start, models, tests["int8"], metrics)
+    files = write_results(job, loggers, data, start, models, tests["int8/test"], metrics)
     say(comparison_table(metrics))
     say(f"\n{timer}\nresults in {job.folder}")
     require_results(job.folder, metrics, files)
     log_checkpoint(loggers, job)
-
-
-def predict_test(
-    job: Job, numeric: str, model: Method, data: TensorData, num_samples: int
-) -> Prediction:
-    """Predict the test rows."""
-    sets, show = split_sets(data, ["test"]), job.config["trainer"]["progress_bar"]
-    with evaluation_progress(numeric, list(sets), num_samples, show) as progress:
-        return predict_sets(model, sets, data.normalize, num_samples, progress)["test"]
 
 
 def fine_tune(

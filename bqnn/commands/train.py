@@ -9,11 +9,12 @@ from pytorch_lightning.loggers import Logger
 
 from bqnn.checkpoints.recipe import build, load, make_recipe
 from bqnn.commands.choices import check_training
+from bqnn.commands.predictions import predict
 from bqnn.data import TensorData
 from bqnn.data.task import make_data
 from bqnn.evaluation.figures import draw_results
 from bqnn.evaluation.results import require_results, write_metrics, write_predictions
-from bqnn.evaluation.suite import predict_sets, score_sets, split_sets
+from bqnn.evaluation.suite import score_sets, split_sets
 from bqnn.evaluation.tables import split_table
 from bqnn.inference.predictions import Prediction
 from bqnn.jobs.isolation import leave_as_found
@@ -29,7 +30,6 @@ from bqnn.training.loggers import (
     log_uncertain,
     make_loggers,
 )
-from bqnn.training.progress import evaluation_progress
 from bqnn.training.trainer import fit, make_trainer, refuse_options, trained_conditions
 
 FILES = ("checkpoint.ckpt", "metrics.csv", "metrics.json", "predictions.npz")
@@ -76,25 +76,18 @@ def predict_splits(
     job: Job, trainer: pl.Trainer, model: Method, data: TensorData, num_samples: int
 ) -> dict[str, Prediction]:
     """Predict the validation rows, where there are any, and the test rows."""
-    sets = split_sets(data, ["val", "test"])
-    what = "simulated" if is_quantized(job) else "float"
-    show = job.config["trainer"]["progress_bar"]
-    convert = trainer.precision_plugin.convert_input
-    with (
-        trained_conditions(trainer, model),
-        evaluation_progress(what, list(sets), num_samples, show) as progress,
-    ):
-        return predict_sets(
-            model, sets, lambda rows: convert(data.normalize(rows)), num_samples, progress
+    sets, convert = split_sets(data, ["val", "test"]), trainer.precision_plugin.convert_input
+    numeric = "simulated" if is_quantized(job) else "float"
+    with trained_conditions(trainer, model):
+        return predict(
+            job, numeric, model, sets, lambda rows: convert(data.normalize(rows)), num_samples
         )
 
 
 def score_int8(job: Job, data: TensorData, num_samples: int) -> dict[str, float]:
     """Score the network in integers on the test rows."""
-    integer = load(job.folder / "checkpoint.ckpt", "int8")
-    sets, show = split_sets(data, ["test"]), job.config["trainer"]["progress_bar"]
-    with evaluation_progress("int8", list(sets), num_samples, show) as progress:
-        metrics = score_sets(predict_sets(integer, sets, data.normalize, num_samples, progress))
+    integer, sets = load(job.folder / "checkpoint.ckpt", "int8"), split_sets(data, ["test"])
+    metrics = score_sets(predict(job, "int8", integer, sets, data.normalize, num_samples))
     return {f"int8/{name}": value for name, value in metrics.items()}
 
 

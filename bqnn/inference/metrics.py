@@ -102,6 +102,7 @@ class RowMean(Metric, ABC):
     Subclasses name the mixture that they score, and compute the value of each row from it.
 
     Args:
+        variant: Tells metrics of one class apart whose rows have different values.
         options: Options of `torchmetrics.Metric`, such as `sync_on_compute`.
     """
 
@@ -111,11 +112,11 @@ class RowMean(Metric, ABC):
     num_rows: Tensor
     num_non_finite: Tensor
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, variant: str = "", **options: Any) -> None:
         super().__init__(**options)
-        # Named for the class, because a MetricCollection merges metrics whose states have equal
-        # names and, after the first batch, equal values.
-        self._sum = f"sum_of_{type(self).__name__}"
+        # A MetricCollection merges metrics whose states have equal names and, after the first
+        # batch, equal values. So metrics with different rows need states of different names.
+        self._sum = f"sum_of_{type(self).__name__}{variant}"
         self.add_state(self._sum, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         for count in ("num_rows", "num_non_finite"):
             self.add_state(count, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
@@ -346,7 +347,7 @@ class GaussianNLL(GaussianRowMean):
         return super().compute() + math.log(self.target_std)
 
 
-class GaussianMixtureNLL(GaussianRowMean):
+class GaussianMixtureNLL(GaussianNLL):
     """Mean negative log density of the mixture itself, in nats.
 
     Example:
@@ -356,14 +357,8 @@ class GaussianMixtureNLL(GaussianRowMean):
         tensor(0.9189, dtype=torch.float64)
     """
 
-    higher_is_better = False
-
     def rows(self, mixture: GaussianMixture) -> Tensor:
         return -_known(mixture.log_likelihood)
-
-    def compute(self) -> Tensor:
-        """Return the mean over all rows, a float64 scalar."""
-        return super().compute() + math.log(self.target_std)
 
 
 class IntervalCoverage(RowMean):
@@ -383,7 +378,7 @@ class IntervalCoverage(RowMean):
     mixture = GaussianMixture
 
     def __init__(self, level: float = 0.95, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(f"_{level}", **options)
         if not 0 < level < 1:
             raise ValueError(f"level={level}: a central interval needs a level in (0, 1)")
         self.level = level
@@ -409,7 +404,7 @@ class RootMeanVariance(GaussianRowMean):
     """
 
     def __init__(self, part: str = "variance", target_std: float = 1.0, **options: Any) -> None:
-        super().__init__(target_std, **options)
+        super().__init__(target_std, variant=f"_{part}", **options)
         parts = ("variance", "aleatoric", "epistemic")
         if part not in parts:
             raise ValueError(f"part={part!r}: choose {', '.join(parts)}")
