@@ -194,10 +194,10 @@ def test_metrics_that_agree_on_the_first_batch_stay_apart_in_any_collection() ->
         alone.update(same, targets)
         alone.update(other, targets)
         assert collection[type(alone).__name__].compute() == alone.compute()
-    covered = MetricCollection({"half": IntervalCoverage(0.5), "most": IntervalCoverage(0.95)})
+    covered = MetricCollection({"low": IntervalCoverage(0.5), "high": IntervalCoverage(0.95)})
     covered.update(torch.zeros(1, 4, 2), torch.zeros(4))
     covered.update(torch.zeros(1, 4, 2), torch.ones(4))
-    assert values(covered) == {"half": 0.5, "most": 1.0}
+    assert values(covered) == {"low": 0.5, "high": 1.0}
 
 
 def test_the_squared_error_is_that_of_torchmetrics() -> None:
