@@ -74,7 +74,7 @@ def _compare(name: str, model: Method, data: ImageData, num_pairs: int) -> None:
 def _suite(model: Method, data: ImageData, num_samples: int) -> None:
     sets = make_sets(data, SUITE)
     assert len(sets) == 17
-    judge(model.likelihood, predict_sets(model, data, sets, num_samples))
+    judge(predict_sets(model, sets, data.normalize, num_samples))
 
 
 @torch.no_grad()

@@ -127,7 +127,7 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_a_mistake_on_the_command_line_does_not_wait_for_torch() -> None:
-    assert not loaded_by("import bqnn.jobs.launch, bqnn.quant.spec") & {
+    assert not loaded_by("import train, quantize, evaluate") & {
         "torch",
         "pytorch_lightning",
         "numpy",
@@ -142,7 +142,8 @@ def test_a_report_needs_no_torch_and_the_rest_only_when_it_is_made() -> None:
 def test_training_imports_heavy_packages_only_when_used() -> None:
     loaded = loaded_by(
         "import bqnn.checkpoints.recipe, bqnn.training.trainer, bqnn.training.loggers, "
-        "bqnn.evaluation.results, bqnn.evaluation.suite_results"
+        "bqnn.evaluation.figures, bqnn.commands.train, bqnn.commands.quantize, "
+        "bqnn.commands.evaluate"
     )
     assert "torch" in loaded
     needed_anyway = loaded_by("import pytorch_lightning, torchmetrics")  # and what is installed

@@ -1,1 +1,28 @@
-"""What happens, step by step, when someone types a verb."""
+"""The verbs of the command line.
+
+Each verb has a module with `run`, which does a job, and `check`, which refuses a configuration
+before there is one. These modules import torch, so `main` imports them only when the command line
+has been checked.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from bqnn.jobs.job import Job
+from bqnn.jobs.launch import launch
+
+
+def main(verb: str) -> None:
+    """Run a verb with the command line of this process, and exit.
+
+    Args:
+        verb: train, quantize or evaluate.
+    """
+
+    def run(job: Job) -> None:
+        import_module(f"bqnn.commands.{verb}").run(job)
+
+    def check(config: dict[str, Any], is_sweep: bool) -> None:
+        import_module(f"bqnn.commands.{verb}").check(config, is_sweep)
+
+    launch(run, verb, check)

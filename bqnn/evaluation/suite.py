@@ -1,77 +1,86 @@
-"""What a network is evaluated on beyond its test set, and what its predictions say there.
+"""Evaluation suites: the sets that a network is evaluated on, and what its predictions say there.
 
 Sets have names: train, val, test; ood/fashion_mnist and the like; shift/rotation_1 to
 shift/rotation_5 and the like. Those names are the first part of every metric's key.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bqnn.data import TensorData
 from bqnn.data.distortions import DISTORTIONS, distort
 from bqnn.data.images import ImageData
 from bqnn.data.ood import unfamiliar_sets
-from bqnn.inference.detection import detection
-from bqnn.inference.likelihoods import Likelihood, as_they_are
-from bqnn.inference.metrics import risk_coverage
+from bqnn.inference.predictions import Prediction, as_they_are, score, score_uncertainty
+from bqnn.inference.ranking import AURC, detection_metrics
 from bqnn.methods import Method
 
 LEVELS = range(1, 6)
+SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluationSet:
-    """Inputs as raw as those of a data set, and their targets where there are any."""
+    """Inputs [N, ...] as raw as those of a data set, and their targets [N] where there are any."""
 
     inputs: Tensor
     targets: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
-class Prediction:
-    """Of one set: the draws of the outputs [S, N, ...], and what `Likelihood.summary` says."""
-
-    samples: Tensor
-    targets: Tensor | None
-    summary: dict[str, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
 class Findings:
-    """All that one set of draws says.
+    """What the predictions of a suite say.
 
-    metrics: every metric of every set, under keys such as test/nll. risk: of the test set at
-    coverage 1/N, 2/N, ..., 1, for each score that orders its rows. steps: the test metrics after
-    1, 2, ... draws, or nothing.
+    Attributes:
+        predictions: The prediction of each set.
+        metrics: Every metric of every set, under keys such as test/nll.
+        risk: The risk of the test set at coverage 1/N, 2/N, ..., 1, for each score that orders its
+            rows.
+        steps: The test metrics after 1, 2, ... draws, or nothing.
     """
 
-    likelihood: Likelihood
     predictions: dict[str, Prediction]
     metrics: dict[str, float]
     risk: dict[str, Tensor]
     steps: list[dict[str, float]]
 
 
-def make_sets(data: TensorData, suite: Mapping[str, Any]) -> dict[str, EvaluationSet]:
-    """The sets that a group `suite` of the configuration asks for, by name.
+def split_sets(data: TensorData, names: Iterable[str]) -> dict[str, EvaluationSet]:
+    """Return the named splits of a data set; val is left out where no rows validate."""
+    rows = {"train": data.train, "val": data.val, "test": data.test}
+    return {
+        name: EvaluationSet(split.inputs, split.targets)
+        for name in names
+        if (split := rows[name]) is not None
+    }
 
-    Tables have no distortions, and where no rows validate there is no val. ValueError: a name in
-    the suite is unknown, or test is missing.
+
+def make_sets(data: TensorData, suite: Mapping[str, Any]) -> dict[str, EvaluationSet]:
+    """Make the sets that a suite asks for.
+
+    Tables have no distortions.
+
+    Args:
+        data: The data set, read.
+        suite: The group `suite` of the configuration: `splits`, `ood` and `distortions`.
+
+    Returns:
+        The sets by name.
+
+    Raises:
+        ValueError: A name in the suite is unknown, or test is missing.
     """
-    unknown = set(suite["splits"]) - {"train", "val", "test"}
+    unknown = set(suite["splits"]) - set(SPLITS)
     if unknown or "test" not in suite["splits"]:
         raise ValueError(
             f"suite.splits={list(suite['splits'])}: choose of train, val and test, and keep test, "
             "which all else is compared with"
         )
-    sets = {}
-    for name in suite["splits"]:
-        rows = {"train": data.train, "val": data.val, "test": data.test}[name]
-        if rows is not None:
-            sets[name] = EvaluationSet(rows.inputs, rows.targets)
+    sets = split_sets(data, suite["splits"])
     for name, (inputs, targets) in unfamiliar_sets(data, suite["ood"]).items():
         sets[f"ood/{name}"] = EvaluationSet(inputs, targets)
     for name in suite["distortions"]:
@@ -86,44 +95,60 @@ def make_sets(data: TensorData, suite: Mapping[str, Any]) -> dict[str, Evaluatio
 
 def predict_sets(
     model: Method,
-    data: TensorData,
     sets: Mapping[str, EvaluationSet],
-    num_samples: int,
+    normalize: Callable[[Tensor], Tensor],
+    num_samples: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Prediction]:
-    """Predict all sets from one set of draws, of which `progress` is told (`predictive_sets`)."""
-    inputs = [each.inputs.to(model.device) for each in sets.values()]
-    draws = model.predictive_sets(inputs, data.normalize, num_samples, progress)
-    predictions = {}
-    for (name, each), on_device in zip(sets.items(), draws, strict=True):
-        samples = on_device.cpu()
-        summary = model.likelihood.summary(samples)
-        predictions[name] = Prediction(samples, each.targets, summary)
-    return predictions
+    """Predict sets of rows from one set of draws.
 
+    Args:
+        model: The network, in evaluation mode. It predicts on its own device.
+        sets: The sets by name.
+        normalize: Makes what the network reads of raw inputs, as `TensorData.normalize` does.
+        num_samples: The number of draws S; None for the method's own number.
+        progress: Called with the index of a set and of the draw that was made for it.
 
-def judge(
-    likelihood: Likelihood, predictions: dict[str, Prediction], convergence: bool = False
-) -> Findings:
-    """Score predictions; of a distortion's five levels also the mean, as shift/rotation_mean.
-
-    Metrics that are not finite are given as they are.
+    Returns:
+        The predictions by name, on the CPU.
     """
-    curves = {
-        name: risk_curves(likelihood, each)
-        for name, each in predictions.items()
-        if each.targets is not None
+    inputs = [each.inputs.to(model.device) for each in sets.values()]
+    draws = model.predictive_sets(inputs, normalize, num_samples, progress)
+    return {
+        name: Prediction(model.likelihood, samples.cpu(), each.targets)
+        for (name, each), samples in zip(sets.items(), draws, strict=True)
     }
-    sets = {
-        name: _set_metrics(likelihood, each, curves.get(name, {}))
-        for name, each in predictions.items()
+
+
+def score_sets(predictions: Mapping[str, Prediction]) -> dict[str, float]:
+    """Compute every metric of predictions with targets, under keys such as test/nll.
+
+    Metrics that are not finite are given as they are, for `require_results` to name them.
+    """
+    return {
+        f"{name}/{metric}": value
+        for name, prediction in predictions.items()
+        for metric, value in as_they_are(score, prediction).items()
     }
-    familiar = likelihood.scores(predictions["test"].summary)
+
+
+def judge(predictions: dict[str, Prediction], convergence: bool = False) -> Findings:
+    """Score the predictions of a suite.
+
+    Of a distortion's five levels there is the mean, too, as shift/rotation_mean. Metrics that are
+    not finite are given as they are.
+
+    Args:
+        predictions: The prediction of each set; test is among them.
+        convergence: Whether the test metrics after 1, 2, ... draws are computed, too.
+    """
+    test = predictions["test"]
+    assert test.targets is not None
+    curves = {name: _risk(each) for name, each in predictions.items() if each.targets is not None}
+    sets = {name: _set_metrics(each, curves.get(name, {})) for name, each in predictions.items()}
     for name, each in predictions.items():
         if name.startswith("ood/"):
-            for score, values in likelihood.scores(each.summary).items():
-                for metric, value in detection(familiar[score], values).items():
-                    sets[name][f"{metric}_{score}"] = value
+            sets[name] |= _detection(test, each)
     for distortion in distortions_in(sets):
         levels = [sets[f"shift/{distortion}_{level}"] for level in LEVELS]
         sets[f"shift/{distortion}_mean"] = {
@@ -131,31 +156,43 @@ def judge(
             for metric in levels[0]
         }
     metrics = {f"{name}/{key}": value for name, of in sets.items() for key, value in of.items()}
-    test = predictions["test"]
-    assert test.targets is not None
-    steps = likelihood.convergence(test.samples, test.targets) if convergence else []
-    return Findings(likelihood, predictions, metrics, curves["test"], steps)
+    risk = {name: area.curve() for name, area in curves["test"].items()}
+    steps = test.likelihood.convergence(test.samples, test.targets) if convergence else []
+    return Findings(predictions, metrics, risk, steps)
 
 
 def distortions_in(names: Mapping[str, Any]) -> list[str]:
-    """The distortions whose levels are among the names of sets."""
+    """Return the distortions whose levels are among the names of sets."""
     return [name for name in DISTORTIONS if f"shift/{name}_1" in names]
 
 
-def risk_curves(likelihood: Likelihood, each: Prediction) -> dict[str, Tensor]:
-    """Risk of a set with targets at coverage 1/N, 2/N, ..., 1, for each score that orders rows."""
+def _risk(each: Prediction) -> dict[str, AURC]:
+    """The risk of a set with targets, for each score that orders its rows."""
     assert each.targets is not None
-    losses = likelihood.losses(each.summary, each.targets)
-    scores = likelihood.scores(each.summary)
-    return {name: risk_coverage(values, losses) for name, values in scores.items()}
+    losses = each.likelihood.losses(each.summary, each.targets)
+    areas = {}
+    for name, scores in each.likelihood.scores(each.summary).items():
+        areas[name] = AURC(sync_on_compute=False)
+        areas[name].update(scores, losses)
+    return areas
 
 
-def _set_metrics(
-    likelihood: Likelihood, each: Prediction, curves: Mapping[str, Tensor]
-) -> dict[str, float]:
-    uncertainty = as_they_are(likelihood.uncertainty, each.summary)
+def _detection(familiar: Prediction, unfamiliar: Prediction) -> dict[str, float]:
+    """How well each score tells the rows of a set from those of the test set."""
+    found = {}
+    known = familiar.likelihood.scores(familiar.summary)
+    for name, scores in unfamiliar.likelihood.scores(unfamiliar.summary).items():
+        both = torch.cat([known[name], scores])
+        metrics = detection_metrics(sync_on_compute=False)
+        metrics.update(both, torch.arange(len(both)) >= len(known[name]))
+        for metric, value in metrics.compute().items():
+            found[f"{metric.lower()}_{name}"] = value.item()
+    return found
+
+
+def _set_metrics(each: Prediction, areas: Mapping[str, AURC]) -> dict[str, float]:
+    uncertainty = as_they_are(score_uncertainty, each)
     if each.targets is None:
         return uncertainty
-    areas = {f"aurc_{score}": risk.mean().item() for score, risk in curves.items()}
-    metrics = as_they_are(likelihood.metrics, each.samples, each.targets)
-    return metrics | uncertainty | areas
+    risks = {f"aurc_{name}": area.compute().item() for name, area in areas.items()}
+    return as_they_are(score, each) | uncertainty | risks

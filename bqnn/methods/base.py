@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from bqnn.arguments import ArgumentError, prefixed, whole_number
-from bqnn.inference.likelihoods import Likelihood, NotFiniteError
+from bqnn.inference.likelihoods import Likelihood
+from bqnn.inference.metrics import MixtureMetrics, NotFiniteError
 from bqnn.inference.predict import predictive_sets
+from bqnn.inference.predictions import Prediction, score
 from bqnn.layers.noise import reseed
 from bqnn.layers.safe_convolutions import guard_backward
 from bqnn.methods.epochs import is_last_epoch
@@ -76,7 +79,7 @@ class Method(pl.LightningModule):
         self.stream = Stream.TRAINING
         self.recipe: dict[str, Any] | None = None
         self.epoch_terms = EpochTerms()
-        self._evaluated: list[tuple[Tensor, Tensor]] = []
+        self._predictions: list[Prediction] = []  # of the batches that are being evaluated
 
     def forward(self, x: Tensor) -> Tensor:
         """One draw of the network's output: logits [B, C], or mean and log variance [B, 2]."""
@@ -237,13 +240,13 @@ class Method(pl.LightningModule):
         terms = dict(zip(names, means.tolist(), strict=True))
         self._log_in_fit({**terms, "train/lr": self._epoch_lr}, torch.float32)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         fitting = self.trainer.state.fn == "fit"
         available = self.available_samples
-        return self._draw(batch, min(self.val_samples, available) if fitting else available)
+        self._predict(batch, min(self.val_samples, available) if fitting else available)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        return self._draw(batch, self.available_samples)
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._predict(batch, self.available_samples)
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
@@ -254,17 +257,19 @@ class Method(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = self.recipe
 
-    def _draw(self, batch: Batch, num_samples: int) -> dict[str, Tensor]:
+    def _predict(self, batch: Batch, num_samples: int) -> None:
         inputs, targets = batch
-        samples, targets = self.predictive(inputs, num_samples).cpu(), targets.cpu()
-        self._evaluated.append((samples, targets))
-        return {"samples": samples, "targets": targets}
+        samples = self.predictive(inputs, num_samples)
+        self._predictions.append(Prediction(self.likelihood, samples.cpu(), targets.cpu()))
+
+    @cached_property  # which is no submodule: float64 sums stay on the CPU, as the samples do
+    def _metrics(self) -> MixtureMetrics:
+        return self.likelihood.metrics(sync_on_compute=False)
 
     def _log_metrics(self, split: str) -> None:
-        samples, targets = zip(*self._evaluated, strict=True)
-        self._evaluated.clear()
+        predictions, self._predictions = self._predictions, []
         try:
-            metrics = self.likelihood.metrics(torch.cat(samples, dim=1), torch.cat(targets))
+            metrics = score(*predictions, metrics=self._metrics)
         except NotFiniteError as error:
             raise NotFiniteError(f"{split}/{error}", _prefixed(split, error.metrics)) from None
         named = _prefixed(split, metrics)

@@ -72,6 +72,7 @@ class SGHMCEnsemble(Method):
                 f"most {available}, or train with more (num_members, collect_every)",
                 *("num_samples", "num_members", "collect_every"),
             )
+        self._say_if_empty()
         return super().check_samples(num_samples)
 
     def configure_callbacks(self) -> list[pl.Callback]:

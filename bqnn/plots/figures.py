@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bqnn.inference.metrics import calibration_bins, expected_calibration_error, interval_coverage
+from bqnn.inference.functional import calibration_bins, interval_coverage
 from bqnn.plots.style import (
     BLUE,
     COLORS,
@@ -86,7 +86,7 @@ def reliability_diagram(probabilities: Tensor, targets: Tensor, num_bins: int = 
     """Accuracy against confidence per bin, the gap between them shaded, and the bins' counts."""
     confidences, correct = _confidence(probabilities, targets)
     bins = calibration_bins(confidences, correct, num_bins)
-    ece = expected_calibration_error(confidences, correct, num_bins).item()
+    ece = bins.error.item()
     filled = _array(bins.counts) > 0
     centers = ((_array(torch.arange(num_bins)) + 0.5) / num_bins)[filled]
     counts, confidence, accuracy = (_array(values)[filled] for values in bins)

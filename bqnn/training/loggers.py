@@ -13,8 +13,8 @@ from pytorch_lightning.loggers import CSVLogger, Logger
 
 from bqnn.data import TensorData
 from bqnn.data.images import ImageData
-from bqnn.evaluation.results import Predictions
 from bqnn.files import append_text, written_beside
+from bqnn.inference.predictions import Prediction
 from bqnn.jobs.job import Job
 from bqnn.methods import Method
 from bqnn.training.wandb import WandbHistory, own_artifact, start_history
@@ -129,20 +129,19 @@ def log_layers(loggers: list[Logger], rows: list[dict[str, Any]]) -> None:
         logger.attempt(logger.show_table, "quantization", list(rows[0]), cells)
 
 
-def log_uncertain(
-    loggers: list[Logger], model: Method, data: TensorData, predictions: Predictions
-) -> None:
+def log_uncertain(loggers: list[Logger], data: TensorData, prediction: Prediction) -> None:
     """Show the test images of highest predictive entropy as a table in Weights & Biases."""
     if not isinstance(data, ImageData):
         return
     for logger in _wandb_histories(loggers):
-        summary = model.likelihood.summary(predictions.samples)
+        summary, targets = prediction.summary, prediction.targets
+        assert targets is not None
         confidences, classes = summary["probabilities"].max(-1)
         entropy, names = summary["entropy"], data.class_names
         rows = [
             [
                 logger.image(_pixels(data.test.inputs[row], data.white)),
-                names[predictions.targets[row]],
+                names[targets[row]],
                 names[classes[row]],
                 entropy[row].item(),
                 summary["mutual_information"][row].item(),

@@ -79,13 +79,6 @@ class TrainingProgress(Checkpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            _say_evaluation(pl_module, "validation")
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        _say_evaluation(pl_module, "test")
-
     def _say(self, trainer: pl.Trainer) -> None:
         epoch, now, epochs = trainer.current_epoch + 1, time.monotonic(), trainer.max_epochs or 0
         is_due = epoch - self._line_at >= epochs / NUM_LINES or now - self._said_at >= PATIENCE
@@ -126,7 +119,7 @@ def evaluation_progress(
 
             yield move
     else:
-        names = sets[0] if len(sets) == 1 else f"{len(sets)} sets"
+        names = ", ".join(sets) if len(sets) < 4 else f"{len(sets)} sets"
         log.info("evaluating %s: %s; draws: %d", what, names, num_samples)
         said_at = time.monotonic()
 
@@ -137,11 +130,6 @@ def evaluation_progress(
                 log.info("evaluating %s: %s, draw %d/%d", what, sets[index], draw + 1, num_samples)
 
         yield say
-
-
-def _say_evaluation(pl_module: pl.LightningModule, rows: str) -> None:
-    assert isinstance(pl_module, Method)
-    log.info("evaluating the %s rows; draws: %d", rows, pl_module.available_samples)
 
 
 def _metrics(trainer: pl.Trainer) -> dict[str, float]:

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from inspect import signature
@@ -24,7 +24,6 @@ from bqnn.arguments import renamed
 from bqnn.checkpoints.file import trained_epochs
 from bqnn.checkpoints.start import start_from
 from bqnn.data import TensorData
-from bqnn.inference.likelihoods import NotFiniteError
 from bqnn.jobs.job import Job
 from bqnn.methods import BayesByBackprop, Method
 from bqnn.quant.spec import QuantSpec
@@ -172,8 +171,7 @@ def fit(job: Job, trainer: pl.Trainer, model: Method, data: TensorData) -> None:
     """Train to the end.
 
     A job that is resumed goes on from the last checkpoint in its folder. A new training starts at
-    the checkpoint of `method.init_from`, where there is one. What is measured afterwards is not
-    logged by the trainer: it is for `log_final`, beside the curves.
+    the checkpoint of `method.init_from`, where there is one.
 
     Raises:
         ValueError: No step could be made, batch norm would fail on the last batch, or an option
@@ -195,7 +193,19 @@ def fit(job: Job, trainer: pl.Trainer, model: Method, data: TensorData) -> None:
         given = {name: job.config["trainer"].get(name) for name in limits}
         said = ", ".join(f"trainer.{name}={short(v)}" for name, v in given.items() if v is not None)
         raise ValueError(f"{said}: the training ended before its first step; raise that limit")
-    trainer.loggers = []
+
+
+@contextlib.contextmanager
+def trained_conditions(trainer: pl.Trainer, model: Method) -> Iterator[None]:
+    """Predict as in training: on the same device and in the same precision.
+
+    Args:
+        trainer: The Trainer that has trained the model.
+        model: The model, which stays in evaluation mode.
+    """
+    model.to(trainer.strategy.root_device).eval()
+    with trainer.precision_plugin.forward_context():
+        yield
 
 
 def _key(verb: str, name: str) -> str:
@@ -210,14 +220,3 @@ def _key(verb: str, name: str) -> str:
     if verb == "quantize" and name.startswith("optimizer."):
         return f"quant.fine_tuning.{name}"
     return f"method.{name}"
-
-
-def measure(
-    run: Callable[..., Sequence[Mapping[str, float]]], model: Method, data: TensorData
-) -> dict[str, float]:
-    """The metrics of `trainer.validate` or `trainer.test`, whether or not all are finite."""
-    try:
-        (metrics,) = run(model, datamodule=data, verbose=False)
-    except NotFiniteError as error:
-        return error.metrics
-    return dict(metrics)

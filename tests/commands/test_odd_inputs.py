@@ -19,6 +19,7 @@ from bqnn.data.image_folder import read_image_folder
 from bqnn.data.tables import TableData
 from bqnn.data.uci import UCIData
 from bqnn.inference.likelihoods import Classification, Regression, likelihood_from
+from bqnn.inference.predictions import Prediction, score
 from bqnn.methods import METHODS
 from bqnn.nets import MLP
 
@@ -228,7 +229,7 @@ def test_metrics_of_any_finite_logits_are_finite(
 ) -> None:
     torch.manual_seed(seed)
     samples = size * torch.randn(num_samples, len(targets), 4)
-    metrics = Classification(list("abcd")).metrics(samples, torch.tensor(targets))
+    metrics = score(Prediction(Classification(list("abcd")), samples, torch.tensor(targets)))
     assert np.isfinite(list(metrics.values())).all()
     assert 0 <= metrics["ece"] <= 1
     assert 0 <= metrics["brier"] <= 2
@@ -243,7 +244,7 @@ def test_a_sample_that_is_not_finite_is_never_scored(
     samples = torch.zeros(3, 6, 2)
     samples[1, row, 1] = value
     with pytest.raises(ValueError, match="1 of 6 rows have a non-finite sample"):
-        likelihood.metrics(samples, targets)
+        score(Prediction(likelihood, samples, targets))
 
 
 # ---- pictures

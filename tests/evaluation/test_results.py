@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from bqnn.evaluation.results import (
-    Predictions,
-    require_results,
-    table,
-    write_metrics,
-    write_predictions,
-)
-from bqnn.inference.likelihoods import NotFiniteError, Regression, as_they_are
+from bqnn.evaluation.results import require_results, write_metrics, write_predictions
+from bqnn.evaluation.tables import split_table
+from bqnn.inference.likelihoods import Regression
+from bqnn.inference.metrics import NotFiniteError
+from bqnn.inference.predictions import Prediction, as_they_are, score, score_uncertainty
 
 NAN, INF = float("nan"), float("inf")
 
@@ -41,11 +38,11 @@ def test_what_was_promised_and_is_not_there_is_named(tmp_path: Path) -> None:
 def test_metrics_that_are_finite_come_with_those_that_are_not() -> None:
     samples, targets = torch.zeros(2, 3, 2), torch.zeros(3)
     likelihood = Regression(0.0, 1.0)
-    whole = likelihood.metrics(samples, targets)
+    whole = score(Prediction(likelihood, samples, targets))
     samples[:, 1, 1] = 1000.0  # a log variance
     with pytest.raises(NotFiniteError, match=r"^nll: 1 of 3 rows are not finite"):
-        likelihood.metrics(samples, targets)
-    found = as_they_are(likelihood.metrics, samples, targets)
+        score(Prediction(likelihood, samples, targets))
+    found = as_they_are(score, Prediction(likelihood, samples, targets))
     assert found.keys() == whole.keys()
     assert found["rmse"] == 0.0
     assert found["nll"] == INF
@@ -55,7 +52,7 @@ def test_metrics_that_are_finite_come_with_those_that_are_not() -> None:
 def test_uncertainty_in_original_units_needs_no_square_of_them() -> None:
     samples = torch.zeros(2, 3, 2)
     far, near = (Regression(0.0, std) for std in (1e200, 1.0))
-    found, unit = (each.uncertainty(each.summary(samples)) for each in (far, near))
+    found, unit = (score_uncertainty(Prediction(each, samples)) for each in (far, near))
     for name, value in unit.items():
         assert found[name] == pytest.approx(1e200 * value)
 
@@ -64,11 +61,12 @@ def test_the_mean_of_large_predictions_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bqnn.evaluation.results.MAX_PREDICTION_BYTES", 0)
-    write_predictions(tmp_path, Predictions(torch.full((3, 2, 2), 3e38), torch.zeros(2)))
+    large = Prediction(Regression(0.0, 1.0), torch.full((3, 2, 2), 3e38), torch.zeros(2))
+    write_predictions(tmp_path, large)
     assert np.load(tmp_path / "predictions.npz")["mean"] == pytest.approx(3e38)
 
 
 def test_large_numbers_fit_their_columns() -> None:
-    lines = table({"test/rmse": 1e150, "test/nll": -0.5, "val/rmse": 2.0}, ["val", "test"])
+    lines = split_table({"test/rmse": 1e150, "test/nll": -0.5, "val/rmse": 2.0}, ["val", "test"])
     assert {len(line) for line in lines.splitlines()} == {44}
     assert "1.000e+150" in lines

@@ -11,15 +11,12 @@ from torch import Tensor
 
 from bqnn.data import build_data
 from bqnn.data.base import TensorData
-from bqnn.evaluation.suite import Prediction, judge, make_sets, risk_curves
-from bqnn.evaluation.suite_results import (
-    draw_suite,
-    level_rows,
-    suite_table,
-    write_curves,
-    write_uncertainty,
-)
-from bqnn.inference.likelihoods import Classification, Likelihood, Regression
+from bqnn.evaluation.figures import draw_suite
+from bqnn.evaluation.results import level_rows, write_curves, write_uncertainty
+from bqnn.evaluation.suite import judge, make_sets
+from bqnn.evaluation.tables import suite_table
+from bqnn.inference.likelihoods import Classification, Regression
+from bqnn.inference.predictions import Prediction
 
 ALL = {"splits": ["train", "val", "test"], "ood": None, "distortions": ["rotation", "blur"]}
 LETTERS = Classification("ab")
@@ -31,10 +28,6 @@ def ready(dataset: str, **options: object) -> TensorData:
     return data
 
 
-def predicted(likelihood: Likelihood, samples: Tensor, targets: Tensor | None) -> Prediction:
-    return Prediction(samples, targets, likelihood.summary(samples))
-
-
 def sure_of(*probabilities: float) -> Tensor:
     """One draw with this probability of the first of two classes in each row."""
     first = torch.tensor(probabilities, dtype=torch.float64)
@@ -44,12 +37,12 @@ def sure_of(*probabilities: float) -> Tensor:
 def by_hand() -> dict[str, Prediction]:
     targets = torch.tensor([0, 0, 1])
     predictions = {
-        "test": predicted(LETTERS, sure_of(0.9, 0.8, 0.6), targets),
-        "ood/noise": predicted(LETTERS, sure_of(0.5, 0.7), None),
+        "test": Prediction(LETTERS, sure_of(0.9, 0.8, 0.6), targets),
+        "ood/noise": Prediction(LETTERS, sure_of(0.5, 0.7)),
     }
     for level in range(1, 6):
         samples = sure_of(0.9, 0.9 if level < 3 else 0.1, 0.6)
-        predictions[f"shift/rotation_{level}"] = predicted(LETTERS, samples, targets)
+        predictions[f"shift/rotation_{level}"] = Prediction(LETTERS, samples, targets)
     return predictions
 
 
@@ -82,7 +75,7 @@ def test_a_set_that_there_is_not_is_refused(change, message):
 
 
 def test_metrics_of_a_hand_case():
-    metrics = judge(LETTERS, by_hand()).metrics
+    metrics = judge(by_hand()).metrics
     assert metrics["test/error"] == pytest.approx(1 / 3)
     assert metrics["test/aurc_entropy"] == pytest.approx((0 + 0 + 1 / 3) / 3)
     assert metrics["shift/rotation_2/error"] == pytest.approx(1 / 3)
@@ -100,7 +93,7 @@ def test_metrics_of_a_hand_case():
 
 def test_what_is_written_says_the_same(tmp_path: Path):
     predictions = by_hand()
-    findings = judge(LETTERS, predictions, convergence=True)
+    findings = judge(predictions, convergence=True)
     metrics = findings.metrics
     write_curves(tmp_path, findings)
     write_uncertainty(tmp_path, predictions)
@@ -142,6 +135,6 @@ def test_risk_of_a_regression_is_the_squared_error_in_original_units():
     houses = Regression(target_mean=10.0, target_std=2.0)
     # Means 0, 1 and log variances 0, -1: the second row is surer, and off by one, so by 2.
     samples = torch.tensor([[[0.0, 0.0], [1.0, -1.0]]])
-    each = predicted(houses, samples, torch.tensor([0.0, 2.0]))
-    curves = risk_curves(houses, each)
+    each = Prediction(houses, samples, torch.tensor([0.0, 2.0]))
+    curves = judge({"test": each}).risk
     assert curves["std"].tolist() == pytest.approx([4, 2])

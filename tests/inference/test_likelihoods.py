@@ -1,5 +1,6 @@
 """Losses and metrics of both likelihoods against scipy, scikit-learn and hand cases."""
 
+import doctest
 import math
 
 import numpy as np
@@ -10,7 +11,9 @@ import sklearn.metrics
 import torch
 from torch import Tensor
 
-from bqnn.inference.likelihoods import Classification, Regression, likelihood_from
+from bqnn.inference import likelihoods
+from bqnn.inference.likelihoods import Classification, Likelihood, Regression, likelihood_from
+from bqnn.inference.predictions import Prediction, score, score_uncertainty
 
 DIGITS = Classification([str(digit) for digit in range(10)])
 HOUSES = Regression(target_mean=22.5, target_std=9.2)
@@ -28,9 +31,21 @@ def regressed(num_samples: int = 6, num_rows: int = 200) -> tuple[Tensor, Tensor
     return samples, torch.randn(num_rows, generator=generator)
 
 
+def metrics_of(likelihood: Likelihood, samples: Tensor, targets: Tensor) -> dict[str, float]:
+    return score(Prediction(likelihood, samples, targets))
+
+
+def uncertainty_of(likelihood: Likelihood, samples: Tensor) -> dict[str, float]:
+    return score_uncertainty(Prediction(likelihood, samples))
+
+
 BOTH = pytest.mark.parametrize(
     ("likelihood", "samples", "targets"), [(DIGITS, *classified()), (HOUSES, *regressed())]
 )
+
+
+def test_the_examples_of_the_docstrings_hold():
+    assert doctest.testmod(likelihoods).failed == 0
 
 
 def test_classification_loss_is_the_mean_negative_log_softmax():
@@ -59,7 +74,7 @@ def test_loss_is_float32_under_bfloat16_and_carries_gradients(likelihood, sample
 
 def test_classification_metrics_are_those_of_the_mean_probability():
     samples, targets = classified()
-    metrics = DIGITS.metrics(samples, targets)
+    metrics = metrics_of(DIGITS, samples, targets)
     draws = scipy.special.softmax(samples.double().numpy(), axis=-1)
     mean = draws.mean(0)
     labels = list(range(10))
@@ -77,7 +92,7 @@ def test_classification_metrics_are_those_of_the_mean_probability():
 def test_calibration_errors_of_a_hand_case():
     # Confidence softmax(log 0.8, log 0.2) = 0.8; three of four rows right: |0.75 - 0.8| = 0.05.
     logits = torch.tensor([0.8, 0.2]).log().expand(1, 4, 2)
-    metrics = Classification(["cat", "dog"]).metrics(logits, torch.tensor([0, 0, 0, 1]))
+    metrics = metrics_of(Classification(["cat", "dog"]), logits, torch.tensor([0, 0, 0, 1]))
     assert metrics["error"] == 0.25
     assert metrics["ece"] == pytest.approx(0.05)
     assert metrics["ece10"] == pytest.approx(0.05)
@@ -85,14 +100,14 @@ def test_calibration_errors_of_a_hand_case():
 
 def test_a_certain_mistake_costs_its_logit_and_not_infinity():
     logits = torch.tensor([[[5000.0, 0.0]]])
-    metrics = Classification(["cat", "dog"]).metrics(logits, torch.tensor([1]))
+    metrics = metrics_of(Classification(["cat", "dog"]), logits, torch.tensor([1]))
     assert metrics["nll"] == 5000
     assert (metrics["error"], metrics["brier"], metrics["ape"], metrics["ece"]) == (1, 2, 0, 1)
 
 
 def test_two_certain_draws_that_disagree_have_log_two_mutual_information():
     logits = torch.tensor([[[5000.0, 0.0]], [[0.0, 5000.0]]])
-    metrics = Classification(["cat", "dog"]).metrics(logits, torch.tensor([0]))
+    metrics = metrics_of(Classification(["cat", "dog"]), logits, torch.tensor([0]))
     assert metrics["mi"] == pytest.approx(math.log(2))
     assert metrics["ape"] == pytest.approx(math.log(2))
     assert metrics["nll"] == pytest.approx(math.log(2))
@@ -100,7 +115,7 @@ def test_two_certain_draws_that_disagree_have_log_two_mutual_information():
 
 def test_regression_metrics_are_those_of_scipy_in_original_units():
     samples, targets = regressed()
-    metrics = HOUSES.metrics(samples, targets)
+    metrics = metrics_of(HOUSES, samples, targets)
     y = 22.5 + 9.2 * targets.double().numpy()
     means = 22.5 + 9.2 * samples[..., 0].double().numpy()
     stds = 9.2 * np.exp(0.5 * samples[..., 1].double().numpy())
@@ -116,22 +131,22 @@ def test_regression_metrics_are_those_of_scipy_in_original_units():
 
 
 def test_original_units_scale_the_rmse_and_shift_the_nll():
-    metrics = HOUSES.metrics(*regressed())
+    metrics = metrics_of(HOUSES, *regressed())
     assert metrics["rmse"] == pytest.approx(9.2 * metrics["rmse_standardized"])
     assert metrics["nll"] == pytest.approx(metrics["nll_standardized"] + math.log(9.2))
-    unit = Regression(target_mean=0, target_std=1).metrics(*regressed())
+    unit = metrics_of(Regression(target_mean=0, target_std=1), *regressed())
     assert metrics["nll_mixture"] == pytest.approx(unit["nll_mixture"] + math.log(9.2))
     assert metrics["coverage95"] == unit["coverage95"]
 
 
 def test_one_draw_has_no_epistemic_part():
     samples, targets = classified(num_samples=1)
-    assert DIGITS.metrics(samples, targets)["mi"] == 0
+    assert metrics_of(DIGITS, samples, targets)["mi"] == 0
     loss = DIGITS.loss(samples[0], targets).item()
-    assert DIGITS.metrics(samples, targets)["nll"] == pytest.approx(loss, rel=1e-6)
+    assert metrics_of(DIGITS, samples, targets)["nll"] == pytest.approx(loss, rel=1e-6)
 
     samples, targets = regressed(num_samples=1)
-    metrics = HOUSES.metrics(samples, targets)
+    metrics = metrics_of(HOUSES, samples, targets)
     assert (HOUSES.summary(samples)["epistemic_std"] == 0).all()
     assert metrics["nll"] == pytest.approx(metrics["nll_mixture"])
     loss = HOUSES.loss(samples[0], targets).item()
@@ -140,7 +155,7 @@ def test_one_draw_has_no_epistemic_part():
 
 def test_classification_summary_averages_to_the_metrics():
     samples, targets = classified()
-    summary, metrics = DIGITS.summary(samples), DIGITS.metrics(samples, targets)
+    summary, metrics = DIGITS.summary(samples), metrics_of(DIGITS, samples, targets)
     torch.testing.assert_close(summary["probabilities"].sum(-1), torch.ones(200).double())
     assert summary["entropy"].mean().item() == metrics["ape"]
     assert summary["mutual_information"].mean().item() == metrics["mi"]
@@ -162,7 +177,7 @@ def test_non_finite_samples_raise_with_the_number_of_rows(likelihood, samples, t
     broken = samples.clone()
     broken[2, 5, 1] = broken[3, 5, 0] = broken[4, 7, 1] = value
     with pytest.raises(ValueError, match=r"nll .* 2 of 200 rows"):
-        likelihood.metrics(broken, targets)
+        metrics_of(likelihood, broken, targets)
     with pytest.raises(ValueError, match="2 of 200 rows"):
         likelihood.summary(broken)
 
@@ -171,7 +186,7 @@ def test_variance_that_overflows_raises_with_the_name_of_the_metric():
     samples, targets = regressed()
     samples[:, 3, 1] = 1000
     with pytest.raises(ValueError, match=r"^nll: 1 of 200 rows"):
-        HOUSES.metrics(samples, targets)
+        metrics_of(HOUSES, samples, targets)
 
 
 @BOTH
@@ -179,10 +194,10 @@ def test_shapes_that_would_broadcast_are_refused(likelihood, samples, targets):
     with pytest.raises(ValueError, match="targets of shape"):
         likelihood.loss(samples[0], targets[:, None])
     with pytest.raises(ValueError, match="targets of shape"):
-        likelihood.metrics(samples, targets[:, None])
+        metrics_of(likelihood, samples, targets[:, None])
     for shapeless in (samples[0], samples[:0], samples[..., :1]):
         with pytest.raises(ValueError, match="samples of shape"):
-            likelihood.metrics(shapeless, targets)
+            metrics_of(likelihood, shapeless, targets)
 
 
 @pytest.mark.parametrize(
@@ -226,15 +241,15 @@ def test_convergence_is_the_metrics_of_the_first_draws(likelihood, samples, targ
     steps = likelihood.convergence(samples, targets)
     assert len(steps) == len(samples)
     for count, step in enumerate(steps, 1):
-        assert step == pytest.approx(likelihood.metrics(samples[:count], targets), abs=1e-12)
+        assert step == pytest.approx(metrics_of(likelihood, samples[:count], targets), abs=1e-12)
 
 
 @BOTH
 def test_the_parts_of_uncertainty_add_up(likelihood, samples, targets):
-    found = likelihood.uncertainty(likelihood.summary(samples))
+    found = uncertainty_of(likelihood, samples)
     if likelihood is DIGITS:
         assert found["ape"] == pytest.approx(found["aleatoric"] + found["mi"])
-        assert found["ape"] == likelihood.metrics(samples, targets)["ape"]
+        assert found["ape"] == metrics_of(likelihood, samples, targets)["ape"]
     else:
         parts = found["aleatoric_std"] ** 2 + found["epistemic_std"] ** 2
         assert found["std"] ** 2 == pytest.approx(parts)
@@ -243,22 +258,22 @@ def test_the_parts_of_uncertainty_add_up(likelihood, samples, targets):
 def test_uncertainty_of_a_hand_case():
     # Draws N(1, 1) and N(3, 4), standardized: variance of means 1, mean of variances 2.5.
     samples = torch.tensor([[[1.0, 0.0]], [[3.0, math.log(4)]]])
-    found = Regression(0.0, 2.0).uncertainty(Regression(0.0, 2.0).summary(samples))
+    found = uncertainty_of(Regression(0.0, 2.0), samples)
     assert found["epistemic_std"] == pytest.approx(2)
     assert found["aleatoric_std"] == pytest.approx(2 * math.sqrt(2.5))
     # Two draws sure of different classes: log 2, and all of it is epistemic.
     samples = torch.tensor([[[100.0, 0.0]], [[0.0, 100.0]]])
-    found = Classification("ab").uncertainty(Classification("ab").summary(samples))
+    found = uncertainty_of(Classification("ab"), samples)
     assert found == pytest.approx({"ape": math.log(2), "aleatoric": 0, "mi": math.log(2)})
 
 
 def test_losses_average_to_error_and_squared_rmse():
     samples, targets = classified()
     error = DIGITS.losses(DIGITS.summary(samples), targets).mean().item()
-    assert error == DIGITS.metrics(samples, targets)["error"]
+    assert error == metrics_of(DIGITS, samples, targets)["error"]
     samples, targets = regressed()
     squared = HOUSES.losses(HOUSES.summary(samples), targets).mean().item()
-    assert squared == pytest.approx(HOUSES.metrics(samples, targets)["rmse"] ** 2)
+    assert squared == pytest.approx(metrics_of(HOUSES, samples, targets)["rmse"] ** 2)
 
 
 @BOTH

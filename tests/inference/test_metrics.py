@@ -1,181 +1,275 @@
-"""Each metric against a hand-computed case or another library's answer."""
+"""Metrics are the formulas over all rows, whatever the batches; torchmetrics users can use them."""
 
-import math
+import doctest
+import pickle
+from collections.abc import Callable
 
-import numpy as np
 import pytest
-import scipy.special
-import scipy.stats
 import torch
-from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error
+from bare_trainer import bare_trainer
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanSquaredError, Metric, MetricCollection
 
+from bqnn.inference import metrics, predictions
+from bqnn.inference.functional import brier_score, entropy, gaussian_nll, log_mean_exp
+from bqnn.inference.likelihoods import Classification, Likelihood, Regression
 from bqnn.inference.metrics import (
-    brier_score,
-    calibration_bins,
-    entropy,
-    expected_calibration_error,
-    gaussian_mixture_nll,
-    gaussian_nll,
-    interval_coverage,
-    log_mean_exp,
-    moments,
-    mutual_information,
-    risk_coverage,
+    CalibrationError,
+    CategoricalNLL,
+    GaussianMixtureNLL,
+    GaussianNLL,
+    IntervalCoverage,
+    NotFiniteError,
+    RootMeanSquaredError,
+    RootMeanVariance,
 )
 
+LETTERS = Classification("abcd")
+HOUSES = Regression(target_mean=22.5, target_std=9.2)
 
-def gaussian_draws(num_samples: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Means and log variances [S, N], and targets [N], in float64."""
+
+def classified(num_samples: int = 5, num_rows: int = 103) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    draws = torch.randn(2, num_samples, num_rows, generator=generator, dtype=torch.float64)
-    targets = torch.randn(num_rows, generator=generator, dtype=torch.float64)
-    return draws[0], draws[1], targets
+    logits = 2 * torch.randn(num_samples, num_rows, 4, generator=generator)
+    return logits, torch.randint(4, (num_rows,), generator=generator)
 
 
-def test_log_mean_exp_survives_values_that_exp_does_not():
-    assert log_mean_exp(torch.tensor([-2000.0, -2000.0])) == -2000
-    assert log_mean_exp(torch.tensor([1000.0, -math.inf])) == 1000 - math.log(2)
-
-
-def test_entropy_of_uniform_is_log_of_the_classes_and_of_one_hot_is_zero():
-    probabilities = torch.tensor([[0.25] * 4, [0.0, 1.0, 0.0, 0.0]])
-    torch.testing.assert_close(entropy(probabilities), torch.tensor([math.log(4), 0.0]))
-
-
-def disagreement(draws: Tensor) -> Tensor:
-    return mutual_information(draws.mean(0), entropy(draws).mean(0))
-
-
-def test_draws_that_are_sure_and_disagree_share_log_two_nats():
-    draws = torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]])
-    torch.testing.assert_close(disagreement(draws), torch.tensor([math.log(2), 0.0]))
-
-
-def test_one_draw_has_no_mutual_information_and_none_is_negative():
-    draws = torch.randn(20, 50, 7).softmax(-1)
-    assert (disagreement(draws[:1]) == 0).all()
-    assert (disagreement(draws[:1].expand(20, -1, -1)) >= 0).all()
-
-
-def test_brier_score_of_a_hand_case():
-    probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-    expected = torch.tensor([0.3**2 + 0.2**2 + 0.1**2, 0.0, 2.0])
-    torch.testing.assert_close(brier_score(probabilities, torch.tensor([0, 2, 1])), expected)
-
-
-def test_calibration_error_of_a_hand_case():
-    # Five bins. Rows, by bin:
-    #   (0.0, 0.2]: none
-    #   (0.2, 0.4]: 0.3 wrong, 0.4 right -> confidence 0.35, accuracy 0.5, gap 0.15, 2 rows
-    #   (0.4, 0.6]: none
-    #   (0.6, 0.8]: 0.7 right            -> confidence 0.70, accuracy 1.0, gap 0.30, 1 row
-    #   (0.8, 1.0]: 0.9 wrong, 1.0 right -> confidence 0.95, accuracy 0.5, gap 0.45, 2 rows
-    # ECE = (2 * 0.15 + 1 * 0.30 + 2 * 0.45) / 5 = 1.5 / 5 = 0.3
-    confidences = torch.tensor([0.3, 0.4, 0.7, 0.9, 1.0], dtype=torch.float64)
-    correct = torch.tensor([False, True, True, False, True])
-    counts, confidence, accuracy = calibration_bins(confidences, correct, num_bins=5)
-    assert counts.tolist() == [0, 2, 0, 1, 2]
-    assert confidence.tolist() == pytest.approx([0, 0.35, 0, 0.7, 0.95])
-    assert accuracy.tolist() == [0, 0.5, 0, 1, 0.5]
-    assert expected_calibration_error(confidences, correct, 5).item() == pytest.approx(0.3)
-
-
-def test_confidence_one_joins_the_last_bin_and_zero_the_first():
-    confidences = torch.tensor([0.0, 0.95, 1.0])
-    correct = torch.tensor([False, False, True])
-    assert calibration_bins(confidences, correct, 10).counts.tolist() == [1] + [0] * 8 + [2]
-    # 0.95 right and 1.0 wrong share a bin: |0.975 - 0.5|. In bins of their own the error would
-    # be (0.05 + 1.0) / 2 = 0.525.
-    ece = expected_calibration_error(confidences[1:], torch.tensor([True, False]), 10)
-    assert ece.item() == pytest.approx(0.475)
-
-
-@pytest.mark.parametrize("num_bins", [1, 10, 15])
-def test_calibration_error_agrees_with_torchmetrics_inside_the_bins(num_bins):
+def regressed(num_samples: int = 5, num_rows: int = 103) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    probabilities = torch.randn(2000, 5, generator=generator).softmax(-1)
-    targets = torch.randint(5, (2000,), generator=generator)
-    confidences, predictions = probabilities.max(-1)
-    ours = expected_calibration_error(confidences, predictions == targets, num_bins)
-    theirs = multiclass_calibration_error(probabilities, targets, num_classes=5, n_bins=num_bins)
-    assert ours.item() == pytest.approx(theirs.item(), abs=1e-6)
+    samples = torch.randn(num_samples, num_rows, 2, generator=generator)
+    return samples, torch.randn(num_rows, generator=generator)
 
 
-def test_calibration_refuses_zero_bins():
-    with pytest.raises(ValueError, match="num_bins=0"):
-        calibration_bins(torch.ones(1), torch.ones(1), num_bins=0)
+def expected_of_classes(samples: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """The formulas of docs/metrics.md over all rows at once."""
+    logits = samples.double()
+    probabilities = logits.softmax(-1)
+    mean = probabilities.mean(0)
+    index = targets.expand(logits.shape[:-1]).unsqueeze(-1)
+    log_likelihood = logits.gather(-1, index).squeeze(-1) - logits.logsumexp(-1)
+    aleatoric = entropy(probabilities).mean(0)
+    return {
+        "error": (mean.argmax(-1) != targets).double().mean(),
+        "nll": -log_mean_exp(log_likelihood).mean(),
+        "brier": brier_score(mean, targets).mean(),
+        "ape": entropy(mean).mean(),
+        "mi": (entropy(mean) - aleatoric).clamp_min(0).mean(),
+        "aleatoric": aleatoric.mean(),
+    }
 
 
-def test_moments_are_those_of_the_mixture():
-    # Draws N(1, 1) and N(3, 4): mean 2, variance of the means 1, mean of the variances 2.5.
-    matched = moments(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [4.0]]).log())
-    assert matched.mean == 2
-    assert matched.epistemic == 1
-    assert matched.aleatoric.item() == pytest.approx(2.5)
-    assert matched.variance.item() == pytest.approx(3.5)
+def expected_of_numbers(samples: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    means, log_variances = samples.double().unbind(-1)
+    targets, std = targets.double(), torch.tensor(9.2, dtype=torch.float64)
+    mean, variances = means.mean(0), log_variances.exp()
+    aleatoric, epistemic = variances.mean(0), means.var(0, correction=0)
+    variance = aleatoric + epistemic
+    half_width = torch.special.ndtri(torch.tensor(0.975, dtype=torch.float64)) * variance.sqrt()
+    rmse = (targets - mean).square().mean().sqrt()
+    nll = gaussian_nll(mean, variance.log(), targets).mean()
+    densities = -gaussian_nll(means, log_variances, targets)
+    return {
+        "rmse": rmse * std,
+        "nll": nll + std.log(),
+        "nll_mixture": -log_mean_exp(densities).mean() + std.log(),
+        "coverage95": ((targets - mean).abs() <= half_width).double().mean(),
+        "rmse_standardized": rmse,
+        "nll_standardized": nll,
+        "std": std * ((std * variance.sqrt() / std).square().mean().sqrt()),
+        "aleatoric_std": std * ((std * aleatoric.sqrt() / std).square().mean().sqrt()),
+        "epistemic_std": std * ((std * epistemic.sqrt() / std).square().mean().sqrt()),
+    }
 
 
-def test_moments_of_one_draw_are_its_own():
-    means, log_variances, _ = gaussian_draws(1, 10)
-    matched = moments(means, log_variances)
-    assert matched.mean.equal(means[0])
-    assert matched.variance.equal(log_variances[0].exp())
+BOTH = pytest.mark.parametrize(
+    ("likelihood", "samples", "targets", "formulas"),
+    [(LETTERS, *classified(), expected_of_classes), (HOUSES, *regressed(), expected_of_numbers)],
+)
+Formulas = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 
-def test_gaussian_nll_is_scipys():
-    means, log_variances, targets = gaussian_draws(3, 20)
-    expected = -scipy.stats.norm.logpdf(targets, means, np.exp(0.5 * log_variances.numpy()))
-    np.testing.assert_allclose(gaussian_nll(means, log_variances, targets), expected)
+def collections(likelihood: Likelihood) -> list[MetricCollection]:
+    return [likelihood.metrics(), likelihood.uncertainty()]
 
 
-def test_mixture_nll_is_scipys_and_of_one_draw_the_gaussian():
-    means, log_variances, targets = gaussian_draws(6, 20)
-    log_density = scipy.stats.norm.logpdf(targets, means, np.exp(0.5 * log_variances.numpy()))
-    expected = -scipy.special.logsumexp(log_density, axis=0, b=1 / 6)
-    np.testing.assert_allclose(gaussian_mixture_nll(means, log_variances, targets), expected)
-    torch.testing.assert_close(
-        gaussian_mixture_nll(means[:1], log_variances[:1], targets),
-        gaussian_nll(means[0], log_variances[0], targets),
-    )
+def values(collection: MetricCollection) -> dict[str, float]:
+    return {name: value.item() for name, value in collection.compute().items()}
 
 
-def test_coverage_on_normal_quantiles_is_the_level():
-    # The targets are N(3, 2^2) at its quantiles (i + 1/2) / 1000, so every share is known.
-    quantiles = scipy.stats.norm.ppf((np.arange(1000) + 0.5) / 1000, loc=3, scale=2)
-    targets, levels = torch.from_numpy(quantiles), [0.1, 0.5, 0.95]
-    mean, std = torch.full_like(targets, 3), torch.full_like(targets, 2)
-    assert interval_coverage(mean, std, targets, levels).tolist() == pytest.approx(levels, abs=1e-9)
-    halved = 2 * scipy.stats.norm.cdf(1.959964 / 2) - 1  # intervals half as wide as they should be
-    narrow = interval_coverage(mean, std / 2, targets, [0.95]).item()
-    assert narrow == pytest.approx(halved, abs=2e-3)
+def test_the_examples_of_the_docstrings_hold() -> None:
+    assert doctest.testmod(metrics).failed == 0
+    assert doctest.testmod(predictions).failed == 0
 
 
-@pytest.mark.parametrize("level", [0.0, 1.0, 95])
-def test_coverage_refuses_a_level_that_has_no_interval(level):
-    with pytest.raises(ValueError, match="levels"):
-        interval_coverage(torch.zeros(1), torch.ones(1), torch.zeros(1), [0.5, level])
+@BOTH
+def test_one_batch_gives_the_formulas_bit_for_bit(
+    likelihood: Likelihood, samples: Tensor, targets: Tensor, formulas: Formulas
+) -> None:
+    expected = formulas(samples, targets)
+    for collection in collections(likelihood):
+        collection.update(samples, targets)
+        for name, value in collection.compute().items():
+            assert value.dtype == torch.float64
+            if not name.startswith("ece"):
+                assert value.item() == expected[name].item(), name
 
 
-def test_risk_and_coverage_of_a_hand_case():
-    scores = torch.tensor([0.9, 0.1, 0.5, 0.3])
-    losses = torch.tensor([1.0, 0.0, 0.0, 1.0])
-    # In the order 0.1, 0.3, 0.5, 0.9 the losses are 0, 1, 0, 1.
-    expected = torch.tensor([0, 1 / 2, 1 / 3, 1 / 2], dtype=torch.float64)
-    torch.testing.assert_close(risk_coverage(scores, losses), expected)
+@BOTH
+def test_batches_of_any_size_count_as_one_set_of_rows(
+    likelihood: Likelihood, samples: Tensor, targets: Tensor, formulas: Formulas
+) -> None:
+    for collection, whole in zip(collections(likelihood), collections(likelihood), strict=True):
+        whole.update(samples, targets)
+        for batch, truth in zip(samples.split(20, dim=1), targets.split(20), strict=True):
+            collection.update(batch, truth)
+        assert values(collection) == pytest.approx(values(whole), rel=1e-12, abs=1e-14)
+        collection.reset()
+        collection.update(samples, targets)
+        assert values(collection) == values(whole)
 
 
-def test_rows_of_equal_score_count_as_their_average():
-    scores = torch.tensor([0.2, 0.2, 0.2, 0.1])
-    for losses in ([1.0, 0, 0, 0], [0, 0, 1.0, 0]):
-        expected = torch.tensor([0, 1 / 6, 2 / 9, 1 / 4], dtype=torch.float64)
-        torch.testing.assert_close(risk_coverage(scores, torch.tensor(losses)), expected)
+@BOTH
+def test_forward_gives_the_batch_and_keeps_all_rows(
+    likelihood: Likelihood, samples: Tensor, targets: Tensor, formulas: Formulas
+) -> None:
+    collection, whole, second = (likelihood.metrics() for _ in range(3))
+    whole.update(samples, targets)
+    second.update(samples[:, 50:], targets[50:])
+    collection(samples[:, :50], targets[:50])
+    batch = collection(samples[:, 50:], targets[50:])
+    assert {name: value.item() for name, value in batch.items()} == values(second)
+    assert values(collection) == pytest.approx(values(whole), rel=1e-12)
 
 
-def test_the_best_order_by_risk_is_that_of_the_losses_and_the_end_is_the_mean():
-    losses = torch.rand(100, dtype=torch.float64)
-    best, other, worst = (
-        risk_coverage(scores, losses) for scores in (losses, torch.rand(100), -losses)
-    )
-    assert best.mean() < other.mean() < worst.mean()
-    torch.testing.assert_close(torch.stack([best[-1], worst[-1]]), losses.mean().expand(2))
+@BOTH
+def test_metrics_can_be_pickled_and_copied(
+    likelihood: Likelihood, samples: Tensor, targets: Tensor, formulas: Formulas
+) -> None:
+    collection = likelihood.metrics()
+    collection.update(samples, targets)
+    for copy in (pickle.loads(pickle.dumps(collection)), collection.clone(prefix="val/")):
+        assert list(values(copy).values()) == list(values(collection).values())
+    assert list(copy.compute()) == [f"val/{name}" for name in collection]
+
+
+@BOTH
+def test_a_cast_of_the_module_leaves_states_in_float64(
+    likelihood: Likelihood, samples: Tensor, targets: Tensor, formulas: Formulas
+) -> None:
+    module = nn.ModuleDict({"metrics": likelihood.metrics()}).to(torch.bfloat16).half()
+    module["metrics"].update(samples, targets)
+    whole = likelihood.metrics()
+    whole.update(samples, targets)
+    assert values(module["metrics"]) == values(whole)
+
+
+@BOTH
+def test_sums_of_processes_are_the_metrics_of_all_rows(
+    likelihood: Likelihood, samples: Tensor, targets: Tensor, formulas: Formulas
+) -> None:
+    """What torchmetrics gathers from processes it reduces by each state's function."""
+    parts = [likelihood.metrics() for _ in range(3)]
+    whole = likelihood.metrics()
+    whole.update(samples, targets)
+    for part, rows in zip(parts, torch.arange(103).tensor_split(3), strict=True):
+        part.update(samples[:, rows], targets[rows])
+    for name in whole:
+        metric: Metric = parts[0][name]
+        for state, reduce in metric._reductions.items():
+            gathered = torch.stack([getattr(part[name], state) for part in parts])
+            setattr(metric, state, reduce(gathered))
+    assert values(parts[0]) == pytest.approx(values(whole), rel=1e-12)
+
+
+def test_metrics_that_agree_on_the_first_batch_stay_apart_in_any_collection() -> None:
+    """A MetricCollection shares the states of metrics whose states are equal after a batch."""
+    same, targets = regressed(num_samples=1)
+    other, _ = regressed(num_samples=3)
+    collection = MetricCollection([GaussianNLL(), GaussianMixtureNLL()])
+    collection.update(same, targets)
+    collection.update(other, targets)
+    for alone in (GaussianNLL(), GaussianMixtureNLL()):
+        alone.update(same, targets)
+        alone.update(other, targets)
+        assert collection[type(alone).__name__].compute() == alone.compute()
+    covered = MetricCollection({"low": IntervalCoverage(0.5), "high": IntervalCoverage(0.95)})
+    covered.update(torch.zeros(1, 4, 2), torch.zeros(4))
+    covered.update(torch.zeros(1, 4, 2), torch.ones(4))
+    assert values(covered) == {"low": 0.5, "high": 1.0}
+
+
+def test_the_squared_error_is_that_of_torchmetrics() -> None:
+    samples, targets = regressed()
+    ours = RootMeanSquaredError()
+    theirs = MeanSquaredError(squared=False).set_dtype(torch.float64)
+    ours.update(samples, targets)
+    theirs.update(samples.double()[..., 0].mean(0), targets.double())
+    assert ours.compute() == theirs.compute()
+
+
+def test_rows_that_are_not_finite_are_counted_and_the_first_metric_is_named() -> None:
+    samples, targets = torch.zeros(2, 3, 2), torch.zeros(3)
+    samples[:, 1, 1] = 1000.0  # a log variance
+    collection = Regression(0.0, 1.0).metrics()
+    collection.update(torch.zeros(2, 4, 2), torch.zeros(4))
+    collection.update(samples, targets)
+    with pytest.raises(NotFiniteError, match=r"^nll: 1 of 7 rows are not finite") as caught:
+        collection.finite_numbers()
+    assert caught.value.metrics["rmse"] == 0
+    assert caught.value.metrics == collection.numbers()
+
+
+@pytest.mark.parametrize("metric", [CategoricalNLL(), CalibrationError(), RootMeanSquaredError()])
+def test_metrics_that_compare_with_targets_ask_for_them(metric: Metric) -> None:
+    with pytest.raises(ValueError, match="targets=None: "):
+        metric.update(torch.zeros(2, 3, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CalibrationError(num_bins=0), "num_bins=0"),
+        (lambda: IntervalCoverage(level=95), "level=95"),
+        (lambda: RootMeanSquaredError(target_std=0.0), "target_std=0.0"),
+        (lambda: RootMeanVariance(part="total"), "part='total'"),
+    ],
+)
+def test_arguments_that_make_no_metric_are_refused(
+    make: Callable[[], Metric], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+class Classifier(LightningModule):
+    """Another program's module, which draws by dropout and logs metrics as torchmetrics has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 4)
+        self.nll = CategoricalNLL()
+        self.metrics = LETTERS.metrics().clone(prefix="test/")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        inputs, targets = batch
+        draws = torch.stack([self.net(scale * inputs) for scale in (0.5, 1.0, 2.0)])
+        self.nll.update(draws, targets)
+        self.metrics.update(draws, targets)
+        self.log("nll", self.nll)
+        self.log_dict(self.metrics)
+
+
+def test_a_lightning_module_of_someone_else_logs_them() -> None:
+    torch.manual_seed(0)
+    module, inputs, targets = Classifier(), torch.randn(30, 4), torch.arange(30) % 4
+    rows = TensorDataset(inputs, targets)
+    (logged,) = bare_trainer(1).test(module, DataLoader(rows, batch_size=7), verbose=False)
+    with torch.no_grad():
+        draws = torch.stack([module.net(scale * inputs) for scale in (0.5, 1.0, 2.0)])
+    expected = LETTERS.metrics()
+    expected.update(draws, targets)
+    assert logged["nll"] == logged["test/nll"]
+    for name, value in values(expected).items():
+        assert logged[f"test/{name}"] == pytest.approx(value, rel=1e-6)

@@ -181,7 +181,7 @@ def test_no_next_job_runs_after_a_signal_to_one_whose_folder_is_gone(
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr("bqnn.training.trainer.fit", lose_the_folder)
+    monkeypatch.setattr("bqnn.commands.train.fit", lose_the_folder)
     arguments = ["-m", *QUICK, "method=pointwise", "seed=0,1", "hydra.sweep.dir=s"]
     code, errors = script_here("train", *arguments)
     assert code == 130

@@ -19,9 +19,11 @@ from small_methods import (
     table_method,
 )
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from bqnn.data.loader import TensorLoader
 from bqnn.inference.likelihoods import Regression
+from bqnn.inference.predictions import Prediction, score
 from bqnn.layers.bayes import GaussianWeight, kl_divergence
 from bqnn.methods import (
     METHODS,
@@ -119,7 +121,7 @@ def test_metrics_are_those_of_the_draws_over_all_rows(name):
     (results,) = trainer().test(method, rows, verbose=False)
     method.eval()
     samples = torch.cat([method.predictive(inputs) for inputs, _ in rows], dim=1)
-    expected = method.likelihood.metrics(samples, rows.targets)
+    expected = score(Prediction(method.likelihood, samples, rows.targets))
     assert results.keys() == {f"test/{key}" for key in expected}
     for key, value in expected.items():
         assert results[f"test/{key}"] == pytest.approx(value, rel=1e-6)
@@ -144,7 +146,8 @@ def test_metrics_of_validation_and_test_keep_the_range_and_the_digits_of_float64
     fit.fit(method, table(), rows)
     method.eval()
     whole = TensorLoader(rows.inputs, rows.targets, batch_size=NUM_ROWS)
-    expected = method.likelihood.metrics(method.predictive(rows.inputs), rows.targets)
+    samples = method.predictive(rows.inputs)
+    expected = score(Prediction(method.likelihood, samples, rows.targets))
     assert expected["nll"] > 1e50
     for split, run in (("val", fit.validate), ("test", fit.test)):
         (found,) = run(method, whole, verbose=False)
@@ -596,3 +599,10 @@ def test_fine_tuning_pulls_members_to_the_prior_that_the_sampler_draws() -> None
         square = float(param.detach().square().sum())
         precision = (10 + param.numel() / 2) / (10 + square / 2)
         assert torch.allclose(param.grad, precision * param.detach(), rtol=1e-5)
+
+
+def test_metrics_are_no_part_of_the_module():
+    """A device without float64 can train: only the network moves there."""
+    method = table_method("pointwise")
+    trainer().test(method, table(), verbose=False)
+    assert not [module for module in method.modules() if isinstance(module, Metric)]

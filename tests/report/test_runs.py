@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bqnn.evaluation.results import STAGES as WRITTEN
+from bqnn.evaluation.tables import STAGES as WRITTEN
 from bqnn.report.runs import STAGES, read_runs
 from bqnn.report.settings import flatten, method_labels, setting_labels
 from bqnn.report.summary import missing_cells

@@ -27,7 +27,6 @@ def train(max_epochs: int, every: int) -> None:
         log_every_n_steps=0,
     )
     trainer.fit(model(), data)
-    trainer.test(trainer.lightning_module, data, verbose=False)
 
 
 def model() -> Method:
@@ -56,8 +55,19 @@ def test_a_log_gets_a_line_for_some_logged_epochs_and_for_the_last(
         assert line.endswith(" s left")
     assert lines[0].startswith("epoch 2/100: ")
     assert lines[-1].startswith("epoch 100/100: ")
-    assert caplog.messages[-1] == "evaluating the test rows; draws: 1"
     assert capsys.readouterr().err == ""
+
+
+def test_a_log_says_what_is_evaluated(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "bqnn")
+    for sets in (["test"], ["val", "test"], ["train", "val", "test", "ood/uniform"]):
+        with evaluation_progress("float", sets, num_samples=3):
+            pass
+    assert caplog.messages == [
+        "evaluating float: test; draws: 3",
+        "evaluating float: val, test; draws: 3",
+        "evaluating float: 4 sets; draws: 3",
+    ]
 
 
 def test_a_short_training_gets_a_line_for_each_logged_epoch(

@@ -23,9 +23,8 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
         "bqnn.checkpoints.recipe",
-        "bqnn.evaluation.results",
-        "bqnn.training.trainer",
-        "bqnn.jobs.launch",
+        "bqnn.commands.train",
+        "bqnn.commands.quantize",
     ]
 )
 

@@ -172,8 +172,8 @@ def test_numbers_beyond_float32_are_measured_in_float64(
 def test_a_metric_that_is_not_finite_fails_the_job_and_keeps_all_else(
     script_here: ScriptHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = torch.tensor([math.nan], dtype=torch.float64)
-    monkeypatch.setattr("bqnn.inference.likelihoods.interval_coverage", lambda *_: broken)
+    broken = torch.tensor(math.nan, dtype=torch.float64)
+    monkeypatch.setattr("bqnn.inference.metrics.IntervalCoverage.compute", lambda _: broken)
     code, errors = script_here("train", *QUICK, "task.max_epochs=2", "hydra.run.dir=run")
     assert code == 1
     line = errors.strip().splitlines()[-1]

@@ -1,0 +1,151 @@
+"""What `python quantize.py` does: quantize trained networks, and compare them with float."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import Logger
+
+from bqnn.arguments import prefixed
+from bqnn.checkpoints.file import find_checkpoints
+from bqnn.checkpoints.recipe import NUMERICS, described, load
+from bqnn.commands.choices import check_optimizer
+from bqnn.commands.predictions import predict
+from bqnn.data import TensorData
+from bqnn.data.task import make_data
+from bqnn.evaluation.figures import draw_results, draw_weights
+from bqnn.evaluation.results import (
+    require_results,
+    write_layers,
+    write_metrics,
+    write_predictions,
+)
+from bqnn.evaluation.suite import score_sets, split_sets
+from bqnn.evaluation.tables import comparison_table
+from bqnn.inference.predictions import Prediction
+from bqnn.jobs.isolation import leave_as_found
+from bqnn.jobs.job import Job, run_parts
+from bqnn.jobs.terminal import say
+from bqnn.methods import Method
+from bqnn.quant.callback import (
+    calibrate_module,
+    fine_tuning_optimizer,
+    quantization_callbacks,
+    quantize_module,
+)
+from bqnn.quant.spec import QuantSpec
+from bqnn.seeds import Stream
+from bqnn.training.callbacks import EpochTimer, save_checkpoint
+from bqnn.training.loggers import (
+    log_checkpoint,
+    log_final,
+    log_layers,
+    log_pictures,
+    log_uncertain,
+    make_loggers,
+)
+from bqnn.training.trainer import fit, make_trainer, refuse_devices
+
+FILES = ("checkpoint.ckpt", "metrics.json", "predictions.npz", "quantization.csv", "size.json")
+
+
+def check(config: dict[str, Any], is_sweep: bool) -> None:
+    """Refuse several devices, and an optimizer that does not exist."""
+    refuse_devices(config["trainer"], may_be_several=False)
+    check_optimizer("quant.fine_tuning.optimizer", config["quant"]["fine_tuning"]["optimizer"])
+
+
+def run(job: Job) -> None:
+    """Quantize the network at the path, or each that the pattern stands for."""
+    configs = []
+    found = find_checkpoints(job.config["checkpoint"], "float", job.config["select"])
+    for path, recipe in found.items():
+        configs.append({**described(recipe), **job.config, "checkpoint": str(path)})
+    run_parts(job, configs, quantize)
+
+
+def quantize(job: Job) -> None:
+    """Quantize one network, and write its results."""
+    leave_as_found(job)
+    model = load(job.config["checkpoint"])
+    data = make_data(job.config)
+    loggers, timer = make_loggers(job), EpochTimer(job)
+    num_samples = model.check_samples(job.config["num_samples"])
+    test_set = split_sets(data, ["test"])
+    predictions = {"float": predict(job, "float", model, test_set, data.normalize, num_samples)}
+    if job.config["quant"]["mode"] == "qat":
+        start = fine_tune(job, loggers, timer, model, data)
+    else:
+        start = calibrate(job, loggers, model, data)
+    models = {numeric: load(job.folder / "checkpoint.ckpt", numeric) for numeric in NUMERICS}
+    for numeric, quantized in models.items():
+        predictions[numeric] = predict(
+            job, numeric, quantized, test_set, data.normalize, num_samples
+        )
+    tests = {f"{numeric}/test": of["test"] for numeric, of in predictions.items()}
+    metrics = score_sets(tests)
+    metrics |= {"num_samples": num_samples, **timer.metrics()}
+
+    files = write_results(job, loggers, data, start, models, tests["int8/test"], metrics)
+    say(comparison_table(metrics))
+    say(f"\n{timer}\nresults in {job.folder}")
+    require_results(job.folder, metrics, files)
+    log_checkpoint(loggers, job)
+
+
+def fine_tune(
+    job: Job, loggers: list[Logger], timer: EpochTimer, model: Method, data: TensorData
+) -> Method:
+    """Train the network further with fake quantization: the quantized model before that."""
+    options = job.config["quant"]
+    callbacks = [timer, *quantization_callbacks(options)]
+    trainer = make_trainer(job, loggers, callbacks, validate=data.val is not None)
+    tuning = options["fine_tuning"]
+    model = model.fine_tuning(fine_tuning_optimizer(options), tuning["prior_weight"])
+    start = deepcopy(model)
+    with prefixed("quant"):
+        quantize_module(start, QuantSpec.from_config(options))
+    data.order = Stream.FINE_TUNING_ORDER
+    if tuning["seed"] is not None:  # of batches and noise; validation rows stay what they were
+        model.seed = data.seed = tuning["seed"]
+    fit(job, trainer, model, data)
+    return start
+
+
+def calibrate(job: Job, loggers: list[Logger], model: Method, data: TensorData) -> Method:
+    """Quantize the network with ranges from some batches, without training: the same model."""
+    options = job.config["quant"]
+    trainer = make_trainer(job, loggers, [], validate=data.val is not None)
+    batches = options["fine_tuning"]["calibration_batches"]
+    with prefixed("quant"):
+        calibrate_module(model, QuantSpec.from_config(options), data, batches)
+    save_checkpoint(trainer, model, job.folder / "checkpoint.ckpt")
+    return model
+
+
+def write_results(
+    job: Job,
+    loggers: list[Logger],
+    data: TensorData,
+    start: Method,
+    models: Mapping[str, Method],
+    test: Prediction,
+    metrics: Mapping[str, float],
+) -> list[str | Path]:
+    """Write and log metrics, predictions, layers and figures: the files that the job promised."""
+    write_metrics(job.folder, metrics)
+    write_predictions(job.folder, test)
+    layers, size = write_layers(job.folder, start, models["simulated"], models["int8"], data)
+    log_final(loggers, {**metrics, **{f"size/{name}": count for name, count in size.items()}})
+    log_layers(loggers, layers)
+    log_uncertain(loggers, data, test)
+    promised: list[str | Path] = [*FILES]
+    if job.config["quant"]["mode"] == "qat" and job.config["trainer"]["save_best"]:
+        promised.append("best.ckpt")
+    if job.config["plots"]:
+        figures = draw_results(job.folder, models["int8"], data, test)
+        figures += draw_weights(job.folder, models["simulated"])
+        log_pictures(loggers, figures)
+        promised += figures
+    return promised

@@ -1,0 +1,149 @@
+"""Figures of results in a job's folder."""
+
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from bqnn.data import SyntheticData, TensorData
+from bqnn.evaluation.results import level_rows
+from bqnn.evaluation.suite import Findings, distortions_in
+from bqnn.inference.likelihoods import Regression
+from bqnn.inference.predictions import Prediction
+from bqnn.layers.ensemble import Ensemble
+from bqnn.methods import Method
+from bqnn.plots import figures as plots
+from bqnn.quant.summary import simulated_layers, weight_integers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def draw_results(
+    folder: Path, model: Method, data: TensorData, prediction: Prediction
+) -> list[Path]:
+    """Draw learning curves, if there was a training, and how well calibrated a prediction is.
+
+    Args:
+        folder: The job's folder, where metrics.csv has the curves.
+        model: The network, which synthetic data is predicted with anew.
+        data: The data set.
+        prediction: The prediction of the test rows.
+
+    Returns:
+        The paths of the figures.
+    """
+    figures = {}
+    if _has_rows(folder / "metrics.csv"):
+        figures["curves"] = plots.curves(folder / "metrics.csv")
+    likelihood, summary, targets = prediction.likelihood, prediction.summary, prediction.targets
+    assert targets is not None
+    if isinstance(likelihood, Regression):
+        original = likelihood.target_mean + likelihood.target_std * targets.double()
+        figures["interval_calibration"] = plots.interval_calibration(
+            summary["mean"], summary["std"], original
+        )
+        figures["fit"] = plots.regression_fit(summary["mean"], summary["std"], original)
+    else:
+        figures["reliability"] = plots.reliability_diagram(summary["probabilities"], targets)
+        figures["confidence"] = plots.confidence_histogram(summary["probabilities"], targets)
+    if isinstance(data, SyntheticData):
+        figures["fit"] = _synthetic_fit(model, data)
+    return _save(folder, figures)
+
+
+def draw_weights(folder: Path, simulated: Method) -> list[Path]:
+    """Draw a histogram of each layer's weights, and the integers that they become.
+
+    Args:
+        folder: The job's folder.
+        simulated: The model with fake quantization. Of an ensemble one member is drawn.
+
+    Returns:
+        The path of weights.png.
+    """
+    net = simulated.net
+    if isinstance(net, Ensemble):
+        net = net.members[0] if len(net.members) else net.current
+    panels = [
+        (f"{name} {weights.name}".strip(), weights.steps, weights.values)
+        for name, layer in simulated_layers(net)
+        for weights in weight_integers(layer)
+    ]
+    return _save(folder, {"weights": plots.weight_grids(panels)})
+
+
+def draw_suite(folder: Path, findings: Findings) -> list[Path]:
+    """Draw risk against coverage, and shift, ood and convergence where the suite has them.
+
+    Args:
+        folder: The job's folder.
+        findings: What the predictions of the suite say.
+
+    Returns:
+        The paths of the figures.
+    """
+    predictions, steps = findings.predictions, findings.steps
+    is_regression = isinstance(predictions["test"].likelihood, Regression)
+    risk = "mean squared error of the kept" if is_regression else "error of the kept"
+    figures = {"risk_coverage": plots.risk_coverage(findings.risk, risk)}
+    if distortions_in(predictions):
+        figures["shift"] = _shift(findings)
+    if any(name.startswith("ood/") for name in predictions):
+        figures["ood"] = _score_histograms(predictions)
+    if steps:
+        lines = {
+            name: {"test": [(count, step[name]) for count, step in enumerate(steps, 1)]}
+            for name in steps[0]
+        }
+        figures["convergence"] = plots.panels(lines, "draws")
+    return _save(folder, figures)
+
+
+def _shift(findings: Findings) -> "Figure":
+    """Every metric against the level of each distortion."""
+    metrics = findings.metrics
+    shifted = {name: level_rows(metrics, name) for name in distortions_in(findings.predictions)}
+    names = [key.removeprefix("test/") for key in metrics if key.startswith("test/")]
+    lines = {
+        name: {kind: [(row["level"], row[name]) for row in rows] for kind, rows in shifted.items()}
+        for name in names
+    }
+    return plots.panels(lines, "level of distortion")
+
+
+def _score_histograms(predictions: Mapping[str, Prediction]) -> "Figure":
+    """The usual score of doubt, of the test set and of other data."""
+    groups = {}
+    for name, each in predictions.items():
+        if name == "test" or name.startswith("ood/"):
+            scores = each.likelihood.scores(each.summary)
+            usual = next(iter(scores))
+            groups[name] = scores[usual]
+    return plots.score_histograms(groups, usual)
+
+
+def _synthetic_fit(model: Method, data: SyntheticData) -> "Figure":
+    grid = data.grid()
+    truth_mean, truth_std = data.truth(grid[:, 0])
+    with torch.no_grad():
+        samples = model.eval().predictive(data.standardize(grid).to(model.device)).cpu()
+    train = data.train
+    x = train.inputs[:, 0] * data.input_std[0] + data.input_mean[0]
+    y = train.targets * data.target_std + data.target_mean
+    summary = model.likelihood.summary(samples)
+    return plots.synthetic_fit(grid[:, 0], summary, truth_mean, truth_std, x, y)
+
+
+def _has_rows(path: Path) -> bool:
+    """Whether a CSV file exists and has more lines than its head."""
+    if not path.exists():
+        return False
+    with path.open() as file:
+        return sum(1 for _ in islice(file, 2)) == 2
+
+
+def _save(folder: Path, figures: "Mapping[str, Figure]") -> list[Path]:
+    return [plots.save(figure, folder / f"{name}.png") for name, figure in figures.items()]

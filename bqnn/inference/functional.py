@@ -1,0 +1,218 @@
+"""Measures of single rows, and of all rows together, as plain functions of tensors.
+
+Functions that score rows return one value per row, so that the caller can average them, count
+them, or look at the worst. Entropies and log-likelihoods are in nats. The metrics of
+`bqnn.inference.metrics` are built from these functions.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def log_mean_exp(values: Tensor) -> Tensor:
+    """Compute `log(mean(exp(values)))` over the first axis without overflow.
+
+    Example:
+        >>> log_mean_exp(torch.tensor([1000.0, 1000.0]))
+        tensor(1000.)
+    """
+    return values.logsumexp(0) - math.log(len(values))
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """Compute the entropy over the last axis, with 0 log 0 = 0.
+
+    Args:
+        probabilities: Class probabilities [..., C].
+
+    Returns:
+        H[p] = -sum_c p_c log p_c in nats, [...].
+
+    Example:
+        >>> entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+        tensor([0.6931, 0.0000])
+    """
+    terms: Tensor = torch.special.entr(probabilities)
+    return terms.sum(-1)
+
+
+def mutual_information(mean: Tensor, mean_entropy: Tensor) -> Tensor:
+    """Compute how much the draws of a classifier disagree.
+
+    I[y; w] = H[E_s p_s] - E_s H[p_s] is the epistemic part of the predictive entropy (Depeweg et
+    al. 2018). It is 0 for one draw. Rounding errors below zero are clipped.
+
+    Args:
+        mean: The draws' mean probabilities [N, C].
+        mean_entropy: The mean of the draws' entropies [N], in nats.
+
+    Returns:
+        The mutual information of label and weights [N], in nats.
+
+    Example:
+        >>> draws = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])  # two certain draws, one row
+        >>> mutual_information(draws.mean(0), entropy(draws).mean(0))
+        tensor([0.6931])
+    """
+    return (entropy(mean) - mean_entropy).clamp_min(0)
+
+
+def brier_score(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """Compute the Brier score of each row, from 0 to 2.
+
+    Args:
+        probabilities: Class probabilities [N, C].
+        targets: Class indices [N].
+
+    Returns:
+        sum_c (p_c - [y = c])^2, [N].
+
+    Example:
+        >>> brier_score(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([0, 1]))
+        tensor([0.5000, 2.0000])
+    """
+    one_hot = torch.nn.functional.one_hot(targets, probabilities.shape[-1])
+    return (probabilities - one_hot).square().sum(-1)
+
+
+class CalibrationBins(NamedTuple):
+    """The bins of a reliability diagram, one entry per bin [B]. Empty bins are all zeros."""
+
+    counts: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+
+    @classmethod
+    def from_sums(cls, sums: Tensor) -> "CalibrationBins":
+        """Divide the output of `calibration_sums` by the number of rows in each bin."""
+        counts, confidence, accuracy = sums.unbind(-1)
+        divisor = counts.clamp_min(1)
+        return cls(counts.long(), confidence / divisor, accuracy / divisor)
+
+    @property
+    def error(self) -> Tensor:
+        """ECE = sum_b n_b / N |accuracy_b - confidence_b|, from 0 to 1 (Guo et al. 2017)."""
+        gaps = (self.accuracy - self.confidence).abs()
+        return (self.counts * gaps).sum() / self.counts.sum()
+
+
+def calibration_sums(confidences: Tensor, correct: Tensor, num_bins: int) -> Tensor:
+    """Sum rows in the equal-width bins ((b-1)/B, b/B].
+
+    A confidence of exactly 1.0 lies in the last bin, one of exactly 0.0 in the first.
+
+    Args:
+        confidences: The probability of each predicted class [N].
+        correct: Whether the predicted class is the target [N].
+        num_bins: The number of bins B.
+
+    Returns:
+        The number of rows, the sum of confidences and the number of correct rows of each bin,
+        [B, 3] in float64.
+    """
+    if num_bins < 1:
+        raise ValueError(f"num_bins={num_bins}: calibration needs at least one bin")
+    confidences = confidences.double()
+    inner_edges = torch.linspace(
+        0, 1, num_bins + 1, dtype=confidences.dtype, device=confidences.device
+    )[1:-1]
+    bins = torch.bucketize(confidences, inner_edges)
+    rows = torch.stack([torch.ones_like(confidences), confidences, correct.double()], -1)
+    # bincount with weights has no deterministic CUDA kernel.
+    return rows.new_zeros(num_bins, 3).index_add_(0, bins, rows)
+
+
+def calibration_bins(confidences: Tensor, correct: Tensor, num_bins: int) -> CalibrationBins:
+    """Compute the bins of a reliability diagram.
+
+    Args:
+        confidences: The probability of each predicted class [N].
+        correct: Whether the predicted class is the target [N].
+        num_bins: The number of equal-width bins; `calibration_sums` defines their edges.
+
+    Returns:
+        Count, mean confidence and accuracy of each bin. `error` is the calibration error.
+
+    Example:
+        >>> bins = calibration_bins(torch.tensor([0.9, 0.9]), torch.tensor([True, False]), 2)
+        >>> bins.counts, round(bins.error.item(), 3)
+        (tensor([0, 2]), 0.4)
+    """
+    return CalibrationBins.from_sums(calibration_sums(confidences, correct, num_bins))
+
+
+def gaussian_nll(mean: Tensor, log_variance: Tensor, targets: Tensor) -> Tensor:
+    """Compute -log N(target; mean, variance) elementwise, in nats.
+
+    The constant 0.5 log(2 pi) is included.
+
+    Example:
+        >>> gaussian_nll(torch.zeros(1), torch.zeros(1), torch.tensor([1.0]))
+        tensor([1.4189])
+    """
+    squared_z = (targets - mean).square() * torch.exp(-log_variance)
+    return 0.5 * (math.log(2 * math.pi) + log_variance + squared_z)
+
+
+def inside_interval(mean: Tensor, std: Tensor, targets: Tensor, levels: Sequence[float]) -> Tensor:
+    """Test whether targets lie in the central intervals of N(mean, std^2).
+
+    Args:
+        mean: Predicted means [N].
+        std: Predicted standard deviations [N].
+        targets: Targets [N].
+        levels: Probabilities inside the intervals, each between 0 and 1. The interval of level q
+            is mean +- Phi^-1((1 + q) / 2) std.
+
+    Returns:
+        A boolean for each level and row [L, N].
+    """
+    if not all(0 < level < 1 for level in levels):
+        raise ValueError(f"levels={list(levels)}: a central interval needs a level in (0, 1)")
+    nominal = torch.tensor(levels, dtype=torch.float64, device=targets.device)
+    half_widths: Tensor = torch.special.ndtri((1 + nominal) / 2)
+    return (targets - mean).abs() <= half_widths[:, None] * std
+
+
+def interval_coverage(
+    mean: Tensor, std: Tensor, targets: Tensor, levels: Sequence[float]
+) -> Tensor:
+    """Compute the share of targets in the central intervals of N(mean, std^2), for each level [L].
+
+    The arguments are those of `inside_interval`. Calibrated predictions cover a share q of the
+    targets at level q.
+
+    Example:
+        >>> targets = torch.tensor([0.0, 1.0, 2.0, 3.0])
+        >>> interval_coverage(torch.zeros(4), torch.ones(4), targets, [0.5, 0.95])
+        tensor([0.2500, 0.5000], dtype=torch.float64)
+    """
+    return inside_interval(mean, std, targets, levels).double().mean(-1)
+
+
+def risk_coverage(scores: Tensor, losses: Tensor) -> Tensor:
+    """Compute the mean loss of the 1, 2, ..., N rows with the lowest scores.
+
+    Rows of equal score have no order: the curve is its expectation over all their orders. Its mean
+    is the area under it (AURC, Geifman & El-Yaniv 2017).
+
+    Args:
+        scores: Values that are higher for doubtful rows [N].
+        losses: The loss of each row [N].
+
+    Returns:
+        The risk at coverage 1/N, 2/N, ..., 1, in float64 [N].
+
+    Example:
+        >>> risk_coverage(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.0, 1.0, 0.5]))
+        tensor([0.0000, 0.5000, 0.5000], dtype=torch.float64)
+    """
+    _, ranks, counts = scores.unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(counts), dtype=torch.float64, device=losses.device)
+    means = sums.index_add_(0, ranks, losses.double()) / counts
+    kept = torch.arange(1, len(losses) + 1, device=losses.device)
+    return means.repeat_interleave(counts).cumsum(0) / kept

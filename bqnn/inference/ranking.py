@@ -1,0 +1,182 @@
+"""torchmetrics classes that judge how a score of doubt orders rows.
+
+All rows count at once, so the states keep the score of every row, in float64.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.utilities.data import dim_zero_cat
+
+from bqnn.inference.functional import risk_coverage
+
+
+class Detection(Metric):
+    """Base class of metrics that tell unfamiliar rows from familiar ones by a score.
+
+    The unfamiliar rows are the positive class (Hendrycks et al. 2019), and their scores should be
+    higher. Only the order of scores counts; infinite ones have an order, too.
+
+    Args:
+        options: Options of `torchmetrics.Metric`.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    scores: list[Tensor]
+    unfamiliar: list[Tensor]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_state("scores", [], dist_reduce_fx="cat")
+        self.add_state("unfamiliar", [], dist_reduce_fx="cat")
+
+    def update(self, scores: Tensor, unfamiliar: Tensor) -> None:
+        """Add rows.
+
+        Args:
+            scores: Scores [B].
+            unfamiliar: Whether each row is unfamiliar [B].
+        """
+        if scores.dim() != 1 or scores.shape != unfamiliar.shape:
+            raise ValueError(
+                f"scores of shape {list(scores.shape)}, unfamiliar of shape "
+                f"{list(unfamiliar.shape)}: expected one of each per row"
+            )
+        self.scores.append(scores.double())
+        self.unfamiliar.append(unfamiliar.bool())
+
+    def compute(self) -> Tensor:
+        """Return the metric of all rows, a float64 scalar."""
+        import numpy as np
+
+        scores, unfamiliar = dim_zero_cat(self.scores), dim_zero_cat(self.unfamiliar)
+        # Ranks in place of scores, because scikit-learn refuses infinite ones.
+        _, ranks = np.unique(scores.cpu().numpy(), return_inverse=True)
+        value = self._compute(unfamiliar.cpu().numpy(), ranks)
+        return torch.tensor(value, dtype=torch.float64, device=scores.device)
+
+    def _compute(self, is_unfamiliar: Any, ranks: Any) -> float:
+        raise NotImplementedError
+
+
+class AUROC(Detection):
+    """Probability that an unfamiliar row has a higher score than a familiar one; ties count half.
+
+    torchmetrics' class computes in float32.
+
+    Example:
+        >>> metric = AUROC()
+        >>> metric.update(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([False, False, True]))
+        >>> metric.compute()
+        tensor(1., dtype=torch.float64)
+    """
+
+    higher_is_better = True
+
+    def _compute(self, is_unfamiliar: Any, ranks: Any) -> float:
+        from sklearn.metrics import roc_auc_score
+
+        return float(roc_auc_score(is_unfamiliar, ranks))
+
+
+class AUPR(Detection):
+    """Average precision of the unfamiliar rows; their share of all rows is chance.
+
+    Example:
+        >>> metric = AUPR()
+        >>> metric.update(torch.zeros(4), torch.tensor([False, False, False, True]))
+        >>> metric.compute()
+        tensor(0.2500, dtype=torch.float64)
+    """
+
+    higher_is_better = True
+
+    def _compute(self, is_unfamiliar: Any, ranks: Any) -> float:
+        from sklearn.metrics import average_precision_score
+
+        return float(average_precision_score(is_unfamiliar, ranks))
+
+
+class FPR95(Detection):
+    """Share of familiar rows that are flagged where at least 95 % of the unfamiliar ones are.
+
+    Example:
+        >>> metric = FPR95()
+        >>> metric.update(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([False, False, True]))
+        >>> metric.compute()
+        tensor(0.5000, dtype=torch.float64)
+    """
+
+    higher_is_better = False
+
+    def _compute(self, is_unfamiliar: Any, ranks: Any) -> float:
+        import numpy as np
+        from sklearn.metrics import roc_curve
+
+        false_positive, true_positive, _ = roc_curve(is_unfamiliar, ranks, drop_intermediate=False)
+        return float(false_positive[np.argmax(true_positive >= 0.95)])
+
+
+class AURC(Metric):
+    """Area under the risk-coverage curve: the mean risk of the k rows with the lowest scores.
+
+    It is the mean of `bqnn.inference.functional.risk_coverage` (Geifman & El-Yaniv 2017).
+
+    Args:
+        options: Options of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = AURC()
+        >>> metric.update(torch.tensor([0.1, 0.2]), torch.tensor([0.0, 1.0]))
+        >>> metric.compute()  # of the risks 0 and 1/2
+        tensor(0.2500, dtype=torch.float64)
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = False
+    scores: list[Tensor]
+    losses: list[Tensor]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_state("scores", [], dist_reduce_fx="cat")
+        self.add_state("losses", [], dist_reduce_fx="cat")
+
+    def update(self, scores: Tensor, losses: Tensor) -> None:
+        """Add rows.
+
+        Args:
+            scores: Values that are higher for doubtful rows [B].
+            losses: The loss of each row [B].
+        """
+        if scores.dim() != 1 or scores.shape != losses.shape:
+            raise ValueError(
+                f"scores of shape {list(scores.shape)}, losses of shape {list(losses.shape)}: "
+                "expected one of each per row"
+            )
+        self.scores.append(scores.double())
+        self.losses.append(losses.double())
+
+    def compute(self) -> Tensor:
+        """Return the area, a float64 scalar."""
+        return self.curve().mean()
+
+    def curve(self) -> Tensor:
+        """Return the risk of all rows so far at coverage 1/N, 2/N, ..., 1, in float64 [N]."""
+        return risk_coverage(dim_zero_cat(self.scores), dim_zero_cat(self.losses))
+
+
+def detection_metrics(**options: Any) -> MetricCollection:
+    """Collect AUROC, AUPR and FPR95, under these names.
+
+    Example:
+        >>> metrics = detection_metrics()
+        >>> metrics.update(torch.tensor([1.0, 2.0]), torch.tensor([False, True]))
+        >>> list(metrics.compute())
+        ['AUROC', 'AUPR', 'FPR95']
+    """
+    return MetricCollection([AUROC(**options), AUPR(**options), FPR95(**options)])
