@@ -127,7 +127,12 @@ def _theirs(config: dict, data: TensorData, folder: Path, epochs: int) -> float:
         torch.save(net.state_dict(), folder / "weights.pt")
 
     epoch()
-    return seconds(lambda: [epoch() for _ in range(epochs)]) / epochs
+
+    def run() -> None:
+        for _ in range(epochs):
+            epoch()
+
+    return seconds(run) / epochs
 
 
 def _their_step(

@@ -10,6 +10,7 @@ changes the time.
 
 import argparse
 import statistics
+from typing import Any
 
 import torch
 from random_data import RandomImages
@@ -28,7 +29,7 @@ SUITE = {
     "ood": ["uniform"],
     "distortions": ["rotation", "shift", "brightness"],
 }
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "pointwise": {},
     "bbb": {"prior_std": 0.1, "init_rho": -5.0, "beta": 1.0},
     "mcdropout": {"rate": 0.2, "drop_before_output": True},
@@ -85,17 +86,21 @@ def _passes(net: nn.Module, images: Tensor, count: int) -> None:
 
 
 def _model(name: str, data: ImageData, num_samples: int) -> Method:
-    method = {"name": name, "num_samples": 1 if name == "pointwise" else num_samples}
+    options = METHODS[name]
+    method = {
+        "name": name,
+        "num_samples": 1 if name == "pointwise" else num_samples,
+    }
     recipe = {
         "seed": 0,
-        "method": {**method, "optimizer": {}, **METHODS[name]},
+        "method": {**method, "optimizer": {}, **options},
         "net": {"name": "lenet"},
         "facts": data.facts(),
     }
     model = build(recipe)
     if name == "sghmc":
         for _ in range(num_samples):
-            model.net.collect()
+            model.net.collect()  # type: ignore[operator]
     return model.eval()
 
 

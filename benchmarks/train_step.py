@@ -141,7 +141,7 @@ class _HandEpochs(pl.Callback):
 
 def _step(model: Method, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor) -> None:
     optimizer.zero_grad()
-    model.loss_terms(inputs, targets)["loss"].backward()
+    torch.as_tensor(model.loss_terms(inputs, targets)["loss"]).backward()
     optimizer.step()
 
 
@@ -168,7 +168,7 @@ def _quantized_step(method: str) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad()
-        model.member_terms(member, inputs, targets)["loss"].backward()
+        torch.as_tensor(model.member_terms(member, inputs, targets)["loss"]).backward()
         optimizer.step()
 
     return step

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import ROOT, run_script
+
+from tests.running import ROOT, run_script
 
 _VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
 _GPU_IS_AVAILABLE = torch.cuda.is_available

@@ -96,7 +96,19 @@ WHOLES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "collect_every": ("collect_every", lambda value: sghmc(collect_every=value)),
     "draws": ("num_samples", lambda value: predictive(net().eval(), torch.ones(1, 2), value)),
 }
-NO_NUMBERS = ["0.1", "5", None, True, False, [0.1], {}, 1j, b"1", torch.tensor(0.5), np.bool_(True)]
+NO_NUMBERS: list[object] = [
+    "0.1",
+    "5",
+    None,
+    True,
+    False,
+    [0.1],
+    {},
+    1j,
+    b"1",
+    torch.tensor(0.5),
+    np.bool_(True),
+]
 OUT_OF_RANGE = [math.nan, math.inf, -math.inf, 10**400, -(10**400), np.float64("nan")]
 
 

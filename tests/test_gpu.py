@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import run_script
 from torch import Tensor
 
 from bqnn.checkpoints.recipe import load
 from bqnn.data import TensorData
 from bqnn.data.task import make_data
 from bqnn.methods import METHODS
+from tests.running import run_script
 
 DEVICE = os.environ.get("BQNN_TEST_DEVICE", "cuda")
 TOLERANCE = 1e-3  # of a metric or an output, between devices: sums are added up in another order
@@ -141,7 +141,10 @@ def test_sums_of_integers_are_exact_on_the_device(method: str, runs: Callable[[s
     assert layers
     for layer in layers:
         shape = layer.rounded_weight(layer.fold()[0]).shape
-        size = (4, shape[1] * (1 if layer.geometry is None else layer.geometry.groups))
+        size: tuple[int, ...] = (
+            4,
+            shape[1] * (1 if layer.geometry is None else layer.geometry.groups),
+        )
         size += () if layer.geometry is None else (9, 9)
         generator = torch.Generator().manual_seed(0)
         x = torch.randint(0, 128, size, generator=generator).float()

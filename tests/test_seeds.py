@@ -83,6 +83,7 @@ def test_every_generator_of_a_run_starts_from_a_stream():
         for node in ast.walk(ast.parse(path.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             if called.endswith(("manual_seed", "reseed", "permutation")):
+                assert isinstance(node, ast.Call)
                 seed = node.args[-1]
                 is_mixed = isinstance(seed, ast.Name) or ast.unparse(seed).startswith("stream_seed")
                 assert is_mixed, f"{own}: {ast.unparse(node)}"

@@ -360,10 +360,13 @@ def test_members_are_counted_before_any_is_made(
 def test_integers_are_compared_on_inputs_that_fit_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sizes = []
-    monkeypatch.setattr(
-        "bqnn.checkpoints.recipe.convert", lambda net, *_, probe, **__: sizes.append(probe) or net
-    )
+    sizes: list[Any] = []
+
+    def convert(net: Any, *_: Any, probe: Any, **__: Any) -> Any:
+        sizes.append(probe)
+        return net
+
+    monkeypatch.setattr("bqnn.checkpoints.recipe.convert", convert)
     net = {"name": "resnet", "width": 2, "blocks_per_stage": [1]}
     for side in (16, 400, 1_000_000):
         facts = {**RECIPE["facts"], "input_shape": [1, side, side]}

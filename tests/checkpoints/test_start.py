@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_methods import ADAM, NUM_ROWS, picture_method, table_method
 
 from bqnn.checkpoints.recipe import build, load, start_keys
 from bqnn.checkpoints.start import start_from
 from bqnn.methods import METHODS, BayesByBackprop, Method
+from tests.small_methods import ADAM, NUM_ROWS, picture_method, table_method
 
 
 def recipe_of(method: str, **options: Any) -> dict[str, Any]:

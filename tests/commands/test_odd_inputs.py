@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bare_trainer import bare_trainer
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from bqnn.inference.likelihoods import Classification, Regression, likelihood_fr
 from bqnn.inference.predictions import Prediction, score
 from bqnn.methods import METHODS
 from bqnn.nets import MLP
+from tests.bare_trainer import bare_trainer
 
 settings.register_profile("bqnn", deadline=None, derandomize=True, database=None, max_examples=30)
 settings.load_profile("bqnn")
@@ -191,11 +191,11 @@ def trained_metrics(name: str, table: list[list[float]], batch_size: int) -> dic
     facts = data.facts()
     torch.manual_seed(0)
     net = MLP(data.train.inputs.shape[1:], [1, 1], hidden_features=[8])
-    options = {"num_train": len(data.train), "seed": 0, "num_samples": 2, **OPTIONS[name]}
-    method = METHODS[name](net, likelihood_from(facts), **options)
+    options: dict[str, Any] = {"num_train": len(data.train), "seed": 0, "num_samples": 2}
+    method = METHODS[name](net, likelihood_from(facts), **options, **OPTIONS[name])
     trainer = bare_trainer(2, inference_mode=False)
     trainer.fit(method, datamodule=data)
-    return trainer.test(method, datamodule=data, verbose=False)[0]
+    return dict(trainer.test(method, datamodule=data, verbose=False)[0])
 
 
 @settings(max_examples=6)

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,7 +70,8 @@ def test_members_of_an_ensemble_stay_different(
     arguments += ["quant.fine_tuning.max_epochs=1", "hydra.run.dir=run"]
     assert script_here("quantize", *arguments)[0] == 0
     assert "stays empty" not in (tmp_path / "run" / "quantize.log").read_text()
-    first, second = load(tmp_path / "run" / "checkpoint.ckpt").net.members
+    net: Any = load(tmp_path / "run" / "checkpoint.ckpt").net
+    first, second = net.members
     a, b = first.features[1], second.features[1]
     assert not torch.equal(a.weight, b.weight)
     assert not torch.equal(a.output_quant.scale, b.output_quant.scale)

@@ -224,6 +224,7 @@ def test_palette_images_are_read_in_their_colors(tmp_path):
 def test_cifar10_reads_a_folder(tmp_path):
     write_images(tmp_path / "cifar10", size=(32, 32))
     data = ready(CIFAR10Data("folder", data_dir=str(tmp_path)))
+    assert isinstance(data, CIFAR10Data)
     assert data.train.inputs.shape == (5, 3, 32, 32)
     assert data.class_names == ["cat", "dog"]
 

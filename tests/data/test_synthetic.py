@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from bare_trainer import bare_trainer
 from pytorch_lightning import LightningModule
 
 from bqnn.data import DATASETS, build_data
 from bqnn.data.synthetic import SyntheticData
+from tests.bare_trainer import bare_trainer
 
 
 def read(**options: object) -> SyntheticData:
@@ -72,10 +72,11 @@ def test_train_rows_have_mean_zero_and_std_one():
 def all_rows(data: SyntheticData) -> tuple[set[float], set[float]]:
     """Train and validation inputs in original units, rounded."""
     assert data.val is not None
-    return tuple(
+    train, val = (
         {round(x, 4) for x in original_inputs(data, rows.inputs).flatten().tolist()}
         for rows in (data.train, data.val)
     )
+    return train, val
 
 
 def test_validation_rows_are_taken_out_of_the_training_part():

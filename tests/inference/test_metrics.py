@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from bare_trainer import bare_trainer
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -25,6 +24,7 @@ from bqnn.inference.metrics import (
     RootMeanSquaredError,
     RootMeanVariance,
 )
+from tests.bare_trainer import bare_trainer
 
 LETTERS = Classification("abcd")
 HOUSES = Regression(target_mean=22.5, target_std=9.2)
@@ -179,6 +179,7 @@ def test_sums_of_processes_are_the_metrics_of_all_rows(
         metric: Metric = parts[0][name]
         for state, reduce in metric._reductions.items():
             gathered = torch.stack([getattr(part[name], state) for part in parts])
+            assert callable(reduce)
             setattr(metric, state, reduce(gathered))
     assert values(parts[0]) == pytest.approx(values(whole), rel=1e-12)
 

@@ -21,11 +21,11 @@ def fast_by_the_older_interface() -> None:
 
 def fast_by_the_newer_interface() -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
 
 
 def fast_everywhere() -> None:
-    torch.backends.fp32_precision = "tf32"
+    torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
 
 
 def exact_already() -> None:
@@ -47,7 +47,7 @@ def before(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     as_started = precisions()
     request.param()
     yield precisions()
-    torch.backends.fp32_precision = "none"
+    torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = True
     for place, precision in zip(PLACES, as_started, strict=True):
@@ -109,5 +109,5 @@ def test_what_inherits_goes_on_inheriting(before: list[str]) -> None:
     with full_precision():
         pass
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-    torch.backends.fp32_precision = "ieee"
+    torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]
     assert torch.backends.cuda.matmul.fp32_precision == "ieee"

@@ -104,7 +104,7 @@ def test_a_draw_is_the_same_network_in_every_layout_and_type(layout, dtype):
     net = bayes_net()
     with held_draw(net, 0, torch.Generator().manual_seed(1)):
         expected = [layer.held() for layer in net.modules() if isinstance(layer, Drawn)]
-    net.to(dtype=dtype, memory_format=layout)
+    net.to(dtype=dtype).to(memory_format=layout)
     with held_draw(net, 0, torch.Generator().manual_seed(1)):
         weights = [layer.held() for layer in net.modules() if isinstance(layer, Drawn)]
     assert len(weights) > 2

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from small_methods import picture_method
 from torch import Tensor, nn
 
 from bqnn.inference.predict import predictive
@@ -19,6 +18,7 @@ from bqnn.quant.integer import convert
 from bqnn.quant.simulated import calibrate, prepare
 from bqnn.quant.spec import QuantSpec
 from tests.quant.conftest import float_net, inputs
+from tests.small_methods import picture_method
 
 NUM_THREADS = 8
 METHODS = ("pointwise", "bbb", "mcdropout", "sghmc")

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from bare_trainer import bare_trainer
 
 from bqnn.data import SyntheticData
 from bqnn.inference.likelihoods import Regression
@@ -20,6 +19,7 @@ from bqnn.nets import MLP, ResNet
 from bqnn.quant.callback import QuantizationCallback
 from bqnn.quant.spec import QuantSpec
 from bqnn.training.callbacks import ShareBuffers
+from tests.bare_trainer import bare_trainer
 
 SGD = {"name": "sgd", "lr": 1e-2}
 # bbb has next to no sigma, so that there is no noise to differ, and the prior pulls hard.
@@ -55,7 +55,8 @@ def with_batch_norm(data: SyntheticData) -> Method:
     data.setup()
     torch.manual_seed(0)
     net = ResNet([1, 8, 8], [1, 1], width=4, blocks_per_stage=[1])
-    net.stem[0] = torch.nn.Sequential(torch.nn.Unflatten(1, (1, 1, 1)), Spread(), Enter())
+    stem: Any = net.stem
+    stem[0] = torch.nn.Sequential(torch.nn.Unflatten(1, (1, 1, 1)), Spread(), Enter())
     return METHODS["pointwise"](
         net, Regression(0.0, 1.0), num_train=len(data.train), seed=0, optimizer=SGD
     )

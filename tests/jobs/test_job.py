@@ -146,7 +146,8 @@ def send(number: int) -> None:
 def test_a_signal_ends_a_job_whose_folder_is_gone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, codes = tmp_path / "run", []
+    folder = tmp_path / "run"
+    codes: list[int] = []
     folder.mkdir()
     with pytest.raises(SystemExit) as stop, Job(folder, "train") as job:
         job.claim()
@@ -424,7 +425,7 @@ def test_a_job_whose_status_is_none_is_recognized_by_its_configuration(tmp_path:
         Job(tmp_path, "train").take({"seed": 1}, resume=True)
 
 
-ODD_VALUES = [None, 5, "", "../yesterday", [], {"a": 1}]
+ODD_VALUES: list[object] = [None, 5, "", "../yesterday", [], {"a": 1}]
 
 
 @pytest.mark.parametrize("odd", ODD_VALUES)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -91,7 +92,8 @@ def test_kl_of_the_prior_is_zero_and_its_gradient_too():
 
 
 def test_kl_of_a_network_is_the_sum_over_its_layers_whatever_the_layout():
-    net = to_bayes(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 2)), 1.0, -3.0)
+    net: Any = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 2))
+    net = to_bayes(net, 1.0, -3.0)
     expected = sum(
         torch_kl(Normal(net[i].mean, F.softplus(net[i].rho)), Normal(0.0, 1.0)).sum()
         for i in (0, 2)

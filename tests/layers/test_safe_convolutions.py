@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import narrow_convolutions
 import pytest
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from bqnn.layers.safe_convolutions import (
 from bqnn.quant.fuse import fuse
 from bqnn.quant.simulated import prepare
 from bqnn.quant.spec import QuantSpec
+from tests import narrow_convolutions
 
 ROOT = Path(__file__).resolve().parents[2]
 LAST = torch.channels_last
@@ -67,7 +67,7 @@ def test_narrow_convolutions_train_right_on_every_kind_of_cpu(isa):
     env = {**os.environ, **checks, "ONEDNN_MAX_CPU_ISA": isa}
     if isa == "AVX2":
         env["ATEN_CPU_CAPABILITY"] = "avx2"
-    command = [sys.executable, "-m", f"tests.{narrow_convolutions.__name__}"]
+    command = [sys.executable, "-m", narrow_convolutions.__name__]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("trains right") == len(narrow_convolutions.CASES)

@@ -7,17 +7,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from bare_trainer import bare_trainer
 from pytorch_lightning.callbacks import EarlyStopping
-from small_methods import (
-    NUM_ROWS,
-    OPTIONS,
-    mlp,
-    picture_method,
-    pictures,
-    table,
-    table_method,
-)
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -39,6 +29,16 @@ from bqnn.methods import (
     sghmc,
 )
 from bqnn.nets import ResNet
+from tests.bare_trainer import bare_trainer
+from tests.small_methods import (
+    NUM_ROWS,
+    OPTIONS,
+    mlp,
+    picture_method,
+    pictures,
+    table,
+    table_method,
+)
 
 
 def trainer(max_epochs: int = 1, **options: Any) -> pl.Trainer:

@@ -131,9 +131,9 @@ def test_reliability_diagram_has_the_bins_and_the_calibration_error():
     diagram, counts = figure.axes
     accuracy, gap = diagram.patches
     assert diagram.get_title() == "ECE 25.00 %"
-    assert accuracy.get_height() == 0.5
-    assert (gap.get_y(), gap.get_height()) == (0.5, 0.25)
-    assert [bar.get_height() for bar in counts.patches] == [2]
+    assert accuracy.get_height() == 0.5  # type: ignore[attr-defined]
+    assert (gap.get_y(), gap.get_height()) == (0.5, 0.25)  # type: ignore[attr-defined]
+    assert [bar.get_height() for bar in counts.patches] == [2]  # type: ignore[attr-defined]
     assert {"accuracy", "confidence"} <= labels(figure)
 
 
@@ -161,7 +161,7 @@ def test_interval_calibration_shows_nineteen_levels():
 @pytest.mark.parametrize(("num_rows", "num_shown"), [(1, 1), (300, 300), (2000, 500)])
 def test_regression_fit_shows_at_most_500_rows(num_rows, num_shown):
     figure = regression_fit(*regressed(num_rows))
-    points = [container.lines[0] for container in figure.axes[0].containers]
+    points = [c.lines[0] for c in figure.axes[0].containers]  # type: ignore[attr-defined]
     assert sum(len(line.get_xdata()) for line in points) == num_shown
     assert {"target", "prediction"} <= labels(figure)
 

@@ -59,7 +59,7 @@ def simulated() -> Make:
 
     def make(method: str, net: str, **options: object) -> nn.Module:
         options = {"activation_observer": "minmax", "output_bits": None, **options}
-        spec = QuantSpec(**options)  # type: ignore[arg-type]
+        spec = QuantSpec(**options)
         prepared = prepare(fuse(float_net(method, net)), spec)
         return calibrate(prepared, [inputs(net)])
 

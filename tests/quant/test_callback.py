@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from bare_trainer import bare_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -17,6 +16,7 @@ from bqnn.quant.fbgemm import FakeQuant
 from bqnn.quant.integer import convert
 from bqnn.quant.simulated import SimulatedLayer, is_prepared
 from bqnn.quant.spec import QuantSpec
+from tests.bare_trainer import bare_trainer
 
 
 class Classifier(pl.LightningModule):
@@ -87,7 +87,7 @@ def test_it_trains_and_a_fresh_process_can_test_what_was_saved(tmp_path: Path) -
     assert tested == expected
     assert same_state(module, fresh)
 
-    x = data().dataset.tensors[0]
+    x = data().dataset[:][0]
     with torch.no_grad():
         simulated = module.net.eval()(x)
         assert torch.equal(convert(module.net, "fbgemm")(x), simulated)
@@ -106,7 +106,7 @@ def test_a_resumed_fit_ends_bit_equal(tmp_path: Path) -> None:
     whole, half, resumed = Classifier(), Classifier(), Classifier()
     trainer(tmp_path, 4).fit(whole, data())
     stopped = trainer(tmp_path, 4)
-    stopped.callbacks.append(_StopAfter(2))
+    stopped.callbacks.append(_StopAfter(2))  # type: ignore[attr-defined]
     stopped.fit(half, data())
     stopped.save_checkpoint(tmp_path / "half.ckpt")
     trainer(tmp_path, 4).fit(resumed, data(), ckpt_path=str(tmp_path / "half.ckpt"))
@@ -123,7 +123,7 @@ class _StopAfter(pl.Callback):
 
 def test_held_out_rows_set_no_range(tmp_path: Path) -> None:
     with_val, without = Classifier(), Classifier()
-    x, y = data().dataset.tensors
+    x, y = data().dataset[:]
     wild = DataLoader(TensorDataset(100 * x, y), batch_size=32)
     trainer(tmp_path, 2).fit(with_val, data(), wild)
     trainer(tmp_path, 2).test(with_val, wild, verbose=False)
@@ -143,7 +143,7 @@ def test_ranges_are_frozen_in_the_last_epochs_but_never_in_the_only_one(
             seen.append(all(quant.frozen for quant in quants))
 
     fit = trainer(tmp_path, max_epochs)
-    fit.callbacks.append(Look())
+    fit.callbacks.append(Look())  # type: ignore[attr-defined]
     fit.fit(module, data())
     assert seen == frozen_at
 

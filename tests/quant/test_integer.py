@@ -241,7 +241,7 @@ def small_conv(groups: int = 1) -> nn.Sequential:
 
 
 def calibrated(net: nn.Module, x: Tensor, **options: object) -> nn.Module:
-    spec = QuantSpec(activation_observer="minmax", **options)  # type: ignore[arg-type]
+    spec = QuantSpec(activation_observer="minmax", **options)
     return calibrate(prepare(fuse(net), spec), [x])
 
 

@@ -49,7 +49,7 @@ def test_fusing_refuses_what_it_does_not_know() -> None:
 
 def test_only_direct_neighbours_are_fused() -> None:
     net = fuse(nn.Sequential(nn.Linear(2, 2), nn.Identity(), nn.ReLU(), nn.Linear(2, 2)))
-    fused = [module for module in net if isinstance(module, Fused)]
+    fused = [module for module in net.children() if isinstance(module, Fused)]
     assert [module.relu for module in fused] == [False, False]
     assert isinstance(net[2], nn.ReLU)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -47,7 +48,7 @@ ODD_FILES = {
         b"method: {", b"? [1, 2]\n: 3\n",
     ],
 }  # fmt: skip
-ODD_VALUES = {
+ODD_VALUES: dict[str, list[Any]] = {
     "seed": ["abc", None, -1, 2**70, 1.5, True, [0], {"a": 0}],
     "task": [None, [], "digits", {"name": None}, {"name": ["a"]}, {"name": ""}, {"name": 5},
              {"name": "a", "split": "x"}, {"name": "a", "split": -1}, {"name": "é" * 5000}],

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from bare_trainer import bare_trainer
 from pytorch_lightning.loggers import CSVLogger
 
 from bqnn.data import SyntheticData
@@ -18,6 +17,7 @@ from bqnn.methods import Method, Pointwise
 from bqnn.nets import MLP
 from bqnn.training.loggers import MetricsCsv, log_checkpoint, log_final, make_loggers
 from bqnn.training.wandb import WandbHistory
+from tests.bare_trainer import bare_trainer
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from bare_trainer import bare_trainer
 from tqdm import tqdm
 
 from bqnn.data import SyntheticData
@@ -13,6 +12,7 @@ from bqnn.inference.likelihoods import Regression
 from bqnn.methods import Method, Pointwise
 from bqnn.nets import MLP
 from bqnn.training.progress import NUM_LINES, TrainingProgress, evaluation_progress
+from tests.bare_trainer import bare_trainer
 
 
 def train(max_epochs: int, every: int) -> None:

@@ -108,7 +108,8 @@ def kill_and_resume(
     start, end = (
         time.mktime(time.strptime(described[k][:19], "%Y-%m-%dT%H:%M:%S")) for k in ("start", "end")
     )
-    seconds, epochs, attempts = max(end - start, 1.0), [], 0
+    seconds, attempts = max(end - start, 1.0), 0
+    epochs: list[int] = []
     while len(epochs) < times:
         run = folder / f"run{attempts}"
         attempts += 1
