@@ -121,7 +121,7 @@ def test_files_are_opened_as_data(path: Path) -> None:
 def loaded_by(statement: str) -> set[str]:
     code = f"{statement}; import sys; print(*sys.modules)"
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     return set(result.stdout.split())
 

@@ -76,12 +76,10 @@ def predict_splits(
     job: Job, trainer: pl.Trainer, model: Method, data: TensorData, num_samples: int
 ) -> dict[str, Prediction]:
     """Predict the validation rows, where there are any, and the test rows."""
-    sets, convert = split_sets(data, ["val", "test"]), trainer.precision_plugin.convert_input
+    sets = split_sets(data, ["val", "test"])
     numeric = "simulated" if is_quantized(job) else "float"
     with trained_conditions(trainer, model):
-        return predict(
-            job, numeric, model, sets, lambda rows: convert(data.normalize(rows)), num_samples
-        )
+        return predict(job, numeric, model, sets, data.normalize, num_samples)
 
 
 def score_int8(job: Job, data: TensorData, num_samples: int) -> dict[str, float]:
