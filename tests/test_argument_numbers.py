@@ -132,7 +132,7 @@ def test_counts_are_whole_numbers(make, value):
     name, call = WHOLES[make]
     with pytest.raises(TypeError) as error:
         call(value)
-    said(error, name, "is no whole number")
+    said(error, name, "is not a whole number")
 
 
 @pytest.mark.parametrize("make", WHOLES)
@@ -161,5 +161,5 @@ def test_numbers_come_back_in_pythons_types():
 
 
 def test_a_configuration_with_a_wrong_kind_is_a_value_error():
-    with pytest.raises(ValueError, match=r"^weight_bits='8' is no whole number: "):
+    with pytest.raises(ValueError, match=r"^weight_bits='8' is not a whole number: "):
         QuantSpec.from_dict({"weight_bits": "8"})

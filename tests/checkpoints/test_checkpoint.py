@@ -139,7 +139,7 @@ def test_what_is_no_file_is_not_waited_for(make: Callable[[Path], None], tmp_pat
 
 
 def test_a_device_without_an_end_is_no_checkpoint() -> None:
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         read_checkpoint("/dev/zero")
 
 
