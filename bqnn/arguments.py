@@ -120,7 +120,9 @@ def whole_number(name: str, value: object, reason: str, least: int, most: float 
         bqnn.arguments.ArgumentError: num_samples=0: choose 1 or more
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise ArgumentTypeError(f"{name}={short(_plain(value))} is not a whole number: {reason}", name)
+        raise ArgumentTypeError(
+            f"{name}={short(_plain(value))} is not a whole number: {reason}", name
+        )
     number = int(value)
     if not least <= number <= most:
         raise ArgumentError(f"{name}={short(number)}: {reason}", name)
