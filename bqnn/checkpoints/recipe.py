@@ -195,8 +195,8 @@ def _probe_inputs(recipe: Recipe, where: str) -> torch.Tensor | None:
     shape = recipe["facts"]["input_shape"]
     if prod(shape) > LARGEST_PROBE:
         log.warning(
-            "%s: its layers are not compared with their simulation, since an input has more than %d "
-            "values; compare the predictions of numeric=int8 and numeric=simulated on a few rows",
+            "%s: its layers are not compared with their simulation, since an input has more than "
+            "%d values; compare the predictions of numeric=int8 and numeric=simulated on some rows",
             where,
             LARGEST_PROBE,
         )

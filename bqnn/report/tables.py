@@ -5,13 +5,10 @@ shown is escaped: no text becomes markup, an image or a link, or a spreadsheet's
 """
 
 import re
-from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-LONG = 60  # characters beyond which a cell may be broken into lines
 
 
 def cells(frame: "DataFrame") -> "DataFrame":
@@ -54,26 +51,6 @@ def csv(table: "DataFrame") -> str:
     """
     neutral = table.map(_neutral).rename(columns=_neutral)
     return neutral.to_csv(index=False)
-
-
-def html(table: "DataFrame") -> str:
-    """A table of texts in HTML, everything in it escaped; page.html makes it sortable."""
-    head = "".join(
-        f'<th scope="col"><button type="button">{escape(str(name))}</button></th>' for name in table
-    )
-    rows = "\n".join(
-        "<tr>" + "".join(_cell(text) for text in row) + "</tr>"
-        for row in table.itertuples(index=False, name=None)
-    )
-    return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>\n{rows}\n</tbody></table></div>"
-    )
-
-
-def _cell(text: str) -> str:
-    kind = ' class="long"' if len(text) > LONG else ""
-    return f"<td{kind}>{escape(text)}</td>"
 
 
 def _broken_address(match: "re.Match[str]") -> str:

@@ -220,7 +220,7 @@ REFUSED = [
     ("facts.target_std", 10**400, "recipe.facts.target_std=a number of 1329 bits: expected a fin"),
     ("facts.input_mean", [0.0, 10**400], "recipe.facts.input_mean=a list of 2"),
     ("task.name", "é" * 200, "recipe.task.name='é"),
-    ("task.root", "\ud800", r"recipe.task.root='\ud800': expected null, or a text"),
+    ("task.root", "\ud800", r"recipe.task.root='\ud800': expected null, or a path"),
     ("net", {"name": "mlp", "hidden_features": 3}, "cannot be built from these options"),
 ]
 
