@@ -114,7 +114,7 @@ def test_what_is_no_number_is_refused(make, value):
     name, call = (REALS | WHOLES)[make]
     with pytest.raises(TypeError) as error:
         call(value)
-    said(error, name, "is no ")
+    said(error, name, "is not a ")
 
 
 @pytest.mark.parametrize("make", REALS)

@@ -13,6 +13,7 @@ from bqnn.report.tables import markdown, plain
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+
 @dataclass
 class Section:
     """A section of the report, with text, figures, a table and subsections.
