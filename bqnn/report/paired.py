@@ -157,7 +157,7 @@ def _table(name: str, values: Any) -> Any:
     except (TypeError, ValueError):
         raise TypeError(f"{name} has values that are not real numbers; give floats") from None
     except OverflowError:
-        raise ValueError(f"{name} has a number beyond float64; change its unit") from None
+        raise ValueError(f"{name} has a number beyond float64; give it in another unit") from None
 
 
 def _shape(table: Any) -> str:
