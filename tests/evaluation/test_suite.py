@@ -63,7 +63,7 @@ def test_tables_have_no_distortions_and_val_needs_rows():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"splits": ["train"]}, "keep test"),
+        ({"splits": ["train"]}, "include test"),
         ({"splits": ["test", "dev"]}, "choose among train, val and test"),
         ({"ood": ["svhn"]}, "no set 'svhn'"),
         ({"distortions": ["twist"]}, "no 'twist'; choose among rotation"),
