@@ -191,7 +191,7 @@ class _Walk:
         if end != len(self.pickle) - 1 or self.below or len(self.stack) != 1:
             raise ValueError("its pickle is malformed")
 
-    # ---- opcodes
+    # ---- opcodes, named after those of pickletools
 
     def start(self, version: int) -> None:
         if version != 2 or self.memo or self.stack:

@@ -32,19 +32,23 @@ def is_finite(value: object) -> bool:
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Rule:
+    """A whole number in a range that includes both bounds."""
     words = f"a whole number from {least} to {most}"
     return Rule(words, lambda value: type(value) is int and least <= value <= most)
 
 
 def number() -> Rule:
+    """A finite number, of any size that floats can represent."""
     return Rule("a finite number", is_finite)
 
 
 def flag() -> Rule:
+    """A boolean, which a configuration spells true or false."""
     return Rule("true or false", lambda value: type(value) is bool)
 
 
 def text() -> Rule:
+    """A string of limited length, without lone surrogates."""
     return Rule(
         "a string of at most 4096 characters that are valid in UTF-8",
         lambda v: type(v) is str and len(v) <= 4096 and not re.search("[\ud800-\udfff]", v),
@@ -67,11 +71,13 @@ def name() -> Rule:
 
 
 def one_of(*choices: str | int) -> Rule:
+    """One of the given strings or integers."""
     words = " or ".join(map(str, choices))
     return Rule(words, lambda value: type(value) in (str, int) and value in choices)
 
 
 def many(rule: Rule, most: int) -> Rule:
+    """A list of at most `most` entries that satisfy a rule."""
     return Rule(
         f"at most {most} entries, each {rule.words}",
         lambda value: (
@@ -81,11 +87,13 @@ def many(rule: Rule, most: int) -> Rule:
 
 
 def either(*rules: Rule) -> Rule:
+    """A value that satisfies at least one of the rules."""
     words = ", or ".join(rule.words for rule in rules)
     return Rule(words, lambda value: any(rule.holds(value) for rule in rules))
 
 
 def maybe(rule: Rule) -> Rule:
+    """None, or a value that satisfies a rule."""
     return Rule(f"null, or {rule.words}", lambda value: value is None or rule.holds(value))
 
 
