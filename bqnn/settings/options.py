@@ -261,7 +261,7 @@ def check_options(config: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}={_shown(values[key])}: choose {rule.words}")
     for key, instead in LEFT_OUT.items():
         if key in values:
-            raise ValueError(f"{key}={_shown(values[key])}: not supported, omit it; {instead}")
+            raise ValueError(f"{key}={_shown(values[key])}: leave it out; {instead}")
     for least, most in ORDERED:
         if most in values and 0 <= values[most] < values.get(least, 0):
             raise ValueError(
