@@ -1,9 +1,9 @@
-"""Monte-Carlo prediction in int8 against float: python benchmarks/int8.py
+"""Compare the time of Monte Carlo prediction in int8 and in float: python benchmarks/int8.py
 
-The same network, draws and rows; float runs in channels_last. Pair by pair within one run, so that
-a noisy machine slows both sides alike; ratios are medians of the pairs' ratios. Images are random
-and networks untrained: neither changes the time. At the end, the residual sum on its own, against
-one that goes by way of floats.
+Both sides use the same network, draws and rows; float uses channels_last. The sides are timed in
+pairs within one run, so that noise of the machine affects both, and each result is the median of
+the ratios. Images are random and networks untrained, which does not change the time. The last
+comparison times the residual sum in integers against a sum that converts to floats.
 """
 
 import argparse
@@ -41,11 +41,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()  # as the scripts do
+    keep_freed_memory()  # as the command line does
     silence_known_warnings()
     print(machine(arguments.threads))
     print(f"{arguments.images} images, {arguments.samples} draws, batches of 256, 8-bit weights,")
-    print("7-bit activations; seconds in float / in int8, and how many times int8 is faster")
+    print("7-bit activations; seconds in float / in int8, and the speedup of int8")
     for name in arguments.nets:
         x = torch.rand(arguments.images, *NETS[name][1]).to(memory_format=torch.channels_last)
         for method in arguments.methods:
@@ -79,7 +79,7 @@ def _compare(
 
 
 def _compare_residual_sums(num_pairs: int) -> None:
-    """The sums of the first stage of the ResNet, at a batch of 512."""
+    """Time the residual sums of the first stage of the ResNet, at a batch of 512."""
     quant = make_fake_quant(7, signed=False)
     add = SimulatedAdd(QuantSpec())
     x, y = (torch.rand(512, 24, 32, 32).to(memory_format=torch.channels_last) for _ in range(2))
@@ -88,14 +88,14 @@ def _compare_residual_sums(num_pairs: int) -> None:
     grid, sums = ActivationGrid(quant), IntegerAdd(add)
     x, y = grid.quantize(x), grid.quantize(y)
 
-    def by_floats() -> Tensor:
+    def through_floats() -> Tensor:
         return sums.grid.quantize((x.dequantize() + y.dequantize()).relu_())
 
-    pairs = [(seconds(by_floats), seconds(lambda: sums(x, y))) for _ in range(10 * num_pairs)]
+    pairs = [(seconds(through_floats), seconds(lambda: sums(x, y))) for _ in range(10 * num_pairs)]
     slow, fast = (statistics.median(side) for side in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
     print(
-        f"residual sum, 512 x 24 x 32 x 32: {1000 * slow:.2f} ms by way of floats / "
+        f"residual sum, 512 x 24 x 32 x 32: {1000 * slow:.2f} ms through floats / "
         f"{1000 * fast:.2f} ms in integers = {ratio:.2f}"
     )
 

@@ -1,4 +1,4 @@
-"""Data sets of real shapes and random content, which does not change the time."""
+"""Random data sets with the shapes of real ones. Random content does not change the time."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from bqnn.data.tables import TableData
 
 
 class RandomImages(ImageData):
-    """Pictures of MNIST's shape and type, as many to train on as to test with."""
+    """Images [num_images, 1, 28, 28] in uint8, as in MNIST. Training and test rows are the same."""
 
     def __init__(self, num_images: int, **options: Any) -> None:
         super().__init__(**{"data_dir": "", "seed": 0, "validation_share": 0.0, **options})
@@ -24,7 +24,7 @@ class RandomImages(ImageData):
 
 
 class RandomTable(TableData):
-    """A table of `shape` [rows, features]."""
+    """A table [rows, features]. Training and test rows are the same."""
 
     def __init__(self, shape: tuple[int, int], **options: Any) -> None:
         super().__init__(**{"data_dir": "", "seed": 0, "validation_share": 0.0, **options})

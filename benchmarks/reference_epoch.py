@@ -1,13 +1,13 @@
-"""An epoch against one in the reference's way: python benchmarks/reference_epoch.py
+"""Compare the time of an epoch with that of a reference: python benchmarks/reference_epoch.py
 
 The reference is the code of Ferianc et al. (2021), martinferianc/quantised-bayesian-nets on GitHub.
-Its way of training, re-created here on the same torch, so that both sides run on one machine and
-pair by pair: single items through a DataLoader (pictures as PIL images through ToTensor),
-contiguous layout, local reparametrization and KL written out, NaN gradients set to zero, unfused
-Adam, a validation and a checkpoint after every epoch. Left out, in its favour: the metrics that it
-updates at each step, and its log. An epoch of train.py has what its configuration says: validation,
-checkpoints, logging to metrics.csv. Rows are random; their number is that of the data set (MNIST: a
-tenth).
+This script reimplements its training, so that both sides run in pairs on one machine with the same
+torch. The reference loads single items through a DataLoader (images as PIL images through
+ToTensor), uses the contiguous layout, writes out local reparametrization and KL, sets NaN gradients
+to zero, uses the unfused Adam, and validates and writes a checkpoint after every epoch. Its metrics
+at each step and its log are omitted, in its favour. An epoch of train.py follows its configuration:
+validation, checkpoints, logging to metrics.csv. Rows are random, and as many as in the data set (a
+tenth for MNIST).
 """
 
 import argparse
@@ -35,7 +35,7 @@ from bqnn.training.loggers import make_loggers
 from bqnn.training.trainer import make_trainer
 
 TABLES = {"yacht": (277, 6), "power": (8611, 4)}
-NUM_IMAGES = 6000  # of MNIST's 60,000; validation rows are taken out of them
+NUM_IMAGES = 6000  # a tenth of MNIST, including validation rows
 
 
 def main() -> None:
@@ -48,32 +48,32 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(machine(arguments.threads))
-    print("\nseconds per epoch of train.py / of the reference's way, medians")
+    print("\nseconds per epoch of train.py / of the reference, medians")
     for task in arguments.tasks:
         for method in arguments.methods:
             epochs = 1 if task == "mnist" else arguments.epochs
             pairs = [_pair(method, task, epochs) for _ in range(arguments.pairs + 1)][1:]
-            ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+            ours, other = (statistics.median(side) for side in zip(*pairs, strict=True))
             ratio = statistics.median(a / b for a, b in pairs)
-            print(f"{task:<6} {method:<10} {ours:9.4f} / {theirs:9.4f} = {ratio:.2f}", flush=True)
+            print(f"{task:<6} {method:<10} {ours:9.4f} / {other:9.4f} = {ratio:.2f}", flush=True)
 
 
 def _pair(method: str, task: str, epochs: int) -> tuple[float, float]:
-    """Seconds per epoch of both sides, measured one after the other."""
+    """Return the seconds per epoch of both sides, which run one after the other."""
     config = configuration(method, task)
-    # An ensemble collects members in half of these epochs.
+    # An ensemble collects members in the second half of the epochs.
     config["method"] |= {"burn_in": max(1, epochs // 2)} if method == "sghmc" else {}
     config["trainer"] |= {"max_epochs": epochs + 1, "progress_bar": False}
     share, batch_size = config["task"]["validation_share"], config["task"]["batch_size"]
     data: TensorData = (
         RandomImages(NUM_IMAGES, batch_size=batch_size, validation_share=share)
         if task == "mnist"
-        # The reference's batch on tables, for both sides.
+        # The batch size of the reference on tables, for both sides.
         else RandomTable(TABLES[task], batch_size=1000, validation_share=share)
     )
     data.setup()
     with tempfile.TemporaryDirectory() as folder:
-        return _ours(config, data, Path(folder)), _theirs(config, data, Path(folder), epochs)
+        return _ours(config, data, Path(folder)), _reference(config, data, Path(folder), epochs)
 
 
 def _ours(config: dict, data: TensorData, folder: Path) -> float:
@@ -86,7 +86,7 @@ def _ours(config: dict, data: TensorData, folder: Path) -> float:
 
 
 class _EpochClock(pl.Callback):
-    """From the end of the first epoch, which warms up, to the end of the fit."""
+    """Times the fit without its first epoch, which is the warm-up."""
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch == 1:
@@ -100,10 +100,10 @@ class _EpochClock(pl.Callback):
         return self.elapsed
 
 
-def _theirs(config: dict, data: TensorData, folder: Path, epochs: int) -> float:
-    model = build(make_recipe({**config, "method": _point(config)}, data.facts()))
+def _reference(config: dict, data: TensorData, folder: Path, epochs: int) -> float:
+    model = build(make_recipe({**config, "method": _pointwise(config)}, data.facts()))
     name = config["method"]["name"]
-    net = _in_their_way(model.net.to(memory_format=torch.contiguous_format), name, config)
+    net = _reference_net(model.net.to(memory_format=torch.contiguous_format), name, config)
     optimizer: torch.optim.Optimizer
     if name == "sghmc":
         options = {k: v for k, v in config["method"]["optimizer"].items() if k != "name"}
@@ -119,7 +119,7 @@ def _theirs(config: dict, data: TensorData, folder: Path, epochs: int) -> float:
     def epoch() -> None:
         net.train()
         for inputs, targets in train:
-            _their_step(net, model, optimizer, inputs, targets, len(data.train), name)
+            _reference_step(net, model, optimizer, inputs, targets, len(data.train), name)
         net.eval()
         with torch.no_grad():
             for inputs, targets in val:
@@ -135,7 +135,7 @@ def _theirs(config: dict, data: TensorData, folder: Path, epochs: int) -> float:
     return seconds(run) / epochs
 
 
-def _their_step(
+def _reference_step(
     net: nn.Module,
     model: Method,
     optimizer: torch.optim.Optimizer,
@@ -156,8 +156,8 @@ def _their_step(
     optimizer.step()
 
 
-class _Pictures(Dataset):
-    """Each picture through PIL and ToTensor, as torchvision's MNIST gives it."""
+class _Images(Dataset):
+    """Converts each image through PIL and ToTensor, as torchvision's MNIST does."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -166,19 +166,19 @@ class _Pictures(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        picture = to_pil_image(self.rows.inputs[index])
-        return to_tensor(picture), int(self.rows.targets[index])
+        image = to_pil_image(self.rows.inputs[index])
+        return to_tensor(image), int(self.rows.targets[index])
 
 
 def _loader(rows: Rows, data: TensorData) -> DataLoader:
-    pictures = rows.inputs.dim() == 4
-    items: Dataset = _Pictures(rows) if pictures else TensorDataset(rows.inputs, rows.targets)
+    is_images = rows.inputs.dim() == 4
+    items: Dataset = _Images(rows) if is_images else TensorDataset(rows.inputs, rows.targets)
     sampler = SubsetRandomSampler(range(len(rows)))
     return DataLoader(items, batch_size=data.batch_size, sampler=sampler)
 
 
 class _Gaussian(nn.Module):
-    """A Bayesian layer written out: softplus for every use, a new buffer for every term."""
+    """A Bayesian layer without optimizations: softplus at each use, a new buffer for each term."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, prior_std: float) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class _Gaussian(nn.Module):
 
 
 class _Dropout(nn.Module):
-    """A mask of its own for every row; whole channels of pictures."""
+    """Dropout with one mask per row, which drops whole channels of images."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -222,12 +222,12 @@ class _Dropout(nn.Module):
         return x * mask
 
 
-def _point(config: dict) -> dict:
-    """The pointwise method, whose network the other layers are put into."""
+def _pointwise(config: dict) -> dict:
+    """Return the configuration of the pointwise method, whose layers are then replaced."""
     return configuration("pointwise", config["task"]["name"])["method"]
 
 
-def _in_their_way(net: nn.Module, name: str, config: dict) -> nn.Module:
+def _reference_net(net: nn.Module, name: str, config: dict) -> nn.Module:
     from bqnn.layers.markers import DropoutSite
 
     for path, module in list(net.named_modules()):

@@ -1,11 +1,11 @@
-"""A whole evaluation suite against plain forward passes: python benchmarks/suite.py
+"""Compare the time of an evaluation suite and of plain forward passes: python benchmarks/suite.py
 
-The suite is what `python evaluate.py suite=paper` does on MNIST, splits apart: test images, images
-of other data and 15 distorted sets are made, predicted from one set of draws, and scored. Against
-it stand as many plain passes of the float network over as many images, batch by batch, that are
-ready in memory. Pair by pair within one run, so that a noisy machine slows both sides alike; the
-ratio is the median of the pairs' ratios. Images are random and networks untrained: neither
-changes the time.
+The suite is that of `python evaluate.py suite=paper` on MNIST, except for the splits: test images,
+out-of-distribution images and 15 distorted sets are made, predicted with the same draws, and
+scored. The other side runs as many plain passes of the float network over as many images, which are
+already in memory. The sides are timed in pairs within one run, so that noise of the machine affects
+both, and the result is the median of the ratios. Images are random and networks untrained, which
+does not change the time.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()  # as the scripts do
+    keep_freed_memory()  # as the command line does
     print(machine(arguments.threads))
     print(f"17 sets of {arguments.images} images, {arguments.samples} draws,", end=" ")
     print(f"batches of {BATCH_SIZE}; seconds of the suite / of plain float passes, and their ratio")

@@ -1,14 +1,14 @@
-"""What a training step costs: python benchmarks/train_step.py
+"""Compare the time of training steps: python benchmarks/train_step.py
 
-Four comparisons, each within one run and pair by pair, so that a noisy machine slows both
-sides alike; ratios are medians of the pairs' ratios:
+The script makes four comparisons. The two sides of each are timed in pairs within one run, so that
+noise of the machine affects both, and the result is the median of the ratios:
 
-1. an epoch of train.py's path (data, Lightning, forward, backward, optimizer; no validation, no
+1. an epoch of train.py (data, Lightning, forward, backward, optimizer; no validation, no
    checkpoint) against the same steps in a hand-written loop over the same tensors;
-2. each method's step against the pointwise step, LeNet at batch 256;
-3. a step of quantization-aware training against the float step of the same method (of an
-   ensemble, one member's against the sampler's), LeNet at batch 256;
-4. the start of `python train.py task=digits` to its first step, against importing Lightning.
+2. a step of each method against a pointwise step, LeNet at batch 256;
+3. a step of quantization-aware training against a float step of the same method (for an ensemble,
+   the step of one member against the step of the sampler), LeNet at batch 256;
+4. `python train.py task=digits` from its start to the first step, against importing Lightning.
 """
 
 import argparse
@@ -45,11 +45,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=15, help="pairs per comparison")
-    parser.add_argument("--only", type=int, choices=(1, 2, 3, 4), help="one comparison alone")
+    parser.add_argument("--only", type=int, choices=(1, 2, 3, 4), help="run only this comparison")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()  # as the scripts do
+    keep_freed_memory()  # as the command line does
     print(machine(arguments.threads))
 
     comparisons = (_path_and_hand, _methods, _quantized, _start)
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _path_and_hand(num_pairs: int) -> None:
-    print("\n1. train.py's path / hand-written loop, medians")
+    print("\n1. an epoch of train.py / of a hand-written loop, medians")
     for label, task, data in (
         ("MNIST LeNet, batch 256", "mnist", RandomImages(256 * 20, batch_size=256)),
         ("yacht MLP, one step an epoch", "yacht", RandomTable((277, 6), batch_size=1000)),
@@ -93,7 +93,7 @@ def _start(_: int) -> None:
 
 
 def _interleaved(steps: dict[str, Callable[[], None]], num_pairs: int) -> dict[str, list[float]]:
-    """Seconds of each step, taken in turns after three rounds that warm up."""
+    """Return the seconds of each step. The steps take turns, after three rounds of warm-up."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(num_pairs + 3):
         for name, step in steps.items():
@@ -106,7 +106,7 @@ def _interleaved(steps: dict[str, Callable[[], None]], num_pairs: int) -> dict[s
 def _lightning_and_hand(
     method: str, task: str, data: TensorData, pairs: int
 ) -> tuple[list[float], list[float]]:
-    """Seconds of epochs through Lightning, and of the same steps by hand right after each."""
+    """Return the seconds of epochs through Lightning, and of the same steps by hand after each."""
     config = configuration(method, task, "trainer.save_every=1e9")
     config["trainer"]["max_epochs"] = pairs + 3
     model, twin = (build(make_recipe(config, data.facts())) for _ in range(2))

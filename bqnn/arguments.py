@@ -1,4 +1,4 @@
-"""Errors that name arguments, the configuration's keys in their place, and checks of numbers."""
+"""Errors that name arguments or configuration keys, and checks of numbers."""
 
 import math
 import numbers
@@ -13,8 +13,8 @@ class NamesArguments(Exception):
     """Base class of errors whose message names arguments.
 
     Args:
-        message: One line: the arguments with their values, the reason, the remedy.
-        names: The arguments in the message. An entry of a dictionary is joined to the argument by
+        message: One line with the arguments, their values, the reason and the remedy.
+        names: The arguments that the message names. A dictionary entry follows its argument after
             a dot, as in `optimizer.lr`.
     """
 
@@ -33,16 +33,16 @@ class NamesArguments(Exception):
 
 
 class ArgumentError(NamesArguments, ValueError):
-    """A value that an argument does not take."""
+    """An argument has an invalid value."""
 
 
 class ArgumentTypeError(NamesArguments, TypeError):
-    """A value of a kind that an argument does not take."""
+    """An argument has a value of an invalid type."""
 
 
 @contextmanager
 def renamed(key: Callable[[str], str]) -> Iterator[None]:
-    """Replace each argument's name in errors from inside by `key(name)`."""
+    """Replace the arguments' names by `key(name)` in errors that the body raises."""
     try:
         yield
     except NamesArguments as error:
@@ -51,7 +51,7 @@ def renamed(key: Callable[[str], str]) -> Iterator[None]:
 
 
 def prefixed(group: str) -> AbstractContextManager[None]:
-    """Put a group of the configuration in front of each argument's name in errors from inside.
+    """Prefix the arguments' names with a configuration group in errors that the body raises.
 
     Example:
         >>> with prefixed("method"):
@@ -70,29 +70,33 @@ def real_number(
     most: float = math.inf,
     without: tuple[float, ...] = (),
 ) -> float:
-    """A finite number in a range, as a float.
+    """Check a real number and convert it to a float.
 
     Args:
-        name: what the number is called where it is set.
-        value: of Python or NumPy.
-        reason: what the number is for and what to choose, for the message.
-        least: the lower end of the range.
-        most: the upper end.
-        without: the ends that do not belong to it.
+        name: The name of the argument.
+        value: A number of Python or NumPy.
+        reason: The purpose of the number and the valid choices, for the error message.
+        least: The lower bound.
+        most: The upper bound.
+        without: The bounds that the range excludes.
+
+    Returns:
+        The number, which is finite and in the range.
 
     Raises:
-        TypeError: it is no number: a text, None, True, a tensor.
-        ValueError: it is NaN, infinite or out of the range.
+        ArgumentTypeError: The value is not a number, such as a string, None, True or a tensor.
+        ArgumentError: The number is NaN, infinite or out of the range.
 
-    >>> real_number("rate", 1.5, "choose 0 to 1", 0, 1)
-    Traceback (most recent call last):
-    bqnn.arguments.ArgumentError: rate=1.5: choose 0 to 1
+    Example:
+        >>> real_number("rate", 1.5, "choose 0 to 1", 0, 1)
+        Traceback (most recent call last):
+        bqnn.arguments.ArgumentError: rate=1.5: choose 0 to 1
     """
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise ArgumentTypeError(f"{name}={short(value)} is no number: {reason}", name)
+        raise ArgumentTypeError(f"{name}={short(value)} is not a number: {reason}", name)
     try:
         number = float(value)
-    except OverflowError:  # a whole number that no float can hold
+    except OverflowError:  # an integer beyond the range of floats
         number = math.inf
     if not (math.isfinite(number) and least <= number <= most) or number in without:
         raise ArgumentError(f"{name}={short(_plain(value))}: {reason}", name)
@@ -100,14 +104,25 @@ def real_number(
 
 
 def whole_number(name: str, value: object, reason: str, least: int, most: float = math.inf) -> int:
-    """A whole number in a range, as an int; the arguments are those of `real_number`.
+    """Check a whole number and convert it to an int. See `real_number` for the arguments.
+
+    Returns:
+        The number, which is in the range.
 
     Raises:
-        TypeError: it is of another kind: 4.0, a text, None, True, a tensor.
-        ValueError: it is out of the range.
+        ArgumentTypeError: The value is not an integer, such as 4.0, a string, None, True or a
+            tensor.
+        ArgumentError: The number is out of the range.
+
+    Example:
+        >>> whole_number("num_samples", 0, "choose 1 or more", 1)
+        Traceback (most recent call last):
+        bqnn.arguments.ArgumentError: num_samples=0: choose 1 or more
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise ArgumentTypeError(f"{name}={short(_plain(value))} is no whole number: {reason}", name)
+        raise ArgumentTypeError(
+            f"{name}={short(_plain(value))} is not a whole number: {reason}", name
+        )
     number = int(value)
     if not least <= number <= most:
         raise ArgumentError(f"{name}={short(number)}: {reason}", name)
@@ -115,7 +130,7 @@ def whole_number(name: str, value: object, reason: str, least: int, most: float 
 
 
 def _plain(value: object) -> object:
-    """NumPy's numbers, which messages know nothing of, as those of Python."""
+    """Convert a NumPy number to a Python number, which `short` can show."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
     return float(value) if isinstance(value, numbers.Real) and not isinstance(value, int) else value

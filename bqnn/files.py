@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and opening what may be no file."""
+"""Atomic file writes, and safe opening of untrusted paths."""
 
 import csv
 import errno
@@ -12,44 +12,79 @@ from typing import Any, BinaryIO
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file to read its bytes, if it is a regular one.
+    """Open a regular file for reading bytes.
 
-    Anything else could wait for ever (a FIFO) or have no end (a device).
+    Other files are refused: reading a FIFO can block forever, and reading a device may never end.
+
+    Args:
+        path: The path of the file. Symbolic links are followed.
+
+    Returns:
+        The open file.
 
     Raises:
-        ValueError: It is a FIFO, a socket or a device; the message does not repeat the path.
-        OSError: There is none, it is a folder, or it may not be read.
+        ValueError: The path is a FIFO, a socket or a device. The message does not repeat the path.
+        OSError: The file does not exist, is a folder, or cannot be read.
+
+    Example:
+        >>> with open_regular("README.md") as file:
+        ...     file.read(6)
+        b'# bqnn'
     """
-    # Without O_NONBLOCK opening a FIFO would wait for its writer.
+    # Without O_NONBLOCK, opening a FIFO would block until a process opens it for writing.
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NONBLOCK))  # noqa: SIM115
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()
-    raise ValueError("it is no regular file")
+    raise ValueError("it is not a regular file")
 
 
-_NONBLOCK: int = getattr(os, "O_NONBLOCK", 0)  # Windows has none, and no FIFOs to open
+_NONBLOCK: int = getattr(os, "O_NONBLOCK", 0)  # Windows has neither this flag nor FIFOs
 
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` once all went well and vanishes otherwise.
+    """Replace a file atomically: write to a temporary path, which is renamed on success.
 
-    OSError, in one line: the disk is full, the folder is read-only or gone.
+    If the body raises an exception, the temporary file is deleted and `path` stays unchanged.
+
+    Args:
+        path: The file to create or replace. Its folder must exist.
+
+    Yields:
+        A temporary path in the same folder. The body writes to it.
+
+    Raises:
+        OSError: The disk is full, or the folder is read-only or missing.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "notes.txt")
+        ...     with written_beside(path) as temporary:
+        ...         size = temporary.write_text("done")
+        ...         print(path.exists())
+        ...     print(path.read_text())
+        False
+        done
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield beside
         os.replace(beside, path)
     except OSError as error:
-        raise _unwritten(path, error) from error
+        raise _write_error(path, error) from error
     finally:
-        with suppress(OSError):  # it may be the folder that is gone
+        with suppress(OSError):  # the folder may no longer exist
             beside.unlink()
 
 
 def append_text(path: Path, text: str) -> None:
-    """Add text to the end of a file: all of it, or nothing with the OSError of `written_beside`."""
+    """Append text to a file completely, or leave the file unchanged.
+
+    Raises:
+        OSError: The disk is full, or the file cannot be written.
+    """
     data = text.encode()
     try:
         with path.open("ab", buffering=0) as file:
@@ -61,29 +96,70 @@ def append_text(path: Path, text: str) -> None:
                 file.truncate(end)
                 raise
     except OSError as error:
-        raise _unwritten(path, error) from error
+        raise _write_error(path, error) from error
 
 
-def _unwritten(path: Path, error: OSError) -> OSError:
+def _write_error(path: Path, error: OSError) -> OSError:
     return OSError(
-        f"{path} cannot be written ({error.strerror or error}), and is as it was before; make "
-        "room there, or choose another folder"
+        f"{path} cannot be written ({error.strerror or error}) and is unchanged; free some space, "
+        "or choose another folder"
     )
 
 
 def write_text(path: Path, text: str) -> None:
-    """Make `text` all that the file holds."""
+    """Replace the content of a file by `text`, atomically and in UTF-8.
+
+    Raises:
+        OSError: See `written_beside`.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "notes.txt")
+        ...     write_text(path, "two runs")
+        ...     path.read_text()
+        'two runs'
+    """
     with written_beside(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write indented JSON; NaN and infinity are a ValueError, since JSON has neither."""
+    """Write indented JSON atomically.
+
+    Raises:
+        ValueError: The content has a NaN or an infinity, which JSON cannot represent.
+        OSError: See `written_beside`.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "metrics.json")
+        ...     write_json(path, {"test/nll": 0.25})
+        ...     json.loads(path.read_text())
+        {'test/nll': 0.25}
+    """
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a header and a line per row; the first row has the columns, all others the same."""
+    """Write a CSV file atomically.
+
+    Args:
+        path: The file.
+        rows: At least one row. All rows have the keys of the first one, which are the columns.
+
+    Raises:
+        OSError: See `written_beside`.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "metrics.csv")
+        ...     write_csv(path, [{"epoch": 0, "nll": 0.5}, {"epoch": 1, "nll": 0.25}])
+        ...     path.read_text().splitlines()
+        ['epoch,nll', '0,0.5', '1,0.25']
+    """
     with written_beside(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()

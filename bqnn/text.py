@@ -1,18 +1,19 @@
-"""Text that came from outside, made fit for a terminal, a message or a name."""
+"""Make untrusted text safe for terminals, error messages and names."""
 
 import re
 import unicodedata
 
-LONGEST_NAME = 128  # what Weights & Biases takes for an artifact, a group or a run
+LONGEST_NAME = 128  # the limit of Weights & Biases for names of artifacts, groups and runs
 
 
 def printable(text: str) -> str:
-    r"""The text with every character that a terminal could act on escaped, as in ``\x1b``.
+    r"""Escape every character that a terminal could interpret, as in ``\x1b``.
 
-    Line breaks and tabs are escaped as well, so the result is one line. Lone surrogates, which
-    stand for bytes of a file name that are not UTF-8, and characters that change the direction of
-    writing are escaped, too.
+    This includes line breaks and tabs, so the result is one line. It also includes characters that
+    change the writing direction, and lone surrogates, which represent bytes of a file name that are
+    not UTF-8.
 
+    Example:
     >>> printable("tables\x1b[2J\nof mine")
     'tables\\x1b[2J\\nof mine'
     """
@@ -23,8 +24,9 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text in one line that a terminal can show: white space folded, the rest `printable`.
+    """Collapse white space to single spaces and escape the rest with `printable`.
 
+    Example:
     >>> one_line("a list:\\n\\t[1,\\n\\t 2]")
     'a list: [1, 2]'
     """
@@ -32,12 +34,20 @@ def one_line(text: str) -> str:
 
 
 def short(value: object, length: int = 60) -> str:
-    """A stranger's value for an error message, in at most about `length` characters.
+    """Describe an untrusted value for an error message.
 
-    Only texts and numbers are shown. Of anything else the message names the type and the size: its
-    repr can take exponential time or memory (a list that holds itself many times, an expanded
+    Strings and numbers are shown. Every other value is described by its type and size, because its
+    repr can take exponential time or memory (a list that contains itself many times, an expanded
     tensor).
 
+    Args:
+        value: The value to describe.
+        length: The number of characters of a string that are shown.
+
+    Returns:
+        One printable line.
+
+    Example:
     >>> short("w8a7"), short(4.5), short([1, 2, 3])
     ("'w8a7'", '4.5', 'a list of 3')
     """
@@ -56,12 +66,19 @@ def short(value: object, length: int = 60) -> str:
 
 
 def valid_name(text: str, length: int = LONGEST_NAME) -> str:
-    """A name for a file, a folder, or an artifact, tag, group or run of Weights & Biases.
+    """Convert text to a valid name of a file, a folder or a Weights & Biases object.
 
-    Accents are dropped; every other run of characters than ASCII letters, digits, dots, dashes and
-    underscores becomes one dash; dots and dashes at the ends are cut, and so is what exceeds
-    `length`. The name of nothing is "unnamed".
+    Accents are removed. Each sequence of characters other than ASCII letters, digits, dots, dashes
+    and underscores becomes one dash. Dots and dashes at both ends are removed.
 
+    Args:
+        text: Any text.
+        length: The maximum number of characters.
+
+    Returns:
+        The name, or "unnamed" if no character is left.
+
+    Example:
     >>> valid_name("/home/me/my table.csv"), valid_name("Übung 1"), valid_name("…")
     ('home-me-my-table.csv', 'Ubung-1', 'unnamed')
     """

@@ -126,7 +126,7 @@ def test_what_is_no_number_is_refused(make, value):
     name, call = (REALS | WHOLES)[make]
     with pytest.raises(TypeError) as error:
         call(value)
-    said(error, name, "is no ")
+    said(error, name, "is not a ")
 
 
 @pytest.mark.parametrize("make", REALS)
@@ -144,7 +144,7 @@ def test_counts_are_whole_numbers(make, value):
     name, call = WHOLES[make]
     with pytest.raises(TypeError) as error:
         call(value)
-    said(error, name, "is no whole number")
+    said(error, name, "is not a whole number")
 
 
 @pytest.mark.parametrize("make", WHOLES)
@@ -173,5 +173,5 @@ def test_numbers_come_back_in_pythons_types():
 
 
 def test_a_configuration_with_a_wrong_kind_is_a_value_error():
-    with pytest.raises(ValueError, match=r"^weight_bits='8' is no whole number: "):
+    with pytest.raises(ValueError, match=r"^weight_bits='8' is not a whole number: "):
         QuantSpec.from_dict({"weight_bits": "8"})

@@ -1,1 +1,1 @@
-"""Checkpoint files, the recipes in them, and the models that they describe."""
+"""Read checkpoint files, and build models from their recipes."""

@@ -1,10 +1,10 @@
-"""Check that a file holds what torch.save writes of tensors and plain values, before it is loaded.
+"""Validate a file of torch.save before it is loaded.
 
-`torch.load(weights_only=True)` runs no code of the file, but it calls functions that allocate as
-much memory as the file asks for, follows a shared list as often as it occurs, and reads what is no
-zip archive as a pickle of the old format. Here the archive and its pickle are walked first: only
-dictionaries, lists, tuples, texts, numbers, types of numbers and dense tensors that lie in the file
-may be in it.
+`torch.load(weights_only=True)` runs no code from the file. But it calls functions that allocate as
+much memory as the file requests, visits a shared list each time it occurs, and reads a file that is
+not a zip archive as a pickle of the legacy format. This module therefore checks the archive and
+interprets its pickle without creating objects. It accepts dictionaries, lists, tuples, strings,
+numbers, dtypes and dense tensors whose data is in the file.
 """
 
 import pickletools
@@ -19,10 +19,10 @@ from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 from bqnn.text import printable, short
 
-LARGEST_PICKLE = 32 * 2**20  # bytes; tensors are not in it, but in parts of their own
-DEEPEST = 32  # containers in one another
+LARGEST_PICKLE = 32 * 2**20  # bytes; the data of tensors is in separate parts
+DEEPEST = 32  # nested containers
 
-# Storages of dense tensors, with the bytes of an element. Others (quantized, complex) are refused.
+# Bytes per element of each storage type. Others (quantized, complex) are refused.
 STORAGES = {
     "torch BoolStorage": 1,
     "torch ByteStorage": 1,
@@ -51,18 +51,36 @@ _PARTS = (
 
 
 def check_archive(file: BinaryIO) -> None:
-    """Walk the archive in a file, and the pickle in it, in time and memory proportional to both.
+    """Check the zip archive in a file and its pickle.
+
+    The check takes time and memory in proportion to the size of the file.
+
+    Args:
+        file: A seekable file, open for reading bytes.
 
     Raises:
-        ValueError: torch.save did not leave it like this, or it holds other things than plain
-            values and tensors, or takes more memory than its size lets expect.
-        BadZipFile: It is no zip archive.
+        ValueError: The file differs from what torch.save writes, has other content than plain
+            values and tensors, or would need far more memory than its size.
+        BadZipFile: The file is not a zip archive.
+
+    Example:
+        >>> import io, torch
+        >>> file = io.BytesIO()
+        >>> torch.save({"weight": torch.zeros(3)}, file)
+        >>> check_archive(file)
+        >>> file = io.BytesIO()
+        >>> torch.save({"weight": [torch.zeros(3)] * 10}, file)
+        >>> check_archive(file)  # ten references to one tensor
+        >>> file = io.BytesIO(file.getvalue()[:-1])
+        >>> check_archive(file)
+        Traceback (most recent call last):
+        zipfile.BadZipFile: File is not a zip file
     """
     with ZipFile(file) as archive:
         entries = archive.infolist()
         _check_layout(file, archive, entries)
         if damaged := archive.testzip():  # torch checks no CRC
-            raise ValueError(f"its part {printable(damaged)} is damaged; copy the file again")
+            raise ValueError(f"part {printable(damaged)} is damaged; copy the file again")
         sizes = {entry.filename.partition("/")[2]: entry.file_size for entry in entries}
         if sizes["data.pkl"] > LARGEST_PICKLE:
             raise ValueError(f"its pickle is larger than {LARGEST_PICKLE // 2**20} MiB")
@@ -71,9 +89,9 @@ def check_archive(file: BinaryIO) -> None:
 
 
 def _check_layout(file: BinaryIO, archive: ZipFile, entries: list[ZipInfo]) -> None:
-    """ValueError where two readers of zip archives could see different things in the file."""
+    """Refuse a file that two zip readers could interpret differently."""
     if any(entry.compress_type != ZIP_STORED for entry in entries):
-        raise ValueError("it is compressed, and could take more memory than the file")
+        raise ValueError("it is compressed, so it could need more memory than its size")
     names = [entry.filename for entry in entries]
     folders = {name.partition("/")[0] for name in names}
     if (
@@ -82,9 +100,9 @@ def _check_layout(file: BinaryIO, archive: ZipFile, entries: list[ZipInfo]) -> N
         or not all(re.fullmatch(_PARTS, name.partition("/")[2], re.ASCII) for name in names)
         or not any(name.endswith("/data.pkl") for name in names)
     ):
-        raise ValueError("its parts are not those of a file of torch.save")
+        raise ValueError("its parts are not those that torch.save writes")
     if len(set(names)) < len(names):
-        raise ValueError("a part of it is there twice")
+        raise ValueError("it has two parts with the same name")
     starts = sorted((entry.header_offset, entry.file_size) for entry in entries)
     ends = [*(start for start, _ in starts[1:]), archive.start_dir]
     is_apart = all(
@@ -94,11 +112,11 @@ def _check_layout(file: BinaryIO, archive: ZipFile, entries: list[ZipInfo]) -> N
         entry.extra and max(entry.file_size, entry.header_offset) < 2**32 - 1 for entry in entries
     )
     if starts[0][0] != 0 or not is_apart or has_extra or _directory(file) != archive.start_dir:
-        raise ValueError("it holds more than one archive, or other data beside it")
+        raise ValueError("it has more than one archive, or other data beside the archive")
 
 
 def _directory(file: BinaryIO) -> int:
-    """Where the list of parts begins if it ends where the end of the file says; or else -1."""
+    """Return the offset of the central directory, or -1 if the end records contradict it."""
     size = file.seek(0, SEEK_END)
     file.seek(max(size - 98, 0))
     tail = file.read(98)
@@ -118,15 +136,20 @@ def _directory(file: BinaryIO) -> int:
 
 
 @dataclass(slots=True, eq=False)
-class _Made:
-    """A container, storage or tensor that the pickle makes.
+class _Object:
+    """A container, storage or tensor that the pickle would create.
 
-    weight: values in it and characters of texts, counted as often as they occur; depth: of the
-    containers in it; is_closed: it is inside another one, so it may not grow any more.
+    Attributes:
+        kind: list, dict, OrderedDict, tuple, storage or tensor.
+        parts: The values of a tuple, the first keys of a dictionary, or the number of elements of a
+            storage and the bytes of one.
+        weight: The number of values and of characters in it, shared ones counted repeatedly.
+        depth: The nesting depth.
+        is_closed: Whether another container holds this one, so that it must not grow.
     """
 
-    kind: str  # list, dict, OrderedDict, tuple, storage, tensor
-    parts: Sequence[Any] = ()  # of a tuple: all; of a dict: its keys; of a storage: its length
+    kind: str
+    parts: Sequence[Any] = ()
     weight: int = 1
     depth: int = 1
     is_closed: bool = False
@@ -138,21 +161,21 @@ class _Global:
 
 
 class _Walk:
-    """Follows a pickle as torch does, but makes only notes of what would be made."""
+    """Interprets a pickle as torch does, but records objects instead of creating them."""
 
     def __init__(self, pickle: bytes, sizes: dict[str, int]) -> None:
         self.pickle = pickle
         self.sizes = sizes
         self.size = sum(sizes.values())
-        self.types: dict[str, str] = {}  # of storages, by their number
+        self.types: dict[str, str] = {}  # the type of each storage
         self.stack: list[Any] = []
-        self.below: list[list[Any]] = []  # stacks under the marks
+        self.below: list[list[Any]] = []  # the stacks below the marks
         self.memo: dict[int, Any] = {}
-        self.made = 0
-        self.claimed = 0  # bytes
+        self.num_objects = 0
+        self.claimed = 0  # bytes of all tensors
 
     def run(self) -> None:
-        """ValueError: it is refused."""
+        """Interpret the pickle, and raise a ValueError if it is refused."""
         end: int | None = None
         for operation, value, end in pickletools.genops(self.pickle):  # noqa: B007
             name = operation.name
@@ -161,14 +184,14 @@ class _Walk:
             elif name in _OPERATIONS:
                 try:
                     _OPERATIONS[name](self, value)
-                except (IndexError, KeyError):  # of the stack, the marks or the memo
+                except (IndexError, KeyError):  # from the stack, the marks or the memo
                     raise ValueError("its pickle is malformed") from None
             else:
-                raise ValueError(f"its pickle has the operation {name}; torch.save writes none")
+                raise ValueError(f"its pickle has the opcode {name}, which torch.save never writes")
         if end != len(self.pickle) - 1 or self.below or len(self.stack) != 1:
             raise ValueError("its pickle is malformed")
 
-    # ---- operations
+    # ---- opcodes, named after those of pickletools
 
     def start(self, version: int) -> None:
         if version != 2 or self.memo or self.stack:
@@ -190,8 +213,8 @@ class _Walk:
     def find_global(self, name: str) -> None:
         if name not in GLOBALS:
             raise ValueError(
-                f"it asks for {printable(name.replace(' ', '.'))[:100]}, and only tensors and "
-                "plain values are loaded"
+                f"it refers to {printable(name.replace(' ', '.'))[:100]}, but only tensors and "
+                "plain values are allowed"
             )
         self.stack.append(_Global(name))
 
@@ -220,7 +243,7 @@ class _Walk:
         self.set_all(self.pop_mark())
 
     def persistent(self, _: object) -> None:
-        """A storage: ("storage", its type, the number of its part, a device, its length)."""
+        """Record a storage: ("storage", type, name of its part, device, number of elements)."""
         word, kind, key, device, numel = _parts(self.stack.pop(), 5)
         if (
             word != "storage"
@@ -230,7 +253,7 @@ class _Walk:
             or not re.fullmatch(r"(cpu|cuda|mps|xpu|hpu)(:\d{1,3})?", device, re.ASCII)
             or self.types.setdefault(key, kind.name) != kind.name
         ):
-            raise ValueError("a tensor of it lies in no storage of numbers")
+            raise ValueError("it has a tensor without a valid storage")
         nbytes = numel * STORAGES[kind.name]
         if self.sizes.get(f"data/{key}") != nbytes:
             raise ValueError(
@@ -242,13 +265,13 @@ class _Walk:
     def reduce(self, _: object) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, _Global):
-            raise ValueError("its pickle calls what is no function")
+            raise ValueError("its pickle calls an object that is not a function")
         if function.name == ORDERED_DICT:
             _parts(arguments, 0)
             self.push("OrderedDict")
         elif function.name == TENSOR:
             self.claimed += _bytes_of_tensor(arguments)
-            if self.claimed > self.size:  # the same numbers in many tensors
+            if self.claimed > self.size:  # many tensors share a storage
                 raise ValueError(f"its tensors claim {self.claimed} bytes or more")
             self.push("tensor")
             self.fill(self.stack[-1], [arguments])
@@ -260,22 +283,22 @@ class _Walk:
             raise ValueError(f"its pickle calls {function.name.replace(' ', '.')}")
 
     def build(self, _: object) -> None:
-        """What torch's state_dict() says of the versions of its modules, beside the tensors."""
+        """Record the versions of modules, which torch stores as an attribute of a state_dict."""
         state, target = self.stack.pop(), self.stack[-1]
         _require(_is(target, "OrderedDict") and _is(state, "dict"))
         _require(list(state.parts) == ["_metadata"])
         self.fill(target, [state])
 
-    # ---- what they do it with
+    # ---- helpers of the opcodes
 
     def push(self, kind: str, parts: Sequence[Any] = ()) -> None:
-        self.made += 1
-        if self.made > 1000 + len(self.pickle) // 8:
-            raise ValueError("its pickle makes more lists and dictionaries than it has values for")
-        self.stack.append(_Made(kind, parts))
+        self.num_objects += 1
+        if self.num_objects > 1000 + len(self.pickle) // 8:
+            raise ValueError("its pickle creates too many lists and dictionaries for its length")
+        self.stack.append(_Object(kind, parts))
 
     def pop(self, count: int) -> list[Any]:
-        return [self.stack.pop() for _ in range(count)][::-1]  # never across a mark
+        return [self.stack.pop() for _ in range(count)][::-1]  # IndexError at a mark
 
     def pop_mark(self) -> list[Any]:
         values = self.stack
@@ -289,16 +312,16 @@ class _Walk:
     def set_all(self, items: list[Any]) -> None:
         target, keys = self.stack[-1], items[::2]
         _require(_is(target, "dict", "OrderedDict") and len(items) % 2 == 0)
-        # The hash of a tuple can take exponential time, and many large numbers can have the same.
+        # Hashing a tuple can take exponential time, and many large integers share a hash.
         _require(all(type(k) is str or (type(k) is int and 0 <= k < 2**31) for k in keys))
         self.fill(target, items)
         target.parts = [*target.parts, *keys] if len(target.parts) < 2 else target.parts
 
-    def fill(self, target: _Made, values: Sequence[Any]) -> None:
-        """Put values into a container that nothing holds yet, and weigh it."""
+    def fill(self, target: _Object, values: Sequence[Any]) -> None:
+        """Add values to an open container, and update its weight and depth."""
         _require(not target.is_closed)
         for value in values:
-            if isinstance(value, _Made):
+            if isinstance(value, _Object):
                 value.is_closed = True
                 target.weight += value.weight
                 target.depth = max(target.depth, value.depth + 1)
@@ -308,11 +331,11 @@ class _Walk:
         if target.depth > DEEPEST:
             raise ValueError(f"it is nested more than {DEEPEST} deep")
         if target.weight > 10_000 + 4 * len(self.pickle):
-            raise ValueError("it holds the same values again and again")
+            raise ValueError("it repeats the same values too often")
 
 
 def _bytes_of_tensor(arguments: object) -> int:
-    """What a tensor takes in its storage; a ValueError for one that is not inside of it."""
+    """Return the bytes of a tensor, and refuse one that exceeds its storage."""
     storage, offset, size, stride, needs_gradient, hooks = _parts(arguments, 6)
     _require(_is(storage, "storage") and type(needs_gradient) is bool and _no_hooks(hooks))
     _require(_is(size, "tuple") and _is(stride, "tuple"))
@@ -331,23 +354,23 @@ def _bytes_of_tensor(arguments: object) -> int:
 
 
 def _parts(value: object, count: int) -> Sequence[Any]:
-    """What a tuple of `count` values holds."""
-    _require(isinstance(value, _Made) and value.kind == "tuple" and len(value.parts) == count)
-    assert isinstance(value, _Made)
+    """Return the values of a tuple, and refuse one without exactly `count` values."""
+    _require(isinstance(value, _Object) and value.kind == "tuple" and len(value.parts) == count)
+    assert isinstance(value, _Object)
     return value.parts
 
 
 def _is(value: object, *kinds: str) -> bool:
-    return isinstance(value, _Made) and value.kind in kinds
+    return isinstance(value, _Object) and value.kind in kinds
 
 
 def _no_hooks(value: object) -> bool:
-    return isinstance(value, _Made) and value.kind == "OrderedDict" and value.weight == 1
+    return isinstance(value, _Object) and value.kind == "OrderedDict" and value.weight == 1
 
 
 def _require(holds: bool) -> None:
     if not holds:
-        raise ValueError("its pickle is not of the kind that torch.save writes")
+        raise ValueError("its pickle is not one that torch.save writes")
 
 
 _SCALARS: dict[str, Callable[[Any], Any]] = {

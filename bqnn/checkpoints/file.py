@@ -1,4 +1,4 @@
-"""Checkpoint files: found, and opened without trusting them."""
+"""Find checkpoint files, and read them without trusting them."""
 
 import logging
 from collections.abc import Iterable
@@ -24,15 +24,23 @@ log = logging.getLogger(__name__)
 def find_checkpoints(
     pattern: str, stage: str | None = None, select: str = "all"
 ) -> dict[Path, dict[str, Any] | None]:
-    """The recipes of the checkpoints at a path or pattern, as `locate_all` finds them.
+    """Find checkpoints by path or glob pattern, and read their recipes.
 
-    One of a pattern's matches that cannot be read has None: the others are not to wait for it.
+    Of a pattern's matches, checkpoints of runs that are not DONE and of another stage are left out.
 
-    stage: `float` or `quantized`, or None for both; a pattern's other matches are left out.
-    select: `all`, or `best`, the one with the lowest val/nll in the metrics.json beside it, for
-    each method and task. What comes from a run that is not done is left out of a pattern's matches,
-    too. FileNotFoundError: there is none. ValueError: the one at a path cannot be read, none has
-    that stage, or no run is done.
+    Args:
+        pattern: A path or a glob pattern.
+        stage: `float`, `quantized`, or None for both.
+        select: `all`, or `best` for the checkpoint of each method and task with the lowest val/nll
+            in the metrics.json beside it.
+
+    Returns:
+        The recipe of each checkpoint. It is None for a match of a pattern that cannot be read, so
+        that one such file does not stop the others.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: The file at a path cannot be read, or no checkpoint is left.
     """
     if select not in ("all", "best"):
         raise ValueError(f"select={select}: choose all or best")
@@ -53,21 +61,21 @@ def find_checkpoints(
                 found[path] = recipe
     if not found and stage == "float":
         raise ValueError(
-            f"checkpoint={pattern}: quantized already; rounding it again would round what is left. "
-            "Start from the float checkpoint it was made of"
+            f"checkpoint={pattern}: already quantized, and cannot be quantized again; give the "
+            "float checkpoint that it was made from"
         )
     if not found:
         raise ValueError(
-            f"checkpoint={pattern}: not quantized, so there is no other numeric than float; leave "
-            f"numeric out, or quantize it first (python quantize.py checkpoint={pattern})"
+            f"checkpoint={pattern}: not quantized, so float is its only numeric; leave numeric "
+            f"out, or quantize the checkpoint first (python quantize.py checkpoint={pattern})"
         )
     if len(found) < len(paths):
-        log.info("left out: %d checkpoints that are not %s", len(paths) - len(found), stage)
+        log.info("skipped %d checkpoints that are not %s", len(paths) - len(found), stage)
     return found if select == "all" else _best_of_each(found)
 
 
 def _best_of_each(found: dict[Path, dict[str, Any] | None]) -> dict[Path, dict[str, Any] | None]:
-    """The best of each method and task, and what cannot be read, so that it is not dropped."""
+    """Select the best checkpoint of each method and task, and keep unreadable ones."""
     candidates: dict[tuple[str, str], dict[Path, float]] = {}
     for path, recipe in found.items():
         if recipe is not None:
@@ -77,7 +85,7 @@ def _best_of_each(found: dict[Path, dict[str, Any] | None]) -> dict[Path, dict[s
         if len(nll) > 1 and isinf(min(nll.values())):
             raise ValueError(
                 f"select=best: no run of {method} on {task} has a val/nll to choose by; train with "
-                "task.validation_share above 0, or take select=all"
+                "task.validation_share above 0, or use select=all"
             )
     chosen = {min(nll, key=nll.__getitem__) for nll in candidates.values()}
     return {path: r for path, r in found.items() if r is None or path in chosen}
@@ -88,22 +96,22 @@ def _stage(recipe: dict[str, Any]) -> str:
 
 
 def _of_finished_runs(pattern: str, paths: list[Path]) -> list[Path]:
-    """Those beside which no status.json says that the training is not done."""
+    """Drop checkpoints with a status.json beside them that is not DONE."""
     finished = [
         path for path in paths if (read_status(path.parent) or {"state": "DONE"})["state"] == "DONE"
     ]
     if not finished:
         raise ValueError(
-            f"checkpoint={pattern}: none of these {len(paths)} runs is done; go on with them first "
-            "(resume=true), or give one checkpoint by its path"
+            f"checkpoint={pattern}: none of these {len(paths)} runs is done; resume them first "
+            "(resume=true), or give the path of one checkpoint"
         )
     if len(finished) < len(paths):
-        log.info("left out: %d checkpoints of runs not done", len(paths) - len(finished))
+        log.info("skipped %d checkpoints of runs that are not done", len(paths) - len(finished))
     return finished
 
 
 def _validation_nll(path: Path) -> float:
-    """The val/nll beside a checkpoint; infinity where there is none to compare."""
+    """Return val/nll from the metrics.json beside a checkpoint, or infinity without one."""
     try:
         nll = read_record(path.parent / "metrics.json").get("val/nll")
     except (OSError, ValueError):
@@ -111,34 +119,59 @@ def _validation_nll(path: Path) -> float:
     if is_finite(nll):
         return float(nll)  # type: ignore[arg-type]
     log.warning(
-        "%s has no val/nll in a metrics.json beside it: counted as the worst", printable(str(path))
+        "%s has no val/nll in a metrics.json beside it, and ranks last", printable(str(path))
     )
     return float("inf")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint file, on the CPU, its recipe checked against the schema.
+    """Read a checkpoint file, which may come from an untrusted source.
 
-    Opening it runs no code from the file and takes time and memory in proportion to its length.
-    FileNotFoundError, ValueError: there is none, or it is cut, altered or of another origin.
+    Reading runs no code from the file, and takes time and memory in proportion to its length. The
+    recipe is checked against the schema.
+
+    Args:
+        path: The path of the file.
+
+    Returns:
+        The content: `recipe`, `state_dict` (tensors on the CPU), and the state of the training if
+        it can be resumed.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged, modified, or not a checkpoint of bqnn.
+
+    Example:
+        >>> import tempfile
+        >>> recipe = {
+        ...     "version": 1, "stage": "float", "seed": 0, "net": {"name": "mlp"},
+        ...     "method": {"name": "pointwise", "optimizer": {"name": "adam"}},
+        ...     "task": {"name": "table", "dataset": "uci"},
+        ...     "facts": {"likelihood": "regression", "input_shape": [3], "num_train": 100},
+        ... }
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "model.ckpt")
+        ...     torch.save({"recipe": recipe, "state_dict": {"weight": torch.zeros(2)}}, path)
+        ...     read_checkpoint(path)["state_dict"]
+        {'weight': tensor([0., 0.])}
     """
     where = printable(str(path))
     try:
         with open_regular(path) as file:
             check_archive(file)
             file.seek(0)
-            # The file that was checked, though another may have its name by now.
+            # Load from the open file: the path could now refer to another one.
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        why = ": it is a link to what is not there" if Path(path).is_symlink() else ""
+        why = ": it is a broken link" if Path(path).is_symlink() else ""
         raise FileNotFoundError(
             f"no checkpoint at {where}{why}; give the path of a .ckpt file"
         ) from None
-    except Exception as error:  # what a foreign or cut file raises is anybody's guess
+    except Exception as error:  # an invalid file can raise anything
         reason = printable(str(error).partition("\n")[0])
         raise ValueError(f"{where} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict) or not {"recipe", "state_dict"} <= checkpoint.keys():
-        raise ValueError(f"{where} holds no recipe and state_dict: it is not a checkpoint of bqnn")
+        raise ValueError(f"{where} has no recipe and state_dict: it is not a checkpoint of bqnn")
     try:
         check_recipe(checkpoint["recipe"])
         _check_state(checkpoint["state_dict"])
@@ -148,21 +181,25 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def trained_epochs(path: Path) -> int:
-    """How many epochs the training in a checkpoint has done.
+    """Return the number of epochs that the training in a checkpoint has completed.
 
-    ValueError: it is no checkpoint, or none of a training that can go on.
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not a checkpoint, or not one that a training can resume from.
     """
     checkpoint, where = read_checkpoint(path), printable(str(path))
     for key, kind in RESUMED.items():
         if type(checkpoint.get(key)) is not kind:
-            raise ValueError(f"{where} has no {key} of a training to go on with; start a new one")
+            raise ValueError(f"{where} has no {key} of a training to resume; start a new training")
     epoch: int = checkpoint["epoch"]
     if not 0 <= epoch < 2**31:
-        raise ValueError(f"{where} says that it is of epoch {short(epoch)}; start a new training")
+        raise ValueError(
+            f"{where} is of epoch {short(epoch)}, which is invalid; start a new training"
+        )
     return epoch + 1
 
 
-# What Lightning goes on from, beside the weights.
+# What Lightning needs to resume a training, besides the weights.
 RESUMED = {
     "epoch": int,
     "global_step": int,
@@ -175,21 +212,21 @@ RESUMED = {
 
 
 def _check_state(state: object) -> None:
-    """ValueError for a state of anything but tensors, and what torch says of its modules."""
+    """Refuse a state_dict with anything but tensors and the versions of modules."""
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and name.isprintable() and isinstance(value, Tensor)
         for name, value in state.items()
     ):
-        raise ValueError("its state_dict holds other things than named, dense tensors")
-    for entry in _versions(state):
+        raise ValueError("its state_dict has entries that are not named, dense tensors")
+    for entry in _module_metadata(state):
         if not isinstance(entry, dict) or any(
             key != "version" or not (value is None or type(value) is int)
             for key, value in entry.items()
         ):
-            raise ValueError("its state_dict says other things of its modules than versions")
+            raise ValueError("its state_dict has metadata of modules that are not versions")
 
 
-def _versions(state: object) -> Iterable[object]:
-    """What a state says of each of its modules, which torch looks at when it is loaded."""
+def _module_metadata(state: object) -> Iterable[object]:
+    """Return the metadata of each module, which torch reads in `load_state_dict`."""
     metadata = getattr(state, "_metadata", {})
     return metadata.values() if isinstance(metadata, dict) else [metadata]

@@ -1,4 +1,4 @@
-"""From a plain dictionary to a model, and from a checkpoint file to the model it describes."""
+"""Build a model from its recipe, and load a model from a checkpoint file."""
 
 import logging
 import warnings
@@ -30,15 +30,22 @@ from bqnn.text import one_line, printable, short
 log = logging.getLogger(__name__)
 
 Recipe = dict[str, Any]
-LARGEST_PROBE = 2**18  # values of the inputs together; a picture of 3x224x224 has 150,528
+LARGEST_PROBE = 2**18  # values in all inputs together; an image of 3x224x224 has 150,528
 NUMERICS = ("unquantized", "simulated", "int8")
 
 
 def make_recipe(config: Mapping[str, Any], facts: Mapping[str, Any]) -> Recipe:
-    """All that a model is rebuilt from, in plain JSON types.
+    """Collect everything that a model is rebuilt from.
 
-    config: the resolved configuration of a job; facts: what the data set says of itself
-    (`TensorData.facts`).
+    Args:
+        config: The resolved configuration of a job.
+        facts: The properties of the data set, from `TensorData.facts`.
+
+    Returns:
+        The recipe of a float model, in plain JSON types.
+
+    Raises:
+        ValueError: The recipe does not match the schema.
     """
     recipe = {
         "version": 1,
@@ -49,12 +56,12 @@ def make_recipe(config: Mapping[str, Any], facts: Mapping[str, Any]) -> Recipe:
         "task": config["task"],
         "facts": dict(facts),
     }
-    check_recipe(recipe)  # now, and not when the trained model is to be loaded
+    check_recipe(recipe)  # fail before the training, not when the model is loaded
     return recipe
 
 
 def described(recipe: Recipe | None) -> dict[str, Any]:
-    """The groups of the configuration that a checkpoint was made with, as far as it tells."""
+    """Return the configuration groups in a recipe, which are empty without a recipe."""
     if recipe is None:
         return {}
     groups = {key: recipe[key] for key in ("method", "net", "task", "seed")}
@@ -64,15 +71,39 @@ def described(recipe: Recipe | None) -> dict[str, Any]:
 
 
 def start_keys(method: str) -> tuple[str, ...]:
-    """The keys of a method's configuration that say where its training starts.
+    """Return the keys of a method's configuration that set the start of the training.
 
-    They are no arguments of its class: a model that is built or loaded begins nothing anew.
+    They are not arguments of the method's class, because a model that is loaded does not start.
     """
     return ("init_from",) if issubclass(METHODS.get(method, Method), BayesByBackprop) else ()
 
 
 def build(recipe: Recipe) -> Method:
-    """The untrained model that a recipe describes. A ValueError says what is wrong with it."""
+    """Build the untrained model that a recipe describes.
+
+    Args:
+        recipe: A recipe, as `make_recipe` returns it. Its seed determines the initial weights.
+
+    Returns:
+        The float model, on the CPU.
+
+    Raises:
+        ValueError: A name is unknown, or a class does not accept its options.
+
+    Example:
+        >>> recipe = {
+        ...     "version": 1, "stage": "float", "seed": 0,
+        ...     "method": {"name": "pointwise", "optimizer": {"name": "adam"}},
+        ...     "net": {"name": "mlp", "hidden_features": [4]},
+        ...     "task": {"name": "table", "dataset": "uci"},
+        ...     "facts": {
+        ...         "likelihood": "regression", "target_mean": 0.0, "target_std": 1.0,
+        ...         "input_shape": [3], "num_train": 100,
+        ...     },
+        ... }
+        >>> build(recipe).eval().predictive(torch.zeros(2, 3)).shape
+        torch.Size([1, 2, 2])
+    """
     facts = recipe["facts"]
     likelihood = likelihood_from(facts)
     reseed(torch.device("cpu"), stream_seed(recipe["seed"], Stream.INITIAL_WEIGHTS))
@@ -86,14 +117,43 @@ def build(recipe: Recipe) -> Method:
 
 
 def load(path: str | Path, numeric: str | None = None, *, allow_saturation: bool = False) -> Method:
-    """The model in a checkpoint, in eval mode.
+    """Load the model in a checkpoint, which may come from an untrusted source.
 
-    A quantized checkpoint can be had in three ways: `unquantized`, with its weights but without
-    rounding; `simulated`, in floats that lie on the integers' grids (this is the default); and
-    `int8`, executed in integers, whose layers are compared with the simulation for a few random
-    inputs. ValueError: the file is not a checkpoint of this package, or was not quantized, or this
-    CPU would compute other integers (`allow_saturation` makes that a warning). Weights load
-    strictly.
+    Args:
+        path: The path of the checkpoint.
+        numeric: The arithmetic of a quantized model: `unquantized` uses its weights without
+            rounding, `simulated` (the default) rounds floats to the grids of the integers, and
+            `int8` computes in integers. `int8` also compares all layers with the simulation, on a
+            few random inputs. None for a float checkpoint.
+        allow_saturation: Whether integers that would saturate on this CPU are a warning instead of
+            an error.
+
+    Returns:
+        The model, on the CPU and in evaluation mode. All weights match by name, shape and dtype.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not a checkpoint of bqnn, is not quantized although `numeric` is
+            given, or would saturate on this CPU.
+
+    Example:
+        >>> import tempfile
+        >>> recipe = {
+        ...     "version": 1, "stage": "float", "seed": 0,
+        ...     "method": {"name": "pointwise", "optimizer": {"name": "adam"}},
+        ...     "net": {"name": "mlp", "hidden_features": [4]},
+        ...     "task": {"name": "table", "dataset": "uci"},
+        ...     "facts": {
+        ...         "likelihood": "regression", "target_mean": 0.0, "target_std": 1.0,
+        ...         "input_shape": [3], "num_train": 100,
+        ...     },
+        ... }
+        >>> content = {"recipe": recipe, "state_dict": build(recipe).state_dict()}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(content, Path(folder, "model.ckpt"))
+        ...     model = load(Path(folder, "model.ckpt"))
+        >>> model.predictive(torch.zeros(2, 3)).shape
+        torch.Size([1, 2, 2])
     """
     if numeric not in (None, *NUMERICS):
         raise ValueError(f"numeric={short(numeric)}: choose one of {', '.join(NUMERICS)}")
@@ -105,12 +165,12 @@ def load(path: str | Path, numeric: str | None = None, *, allow_saturation: bool
             f"(python quantize.py checkpoint={where})"
         )
     state = checkpoint["state_dict"]
-    _refuse_unfitting(recipe, state, where)
-    model = _assembled(recipe)
+    _check_fit(recipe, state, where)
+    model = _assemble(recipe)
     model.load_state_dict(state)
     model.eval()
     try:
-        _refuse_unusable(model)
+        _check_values(model)
         if numeric == "unquantized":
             enable(model.net, False)
         elif numeric == "int8":
@@ -118,7 +178,7 @@ def load(path: str | Path, numeric: str | None = None, *, allow_saturation: bool
             model.net = convert(
                 model.net,
                 spec.engine,
-                probe=_probe(recipe, where),
+                probe=_probe_inputs(recipe, where),
                 allow_saturation=allow_saturation or spec.allow_saturation,
             )
     except (RuntimeError, ValueError) as error:
@@ -126,17 +186,17 @@ def load(path: str | Path, numeric: str | None = None, *, allow_saturation: bool
     return model
 
 
-def _probe(recipe: Recipe, where: str) -> torch.Tensor | None:
-    """A few inputs of the shape that the model reads, the same each time.
+def _probe_inputs(recipe: Recipe, where: str) -> torch.Tensor | None:
+    """Make a few fixed random inputs [N, ...] to compare integers and simulation.
 
-    None, with a warning, where they are so large that a small file could fill the memory: the
-    weights of a convolution do not tell how large its pictures are.
+    Returns None, with a warning, if an input is so large that a small file could exhaust the
+    memory: the weights of a convolution do not bound the size of its images.
     """
     shape = recipe["facts"]["input_shape"]
     if prod(shape) > LARGEST_PROBE:
         log.warning(
-            "%s: its layers are not compared with their simulation, for an input has more than %d "
-            "values; compare the predictions of numeric=int8 and numeric=simulated on a few rows",
+            "%s: its layers are not compared with their simulation, since an input has more than "
+            "%d values; compare the predictions of numeric=int8 and numeric=simulated on some rows",
             where,
             LARGEST_PROBE,
         )
@@ -146,8 +206,8 @@ def _probe(recipe: Recipe, where: str) -> torch.Tensor | None:
     return channels_last(torch.randn(count, *shape, generator=generator))
 
 
-def _assembled(recipe: Recipe) -> Method:
-    """The model of a recipe, fake-quantized where it is a quantized one; not trained."""
+def _assemble(recipe: Recipe) -> Method:
+    """Build the untrained model of a recipe, with fake quantization if it is quantized."""
     model = build(recipe)
     if recipe["stage"] != "float":
         with prefixed("quant"):
@@ -156,9 +216,9 @@ def _assembled(recipe: Recipe) -> Method:
 
 
 class _CallLimit(TorchFunctionMode):
-    """ValueError after that many calls of torch.
+    """Raises a ValueError after a number of calls of torch functions.
 
-    A recipe of a few bytes can describe a network that takes hours to build, even without memory.
+    A recipe of a few bytes can describe a network that takes hours to build on the meta device.
     """
 
     def __init__(self, most: int) -> None:
@@ -170,40 +230,40 @@ class _CallLimit(TorchFunctionMode):
     ) -> Any:
         self.left -= 1
         if self.left < 0:
-            raise ValueError("its recipe describes a network of many more layers than it has")
+            raise ValueError("its recipe describes many more layers than it has weights for")
         return function(*args, **(kwargs or {}))
 
 
-def _refuse_unfitting(recipe: Recipe, state: dict[str, Tensor], where: str) -> None:
-    """ValueError where a state is not that of the recipe's model, which takes no memory here."""
-    limit = _CallLimit(1000 + 50 * len(state))  # about 10 for a tensor are usual
+def _check_fit(recipe: Recipe, state: dict[str, Tensor], where: str) -> None:
+    """Refuse a state that does not fit the recipe's model, which is built on the meta device."""
+    limit = _CallLimit(1000 + 50 * len(state))  # about 10 per tensor are usual
     try:
         with torch.device("meta"), limit, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that copies to the meta device copy nothing
-            model = _assembled(recipe)
+            warnings.simplefilter("ignore")  # copies to the meta device are no-ops, as intended
+            model = _assemble(recipe)
             model.load_state_dict(state)
     except ValueError as error:
         raise ValueError(f"{where}: {one_line(str(error))[:500]}") from error
     except RuntimeError as error:
-        # The second line is the first difference; the first one says that there are some.
+        # The first line only says that there are differences; the second is one of them.
         reason = one_line(" ".join(str(error).splitlines()[:2]))[:300]
         raise ValueError(f"{where}: its weights are not those of its recipe: {reason}") from error
-    except Exception as error:  # whatever a network does with options that do not suit it
+    except Exception as error:  # a network can raise anything for invalid options
         reason = one_line(f"{type(error).__name__}: {error}")[:300]
-        raise ValueError(f"{where}: its recipe describes no network: {reason}") from error
+        raise ValueError(f"{where}: its recipe is not one of a network: {reason}") from error
     for name, value in model.state_dict().items():
-        if state[name].dtype != value.dtype:  # torch would convert it, and lose digits
+        if state[name].dtype != value.dtype:  # torch would convert it silently and lose digits
             raise ValueError(
                 f"{where}: {name} is of {state[name].dtype}, and its recipe's network "
-                f"has {value.dtype} there"
+                f"has {value.dtype}"
             )
 
 
-def _refuse_unusable(model: Method) -> None:
-    """ValueError for weights that are no numbers, and for grids that no integers lie on."""
+def _check_values(model: Method) -> None:
+    """Refuse weights that are not finite, and grids of quantization that are invalid."""
     for name, value in model.state_dict().items():
         if value.isnan().any():
-            raise ValueError(f"{name} has values that are no numbers (NaN)")
+            raise ValueError(f"{name} has NaN values")
     for name, param in model.named_parameters():
         if not param.isfinite().all():
             raise ValueError(f"{name} has infinite values; the training diverged")
@@ -213,11 +273,11 @@ def _refuse_unusable(model: Method) -> None:
             in_range = (module.quant_min <= zero) & (zero <= module.quant_max)
             ends = scale * (module.quant_max - module.quant_min)
             if not (ends.isfinite() & (scale >= 0) & in_range).all():
-                raise ValueError(f"{name} has no grid of floats that holds 0")
+                raise ValueError(f"{name} has no valid grid: it must be finite and contain 0")
 
 
 def _construct(table: Mapping[str, Any], group: str, options: Mapping[str, Any], *args: Any) -> Any:
-    """Look `options["name"]` up in a table and call it with the other options."""
+    """Look up `options["name"]` in a table, and call the entry with the other options."""
     rest = dict(options)
     name = rest.pop("name")
     if name not in table:

@@ -1,4 +1,4 @@
-"""The schema of recipes: keys, and the kind and range of each value, mostly of settings.options."""
+"""The schema of recipes: their keys, and the type and range of each value."""
 
 from collections.abc import Mapping
 
@@ -22,9 +22,20 @@ Schema = Mapping[str, "Rule | Schema"]
 
 
 def check_recipe(recipe: object) -> None:
-    """ValueError, in one line, for a recipe that is not exactly what `RECIPE` describes.
+    """Check a recipe against the schema `RECIPE`.
 
-    Names are looked up in their tables later; here they are only kept from being paths.
+    The check refuses names that are paths. It does not look names up in their tables.
+
+    Args:
+        recipe: The recipe, which may come from an untrusted file.
+
+    Raises:
+        ValueError: A key is unknown or missing, or a value has a wrong type or range.
+
+    Example:
+        >>> check_recipe({"version": 2})
+        Traceback (most recent call last):
+        ValueError: recipe: has no stage
     """
     _check("recipe", recipe, RECIPE)
     assert isinstance(recipe, dict)
@@ -46,8 +57,8 @@ def _check(where: str, value: object, rule: Rule | Schema) -> None:
     for key in value:
         if key not in rule and not (is_open and is_option(key)):
             raise ValueError(
-                f"{where}: no key {short(key)} is known there; bqnn/settings/options.py has "
-                "those that are"
+                f"{where}: no key {short(key)} is known; bqnn/settings/options.py lists the known "
+                "keys"
             )
     for key in REQUIRED[where]:
         if key not in value:
@@ -75,14 +86,14 @@ RECIPE: Schema = {
     "net": {"name": name(), **NET},
     "task": {"dataset": name(), **TASK},
     "facts": FACTS,
-    "quant": Rule("a dictionary", lambda value: type(value) is dict),  # that QuantSpec checks
+    "quant": Rule("a dictionary", lambda value: type(value) is dict),  # checked by QuantSpec
 }
 
-# Where other options than these may stand, for methods and networks of your own. What a task says
-# leads to files and addresses, so a new option of a data set needs its line in options.TASK.
+# Groups that accept further options, for your own methods and networks. Tasks are not among them:
+# their options lead to files and addresses, so each one needs an entry in options.TASK.
 OPEN = ("recipe.method", "recipe.method.optimizer", "recipe.net")
 
-# Keys that have to be there, by where they are; options have defaults where they are not.
+# Required keys by group. All other keys have defaults.
 REQUIRED: Mapping[str, tuple[str, ...]] = {
     "recipe": ("version", "stage", "seed", "method", "net", "task", "facts"),
     "recipe.method": ("name", "optimizer"),

@@ -1,4 +1,4 @@
-"""Start a training at the weights in the checkpoint of another run."""
+"""Initialize a training from the checkpoint of another run."""
 
 from bqnn.arguments import ArgumentError, renamed
 from bqnn.checkpoints.file import read_checkpoint
@@ -7,19 +7,20 @@ from bqnn.text import printable
 
 
 def start_from(model: BayesByBackprop, path: str) -> None:
-    """Start Bayes-by-backprop at a pointwise run of the same network.
+    """Initialize Bayes-by-backprop from a pointwise run of the same network.
 
     Args:
-        model: The model, before a Trainer sees it: callbacks may change its network.
+        model: The model. Call this before a Trainer gets it, because callbacks may change its
+            network.
         path: The checkpoint of the pointwise run.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no checkpoint, not of a pointwise run, or of another network.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not a checkpoint, not from a pointwise run, or of another network.
     """
     checkpoint, where = read_checkpoint(path), f"init_from={printable(path)}"
     method = checkpoint["recipe"]["method"]["name"]
     if method != "pointwise":
-        raise ArgumentError(f"{where}: this is a {method} run, give a pointwise one", "init_from")
+        raise ArgumentError(f"{where}: this is a {method} run; give a pointwise run", "init_from")
     with renamed({"state": where}.__getitem__):
         model.initialize_from(checkpoint["state_dict"])

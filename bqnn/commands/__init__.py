@@ -1,8 +1,8 @@
-"""The verbs of the command line.
+"""The verbs of the command line: train, quantize and evaluate.
 
-Each verb has a module with `run`, which does a job, and `check`, which refuses a configuration
-before there is one. These modules import torch, so `main` imports them only when the command line
-has been checked.
+The module of a verb has `check`, which validates a configuration before the job starts, and `run`,
+which runs the job. These modules import torch, so `main` imports them after a first check of the
+command line.
 """
 
 from importlib import import_module
@@ -13,7 +13,7 @@ from bqnn.jobs.launch import launch
 
 
 def main(verb: str) -> None:
-    """Run a verb with the command line of this process, and exit.
+    """Run a verb with the command line of this process and exit.
 
     Args:
         verb: train, quantize or evaluate.

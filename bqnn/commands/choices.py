@@ -1,6 +1,6 @@
-"""Whether a configuration names classes that there are, with options that they take.
+"""Check that the names in a configuration exist, and that their classes accept the options.
 
-Looked at before a job starts, so that a mistyped name or option leaves nothing behind.
+The check runs before a job starts, so a mistyped name or option leaves no files behind.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ from bqnn.settings.conf import leaves
 from bqnn.settings.suggest import did_you_mean
 from bqnn.text import short
 
-# Arguments that the program gives, and no configuration.
+# Arguments that the program passes, so that no configuration may have them.
 GIVEN = {
     "method": ("net", "likelihood", "num_train", "seed"),
     "net": ("input_shape", "heads"),
@@ -29,10 +29,14 @@ GIVEN = {
 
 
 def check_training(config: Mapping[str, Any]) -> None:
-    """Check all that `train.py` builds from its configuration.
+    """Check everything that `train.py` builds from its configuration.
+
+    Args:
+        config: The resolved configuration.
 
     Raises:
-        ValueError: In one line, with the key and what is probably meant.
+        ValueError: A name or an option is unknown, missing or invalid. The message has a suggestion
+            if a valid name is similar.
     """
     more = ("name", *start_keys(str(config["method"].get("name"))))
     _check_group("method", "name", config["method"], METHODS, more)
@@ -49,7 +53,11 @@ def check_training(config: Mapping[str, Any]) -> None:
 
 
 def check_optimizer(key: str, options: Mapping[str, Any]) -> None:
-    """Check the name and the options of an optimizer, which stand under this key."""
+    """Check the name and the options of the optimizer at a key of the configuration.
+
+    Raises:
+        ValueError: The name or an option is unknown.
+    """
     _check_group(key, "name", options, OPTIMIZERS, more=("name",))
 
 
@@ -75,18 +83,18 @@ def _check_group(
             hint = did_you_mean(f"{group}.{key}", names)
             raise ValueError(f"{group}.{key}: {group}={name} has no such option{hint}")
     for key in _required(table[name]) - set(GIVEN[group.rpartition(".")[2]]) - set(options):
-        raise ValueError(f"{group}.{key} is missing: {group}={name} needs it")
+        raise ValueError(f"{group}.{key} is missing: {group}={name} requires it")
 
 
 def _required(called: Callable[..., Any]) -> set[str]:
-    """The names of the arguments without which a function cannot be called."""
+    """Return the names of the required arguments of a function."""
     parameters = signature(called).parameters.values()
     kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     return {p.name for p in parameters if p.default is p.empty and p.kind in kinds}
 
 
 def _keywords(called: Callable[..., Any]) -> set[str]:
-    """The names of the arguments that a function takes; of a class, those of its bases as well."""
+    """Return the names of all arguments of a function, or of a class and its bases."""
     takers = [called] if not isinstance(called, type) else called.__mro__
     names: set[str] = set()
     for taker in takers:

@@ -1,4 +1,4 @@
-"""What `python evaluate.py` does: evaluate trained networks on a suite of sets."""
+"""The verb of `python evaluate.py`: evaluate trained networks on a suite of sets."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,12 +33,16 @@ FILES = ("metrics.json", "predictions.npz", "uncertainty.npz", "risk_coverage.cs
 
 
 def check(config: dict[str, Any], is_sweep: bool) -> None:
-    """Refuse several devices, and a GPU that does not exist."""
+    """Refuse several devices, and a GPU that does not exist.
+
+    Raises:
+        ValueError: The devices are refused.
+    """
     refuse_devices(config["trainer"], may_be_several=False)
 
 
 def run(job: Job) -> None:
-    """Evaluate the network at the path, or each that the pattern stands for."""
+    """Evaluate the checkpoint of a path, or all checkpoints of a pattern."""
     configs, numeric = [], job.config["numeric"]
     stage = None if numeric is None else "quantized"
     for path, recipe in find_checkpoints(job.config["checkpoint"], stage).items():
@@ -50,7 +54,7 @@ def run(job: Job) -> None:
 
 
 def evaluate(job: Job) -> None:
-    """Evaluate one network, and write its results."""
+    """Evaluate one network and write its results."""
     leave_as_found(job)
     model = load_model(job)
     num_samples = model.check_samples(job.config["num_samples"])
@@ -71,7 +75,7 @@ def evaluate(job: Job) -> None:
 
 
 def load_model(job: Job) -> Method:
-    """Load the network in the numeric that is asked for, on the accelerator that can run it."""
+    """Load the network in the configured numeric. int8 runs on the CPU only."""
     accelerator, numeric = prepare_torch(job), job.config["numeric"]
     allow_saturation = job.config["allow_saturation"]
     model = load(job.config["checkpoint"], numeric, allow_saturation=allow_saturation)
@@ -86,7 +90,7 @@ def write_results(
     findings: Findings,
     metrics: Mapping[str, float],
 ) -> list[str | Path]:
-    """Write and log metrics, predictions and figures: the files that the job has promised."""
+    """Write and log metrics, predictions and figures, and return the expected files."""
     test = findings.predictions["test"]
     write_metrics(job.folder, metrics)
     write_predictions(job.folder, test)
@@ -94,10 +98,10 @@ def write_results(
     write_curves(job.folder, findings)
     log_final(loggers, metrics)
     log_uncertain(loggers, data, test)
-    promised: list[str | Path] = [*FILES]
+    expected: list[str | Path] = [*FILES]
     if job.config["plots"]:
         figures = draw_results(job.folder, model, data, test)
         figures += draw_suite(job.folder, findings)
         log_pictures(loggers, figures)
-        promised += figures
-    return promised
+        expected += figures
+    return expected

@@ -1,4 +1,4 @@
-"""Predictions of a job, with progress on the terminal or in the log."""
+"""Predict the sets of a job, with progress on the terminal or in the log."""
 
 from collections.abc import Callable, Mapping
 
@@ -19,14 +19,14 @@ def predict(
     normalize: Callable[[Tensor], Tensor],
     num_samples: int,
 ) -> dict[str, Prediction]:
-    """Predict sets of rows, and show which set and which draw that is at.
+    """Predict sets of rows, and show the progress over sets and draws.
 
     Args:
-        job: Its `trainer.progress_bar` says whether progress is shown.
-        numeric: What the model is: float, unquantized, simulated or int8.
-        model: The network, in evaluation mode.
+        job: The job. Its `trainer.progress_bar` turns the progress on.
+        numeric: The numeric of the model: float, unquantized, simulated or int8.
+        model: The model, in evaluation mode.
         sets: The sets by name.
-        normalize: Makes what the network reads of raw inputs.
+        normalize: Converts raw inputs to inputs of the network.
         num_samples: The number of draws.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What `python quantize.py` does: quantize trained networks, and compare them with float."""
+"""The verb of `python quantize.py`: quantize trained networks and compare them with float."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -51,13 +51,17 @@ FILES = ("checkpoint.ckpt", "metrics.json", "predictions.npz", "quantization.csv
 
 
 def check(config: dict[str, Any], is_sweep: bool) -> None:
-    """Refuse several devices, and an optimizer that does not exist."""
+    """Refuse several devices, and an optimizer that does not exist.
+
+    Raises:
+        ValueError: The devices, the optimizer or its options are refused.
+    """
     refuse_devices(config["trainer"], may_be_several=False)
     check_optimizer("quant.fine_tuning.optimizer", config["quant"]["fine_tuning"]["optimizer"])
 
 
 def run(job: Job) -> None:
-    """Quantize the network at the path, or each that the pattern stands for."""
+    """Quantize the checkpoint of a path, or all checkpoints of a pattern."""
     configs = []
     found = find_checkpoints(job.config["checkpoint"], "float", job.config["select"])
     for path, recipe in found.items():
@@ -66,7 +70,7 @@ def run(job: Job) -> None:
 
 
 def quantize(job: Job) -> None:
-    """Quantize one network, and write its results."""
+    """Quantize one network and write its results."""
     leave_as_found(job)
     model = load(job.config["checkpoint"])
     data = make_data(job.config)
@@ -97,7 +101,11 @@ def quantize(job: Job) -> None:
 def fine_tune(
     job: Job, loggers: list[Logger], timer: EpochTimer, model: Method, data: TensorData
 ) -> Method:
-    """Train the network further with fake quantization: the quantized model before that."""
+    """Fine-tune the network with fake quantization.
+
+    Returns:
+        The quantized model before the fine-tuning.
+    """
     options = job.config["quant"]
     callbacks = [timer, *quantization_callbacks(options)]
     trainer = make_trainer(job, loggers, callbacks, validate=data.val is not None)
@@ -107,14 +115,14 @@ def fine_tune(
     with prefixed("quant"):
         quantize_module(start, QuantSpec.from_config(options))
     data.order = Stream.FINE_TUNING_ORDER
-    if tuning["seed"] is not None:  # of batches and noise; validation rows stay what they were
+    if tuning["seed"] is not None:  # for batches and noise; validation rows are unchanged
         model.seed = data.seed = tuning["seed"]
     fit(job, trainer, model, data)
     return start
 
 
 def calibrate(job: Job, loggers: list[Logger], model: Method, data: TensorData) -> Method:
-    """Quantize the network with ranges from some batches, without training: the same model."""
+    """Quantize the network by calibration on a few batches, without training, and return it."""
     options = job.config["quant"]
     trainer = make_trainer(job, loggers, [], validate=data.val is not None)
     batches = options["fine_tuning"]["calibration_batches"]
@@ -133,19 +141,19 @@ def write_results(
     test: Prediction,
     metrics: Mapping[str, float],
 ) -> list[str | Path]:
-    """Write and log metrics, predictions, layers and figures: the files that the job promised."""
+    """Write and log metrics, predictions, layers and figures, and return the expected files."""
     write_metrics(job.folder, metrics)
     write_predictions(job.folder, test)
     layers, size = write_layers(job.folder, start, models["simulated"], models["int8"], data)
     log_final(loggers, {**metrics, **{f"size/{name}": count for name, count in size.items()}})
     log_layers(loggers, layers)
     log_uncertain(loggers, data, test)
-    promised: list[str | Path] = [*FILES]
+    expected: list[str | Path] = [*FILES]
     if job.config["quant"]["mode"] == "qat" and job.config["trainer"]["save_best"]:
-        promised.append("best.ckpt")
+        expected.append("best.ckpt")
     if job.config["plots"]:
         figures = draw_results(job.folder, models["int8"], data, test)
         figures += draw_weights(job.folder, models["simulated"])
         log_pictures(loggers, figures)
-        promised += figures
-    return promised
+        expected += figures
+    return expected

@@ -1,4 +1,4 @@
-"""What `python train.py` does: train a network, and evaluate it on the test and validation rows."""
+"""The verb of `python train.py`: train a network, and evaluate it on validation and test rows."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,13 +36,17 @@ FILES = ("checkpoint.ckpt", "metrics.csv", "metrics.json", "predictions.npz")
 
 
 def check(config: dict[str, Any], is_sweep: bool) -> None:
-    """Refuse a configuration that no training could be built from."""
+    """Refuse a configuration from which no training can be built.
+
+    Raises:
+        ValueError: A name, an option or a device is refused.
+    """
     check_training(config)
     refuse_devices(config["trainer"], may_be_several=not is_sweep)
 
 
 def run(job: Job) -> None:
-    """Train the network of the job's configuration, and write its results."""
+    """Train the network of a job and write its results."""
     leave_as_found(job)
     data = make_data(job.config)
     model = build(make_recipe(job.config, data.facts()))
@@ -68,14 +72,14 @@ def run(job: Job) -> None:
 
 
 def is_quantized(job: Job) -> bool:
-    """Whether the network is trained with fake quantization, so that test/ is simulated."""
+    """Whether the network is trained with fake quantization. Its test/ metrics are simulated."""
     return bool(job.config["quant"]["name"] != "none")
 
 
 def predict_splits(
     job: Job, trainer: pl.Trainer, model: Method, data: TensorData, num_samples: int
 ) -> dict[str, Prediction]:
-    """Predict the validation rows, where there are any, and the test rows."""
+    """Predict the test rows, and the validation rows if there are any."""
     sets = split_sets(data, ["val", "test"])
     numeric = "simulated" if is_quantized(job) else "float"
     with trained_conditions(trainer, model):
@@ -83,7 +87,7 @@ def predict_splits(
 
 
 def score_int8(job: Job, data: TensorData, num_samples: int) -> dict[str, float]:
-    """Score the network in integers on the test rows."""
+    """Compute the test metrics of the network in int8."""
     integer, sets = load(job.folder / "checkpoint.ckpt", "int8"), split_sets(data, ["test"])
     metrics = score_sets(predict(job, "int8", integer, sets, data.normalize, num_samples))
     return {f"int8/{name}": value for name, value in metrics.items()}
@@ -97,16 +101,16 @@ def write_results(
     test: Prediction,
     metrics: Mapping[str, float],
 ) -> list[str | Path]:
-    """Write and log metrics, predictions and figures: the files that the job has promised."""
+    """Write and log metrics, predictions and figures, and return the expected files."""
     write_metrics(job.folder, metrics)
     write_predictions(job.folder, test)
     log_final(loggers, metrics)
     log_uncertain(loggers, data, test)
-    promised: list[str | Path] = [*FILES]
+    expected: list[str | Path] = [*FILES]
     if job.config["trainer"]["save_best"]:
-        promised.append("best.ckpt")
+        expected.append("best.ckpt")
     if job.config["plots"]:
         figures = draw_results(job.folder, model, data, test)
         log_pictures(loggers, figures)
-        promised += figures
-    return promised
+        expected += figures
+    return expected

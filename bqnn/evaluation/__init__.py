@@ -1,1 +1,1 @@
-"""How a model is judged, and the files and tables that say so."""
+"""Evaluate models, and write the results to files, figures and tables."""

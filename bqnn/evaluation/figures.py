@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 def draw_results(
     folder: Path, model: Method, data: TensorData, prediction: Prediction
 ) -> list[Path]:
-    """Draw learning curves, if there was a training, and how well calibrated a prediction is.
+    """Draw the learning curves of a training, and the calibration of a prediction.
 
     Args:
-        folder: The job's folder, where metrics.csv has the curves.
-        model: The network, which synthetic data is predicted with anew.
+        folder: The folder of the job. The curves are in its metrics.csv, if there is one.
+        model: The model, which is used to predict a grid of inputs of synthetic data.
         data: The data set.
         prediction: The prediction of the test rows.
 
@@ -55,11 +55,11 @@ def draw_results(
 
 
 def draw_weights(folder: Path, simulated: Method) -> list[Path]:
-    """Draw a histogram of each layer's weights, and the integers that they become.
+    """Draw a histogram of the weights of each layer and of their integers.
 
     Args:
-        folder: The job's folder.
-        simulated: The model with fake quantization. Of an ensemble one member is drawn.
+        folder: The folder of the job.
+        simulated: The model with fake quantization. For an ensemble, one member is drawn.
 
     Returns:
         The path of weights.png.
@@ -76,18 +76,18 @@ def draw_weights(folder: Path, simulated: Method) -> list[Path]:
 
 
 def draw_suite(folder: Path, findings: Findings) -> list[Path]:
-    """Draw risk against coverage, and shift, ood and convergence where the suite has them.
+    """Draw risk against coverage, and shift, ood and convergence if the suite has them.
 
     Args:
-        folder: The job's folder.
-        findings: What the predictions of the suite say.
+        folder: The folder of the job.
+        findings: The findings of the suite.
 
     Returns:
         The paths of the figures.
     """
     predictions, steps = findings.predictions, findings.steps
     is_regression = isinstance(predictions["test"].likelihood, Regression)
-    risk = "mean squared error of the kept" if is_regression else "error of the kept"
+    risk = "mean squared error of kept rows" if is_regression else "error of kept rows"
     figures = {"risk_coverage": plots.risk_coverage(findings.risk, risk)}
     if distortions_in(predictions):
         figures["shift"] = _shift(findings)
@@ -103,7 +103,7 @@ def draw_suite(folder: Path, findings: Findings) -> list[Path]:
 
 
 def _shift(findings: Findings) -> "Figure":
-    """Every metric against the level of each distortion."""
+    """Draw every metric against the level of each distortion."""
     metrics = findings.metrics
     shifted = {name: level_rows(metrics, name) for name in distortions_in(findings.predictions)}
     names = [key.removeprefix("test/") for key in metrics if key.startswith("test/")]
@@ -115,14 +115,14 @@ def _shift(findings: Findings) -> "Figure":
 
 
 def _score_histograms(predictions: Mapping[str, Prediction]) -> "Figure":
-    """The usual score of doubt, of the test set and of other data."""
+    """Draw the main uncertainty score on the test set and on out-of-distribution sets."""
     groups = {}
     for name, each in predictions.items():
         if name == "test" or name.startswith("ood/"):
             scores = each.likelihood.scores(each.summary)
-            usual = next(iter(scores))
-            groups[name] = scores[usual]
-    return plots.score_histograms(groups, usual)
+            main = next(iter(scores))
+            groups[name] = scores[main]
+    return plots.score_histograms(groups, main)
 
 
 def _synthetic_fit(model: Method, data: SyntheticData) -> "Figure":
@@ -138,7 +138,7 @@ def _synthetic_fit(model: Method, data: SyntheticData) -> "Figure":
 
 
 def _has_rows(path: Path) -> bool:
-    """Whether a CSV file exists and has more lines than its head."""
+    """Whether a CSV file exists and has rows below its header."""
     if not path.exists():
         return False
     with path.open() as file:

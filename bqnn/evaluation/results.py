@@ -1,4 +1,4 @@
-"""Files of results in a job's folder: metrics, predictions, curves and layers."""
+"""Write the results of a job: metrics, predictions, curves and layers."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -26,12 +26,12 @@ from bqnn.quant.summary import (
 MAX_PREDICTION_BYTES = 32 * 2**20
 _WHY_MISSING = {
     "best.ckpt": "no epoch was validated while it trained; lower trainer.check_val_every_n_epoch, "
-    "or leave trainer.save_best out",
+    "or omit trainer.save_best",
 }
 
 
 def write_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
-    """Write metrics.json: a flat object of the finite metrics; `require_results` names others."""
+    """Write the finite metrics to metrics.json. `require_results` reports the others."""
     finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
     write_json(folder / "metrics.json", finite)
 
@@ -39,35 +39,41 @@ def write_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
 def require_results(
     folder: Path, metrics: Mapping[str, float], files: Iterable[str | Path]
 ) -> None:
-    """Check that a job has written what it promised. It is the last step of a job.
+    """Check that the results of a job are complete and finite. This is the last step of a job.
 
     Args:
-        folder: The job's folder.
-        metrics: All metrics of the job, which have to be finite.
-        files: Names or paths of the files that the job was to write into the folder.
+        folder: The folder of the job.
+        metrics: All metrics of the job.
+        files: Names or paths of the files that the folder must have.
 
     Raises:
-        FileNotFoundError: A file is missing, as best.ckpt is where no epoch was validated.
-        ValueError: A metric is infinite or NaN. metrics.json has the others.
+        FileNotFoundError: A file is missing. best.ckpt is if no epoch was validated.
+        ValueError: A metric is infinite or NaN.
+
+    Example:
+        >>> nll = float("nan")
+        >>> require_results(Path("."), {"test/nll": nll}, [])  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: test/nll is nan: a row is so far from ...
     """
     for file in map(Path, files):
         if not (folder / file).exists():
-            why = _WHY_MISSING.get(file.name, "something else has removed it")
+            why = _WHY_MISSING.get(file.name, "another process deleted it; run the job again")
             raise FileNotFoundError(f"{file.name} is missing: {why}; other results are in {folder}")
     spoilt = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
     if spoilt:
         raise ValueError(
-            f"{', '.join(spoilt)}: a row lies so far from the training rows that its error or its "
-            "predicted variance leaves the range of float64; look at that row. metrics.json has "
+            f"{', '.join(spoilt)}: a row is so far from the training rows that its error or its "
+            "predicted variance leaves the range of float64; inspect that row. metrics.json has "
             "all other metrics"
         )
 
 
 def write_predictions(folder: Path, prediction: Prediction) -> None:
-    """Write predictions.npz: `targets` [N] and `samples` [S, N, ...], as the network gives them.
+    """Write predictions.npz: `targets` [N] and `samples` [S, N, ...], the outputs of the network.
 
-    Where the samples take more than 32 MiB, `mean` [N, ...] replaces them: the mean of the class
-    probabilities, or of the predicted mean and log variance.
+    If the samples take more than 32 MiB, `mean` [N, ...] replaces them: the mean over the draws of
+    the class probabilities, or of the predicted mean and log variance.
     """
     samples, targets = prediction.samples.float(), prediction.targets
     assert targets is not None
@@ -75,17 +81,17 @@ def write_predictions(folder: Path, prediction: Prediction) -> None:
         arrays = {"samples": samples.numpy()}
     else:
         is_logits = not targets.is_floating_point()
-        values = samples.softmax(-1) if is_logits else samples.double()  # their sum may overflow
+        values = samples.softmax(-1) if is_logits else samples.double()  # float32 may overflow
         arrays = {"mean": values.mean(0).float().numpy()}
     _write_arrays(folder / "predictions.npz", {"targets": targets.numpy(), **arrays})
 
 
 def write_uncertainty(folder: Path, predictions: Mapping[str, Prediction]) -> None:
-    """Write uncertainty.npz: what is predicted for each row of each set, and how sure it is.
+    """Write uncertainty.npz: the prediction and the uncertainty of each row of each set.
 
-    For each set, `<set>/targets` where it has any, and everything in `Likelihood.summary`: class
-    probabilities (float32), entropy and its parts, or a mean and its standard deviations
-    (float64, whose range original units may need).
+    For each set, the file has `<set>/targets` if there are targets, and all of
+    `Likelihood.summary`: class probabilities (float32), entropy and its parts, or a mean and its
+    standard deviations (float64, because original units can exceed the range of float32).
     """
     arrays = {}
     for name, each in predictions.items():
@@ -111,7 +117,7 @@ def write_curves(folder: Path, findings: Findings) -> None:
 
 
 def level_rows(metrics: Mapping[str, float], distortion: str) -> list[dict[str, float]]:
-    """List every metric of the test images (level 0), and of each level of a distortion.
+    """List the metrics at each level of a distortion. Level 0 is the test set.
 
     Args:
         metrics: Metrics under keys such as test/nll and shift/rotation_1/nll.
@@ -132,19 +138,19 @@ def level_rows(metrics: Mapping[str, float], distortion: str) -> list[dict[str, 
 def write_layers(
     folder: Path, start: Method, simulated: Method, integer: Method, data: TensorData
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Write quantization.csv, a row per quantized tensor, and size.json, bytes of parameters.
+    """Write quantization.csv (a row per quantized tensor) and size.json (bytes of parameters).
 
-    A warning is logged where int8 differs from the simulation on the first test rows.
+    Logs a warning if int8 differs from the simulation on the first test rows.
 
     Args:
-        folder: The job's folder.
-        start: The quantized model before any fine-tuning.
+        folder: The folder of the job.
+        start: The quantized model before fine-tuning.
         simulated: The model with fake quantization.
         integer: The model that runs in integers.
-        data: The data set that the models are compared on.
+        data: The data set on which the models are compared.
 
     Returns:
-        What the two files hold.
+        The content of the two files.
     """
     x = channels_last(data.normalize(data.test.inputs[:256]))
     found: dict[str, Disagreement] = {}

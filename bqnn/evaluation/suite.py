@@ -1,7 +1,7 @@
-"""Evaluation suites: the sets that a network is evaluated on, and what its predictions say there.
+"""Evaluation suites: the sets on which a network is evaluated, and the metrics of its predictions.
 
-Sets have names: train, val, test; ood/fashion_mnist and the like; shift/rotation_1 to
-shift/rotation_5 and the like. Those names are the first part of every metric's key.
+Sets are named train, val and test, ood/<data set> such as ood/fashion_mnist, and
+shift/<distortion>_<level> such as shift/rotation_1. The name of the set starts the key of a metric.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +25,12 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True, eq=False)
 class EvaluationSet:
-    """Inputs [N, ...] as raw as those of a data set, and their targets [N] where there are any."""
+    """A set of rows.
+
+    Attributes:
+        inputs: Raw inputs [N, ...], before `TensorData.normalize`.
+        targets: Targets [N], or None if there are none.
+    """
 
     inputs: Tensor
     targets: Tensor | None
@@ -33,14 +38,14 @@ class EvaluationSet:
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """What the predictions of a suite say.
+    """The results of a suite.
 
     Attributes:
         predictions: The prediction of each set.
-        metrics: Every metric of every set, under keys such as test/nll.
-        risk: The risk of the test set at coverage 1/N, 2/N, ..., 1, for each score that orders its
-            rows.
-        steps: The test metrics after 1, 2, ... draws, or nothing.
+        metrics: Every metric of every set, with keys such as test/nll.
+        risk: The risk [N] of the test set at coverage 1/N, 2/N, ..., 1, for each score that ranks
+            its rows.
+        steps: The test metrics after 1, 2, ... draws; empty if they were not requested.
     """
 
     predictions: dict[str, Prediction]
@@ -50,7 +55,7 @@ class Findings:
 
 
 def split_sets(data: TensorData, names: Iterable[str]) -> dict[str, EvaluationSet]:
-    """Return the named splits of a data set; val is left out where no rows validate."""
+    """Return the named splits of a data set, without val if it has no validation rows."""
     rows = {"train": data.train, "val": data.val, "test": data.test}
     return {
         name: EvaluationSet(split.inputs, split.targets)
@@ -60,12 +65,10 @@ def split_sets(data: TensorData, names: Iterable[str]) -> dict[str, EvaluationSe
 
 
 def make_sets(data: TensorData, suite: Mapping[str, Any]) -> dict[str, EvaluationSet]:
-    """Make the sets that a suite asks for.
-
-    Tables have no distortions.
+    """Make the sets of a suite. Distortions are ignored for tables.
 
     Args:
-        data: The data set, read.
+        data: The data set, after `setup`.
         suite: The group `suite` of the configuration: `splits`, `ood` and `distortions`.
 
     Returns:
@@ -77,15 +80,17 @@ def make_sets(data: TensorData, suite: Mapping[str, Any]) -> dict[str, Evaluatio
     unknown = set(suite["splits"]) - set(SPLITS)
     if unknown or "test" not in suite["splits"]:
         raise ValueError(
-            f"suite.splits={list(suite['splits'])}: choose of train, val and test, and keep test, "
-            "which all else is compared with"
+            f"suite.splits={list(suite['splits'])}: choose among train, val and test, and include "
+            "test, with which all other sets are compared"
         )
     sets = split_sets(data, suite["splits"])
     for name, (inputs, targets) in unfamiliar_sets(data, suite["ood"]).items():
         sets[f"ood/{name}"] = EvaluationSet(inputs, targets)
     for name in suite["distortions"]:
         if name not in DISTORTIONS:
-            raise ValueError(f"suite.distortions: no {name!r}; choose of {', '.join(DISTORTIONS)}")
+            raise ValueError(
+                f"suite.distortions: no {name!r}; choose among {', '.join(DISTORTIONS)}"
+            )
         if isinstance(data, ImageData):
             for level in LEVELS:
                 images = distort(data.test.inputs, DISTORTIONS[name], level, data.white)
@@ -100,14 +105,14 @@ def predict_sets(
     num_samples: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Prediction]:
-    """Predict sets of rows from one set of draws.
+    """Predict several sets with the same draws.
 
     Args:
-        model: The network, in evaluation mode. It predicts on its own device.
+        model: The model, in evaluation mode. It predicts on its own device.
         sets: The sets by name.
-        normalize: Makes what the network reads of raw inputs, as `TensorData.normalize` does.
-        num_samples: The number of draws S; None for the method's own number.
-        progress: Called with the index of a set and of the draw that was made for it.
+        normalize: Converts raw inputs to inputs of the network, as `TensorData.normalize` does.
+        num_samples: The number of draws S; None for the default of the method.
+        progress: Called with the index of a set and of a draw after each prediction.
 
     Returns:
         The predictions by name, on the CPU.
@@ -121,9 +126,9 @@ def predict_sets(
 
 
 def score_sets(predictions: Mapping[str, Prediction]) -> dict[str, float]:
-    """Compute every metric of predictions with targets, under keys such as test/nll.
+    """Compute all metrics of predictions with targets, with keys such as test/nll.
 
-    Metrics that are not finite are given as they are, for `require_results` to name them.
+    Metrics that are not finite are returned unchanged, and `require_results` reports them.
     """
     return {
         f"{name}/{metric}": value
@@ -133,14 +138,14 @@ def score_sets(predictions: Mapping[str, Prediction]) -> dict[str, float]:
 
 
 def judge(predictions: dict[str, Prediction], convergence: bool = False) -> Findings:
-    """Score the predictions of a suite.
+    """Compute the metrics of a suite.
 
-    Of a distortion's five levels there is the mean, too, as shift/rotation_mean. Metrics that are
-    not finite are given as they are.
+    The mean over the five levels of a distortion has keys such as shift/rotation_mean/nll. Metrics
+    that are not finite are returned unchanged.
 
     Args:
-        predictions: The prediction of each set; test is among them.
-        convergence: Whether the test metrics after 1, 2, ... draws are computed, too.
+        predictions: The prediction of each set, including test.
+        convergence: Whether to compute the test metrics after 1, 2, ... draws.
     """
     test = predictions["test"]
     assert test.targets is not None
@@ -167,7 +172,7 @@ def distortions_in(names: Mapping[str, Any]) -> list[str]:
 
 
 def _risk(each: Prediction) -> dict[str, AURC]:
-    """The risk of a set with targets, for each score that orders its rows."""
+    """Compute the risk of a set with targets, for each score that ranks its rows."""
     assert each.targets is not None
     losses = each.likelihood.losses(each.summary, each.targets)
     areas = {}
@@ -178,7 +183,7 @@ def _risk(each: Prediction) -> dict[str, AURC]:
 
 
 def _detection(familiar: Prediction, unfamiliar: Prediction) -> dict[str, float]:
-    """How well each score tells the rows of a set from those of the test set."""
+    """Measure how well each score separates a set from the test set."""
     found = {}
     known = familiar.likelihood.scores(familiar.summary)
     for name, scores in unfamiliar.likelihood.scores(unfamiliar.summary).items():

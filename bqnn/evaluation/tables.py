@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-STAGES = ("float", "unquantized", "simulated", "int8")  # of a network that is quantized
+STAGES = ("float", "unquantized", "simulated", "int8")  # the numerics of a quantized network
 _COMPARED = ("error", "nll", "ape", "mi", "ece", "rmse")
 _OF_SETS = (*_COMPARED, "std", "epistemic_std", "auroc_entropy", "auroc_mi", "auroc_std")
 
@@ -11,8 +11,8 @@ def split_table(metrics: Mapping[str, float], splits: Sequence[str]) -> str:
     """Format the metrics of each split side by side.
 
     Args:
-        metrics: Metrics under keys such as test/nll.
-        splits: What stands before the name of a metric, such as val, test and int8/test.
+        metrics: Metrics with keys such as test/nll.
+        splits: The prefixes of the keys, such as val, test and int8/test.
 
     Example:
         >>> print(split_table({"val/nll": 0.5, "test/nll": 0.25}, ["val", "test"]))
@@ -25,11 +25,13 @@ def split_table(metrics: Mapping[str, float], splits: Sequence[str]) -> str:
 
 
 def comparison_table(metrics: Mapping[str, float]) -> str:
-    """Format the metrics of float, unquantized, simulated and int8 side by side, and differences.
+    """Format the metrics of float, unquantized, simulated and int8 side by side.
+
+    The column `fine-tuning` is the difference unquantized - float, and `quantization` is int8 -
+    unquantized.
 
     Args:
-        metrics: Metrics under keys such as int8/test/nll. `fine-tuning` is what changed from float
-            to unquantized, `quantization` from unquantized to int8.
+        metrics: Metrics with keys such as int8/test/nll.
     """
     names = [n for n in _COMPARED if f"float/test/{n}" in metrics]
     head = (*STAGES, "fine-tuning", "quantization")
@@ -46,10 +48,10 @@ def comparison_table(metrics: Mapping[str, float]) -> str:
 
 
 def suite_table(metrics: Mapping[str, float]) -> str:
-    """Format the main metrics of a suite, a line per set; of distortions only their means.
+    """Format the main metrics of a suite, with a line per set and the mean of each distortion.
 
     Args:
-        metrics: Metrics under keys such as ood/uniform/ape.
+        metrics: Metrics with keys such as ood/uniform/ape.
     """
     sets = dict.fromkeys(key.rpartition("/")[0] for key in metrics)
     lines = [name for name in sets if not name.startswith("shift/") or name.endswith("_mean")]
@@ -61,7 +63,7 @@ def suite_table(metrics: Mapping[str, float]) -> str:
 def _text_table(
     head: Sequence[str], cells: Mapping[str, Sequence[float | None]], first: int, others: int
 ) -> str:
-    """Format named lines of numbers below a head; `first` and `others` are column widths."""
+    """Format named lines of numbers below a header; `first` and `others` are column widths."""
     lines = [f"{'':<{first}}" + "".join(f"{title:>{others}}" for title in head)]
     for name, numbers in cells.items():
         texts = ("" if x is None else _number(x) for x in numbers)

@@ -1,1 +1,1 @@
-"""What figures look like."""
+"""Matplotlib figures and their style."""

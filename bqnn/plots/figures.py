@@ -1,6 +1,6 @@
-"""Figures of curves, calibration and fits; each function returns a Figure, `save` writes it.
+"""Figures of curves, calibration and fits.
 
-Tensors may lie on any device.
+Each function returns a Matplotlib figure, and `save` writes it. Tensors may be on any device.
 """
 
 import csv
@@ -25,7 +25,7 @@ from bqnn.plots.style import (
     plain_labels,
     style,
 )
-from bqnn.plots.style import save as save  # part of what this module offers
+from bqnn.plots.style import save as save  # public in this module
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,10 +33,14 @@ if TYPE_CHECKING:
 
 
 def curves(csv_path: str | Path) -> "Figure":
-    """Training and validation curves over epochs, one panel for each metric of metrics.csv.
+    """Draw training and validation curves over epochs, one panel for each metric.
 
-    The file has a column `epoch` and columns such as train/nll and val/nll, which share the
-    panel nll. Empty cells are skipped. ValueError: there is nothing to draw.
+    Args:
+        csv_path: A metrics.csv with a column `epoch`, and columns such as train/nll and val/nll,
+            which share the panel nll. Empty cells are skipped.
+
+    Raises:
+        ValueError: The file has nothing to draw.
     """
     with open(csv_path, newline="") as file:
         reader = csv.DictReader(file)
@@ -54,7 +58,17 @@ def curves(csv_path: str | Path) -> "Figure":
 
 
 def panels(lines: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: str) -> "Figure":
-    """A panel for each metric, with a line of points for each label, over whole numbers of `x`."""
+    """Draw one panel for each metric, with one line for each label.
+
+    Args:
+        lines: The points (x, y) of each label of each metric. x is a whole number.
+        x: The label of the x axis.
+
+    Example:
+        >>> figure = panels({"nll": {"train": [(0, 0.5), (1, 0.3)], "val": [(1, 0.4)]}}, "epoch")
+        >>> [axes.get_title() for axes in figure.axes]
+        ['nll']
+    """
     labels = dict.fromkeys(label for of_panel in lines.values() for label in of_panel)
     colors = dict(zip(labels, itertools.cycle(COLORS), strict=False))
     across = 2 if len(lines) == 4 else min(3, len(lines))
@@ -75,7 +89,7 @@ def panels(lines: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: 
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.xaxis.set_tick_params(labelbottom=True)
             axes.set_xlabel(x)
-        for axes in list(grid):  # what the panels left of the last row
+        for axes in list(grid):  # unused places of the last row
             axes.remove()
         if len(drawn) > 1:
             figure.legend(handles=[*drawn.values()], loc="outside upper center", ncols=len(drawn))
@@ -83,7 +97,13 @@ def panels(lines: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: 
 
 
 def reliability_diagram(probabilities: Tensor, targets: Tensor, num_bins: int = 15) -> "Figure":
-    """Accuracy against confidence per bin, the gap between them shaded, and the bins' counts."""
+    """Draw accuracy against confidence per bin, with the gap between them and the counts.
+
+    Args:
+        probabilities: Class probabilities [N, C].
+        targets: Classes [N].
+        num_bins: The number of bins of equal width.
+    """
     confidences, correct = _confidence(probabilities, targets)
     bins = calibration_bins(confidences, correct, num_bins)
     ece = bins.error.item()
@@ -111,7 +131,13 @@ def reliability_diagram(probabilities: Tensor, targets: Tensor, num_bins: int = 
 
 
 def confidence_histogram(probabilities: Tensor, targets: Tensor, num_bins: int = 20) -> "Figure":
-    """How sure the predictions are, in shares of the right ones and of the wrong ones."""
+    """Draw histograms of the confidence of correct and of wrong predictions, as shares of each.
+
+    Args:
+        probabilities: Class probabilities [N, C].
+        targets: Classes [N].
+        num_bins: The number of bins of equal width.
+    """
     confidences, correct = _confidence(probabilities, targets)
     with style():
         figure = new_figure(4.8, 3.2)
@@ -131,7 +157,12 @@ def confidence_histogram(probabilities: Tensor, targets: Tensor, num_bins: int =
 
 
 def risk_coverage(curves: Mapping[str, Tensor], risk: str) -> "Figure":
-    """Mean loss of the rows that are kept against their share, for each score that chooses them."""
+    """Draw the mean loss of the retained rows against their share.
+
+    Args:
+        curves: The risk [N] at coverage 1/N, 2/N, ..., 1, for each score that ranks the rows.
+        risk: The label of the y axis.
+    """
     with style():
         figure = new_figure(4.8, 3.4)
         axes = figure.subplots()
@@ -145,12 +176,18 @@ def risk_coverage(curves: Mapping[str, Tensor], risk: str) -> "Figure":
 
 
 def score_histograms(groups: Mapping[str, Tensor], score: str, num_bins: int = 40) -> "Figure":
-    """How a score of uncertainty is spread in each group, in shares of the group."""
+    """Draw a histogram of an uncertainty score for each group, as shares of the group.
+
+    Args:
+        groups: The scores [N] of each group.
+        score: The name of the score.
+        num_bins: The number of bins of equal width.
+    """
     shown = {name: _array(values) for name, values in groups.items()}
-    finite = [values[values == values] for values in shown.values()]  # _array makes NaN of others
+    finite = [values[values == values] for values in shown.values()]  # not NaN
     low = min((values.min() for values in finite if len(values)), default=0.0)
     high = max((values.max() for values in finite if len(values)), default=1.0)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # too close together for bins
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # too narrow for bins
         margin = max(0.5, abs(high) / 2)
         low, high = low - margin, high + margin
     with style():
@@ -169,9 +206,11 @@ def score_histograms(groups: Mapping[str, Tensor], score: str, num_bins: int = 4
 
 
 def weight_grids(panels: Sequence[tuple[str, Tensor, Tensor]]) -> "Figure":
-    """Weights before rounding, as a density, on top of the share of them at each integer.
+    """Draw the density of weights before rounding, over the share of weights at each integer.
 
-    panels: a title, the weights in units of their grid's step, and their integers.
+    Args:
+        panels: For each panel a title, the weights in units of the step of their grid, and the
+            integers.
     """
     across = min(4, len(panels))
     down = math.ceil(len(panels) / across)
@@ -198,7 +237,13 @@ def weight_grids(panels: Sequence[tuple[str, Tensor, Tensor]]) -> "Figure":
 
 
 def interval_calibration(mean: Tensor, std: Tensor, targets: Tensor) -> "Figure":
-    """Nominal against empirical coverage of the central intervals from 5 to 95 percent."""
+    """Draw the empirical coverage of central intervals against the nominal one, 5 to 95 percent.
+
+    Args:
+        mean: Predicted means [N].
+        std: Predicted standard deviations [N].
+        targets: Targets [N] in the same units.
+    """
     levels = [step / 20 for step in range(1, 20)]
     coverage = _array(interval_coverage(mean, std, targets, levels))
     with style():
@@ -216,7 +261,13 @@ def interval_calibration(mean: Tensor, std: Tensor, targets: Tensor) -> "Figure"
 
 
 def regression_fit(mean: Tensor, std: Tensor, targets: Tensor) -> "Figure":
-    """Prediction against target with 95 percent intervals, for at most 500 rows spread evenly."""
+    """Draw predictions with 95 percent intervals against targets, for at most 500 rows.
+
+    Args:
+        mean: Predicted means [N].
+        std: Predicted standard deviations [N].
+        targets: Targets [N] in the same units.
+    """
     rows = torch.linspace(0, len(targets) - 1, min(500, len(targets))).round().long()
     mean, std, targets = (values.detach().cpu()[rows] for values in (mean, std, targets))
     inside = (targets - mean).abs() <= 1.96 * std
@@ -245,10 +296,17 @@ def synthetic_fit(
     train_x: Tensor,
     train_y: Tensor,
 ) -> "Figure":
-    """A one-dimensional fit above the parts of its uncertainty, both against the truth.
+    """Draw a one-dimensional fit, and below it the parts of its uncertainty, with the truth.
 
-    `summary` is that of `Regression.summary` at the inputs `x`, in increasing order; the truth
-    is given at the same inputs. Bands reach two standard deviations to either side.
+    Bands are plus and minus two standard deviations.
+
+    Args:
+        x: Inputs [N] in increasing order.
+        summary: The `Regression.summary` of the predictions at these inputs.
+        truth_mean: The true mean [N] at these inputs.
+        truth_std: The true standard deviation [N] of the noise at these inputs.
+        train_x: Inputs [M] of the training rows.
+        train_y: Targets [M] of the training rows.
     """
     inputs = _array(x).ravel()
     mean, aleatoric, epistemic, total = (
@@ -290,15 +348,16 @@ def synthetic_fit(
 
 
 def _confidence(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest probability of each row [N], and whether its class is the target [N]."""
+    """Return the largest probability of each row [N], and whether its class is correct [N]."""
     confidences, predictions = probabilities.max(-1)
     return confidences, predictions == targets
 
 
 def _array(values: Tensor) -> "np.ndarray":
-    """Values to draw: what is not finite becomes NaN, which leaves a gap, as in Matplotlib itself.
+    """Convert values to an array that Matplotlib can draw.
 
-    It adds margins and differences, so numbers at the end of float64's range are cut to 1e300.
+    Values that are not finite become NaN, which leaves a gap. Other values are clamped to 1e300,
+    because Matplotlib computes margins and differences.
     """
     array = values.detach().double().cpu()
     return torch.where(array.isfinite(), array.clamp(-1e300, 1e300), torch.nan).numpy()

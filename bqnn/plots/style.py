@@ -1,7 +1,8 @@
-"""How figures look and are written: colours, line widths, and files that are whole or not there.
+"""The style of figures, and atomic writes of their files.
 
-Matplotlib is imported when a figure is drawn, without pyplot: no backend, no global state.
-Colours are those of Okabe and Ito, apart for every eye.
+Matplotlib is imported when the first figure is drawn, and without pyplot, which needs a backend and
+global state. The colours are those of Okabe and Ito, which people with colour blindness can
+distinguish.
 """
 
 import io
@@ -20,14 +21,22 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, VERMILION = "#0072B2", "#E69F00", "#D55E00"
 COLORS = (BLUE, VERMILION, "#009E73", ORANGE, "#CC79A7", "#56B4E9")
-LONGEST_LABEL, LONGEST_TICK = 60, 24  # characters of a text, and of one at an axis
+LONGEST_LABEL, LONGEST_TICK = 60, 24  # characters of a label, and of a tick label
 INK, GREY = "#222222", "#8A8A8A"
 
 
 def save(figure: "Figure", path: str | Path) -> Path:
-    """Write the figure in the format of the path's suffix, whole or not at all; returns the path.
+    """Write a figure atomically.
 
-    It is written beside and renamed: if drawing fails, an older file stays as it was.
+    Args:
+        figure: The figure. Long texts in it are shortened.
+        path: The file, whose suffix is the format. Its folder is created if necessary.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: The file cannot be written. An existing file is unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +47,7 @@ def save(figure: "Figure", path: str | Path) -> Path:
 
 
 def save_small(figure: "Figure", path: Path) -> Path:
-    """As `save`, a PNG of at most 256 colours: a third of the size, for pages and repositories."""
+    """Write a figure atomically as a PNG of at most 256 colours, a third of the size of `save`."""
     from PIL import Image
 
     full = io.BytesIO()
@@ -52,8 +61,8 @@ def save_small(figure: "Figure", path: Path) -> Path:
 
 
 def style() -> AbstractContextManager[None]:
-    """A context in which what is drawn gets this look."""
-    # What it remarks on a home without room for its caches concerns no figure.
+    """Return a context that applies the style to everything that is drawn in it."""
+    # Silence Matplotlib's warnings about a home folder that is read-only.
     logger = logging.getLogger("matplotlib")
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.ERROR)
@@ -63,36 +72,39 @@ def style() -> AbstractContextManager[None]:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure; sizes are in inches."""
+    """Create an empty figure. The sizes are in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height))
 
 
 def legend_name(name: str) -> str:
-    """The label of a line that a legend lists; one that begins with an underscore is left out."""
+    """Return a label that legends show. Matplotlib hides labels that start with an underscore."""
     return f" {name}" if name.startswith("_") else name
 
 
 def plain_labels(axis: "Axis", minor: str = "") -> None:
-    """Label a logarithmic axis in plain numbers.
+    """Label a logarithmic axis with plain numbers.
 
-    Matplotlib's own labels are mathematical text, which is off in this style. `minor` is the format
-    of the labels between powers of ten, none by default.
+    The default labels of Matplotlib are mathematical text, which this style disables.
+
+    Args:
+        axis: The axis.
+        minor: The format of labels between powers of ten; empty for no labels.
     """
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(minor)
 
 
 def _spell_out(figure: "Figure") -> None:
-    """Cut long texts of a figure in the middle, and escape characters without a glyph."""
+    """Shorten long texts of a figure in the middle, and escape characters without a glyph."""
     from matplotlib.text import Text
     from matplotlib.ticker import FixedLocator
 
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             if isinstance(axis.get_major_locator(), FixedLocator):
-                ticks = axis.get_ticklabels()  # of what they are made anew whenever it draws
+                ticks = axis.get_ticklabels()  # recreated at each drawing
                 names = [_drawable(tick.get_text(), tick, LONGEST_TICK) for tick in ticks]
                 if names != [tick.get_text() for tick in ticks]:
                     axis.set_ticklabels(names)
@@ -136,7 +148,7 @@ _STYLE: "dict[RcKeyType, Any]" = {
     "lines.linewidth": 1.7,
     "lines.solid_capstyle": "round",
     "text.color": INK,
-    "text.parse_math": False,  # names may hold dollar signs
+    "text.parse_math": False,  # names may contain dollar signs
     "xtick.color": INK,
     "ytick.color": INK,
 }

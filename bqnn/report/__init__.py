@@ -1,1 +1,1 @@
-"""Many runs become tables, pictures and one page: python -m bqnn.report outputs/"""
+"""Tables, figures and one page about many runs: python -m bqnn.report outputs/"""

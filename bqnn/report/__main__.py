@@ -1,4 +1,4 @@
-"""python -m bqnn.report <folders...> [--out FOLDER]: all runs below the folders, in one report."""
+"""python -m bqnn.report <folders...> [--out FOLDER]: report on all runs below the folders."""
 
 import argparse
 import sys
@@ -15,9 +15,16 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> str | None:
-    """Write the report; what to exit with, None or what went wrong in one line."""
+    """Write the report.
+
+    Args:
+        arguments: The command line, without the name of the program.
+
+    Returns:
+        None, or an error message of one line.
+    """
     parser = argparse.ArgumentParser("python -m bqnn.report", description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="with runs in them, at any depth")
+    parser.add_argument("folders", nargs="+", type=Path, help="folders with runs at any depth")
     parser.add_argument("--out", type=Path, default=Path("outputs/report"), help="%(default)s")
     options = parser.parse_args(arguments)
     try:
@@ -26,7 +33,7 @@ def main(arguments: list[str]) -> str | None:
         return str(error)
     if runs.runs.empty and not runs.problems:
         names = printable(" ".join(map(str, options.folders)))
-        return f"{names}: no runs (metrics.json, config.yaml) below"
+        return f"{names}: no runs found (metrics.json, config.yaml); give folders with runs"
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         report = write(runs, options.out)
@@ -34,14 +41,24 @@ def main(arguments: list[str]) -> str | None:
         if error.strerror is None:
             return one_line(str(error))
         out = printable(str(options.out))
-        return f"--out {out}: {one_line(error.strerror)}; choose a folder that can be written to"
+        return f"--out {out}: {one_line(error.strerror)}; choose a folder that is writable"
     print(f"{report.text}\n{options.out / 'index.html'}")
     return None
 
 
 def write(runs: Runs, out: Path) -> "Section":
-    """results.csv, summary.csv, differences.csv, beside_pointwise.csv, plots/, report.md and
-    index.html."""
+    """Write the tables (CSV), the figures (plots/), report.md and index.html into a folder.
+
+    Args:
+        runs: The runs, from `read_runs`.
+        out: An existing folder.
+
+    Returns:
+        The report.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
     from bqnn.report.contents import contents
     from bqnn.report.page import document, page
     from bqnn.report.tables import csv

@@ -1,4 +1,4 @@
-"""What a report says, in which order."""
+"""The sections of a report and their order."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -32,54 +32,62 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-LEFT_OUT = "Nothing that is listed here is in any number below."
+LEFT_OUT = "The numbers below exclude these runs."
 BESIDE = (
     "Means over the n seeds and splits that a method shares with the pointwise network of the same "
-    "bits, whose value is beside each. float: as it was trained; PTQ: calibrated; QAT: fine-tuned; "
-    "both executed in int8."
+    "bits, whose mean is in the column beside. float: as trained; PTQ: calibrated; QAT: "
+    "fine-tuned; both executed in int8."
 )
 MEANS = (
-    "Means over n seeds and splits. float: as it was trained; PTQ: calibrated; QAT: fine-tuned; "
-    "both executed in int8. There is no pointwise network with the same bits to compare with."
+    "Means over n seeds and splits. float: as trained; PTQ: calibrated; QAT: fine-tuned; both "
+    "executed in int8. There is no pointwise network with the same bits to compare with."
 )
 LEVELS = (
-    "Metrics on images that are distorted more and more; level 0 is the test set. Lines: means "
-    "over seeds and splits. Bands: one standard deviation to either side."
+    "Metrics on increasingly distorted images; level 0 is the test set. Lines: means over seeds "
+    "and splits. Bands: plus and minus one standard deviation."
 )
 OOD = (
-    "Can uncertainty tell other data from test data? auroc: 0.5 (dots) is chance, 1 is always; "
-    "the others are means over the rows of a set. Bars: one standard deviation over seeds and "
-    "splits."
+    "Does uncertainty separate out-of-distribution data from test data? auroc: 0.5 (dotted) is "
+    "chance, 1 is perfect. Other metrics: means over the rows of a set. Bars: plus and minus one "
+    "standard deviation over seeds and splits."
 )
 BANDS = (
-    "Lines: means over seeds and splits. Bands: one standard deviation to either side. Dashes: "
-    "the same networks in float."
+    "Lines: means over seeds and splits. Bands: plus and minus one standard deviation. Dashed "
+    "lines: the same networks in float."
 )
 PAIRS = (
-    "a - b, paired by seed and split: mean and standard deviation over n pairs, and two-sided p "
-    "values of the paired t test and of Wilcoxon's signed-rank test. They are not corrected for "
-    "how many there are, and splits of one data set share rows, which makes p values too small. "
-    "differences.csv has every metric and every pair of methods."
+    "Differences a - b, paired by seed and split: mean and standard deviation over n pairs, and "
+    "two-sided p values of the paired t test and of Wilcoxon's signed-rank test. The p values are "
+    "not corrected for multiple tests. They are too small for splits of one data set, which share "
+    "rows. differences.csv has every metric and every pair of methods."
 )
 SUMMARY = (
-    "Over seeds and splits: mean, standard deviation (std, of single runs), standard error (of "
-    "the mean), and how many runs there are (n). summary.csv has every metric."
+    "Over seeds and splits: the mean, the standard deviation of single runs (std), the standard "
+    "error of the mean, and the number of runs (n). summary.csv has every metric."
 )
-LEVEL = r"^shift/.+_[0-9]{1,6}/"  # one of a distortion's; the mean over them has a name of its own
+LEVEL = r"^shift/.+_[0-9]{1,6}/"  # one level of a distortion; their mean ends with _mean instead
 
 
 def contents(runs: Runs, plots: Path) -> "tuple[Section, dict[str, DataFrame]]":
-    """The report, its pictures drawn into a folder, and the tables that become files."""
+    """Create the report of many runs, and draw its figures.
+
+    Args:
+        runs: The runs.
+        plots: The folder for the figures.
+
+    Returns:
+        The report, and the tables of its CSV files by name.
+    """
     import pandas as pd
 
     table, scores = runs.runs, runs.scores
     problems = [*runs.problems, *missing_cells(table)] if len(table) else runs.problems
     files = {"problems": pd.DataFrame(problems, columns=["run", "state", "reason"])}
     counts = Counter(problem.state.lower() for problem in problems)
-    said = [f"{len(table)} runs", *(f"{count} {state}" for state, count in counts.items())]
-    report = Section("bqnn report", 1, f"{', '.join(said)}.")
+    totals = [f"{len(table)} runs", *(f"{count} {state}" for state, count in counts.items())]
+    report = Section("bqnn report", 1, f"{', '.join(totals)}.")
     if problems:
-        title, listed = f"Not among the numbers ({len(problems)})", cells(files["problems"])
+        title, listed = f"Excluded runs ({len(problems)})", cells(files["problems"])
         report.parts.append(Section(title, 2, LEFT_OUT, table=listed, is_warning=True))
     if table.empty:
         return report, files
@@ -117,7 +125,7 @@ def contents(runs: Runs, plots: Path) -> "tuple[Section, dict[str, DataFrame]]":
 
 
 def _beside(table: "DataFrame") -> Section | None:
-    """Each method beside the pointwise one; where there is no pair, their means alone."""
+    """Compare each method with the pointwise network, or list means if there is no pair."""
     if table.empty:
         return None
     pairs = [name for name in table if name.endswith(f", {BASELINE}")]
@@ -128,7 +136,7 @@ def _beside(table: "DataFrame") -> Section | None:
 
 
 def _sweep(sweep: Sweep, colors: Mapping[str, str], plots: Path) -> Section:
-    """The test metrics, a picture each; those of other sets together and folded."""
+    """Draw one figure per test metric, and one folded figure for each other set."""
     axis = sweep.axis.replace("_", " ")
     section = Section(f"Against {axis} ({sweep.title})", 3, BANDS)
 
@@ -146,7 +154,7 @@ def _sweep(sweep: Sweep, colors: Mapping[str, str], plots: Path) -> Section:
 
 
 def _suite(runs: SuiteRuns, colors: Mapping[str, str], plots: Path) -> Section:
-    """What evaluations on distorted images and on other data found."""
+    """Draw the metrics on distorted images and on out-of-distribution data."""
     section = Section(f"Shift and other data ({runs.title})", 3)
 
     def saved(name: str, figure: "Figure") -> Path:
@@ -174,7 +182,7 @@ def _size(task: str, runs: "DataFrame", colors: Mapping[str, str], plots: Path) 
 
 
 def _pairs(differences: "DataFrame") -> Section | None:
-    """Those of the main metrics; of methods, only those that compare with the pointwise one."""
+    """List the differences of main metrics; of methods only those from the pointwise network."""
     if differences.empty:
         return None
     shown = main_metrics(differences)
@@ -185,5 +193,5 @@ def _pairs(differences: "DataFrame") -> Section | None:
 
 
 def _shown(table: "DataFrame") -> "DataFrame":
-    """As texts; a column of settings that are all empty goes, as any empty column does."""
+    """Format a table as strings, without columns that are empty, the settings included."""
     return cells(table.replace({"setting": {"": None}}))

@@ -1,4 +1,4 @@
-"""Metrics against bit widths and against size: a line per method, its spread, its float value."""
+"""Figures of metrics against bit widths and against size, with one line per method."""
 
 import hashlib
 import itertools
@@ -18,16 +18,22 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 AXES = {"weight_bits": "activation_bits", "activation_bits": "weight_bits"}
-LONGEST_PART = 50  # of a file's name; file systems take 255 bytes
+LONGEST_PART = 50  # characters per part of a file name; file systems allow 255 bytes in total
 MARKERS, LINES = "os^DvP", ("-", "--", ":", "-.")
 UNITS = dict.fromkeys(("nll", "ape", "mi", "aleatoric"), "nats")
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Executed runs that differ in one bit width, of all methods; and their float values.
+    """Quantized runs of all methods that differ in one bit width, and their float values.
 
-    lines: rows of `summarize`, in order of the width. floats: (method, metric) to a mean.
+    Attributes:
+        name: The start of the names of its files.
+        title: The setting that the runs share.
+        task: The name of the task.
+        axis: The width that varies, weight_bits or activation_bits.
+        lines: Rows of `summarize`, sorted by the width.
+        floats: The mean of the float networks by method and metric.
     """
 
     name: str
@@ -38,7 +44,7 @@ class Sweep:
     floats: dict[tuple[str, str], float]
 
     def sets(self) -> dict[str, list[str]]:
-        """The metrics of each set of rows: {"test": ["test/error", ...], "ood/uniform": ...}."""
+        """Return the metrics of each set: {"test": ["test/error", ...], "ood/uniform": ...}."""
         sets: dict[str, list[str]] = {}
         for metric in self.lines["metric"].unique():
             sets.setdefault(metric.rpartition("/")[0], []).append(metric)
@@ -49,7 +55,14 @@ class Sweep:
 
 
 def sweeps(scores: "DataFrame") -> Iterator[Sweep]:
-    """Every sweep over weight or activation bits, the other one fixed: at least two widths."""
+    """Find the sweeps over weight bits or activation bits, with the other width fixed.
+
+    Args:
+        scores: The scores of `Runs`.
+
+    Yields:
+        Sweeps of at least two widths.
+    """
     place = ["task", "verb", "mode", "setting", "numeric"]
     for (task, verb, mode, setting, numeric), group in executed(scores).groupby(place):
         floats = _float_means(scores, task, verb, setting)
@@ -70,16 +83,21 @@ def sweeps(scores: "DataFrame") -> Iterator[Sweep]:
 
 
 def method_colors(scores: "DataFrame") -> dict[str, str]:
-    """A colour for each method, the same in every figure."""
+    """Assign a colour to each method, for all figures of a report."""
     return dict(zip(sorted(set(scores["method"])), itertools.cycle(COLORS), strict=False))
 
 
 def bit_widths(sweep: Sweep, metrics: Sequence[str], colors: Mapping[str, str]) -> "Figure":
-    """A panel for each metric against the sweep's bits.
+    """Draw metrics against the bit width of a sweep, one panel for each metric.
 
-    Lines are means over seeds and splits, bands one standard deviation to either side, dashes
-    the same network in float. Where values span more than a factor of ten the scale is
-    logarithmic, and a method that is 0 everywhere is named instead of drawn.
+    Lines are means over seeds and splits, bands are plus and minus one standard deviation, and
+    dashed lines are the same networks in float. The scale is logarithmic if the values span more
+    than a factor of ten. A method that is 0 everywhere is then listed instead of drawn.
+
+    Args:
+        sweep: The runs.
+        metrics: Metrics of the sweep.
+        colors: The colours of `method_colors`.
     """
     across = 2 if len(metrics) in (2, 4) else min(3, len(metrics))
     down = math.ceil(len(metrics) / across)
@@ -95,11 +113,18 @@ def bit_widths(sweep: Sweep, metrics: Sequence[str], colors: Mapping[str, str]) 
 
 
 def size_figure(runs: "DataFrame", colors: Mapping[str, str]) -> "Figure | None":
-    """Accuracy (of a regression, RMSE) against the packed size, a line per method and mode.
+    """Draw accuracy (RMSE for regression) against packed size, with a line per method and mode.
 
-    A method has its colour, and PTQ, QAT and other settings have marks and lines of their own.
-    Points go from few weight bits to many at the activation bits that most runs have; circles
-    without a line are the float networks. runs: those of one task. None: none was quantized.
+    The colour shows the method; marker and line style show the mode and the setting. The points of
+    a line have increasing weight bits, and the most frequent activation bits. Circles without a
+    line are the float networks.
+
+    Args:
+        runs: The runs of one task.
+        colors: The colours of `method_colors`.
+
+    Returns:
+        The figure, or None without quantized runs.
     """
     rows = runs[(runs["verb"] == "quantize") & runs["activation_bits"].notna()]
     sizes = ["size/packed_bytes", "size/float_bytes"]
@@ -107,7 +132,7 @@ def size_figure(runs: "DataFrame", colors: Mapping[str, str]) -> "Figure | None"
     if not qualities or not {*sizes} <= {*rows}:
         return None
     is_classification = bool(rows[qualities[0]].notna().any()) and "error" in qualities[0]
-    rows = rows[(rows[sizes] > 0).all(axis=1)]  # the axis is logarithmic
+    rows = rows[(rows[sizes] > 0).all(axis=1)]  # required by the logarithmic axis
     rows = rows[rows[qualities[0] if is_classification else qualities[-1]].notna()]
     if rows.empty:
         return None
@@ -116,7 +141,7 @@ def size_figure(runs: "DataFrame", colors: Mapping[str, str]) -> "Figure | None"
         figure = new_figure(5.2, 3.6)
         axes = figure.subplots()
         procedures = rows["mode"].str.cat(rows["setting"], sep=" ").str.strip()
-        # Circles are the float networks.
+        # The first marker, the circle, is for the float networks.
         marks = zip(itertools.cycle(MARKERS[1:]), itertools.cycle(LINES), strict=False)
         looks = dict(zip(sorted(set(procedures)), marks, strict=False))
         for (method, procedure), own in rows.groupby(["method", procedures]):
@@ -142,11 +167,12 @@ def size_figure(runs: "DataFrame", colors: Mapping[str, str]) -> "Figure | None"
 
 
 def file_name(*parts: str) -> str:
-    """A name for a file, of parts that may be any texts; empty ones are left out.
+    """Build a file name from arbitrary strings, and skip empty ones.
 
-    Of a part that has characters which no file's name should have, or is long, the hash tells it
-    apart from others that look the same then.
+    A part that is too long or has invalid characters is converted by `valid_name`, and gets a hash
+    that keeps it unique.
 
+    Example:
     >>> file_name("digits", "", "weight_bits", "a7"), file_name("my digits")
     ('digits_weight_bits_a7', 'my-digits_60fab83b')
     """
@@ -154,7 +180,12 @@ def file_name(*parts: str) -> str:
 
 
 def label(metric: str) -> str:
-    """A metric's name and unit, without the set that it is of."""
+    """Return the name and the unit of a metric, without its set.
+
+    Example:
+        >>> label("ood/uniform/nll"), label("test/error")
+        ('nll, nats', 'error')
+    """
     name = metric.rpartition("/")[2]
     return f"{name}, {UNITS[name]}" if name in UNITS else name
 
@@ -167,10 +198,10 @@ def _panel(axes: "Axes", sweep: Sweep, metric: str, colors: Mapping[str, str]) -
     values = [*lines["mean"], *floats]
     positive = [value for value in values if value > 0]
     is_log = min(values) >= 0 and bool(positive) and max(positive) > 10 * min(positive)
-    nothing = []
+    zeros = []
     for method, rows in lines.groupby("method"):
         if is_log and (rows["mean"] == 0).all():
-            nothing.append(method)
+            zeros.append(method)
         mean_line(axes, rows, sweep.axis, method, colors)
         if (method, metric) in sweep.floats:
             value = sweep.floats[method, metric]
@@ -180,8 +211,8 @@ def _panel(axes: "Axes", sweep: Sweep, metric: str, colors: Mapping[str, str]) -
         axes.set_ylim(0.7 * min(positive), 1.4 * max(positive))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         plain_labels(axes.yaxis)
-    if nothing:
-        text = f"{', '.join(nothing)}: 0"
+    if zeros:
+        text = f"{', '.join(zeros)}: 0"
         axes.text(0.98, 0.96, text, transform=axes.transAxes, ha="right", va="top", color=GREY)
     axes.set_title(label(metric))
     axes.set_xlabel(sweep.axis.replace("_", " "))
@@ -189,14 +220,14 @@ def _panel(axes: "Axes", sweep: Sweep, metric: str, colors: Mapping[str, str]) -
 
 
 def marker(colors: Mapping[str, str], method: str) -> str:
-    """A mark for each method, the same in every figure with these colours."""
+    """Return the marker of a method, which depends on its place among the colours."""
     return MARKERS[list(colors).index(method) % len(MARKERS)]
 
 
 def mean_line(
     axes: "Axes", rows: "DataFrame", x: str, method: str, colors: Mapping[str, str]
 ) -> None:
-    """A method's means against the column `x`, in a band of one standard deviation."""
+    """Draw the means of a method against the column `x`, with a band of one standard deviation."""
     look = {"color": colors[method], "marker": marker(colors, method)}
     _line(axes, rows[x], rows, label=method, **look)
 
@@ -209,7 +240,7 @@ def _line(axes: "Axes", x: Any, rows: "DataFrame", **look: Any) -> None:
 
 
 def legend(figure: "Figure") -> None:
-    """One legend for all panels, above them."""
+    """Add one legend for all panels above them."""
     handles, names = figure.axes[0].get_legend_handles_labels()
     columns = max(1, int(figure.get_figwidth() / 1.5))
     figure.legend(handles, names, loc="outside upper center", ncols=min(columns, len(names)))
@@ -224,10 +255,10 @@ def _quality(rows: "DataFrame", numeric: str, is_classification: bool) -> Any:
 def _float_means(
     scores: "DataFrame", task: str, verb: str, setting: str
 ) -> dict[tuple[str, str], float]:
-    """Means of the float networks, each seed and split counted once however often it is there.
+    """Average the metrics of float networks, and count each seed and split once.
 
-    quantize.py evaluates the network that it starts from; the float runs of evaluate.py have
-    settings of their own.
+    Prefers float results of the same script and setting: quantize.py evaluates the float network
+    that it starts from, and evaluate.py has settings of its own.
     """
     floats = scores[(scores["task"] == task) & (scores["numeric"] == "float")]
     of_script = floats[floats["verb"] == verb]

@@ -1,32 +1,38 @@
-"""One HTML page that needs nothing but itself: sections, tables, pictures inside."""
+"""The report as one self-contained HTML page, and as Markdown."""
 
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING
 
-from bqnn.report.tables import html, markdown, plain
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from bqnn.report.tables import markdown, plain
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-TEMPLATE = Path(__file__).with_name("page.html")
-
 
 @dataclass
 class Section:
-    """A part of the report: what is said, pictures, a table of texts, and parts of its own.
+    """A section of the report, with text, figures, a table and subsections.
 
-    level: that of its heading, 1 to 4; a folded section is opened by its reader.
+    Attributes:
+        title: The heading.
+        level: The level of the heading, 1 to 4.
+        text: A paragraph below the heading.
+        pictures: The caption and the PNG file of each figure.
+        table: A table of strings.
+        folded: Whether the HTML page shows only the heading until the reader opens the section.
+        is_warning: Whether the HTML page highlights the section.
+        parts: The subsections.
     """
 
     title: str
     level: int
     text: str = ""
-    pictures: Sequence[tuple[str, Path]] = ()  # what a picture shows, and its file
+    pictures: Sequence[tuple[str, Path]] = ()
     table: "DataFrame | None" = None
     folded: bool = False
     is_warning: bool = False
@@ -34,18 +40,37 @@ class Section:
 
 
 def page(report: Section) -> str:
-    """The report as one HTML document, all of its text escaped and its pictures inside."""
-    template = Template(TEMPLATE.read_text(encoding="utf-8"))
-    return template.substitute(title=escape(report.title), body=_html(report))
+    """Render a report as one HTML document, with escaped text and embedded figures.
+
+    Example:
+        >>> "<h1>a &lt; b</h1>" in page(Section("a < b", level=1))
+        True
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html").render(report=report, base64=_base64)
 
 
 def document(report: Section) -> str:
-    """The report in Markdown, its pictures in the folder that they are in beside it."""
+    r"""Render a report as Markdown, which links to the figures in their folder.
+
+    Example:
+        >>> print(document(Section("bqnn report", level=1, text="2 runs")))
+        # bqnn report
+        <BLANKLINE>
+        2 runs
+        <BLANKLINE>
+    """
     blocks = [f"{'#' * report.level} {plain(report.title)}"]
     if report.text:
         blocks.append(plain(report.text))
     blocks += [
-        f"![{plain(shows)}]({path.parent.name}/{path.name})" for shows, path in report.pictures
+        f"![{plain(caption)}]({path.parent.name}/{path.name})" for caption, path in report.pictures
     ]
     if report.table is not None:
         blocks.append(markdown(report.table).rstrip())
@@ -53,23 +78,5 @@ def document(report: Section) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _html(section: Section) -> str:
-    title = escape(section.title)
-    inside = [f"<p>{escape(section.text)}</p>"] if section.text else []
-    if section.pictures:
-        wide = " wide" if len(section.pictures) == 1 else ""
-        pictures = "\n".join(_picture(shows, path) for shows, path in section.pictures)
-        inside.append(f'<div class="pictures{wide}">\n{pictures}\n</div>')
-    if section.table is not None:
-        inside.append(html(section.table))
-    inside += [_html(part) for part in section.parts]
-    content = "\n".join(inside)
-    if section.folded:
-        return f"<details>\n<summary>{title}</summary>\n{content}\n</details>"
-    kind = ' class="warning"' if section.is_warning else ""
-    return f"<section{kind}>\n<h{section.level}>{title}</h{section.level}>\n{content}\n</section>"
-
-
-def _picture(shows: str, path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{escape(shows)}" src="data:image/png;base64,{data}">'
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()

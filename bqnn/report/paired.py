@@ -11,17 +11,22 @@ from bqnn.report.summary import BASELINE, executed
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-FEW = 6  # below it, Wilcoxon's test cannot fall below 0.05, whatever the data
+FEW = 6  # with fewer pairs, the p value of Wilcoxon's test cannot fall below 0.05
 
 
 def paired_differences(scores: "DataFrame") -> "DataFrame":
-    """What two methods, or two numbers of bits, differ by where all else is equal.
+    """Compare two methods, or two bit widths, over seeds and splits.
 
-    scores: as in `Runs`. Methods are compared at equal bits; quantized networks with their own
-    float one, and with the most bits of their sweep. A row has the mean of a - b over the n
-    seeds and splits that both have, their standard deviation, p values of the paired t test and
-    of Wilcoxon's signed-rank test (two-sided, not corrected for their number), and a remark
-    where n is too small for them.
+    Methods are compared at equal bits. Quantized networks are compared with their float network,
+    and with the most bits of their sweep.
+
+    Args:
+        scores: The scores of `Runs`.
+
+    Returns:
+        A row for each comparison and metric. It has the mean and the standard deviation of a - b
+        over the n seeds and splits that both sides have, the p values of `paired_test` (not
+        corrected for multiple tests), and its remark.
     """
     import pandas as pd
 
@@ -35,16 +40,32 @@ def paired_differences(scores: "DataFrame") -> "DataFrame":
 
 
 def paired_test(a: Any, b: Any) -> dict[str, Any]:
-    """Two arrays [n, M] of paired values: differences and p values of each of the M columns.
+    """Test paired values for differences, by the t test and by Wilcoxon's signed-rank test.
 
-    A p value is NaN where there is no test: of a single pair, of Wilcoxon where no pair differs,
-    of t where all differences are equal, since their deviation is then 0 or a rounding error, and
-    of both where a value, a difference or the deviation is not finite. `remark` says why, a text
-    per column. Differences are rounded to what their operands can resolve in float64 first.
+    Differences are first rounded to the resolution of their operands in float64. A p value is NaN
+    if the test is impossible: both with a single pair or with a value, difference or deviation that
+    is not finite; Wilcoxon's if no pair differs; t if all differences are equal, because their
+    deviation is then 0 or a rounding error.
+
+    Args:
+        a: Real numbers [n, M]: n pairs of M metrics.
+        b: Real numbers [n, M].
+
+    Returns:
+        The number of pairs `n`, and for each metric the mean of a - b (`difference`), its standard
+        deviation (`std`), the two-sided p values `p_t` and `p_wilcoxon`, and `remark`, which says
+        why a test is missing or weak.
 
     Raises:
-        TypeError: They hold other things than real numbers.
-        ValueError: They differ in shape, or are no tables.
+        TypeError: An array has values that are not real numbers.
+        ValueError: The shapes differ, or are not [n, M].
+
+    Example:
+        >>> result = paired_test([[0.5], [0.6], [0.8]], [[0.4], [0.4], [0.5]])
+        >>> print(result["n"], result["difference"].round(3), result["p_t"].round(3))
+        3 [0.2] [0.074]
+        >>> result["remark"]
+        ["few pairs: Wilcoxon's p cannot fall below 0.25, and t assumes normal differences"]
     """
     import numpy as np
     from scipy import stats
@@ -52,8 +73,8 @@ def paired_test(a: Any, b: Any) -> dict[str, Any]:
     a, b = _table("a", a), _table("b", b)
     if a.shape != b.shape:
         raise ValueError(
-            f"a is [{_shape(a)}] and b [{_shape(b)}]: every value needs its pair; give both as [n, "
-            "M], a row for each pair"
+            f"a is [{_shape(a)}] and b [{_shape(b)}]: every value needs a pair; give both as [n, "
+            "M], with a row for each pair"
         )
     n, columns = a.shape
     result: dict[str, Any] = {"n": n}
@@ -61,9 +82,9 @@ def paired_test(a: Any, b: Any) -> dict[str, Any]:
         result[name] = np.full(columns, np.nan)
     if n == 0:
         return result | {"remark": [remark(0)] * columns}
-    with np.errstate(all="ignore"):  # what leaves float64 on the way becomes infinite, or NaN
+    with np.errstate(all="ignore"):  # an overflow gives infinity or NaN, which is checked below
         differences, varies = _differences(a, b)
-        # Squares of very large and very small differences would leave float64, but for the scale.
+        # Without the scale, squares of very large or small differences would leave float64.
         scale = np.abs(differences).max(0)
         scale[scale == 0] = 1
         scaled = differences / scale
@@ -87,13 +108,20 @@ def paired_test(a: Any, b: Any) -> dict[str, Any]:
 def remark(
     n: int, differing: int | None = None, varies: bool = True, is_finite: bool = True
 ) -> str:
-    """What the tests of n pairs cannot say; empty where they can.
+    """Explain why tests of n pairs are missing or weak.
 
     Args:
         n: The number of pairs.
-        differing: How many of them differ; all, unless given.
+        differing: The number of pairs that differ; None for all.
         varies: Whether the differences are not all equal.
-        is_finite: Whether float64 has all values, their differences and their deviation.
+        is_finite: Whether all values, their differences and their deviation are finite in float64.
+
+    Returns:
+        The explanation, which is empty if both tests are fine.
+
+    Example:
+        >>> remark(1)
+        'one pair: no test'
     """
     differing = n if differing is None else differing
     if n < 1:
@@ -107,27 +135,27 @@ def remark(
     remarks = [] if varies else ["all differences are equal: no t test"]
     if differing < FEW:
         few = "few pairs" if n < FEW else "few pairs differ"
-        t_test = ", and t rests on normal differences" if varies and n < FEW else ""
+        t_test = ", and t assumes normal differences" if varies and n < FEW else ""
         remarks.append(f"{few}: Wilcoxon's p cannot fall below {2 / 2**differing:.3g}{t_test}")
     return "; ".join(remarks)
 
 
 def _table(name: str, values: Any) -> Any:
-    """The values as an array [n, M] of float64."""
+    """Convert values to an array [n, M] of float64."""
     import numpy as np
 
     given = np.asarray(values)
     if given.ndim != 2:
         raise ValueError(
-            f"{name} is [{_shape(given)}]: give a table [n, M], a row for each pair and a column "
-            "for each metric"
+            f"{name} is [{_shape(given)}]: give a table [n, M], with a row for each pair and a "
+            "column for each metric"
         )
     try:
         if given.dtype.kind not in "biufO":
             raise TypeError
         return given.astype(float)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} holds other things than real numbers; give floats") from None
+        raise TypeError(f"{name} has values that are not real numbers; give floats") from None
     except OverflowError:
         raise ValueError(f"{name} has a number beyond float64; give it in another unit") from None
 
@@ -137,10 +165,10 @@ def _shape(table: Any) -> str:
 
 
 def _signed_rank_p(differences: Any) -> float:
-    """Two-sided p value of Wilcoxon's signed-rank test: exact up to 50 pairs, ties included.
+    """Compute the two-sided p value of Wilcoxon's signed-rank test, exact up to 50 pairs.
 
-    scipy gives the same, but where there are ties it tries all 2^n signs in Python, which takes
-    seconds. Here the distribution of the sum of positive ranks is built rank by rank.
+    scipy gives the same value, but with ties it tries all 2^n signs in Python, which takes seconds.
+    This function builds the distribution of the sum of positive ranks rank by rank.
     """
     import numpy as np
     from scipy import stats
@@ -148,22 +176,22 @@ def _signed_rank_p(differences: Any) -> float:
     some = differences[differences != 0]
     if len(some) > 50:
         return float(stats.wilcoxon(some).pvalue)
-    ranks = (2 * stats.rankdata(np.abs(some))).astype(int)  # doubled: those of ties are halves
+    ranks = (2 * stats.rankdata(np.abs(some))).astype(int)  # doubled: ties have half ranks
     ways = np.zeros(ranks.sum() + 1)
     ways[0] = 1
     for rank in ranks:
         ways[rank:] += ways[: len(ways) - rank].copy()
-    sums = 2 * np.arange(len(ways)) - ranks.sum()  # around their mean, 0
-    seen = 2 * ranks[some > 0].sum() - ranks.sum()
-    return float(ways[np.abs(sums) >= abs(seen)].sum() / ways.sum())
+    sums = 2 * np.arange(len(ways)) - ranks.sum()  # centered at 0
+    observed = 2 * ranks[some > 0].sum() - ranks.sum()
+    return float(ways[np.abs(sums) >= abs(observed)].sum() / ways.sum())
 
 
 def _differences(a: Any, b: Any) -> tuple[Any, Any]:
-    """a - b, each rounded to what its operands can resolve, and which columns vary beyond that."""
+    """Compute a - b at the resolution of the operands, and which columns vary beyond it."""
     import numpy as np
 
     largest = np.maximum(np.abs(a), np.abs(b))
-    exponent = np.where(largest > 0, np.frexp(largest)[1] - 51, -1074)  # that of a zero is 0
+    exponent = np.where(largest > 0, np.frexp(largest)[1] - 51, -1074)
     step = np.ldexp(1.0, np.maximum(exponent, -1074))  # 4 units in the last place
     differences = np.round((a - b) / step) * step
     low, high = (differences - step).max(0), (differences + step).min(0)
@@ -174,11 +202,11 @@ Comparison = tuple[str, dict[str, Any], str, str, "DataFrame"]
 
 
 def _methods(scores: "DataFrame") -> Iterator[Comparison]:
-    """Pairs of methods with the same bits; the table has a column per (method, metric)."""
+    """Yield pairs of methods with the same bits; the table has a column per (method, metric)."""
     import pandas as pd
 
     place = [name for name in CELL if name != "method"]
-    # A float network is in the runs of all bits that it was quantized to.
+    # Runs of quantize.py repeat the float network at all bit widths.
     floats = scores[(scores["numeric"] == "float") & (scores["verb"] != "quantize")]
     kept = pd.concat([floats, executed(scores)])
     for at, group in kept.groupby([*place, "numeric"], dropna=False):
@@ -189,7 +217,7 @@ def _methods(scores: "DataFrame") -> Iterator[Comparison]:
 
 
 def _against_float(scores: "DataFrame") -> Iterator[Comparison]:
-    """int8 and float of the same run."""
+    """Yield int8 and float of the same run."""
     quantized = scores[(scores["verb"] == "quantize") & scores["numeric"].isin(["float", "int8"])]
     for at, group in quantized.groupby(CELL, dropna=False):
         table = group.pivot(index=UNIT, columns=["numeric", "metric"], values="value")
@@ -198,7 +226,7 @@ def _against_float(scores: "DataFrame") -> Iterator[Comparison]:
 
 
 def _widths(scores: "DataFrame") -> Iterator[Comparison]:
-    """Fewer bits and the most bits of a sweep over one of the two widths."""
+    """Yield fewer bits and the most bits of each sweep over one of the two widths."""
     for axis, fixed in (("weight_bits", "activation_bits"), ("activation_bits", "weight_bits")):
         place = [*(name for name in CELL if name != axis), "numeric"]
         for at, group in executed(scores).groupby(place, dropna=False):
@@ -218,10 +246,10 @@ def _width(axis: str, bits: int, fixed: int) -> str:
 def _compare(
     kind: str, place: dict[str, Any], a: str, b: str, table: "DataFrame"
 ) -> Iterator[dict[str, Any]]:
-    """A row for each metric that both sides have, metrics of the same pairs tested together."""
+    """Yield a row for each metric of both sides. Metrics with the same pairs share one test."""
     if a not in table or b not in table:
         return
-    there = table[a].notna() & table[b].notna()  # a metric that only one side has is False
+    there = table[a].notna() & table[b].notna()  # False for a metric that only one side has
     metrics = [name for name in table[a] if there[name].any()]
     for pairs, names in _by_value(metrics, lambda name: tuple(there[name])).items():
         rows = table.loc[list(pairs)]

@@ -1,4 +1,4 @@
-"""Runs found on disk, as tables; and what was found that could not become a row."""
+"""Find runs on disk and read them into tables, and list those that cannot be read."""
 
 import math
 import os
@@ -17,20 +17,25 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 FILES = ("metrics.json", "config.yaml", "status.json")
-LARGEST = 1e150  # of a number: a standard deviation needs its square
+LARGEST = 1e150  # the largest number that is read; a standard deviation needs its square
 STAGES = ("float", "unquantized", "simulated", "int8")
 
-UNIT = ["seed", "split"]  # what runs are repeated over
+UNIT = ["seed", "split"]  # columns over which runs are repeated
 CELL = ["task", "verb", "mode", "method", "setting", "weight_bits", "activation_bits"]
-COLUMNS = ("run", *CELL, *UNIT, "started", "number")  # of a run; no metric has such a name
+COLUMNS = ("run", *CELL, *UNIT, "started", "number")  # names that no metric may have
 
 
 @dataclass
 class Run:
-    """A finished job: its folder, configuration and metrics, and when it started.
+    """The record of a finished job, whose files may come from an untrusted source.
 
-    The files may be anybody's: whatever is read of them is checked, and what is odd is a
-    ValueError.
+    All properties and methods check what they read, and raise a ValueError for invalid content.
+
+    Attributes:
+        folder: The folder of the run.
+        config: Its config.yaml.
+        metrics: Its metrics.json.
+        started: The start of the job, or None if it is unknown.
     """
 
     folder: Path
@@ -40,23 +45,23 @@ class Run:
 
     @property
     def verb(self) -> str:
-        """The script that ran."""
+        """The script of the run: train, quantize or evaluate."""
         if "checkpoint" not in self.config:
             return "train"
         return "evaluate" if "numeric" in self.config else "quantize"
 
     @cached_property
     def options(self) -> dict[str, str]:
-        """All that may have made its numbers what they are, flat: see `bqnn.report.settings`."""
+        """All options that can affect the numbers, flat, as in `bqnn.report.settings`."""
         training: dict[str, Any] = {"trainer": _group(self.source, "trainer")}
-        if "fine_tuning" in _group(self.source, "quant"):  # what is evaluated was quantized
+        if "fine_tuning" in _group(self.source, "quant"):  # it evaluates a quantized network
             training["fine_tuning"] = self.source["quant"]["fine_tuning"]
         flat = flatten(self.config) | flatten(training, "trained.")
         if "checkpoint" in flat:
             flat["trained.seed"] = "own" if self.fine_tuning_seed is None else flat["seed"]
             if type(self.config["checkpoint"]) is not str:
                 raise ValueError(
-                    f"config.yaml: checkpoint is {flat['checkpoint']}, which is no path"
+                    f"config.yaml: checkpoint is {flat['checkpoint']}, which is not a path"
                 )
             flat["checkpoint"] = printable(Path(self.config["checkpoint"]).name)
         if flat["quant.name"] == "checkpoint" and self.source:
@@ -67,11 +72,11 @@ class Run:
 
     @cached_property
     def source(self) -> dict[str, Any]:
-        """The configuration of the run whose checkpoint was given, where that is still there."""
+        """The configuration of the run that made the checkpoint, or empty if it is gone."""
         checkpoint = self.config.get("checkpoint")
         if type(checkpoint) is not str:
             return {}
-        # The path may start from where the job was, which is often above the folder that it left.
+        # The path can be relative to the job's working directory, often a parent of the folder.
         given = Path(checkpoint).parent / "config.yaml"
         for path in (given, *(parent / given for parent in self.folder.absolute().parents)):
             try:
@@ -83,7 +88,7 @@ class Run:
 
     @property
     def fine_tuning_seed(self) -> int | None:
-        """Of its own fine-tuning, or of that of the network it evaluates; of calibrations none."""
+        """The seed of the fine-tuning of its network, or None without one."""
         if _group(self.config, "quant").get("mode") != "qat":
             return None
         for config in (self.config, self.source):
@@ -93,9 +98,10 @@ class Run:
         return None
 
     def row(self) -> dict[str, Any]:
-        """What tells the run apart; bits are None for a float one, a split where there is none.
+        """Return the columns that identify the run.
 
-        The seed is that of the fine-tuning where it has one of its own.
+        The bits are None for a float network, and the split is None without one. The seed is that
+        of the fine-tuning if it has its own.
         """
         tuned = self.fine_tuning_seed
         quant, task = _group(self.config, "quant"), _group(self.config, "task")
@@ -103,7 +109,7 @@ class Run:
         own = _whole(self.config, "seed")
         return {
             "run": printable(str(self.folder)),
-            # In UTC and of one length, so that texts sort as the instants do.
+            # In UTC and of fixed length, so that strings sort by time.
             "started": "" if self.started is None else self.started.isoformat(" ", "microseconds"),
             "task": _name(self.config, "task"),
             "verb": self.verb,
@@ -117,13 +123,13 @@ class Run:
 
     @cached_property
     def sizes(self) -> dict[str, float]:
-        """The bytes of its parameters, where it has quantized them."""
+        """The bytes of the parameters, or empty if the run did not quantize them."""
         path = self.folder / "size.json"
         found = _numbers(path) if path.exists() else {}
         return {f"size/{name}": count for name, count in found.items()}
 
     def scores(self) -> Iterator[tuple[str, str, float]]:
-        """(numeric, metric, value) of what was evaluated: ("int8", "test/nll", 0.03)."""
+        """Yield (numeric, metric, value) of each metric, such as ("int8", "test/nll", 0.03)."""
         default = "float" if self.config["quant"]["name"] == "none" else "simulated"
         for key, value in self.metrics.items():
             head, _, rest = key.partition("/")
@@ -133,17 +139,23 @@ class Run:
                 yield default, key, value
 
     def require_one_value(self) -> None:
-        """ValueError where two names stand for one number, as test/nll and float/test/nll may."""
+        """Refuse two names of one number, such as test/nll and float/test/nll."""
         seen = set()
         for numeric, metric, _ in self.scores():
             if (numeric, metric) in seen:
-                raise ValueError(f"metrics.json has {short(f'{numeric}/{metric}')} in two ways")
+                raise ValueError(f"metrics.json has {short(f'{numeric}/{metric}')} under two names")
             seen.add((numeric, metric))
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A run that is not among the numbers, and why."""
+    """A run that a report excludes.
+
+    Attributes:
+        run: Its folder, or its settings if it is missing.
+        state: FAILED, INTERRUPTED, RUNNING, MISSING, BROKEN, REPEATED or NOT RUN.
+        reason: Why it is excluded.
+    """
 
     run: str
     state: str
@@ -152,10 +164,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Runs:
-    """What a report is made of.
+    """The data of a report.
 
-    runs: a row per run, `CELL`, `UNIT`, then every metric and size. scores: a row per run and
-    number: CELL, UNIT, numeric, metric, value.
+    Attributes:
+        runs: A row per run, with the columns run, `CELL`, `UNIT`, started, and all metrics and
+            sizes.
+        scores: A row per run and metric, with the columns numeric, metric, value, CELL and UNIT.
+        problems: The runs that are excluded.
     """
 
     runs: "DataFrame"
@@ -164,7 +179,30 @@ class Runs:
 
 
 def read_runs(folders: Iterable[Path]) -> Runs:
-    """Read every run below the folders. FileNotFoundError: a folder is not there."""
+    """Read every run below some folders.
+
+    Args:
+        folders: Folders with runs at any depth. Their files may come from an untrusted source.
+
+    Returns:
+        The runs, and those that cannot be read.
+
+    Raises:
+        FileNotFoundError: A folder does not exist.
+
+    Example:
+        >>> import json, tempfile
+        >>> config = {
+        ...     "task": {"name": "digits"}, "method": {"name": "bbb"}, "seed": 1,
+        ...     "quant": {"name": "none"},
+        ... }
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "config.yaml").write_text(json.dumps(config))
+        ...     _ = Path(folder, "metrics.json").write_text('{"test/nll": 0.25}')
+        ...     read_runs([Path(folder)]).scores[["method", "seed", "metric", "value"]]
+          method  seed    metric  value
+        0    bbb     1  test/nll   0.25
+    """
     found, problems = find(folders)
     parents = {parent for folder in found for parent in folder.parents}
     finished = []
@@ -178,9 +216,13 @@ def read_runs(folders: Iterable[Path]) -> Runs:
 
 
 def find(folders: Iterable[Path]) -> tuple[list[Path], list[Problem]]:
-    """Every folder with one of a run's files, but for those that W&B keeps below a run.
+    """Find every folder with a file of a run, except the folders of Weights & Biases.
 
-    Folders that cannot be listed are problems.
+    Returns:
+        The folders in sorted order, and a problem for each folder that cannot be listed.
+
+    Raises:
+        FileNotFoundError: A folder to start from does not exist.
     """
     found, problems = set(), []
 
@@ -200,35 +242,40 @@ def find(folders: Iterable[Path]) -> tuple[list[Path], list[Problem]]:
 
 
 def read(folder: Path, has_parts: bool) -> Run | Problem | None:
-    """The run in a folder, or why there is none.
+    """Read the run in a folder.
 
-    None: the folder only holds those of its parts, or a command line that never became a job.
-    metrics.json and config.yaml are enough: without status.json a run counts as done.
+    Args:
+        folder: The folder. Without status.json, its run counts as DONE.
+        has_parts: Whether there are runs below the folder.
+
+    Returns:
+        The run, or the problem with it. None if the folder is not a run: it only contains runs, or
+        belongs to a command line that failed before its job started.
     """
     try:
         status = read_record(folder / "status.json")
     except FileNotFoundError:
         status = {}
-    except ValueError as error:  # cut short, or empty: claimed by a job that died at once
+    except ValueError as error:  # truncated, or empty if a job died at once
         return _broken(folder, str(error))
     state, metrics = status.get("state", "DONE"), folder / "metrics.json"
     if state == "RUNNING":
         since = status.get("start")
-        known = one_line(since)[:40] if type(since) is str else "a time that is not known"
-        return _problem(folder, state, f"running since {known}, or killed without notice")
+        known = one_line(since)[:40] if type(since) is str else "an unknown time"
+        return _problem(folder, state, f"running since {known}, or killed")
     if state in ("FAILED", "INTERRUPTED"):
         if not (folder / "config.yaml").exists():
             return None
         reason = status.get("error")
         return _problem(folder, state, reason if type(reason) is str else "no reason was recorded")
     if state != "DONE":
-        return _broken(folder, f"status.json has the state {short(state)}")
+        return _broken(folder, f"status.json has the unknown state {short(state)}")
     if not metrics.exists():
         return None if has_parts else _problem(folder, "MISSING", "there is no metrics.json")
     try:
         config = _config(folder / "config.yaml")
         run = Run(folder, config, _numbers(metrics), instant(status.get("start")))
-        run.row(), run.options, run.sizes  # what is odd in them is odd in this run alone
+        run.row(), run.options, run.sizes  # invalid content excludes only this run
         run.require_one_value()
     except FileNotFoundError:
         return _problem(folder, "MISSING", "there is no config.yaml")
@@ -244,23 +291,23 @@ def _tables(finished: list[Run], problems: list[Problem]) -> Runs:
     if runs.empty:
         return Runs(runs, runs, problems)
     options = pd.Series([run.options for run in finished], dtype=object)
-    # A method has one name in all scripts; settings are told apart within a table.
-    said = pd.Series("", runs.index)
+    # The label of a method is the same for all scripts; settings are labelled within a script.
+    known = pd.Series("", runs.index)
     for _, own in runs.groupby(["task", "method"]):
-        said[own.index] = method_labels(list(options[own.index]))
+        known[own.index] = method_labels(list(options[own.index]))
     runs["setting"] = ""
     for _, table in runs.groupby(["task", "verb", "mode"]):
         labels = setting_labels(
-            list(options[table.index]), list(table["method"]), list(said[table.index])
+            list(options[table.index]), list(table["method"]), list(known[table.index])
         )
         runs.loc[table.index, "setting"] = labels
-    runs["method"] = (runs["method"] + " " + said).str.strip()
+    runs["method"] = (runs["method"] + " " + known).str.strip()
     numbers = pd.DataFrame([run.metrics | run.sizes for run in finished])
     runs = pd.concat([runs[["run", *CELL, *UNIT, "started"]], numbers], axis=1)
     for name in ("weight_bits", "activation_bits", "seed", "split"):
         runs[name] = runs[name].astype("Int64")
 
-    # Of runs that agree in all that could tell them apart, the last one stands.
+    # Of runs with the same configuration, the last one counts.
     runs["number"] = range(len(runs))
     runs = runs.sort_values("started", kind="stable")
     is_repeated = runs.duplicated([*CELL, *UNIT], keep="last")
@@ -284,7 +331,7 @@ def _problem(folder: Path, state: str, reason: str) -> Problem:
 
 
 def _broken(folder: Path, reason: str) -> Problem:
-    return _problem(folder, "BROKEN", f"it cannot be read as a run: {reason}")
+    return _problem(folder, "BROKEN", f"cannot be read as a run: {reason}")
 
 
 @cache
@@ -293,21 +340,21 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _numbers(path: Path) -> dict[str, float]:
-    """Numbers by their names, which have to be fit for a column; their squares are finite, too."""
+    """Read named numbers. Names must be valid columns, and squares must be finite."""
     content = read_record(path)
     for name, value in content.items():
         if not name.isprintable() or len(name) > 200 or name in COLUMNS:
             raise ValueError(f"{path.name} has a number called {short(name)}")
         is_number = type(value) is float or (type(value) is int and abs(value) < 2**63)
         if not is_number or not math.isfinite(value):
-            raise ValueError(f"{path.name}: {name} is {short(value)}, which is no finite number")
+            raise ValueError(f"{path.name}: {name} is {short(value)}, which is not a finite number")
         if abs(value) > LARGEST:
             raise ValueError(f"{path.name}: {name} is {short(value)}, too large for statistics")
     return content
 
 
 def _group(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """A group of a configuration, empty where there is none."""
+    """Return a group of a configuration, or an empty one."""
     group = config.get(key)
     return group if isinstance(group, dict) else {}
 
@@ -319,12 +366,12 @@ def _name(config: Mapping[str, Any], key: str) -> str:
 def _text(group: Mapping[str, Any], key: str, name: str | None = None) -> str:
     value = group.get(key)
     if type(value) is not str or not 0 < len(value) <= 200:
-        raise ValueError(f"config.yaml: {name or key} is {short(value)}, which is no name")
+        raise ValueError(f"config.yaml: {name or key} is {short(value)}, which is not a name")
     return printable(value)
 
 
 def _whole(group: Mapping[str, Any], key: str) -> int:
     value = group.get(key)
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"config.yaml: {key} is {short(value)}, which is no whole number")
+        raise ValueError(f"config.yaml: {key} is {short(value)}, which is not a whole number")
     return value

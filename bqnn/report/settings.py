@@ -1,4 +1,4 @@
-"""What tells runs apart beyond their seed, split and bits, in as few words as possible."""
+"""Short labels for the options in which runs differ, besides seed, split and bits."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from bqnn.jobs.status import WITHOUT_EFFECT
 from bqnn.text import printable
 
-# Columns of their own, or without effect on the numbers.
+# Options with their own column, or without an effect on the numbers.
 IGNORED = (
     *WITHOUT_EFFECT, "seed", "task.split", "method.name", "task.name", "quant.mode",
     "quant.weight_bits", "quant.activation_bits", "quant.fine_tuning.seed",
@@ -15,16 +15,29 @@ IGNORED = (
     "convergence",
 )  # fmt: skip
 IGNORED_OF_TRAINER = ("accelerator", "progress_bar", "save_every", "threads")
-# Methods are compared where these are equal. Others, the number of epochs for one, are chosen for
-# each method, and only tell apart the runs of one.
+# Methods are compared if these options are equal. Other options, such as the number of epochs, are
+# chosen for each method, and only distinguish runs of the same method.
 SCHEME = ("net.", "quant.", "suite.", "numeric")
-DEEPEST = 16  # groups within groups
+DEEPEST = 16  # nested groups
 LONGEST = 80  # characters of a value in a label
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A nested configuration as dotted keys and printable texts, each of at most about 80
-    characters. ValueError: groups are nested more than 16 deep.
+    """Flatten a nested configuration.
+
+    Args:
+        config: The configuration, which may come from an untrusted file.
+        prefix: Precedes every key.
+
+    Returns:
+        Dotted keys and printable values of at most about 80 characters.
+
+    Raises:
+        ValueError: Groups are nested more than 16 deep, or a value is.
+
+    Example:
+        >>> flatten({"seed": 1, "net": {"name": "mlp"}})
+        {'seed': '1', 'net.name': 'mlp'}
     """
     if prefix.count(".") > DEEPEST:
         raise ValueError(f"config.yaml: groups are nested more than {DEEPEST} deep")
@@ -38,18 +51,27 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def method_labels(configs: Sequence[Mapping[str, str]]) -> list[str]:
-    """For each flat configuration of one method, how its options differ from the others'."""
+    """Label each flat configuration of one method by the options of the method that differ.
+
+    Example:
+        >>> method_labels([{"method.rate": "0.1"}, {"method.rate": "0.2"}])
+        ['rate=0.1', 'rate=0.2']
+    """
     keys = tell_apart(configs, lambda key: key.startswith("method."))
     return [_text(keys, flat, prefix="method.") for flat in configs]
 
 
 def setting_labels(
-    configs: Sequence[Mapping[str, str]], methods: Sequence[str], said: Sequence[str]
+    configs: Sequence[Mapping[str, str]], methods: Sequence[str], known: Sequence[str]
 ) -> list[str]:
-    """For each flat configuration of a table, how it differs elsewhere than in its method.
+    """Label each flat configuration of a table by the options that differ, except the method's.
 
-    methods: their names; said: what `method_labels` says of each already. Of what is chosen for
-    each method, a value that all runs of the other methods have goes without saying.
+    An option that is chosen for each method is omitted if all runs of other methods have its value.
+
+    Args:
+        configs: The configurations.
+        methods: The name of the method of each configuration.
+        known: The label of each configuration from `method_labels`.
     """
     scheme = tell_apart(configs, lambda key: key.startswith(SCHEME))
     texts = [_text(scheme, flat) for flat in configs]
@@ -60,7 +82,7 @@ def setting_labels(
         keys = tell_apart(
             [configs[index] for index in own],
             lambda key: not key.startswith(("method.", *SCHEME)),
-            [f"{said[index]} {texts[index]}" for index in own],
+            [f"{known[index]} {texts[index]}" for index in own],
         )
         values = {key: {flat[key] for flat in others if key in flat} for key in keys}
         for index in own:
@@ -75,25 +97,33 @@ def tell_apart(
     is_candidate: Callable[[str], bool] = lambda key: True,
     known: Sequence[str] | None = None,
 ) -> list[str]:
-    """The keys, each of which tells apart configurations that those before it do not.
+    """Find the keys that distinguish configurations, each one beyond the keys before it.
 
-    known: what is said of each already. Names of groups come first, so that `quant.name` says all
-    that a preset changes. A key that some lack (it belongs to an option that is among the others,
-    or is newer than those runs) counts where those that have it differ in it.
+    Names of groups come first, so that `quant.name` covers all changes of a preset. A key that some
+    configurations lack, for instance because it is newer, counts only if the others differ in it.
+
+    Args:
+        configs: Flat configurations.
+        is_candidate: Whether a key may be chosen.
+        known: A label of each configuration, which needs no key to distinguish it.
+
+    Example:
+        >>> tell_apart([{"net.width": "8", "x": "1"}, {"net.width": "16", "x": "1"}])
+        ['net.width']
     """
     values: dict[str, set[str]] = {}
     for flat in configs:
         for key, value in flat.items():
             values.setdefault(key, set()).add(value)
-    said: list[tuple[str | None, ...]] = [(text,) for text in known or [""] * len(configs)]
+    labels: list[tuple[str | None, ...]] = [(text,) for text in known or [""] * len(configs)]
     chosen = []
     for key in sorted(values, key=lambda key: (not key.endswith(".name"), key)):
         if len(values[key]) < 2 or _is_ignored(key) or not is_candidate(key):
             continue
-        longer = [(*texts, flat.get(key)) for texts, flat in zip(said, configs, strict=True)]
-        if len(set(longer)) > len(set(said)):
+        longer = [(*texts, flat.get(key)) for texts, flat in zip(labels, configs, strict=True)]
+        if len(set(longer)) > len(set(labels)):
             chosen.append(key)
-            said = longer
+            labels = longer
     return chosen
 
 
@@ -107,10 +137,10 @@ def _text(keys: Sequence[str], flat: Mapping[str, str], prefix: str = "") -> str
 
 
 def _value(value: object) -> str:
-    """The text of a value; a long one is cut, and has its hash in place of what is missing."""
+    """Format a value. A long value is truncated and gets a hash of its full text."""
     try:
         text = printable(str(value))
-    except (RecursionError, ValueError):  # ValueError: more than 4300 digits
+    except (RecursionError, ValueError):  # ValueError: a number of more than 4300 digits
         raise ValueError("config.yaml: a value is nested too deeply, or too long") from None
     if len(text) <= LONGEST:
         return text

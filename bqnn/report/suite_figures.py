@@ -1,4 +1,4 @@
-"""Evaluations beyond the test set: metrics against the level of a distortion, and on OOD sets."""
+"""Figures of metrics on distorted images and on out-of-distribution data."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -21,9 +21,13 @@ OOD_METRICS = ("auroc_entropy", "auroc_mi", "auroc_std", "auroc_epistemic_std", 
 
 @dataclass(frozen=True)
 class SuiteRuns:
-    """Evaluations of one task that share their bits and settings; a line in a figure per method.
+    """Evaluations of one task with the same bits and settings. Figures have a line per method.
 
-    rows: those of `summarize`, with every metric.
+    Attributes:
+        task: The name of the task.
+        title: The bits and the settings.
+        name: A part of the file names.
+        rows: Rows of `summarize`, with every metric.
     """
 
     task: str
@@ -33,7 +37,14 @@ class SuiteRuns:
 
 
 def suite_runs(scores: "DataFrame") -> Iterator[SuiteRuns]:
-    """Groups of evaluations that went beyond the test set: float, or executed at equal bits."""
+    """Group evaluations beyond the test set by task, bits and settings.
+
+    Args:
+        scores: The scores of `Runs`.
+
+    Yields:
+        Groups of float networks, and of quantized networks with equal bits.
+    """
     import pandas as pd
 
     beyond = scores[scores["verb"] == "evaluate"]
@@ -50,10 +61,17 @@ def suite_runs(scores: "DataFrame") -> Iterator[SuiteRuns]:
 
 
 def level_figures(runs: SuiteRuns, colors: Mapping[str, str]) -> "Iterator[tuple[str, Figure]]":
-    """For each main metric a figure with a panel per distortion, against its level.
+    """Draw each main metric against the level of distortion, with a panel per distortion.
 
-    Level 0 is the test set as it is. Lines are means over seeds and splits, bands one standard
-    deviation to either side.
+    Level 0 is the test set. Lines are means over seeds and splits, and bands are plus and minus one
+    standard deviation.
+
+    Args:
+        runs: The evaluations.
+        colors: The colours of `method_colors`.
+
+    Yields:
+        The name of a metric and its figure.
     """
     rows = runs.rows
     at = rows["metric"].str.extract(LEVEL)
@@ -79,10 +97,17 @@ def level_figures(runs: SuiteRuns, colors: Mapping[str, str]) -> "Iterator[tuple
 
 
 def ood_figure(runs: SuiteRuns, colors: Mapping[str, str]) -> "Figure | None":
-    """Detection of out-of-distribution sets, and uncertainty there beside the test set.
+    """Draw the detection of out-of-distribution sets, and the uncertainty on them and on test.
 
-    A panel per metric, a mark per set and method: the mean, and one standard deviation to either
-    side. None: there is no such set.
+    There is a panel per metric, and a marker per set and method: the mean, with bars of plus and
+    minus one standard deviation.
+
+    Args:
+        runs: The evaluations.
+        colors: The colours of `method_colors`.
+
+    Returns:
+        The figure, or None without such a set.
     """
     rows = runs.rows.join(runs.rows["metric"].str.extract(UNFAMILIAR)).dropna(subset=["set"])
     sets = sorted(set(rows["set"]) - {"test"})

@@ -1,4 +1,4 @@
-"""Means over seeds and splits, and each method beside its pointwise counterpart."""
+"""Means over seeds and splits, and each method compared with the pointwise network."""
 
 from typing import TYPE_CHECKING
 
@@ -17,33 +17,42 @@ PROCEDURES = {
 
 
 def summarize(scores: "DataFrame") -> "DataFrame":
-    """Mean, standard deviation, standard error and n of each metric, over seeds and splits.
+    """Summarize each metric over seeds and splits.
 
-    One row per cell, numeric and metric. The deviation divides by n - 1 and is missing for n = 1.
+    Args:
+        scores: The scores of `Runs`.
+
+    Returns:
+        A row per cell, numeric and metric, with the columns mean, std, standard_error and n. The
+        standard deviation divides by n - 1, and is NaN for n = 1.
     """
     groups = scores.groupby([*CELL, "numeric", "metric"], dropna=False)["value"]
     return groups.agg(mean="mean", std="std", standard_error="sem", n="count").reset_index()
 
 
 def executed(scores: "DataFrame") -> "DataFrame":
-    """The rows of int8; of simulated in the cells that have none of it."""
+    """Select the rows of int8, or of simulated in cells without int8."""
     is_int8 = scores["numeric"] == "int8"
     has_int8 = is_int8.groupby([scores[name] for name in CELL], dropna=False).transform("any")
     return scores[is_int8 | ((scores["numeric"] == "simulated") & ~has_int8)]
 
 
 def main_metrics(scores: "DataFrame") -> "DataFrame":
-    """The rows of the test set's main metrics."""
+    """Select the main metrics of the test set."""
     return scores[scores["metric"].isin(MAIN_KEYS)]
 
 
 def beside_pointwise(scores: "DataFrame") -> "DataFrame":
-    """The main test metrics of each method and, beside them, of the pointwise network.
+    """Compare the main test metrics of each method with those of the pointwise network.
 
-    A row per task, setting, metric, bits and method; columns float, PTQ and QAT (executed in
-    int8), each followed by its pointwise counterpart. Both are means over the n seeds and splits
-    that the two share; where they share none, the method's own mean is alone. Where n differs
-    from column to column, it is given for each.
+    Args:
+        scores: The scores of `Runs`.
+
+    Returns:
+        A row per task, setting, metric, bits and method. The columns float, PTQ and QAT (executed
+        in int8) are each followed by the pointwise network. Both are means over the n seeds and
+        splits that the two share; if they share none, the row has only the mean of the method. If n
+        differs between columns, it is given for each.
     """
     import pandas as pd
 
@@ -74,11 +83,16 @@ def beside_pointwise(scores: "DataFrame") -> "DataFrame":
 
 
 def missing_cells(runs: "DataFrame") -> list[Problem]:
-    """Runs that the others suggest: a seed, split or bit width that one method has and another
-    lacks, for the same task, script and mode.
+    """Find missing runs: seeds, splits or bit widths that only some methods have.
 
-    A single run whose method has more of another setting is taken for a trial, which suggests
-    nothing and lacks nothing.
+    Methods are compared within a task, script and mode. A single run is ignored as a trial if its
+    method has more runs of another setting.
+
+    Args:
+        runs: The runs of `Runs`.
+
+    Returns:
+        A problem for each group of missing runs.
     """
     problems = []
     bits = ["weight_bits", "activation_bits"]
@@ -92,16 +106,16 @@ def missing_cells(runs: "DataFrame") -> list[Problem]:
             for at, missing in merged[merged["_merge"] == "left_only"].groupby(bits, dropna=False):
                 units = "; ".join(map(_unit, missing["seed"], missing["split"]))
                 name = f"{verb} {mode} {method} {setting} {task} {_bits(*at)}"
-                reason = f"not among the runs, though others have it: {units}"
+                reason = f"missing, although other methods have it: {units}"
                 problems.append(Problem(" ".join(name.split()), "NOT RUN", reason))
     return problems
 
 
 def _columns(scores: "DataFrame") -> "dict[str, DataFrame]":
-    """The values of each column of the comparison; those of float networks at all bits."""
+    """Return the values of each column of the comparison."""
     import pandas as pd
 
-    # The runs of quantize.py know their network in float; train.py's are for those without any.
+    # Runs of quantize.py include the float network; those of train.py are used if there are none.
     quantized, trained = (scores[scores["verb"] == verb] for verb in ("quantize", "train"))
     floats = quantized[quantized["numeric"] == "float"]
     others = trained[trained["mode"] == "float"]

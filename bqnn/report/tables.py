@@ -1,30 +1,27 @@
-"""Tables as text: the cells that a reader sees, in Markdown, in HTML and in CSV files.
+"""Format tables as Markdown and CSV.
 
-Names, settings and errors come from the files of runs, which may be anybody's. So whatever is
-shown is escaped: no text becomes markup, an image or a link, or a spreadsheet's formula.
+Names, settings and errors come from the files of runs, which are untrusted. All text is therefore
+escaped, so that it cannot become markup, an image, a link or a formula of a spreadsheet.
 """
 
 import re
-from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-LONG = 60  # characters beyond which a cell may be broken into lines
-
 
 def cells(frame: "DataFrame") -> "DataFrame":
-    """Every value as text: four significant digits, and nothing where there is no value.
+    """Convert every value to a string, and drop columns without values.
 
-    Columns without any value are left out.
+    Floats get four significant digits, and missing values become empty strings.
     """
     frame = frame.dropna(axis="columns", how="all")
     return frame.astype(object).map(_text)
 
 
 def markdown(table: "DataFrame") -> str:
-    """A table of texts in Markdown."""
+    """Format a table of strings as Markdown."""
     head = [str(name) for name in table]
     rows = [[plain(name) for name in head], ["---"] * len(head)]
     rows += [[plain(cell) for cell in row] for row in table.itertuples(index=False, name=None)]
@@ -32,48 +29,29 @@ def markdown(table: "DataFrame") -> str:
 
 
 def plain(text: str) -> str:
-    r"""A text that Markdown shows as it is, in one line.
+    r"""Escape text so that Markdown shows it literally, in one line.
 
+    Example:
     >>> plain("![x](https://example.org) *a*_b | <i>")
     '!\\[x\\](https&#58;//example.org) \\*a\\*\\_b \\| &lt;i>'
     """
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
     text = re.sub(r"([\\`*\[\]|~])", r"\\\1", text)
-    text = re.sub(r"^(\d*)([#+.)=-]+)(?=\s|$)", r"\1\\\2", text)  # a heading, a list, a rule
-    text = text.replace("$", "<span>$</span>")  # two of them would be mathematics on GitHub
-    # An underscore inside a word marks nothing; an address becomes a link by itself.
+    text = re.sub(r"^(\d*)([#+.)=-]+)(?=\s|$)", r"\1\\\2", text)  # no heading, list or rule
+    text = text.replace("$", "<span>$</span>")  # two of them are mathematics on GitHub
+    # An underscore inside a word needs no escape. An address would become a link.
     text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\_", text)
     return re.sub(r"(?i)(https?|ftp)://|www\.|(?<=[\w.+-])@", _broken_address, text)
 
 
 def csv(table: "DataFrame") -> str:
-    """A table as the content of a CSV file, in which no text starts like a formula.
+    """Format a table as the content of a CSV file without formulas.
 
-    Spreadsheets compute what starts with =, +, - or @; such a text gets an apostrophe in front.
-    Numbers stay as they are.
+    Spreadsheets evaluate strings that start with =, +, - or @, so these get a leading apostrophe.
+    Numbers are unchanged.
     """
     neutral = table.map(_neutral).rename(columns=_neutral)
     return neutral.to_csv(index=False)
-
-
-def html(table: "DataFrame") -> str:
-    """A table of texts in HTML, everything in it escaped; page.html makes it sortable."""
-    head = "".join(
-        f'<th scope="col"><button type="button">{escape(str(name))}</button></th>' for name in table
-    )
-    rows = "\n".join(
-        "<tr>" + "".join(_cell(text) for text in row) + "</tr>"
-        for row in table.itertuples(index=False, name=None)
-    )
-    return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>\n{rows}\n</tbody></table></div>"
-    )
-
-
-def _cell(text: str) -> str:
-    kind = ' class="long"' if len(text) > LONG else ""
-    return f"<td{kind}>{escape(text)}</td>"
 
 
 def _broken_address(match: "re.Match[str]") -> str:

@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# In a wheel it is inside the package, in a checkout beside it.
+# conf/ is inside the package in a wheel, and beside it in a checkout.
 CONF = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested dictionaries, under its keys joined by dots."""
+    """Yield every value of nested dictionaries with its dotted key.
+
+    Example:
+        >>> dict(leaves({"seed": 1, "net": {"name": "mlp"}}))
+        {'seed': 1, 'net.name': 'mlp'}
+    """
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
             yield from leaves(value, f"{prefix}{key}.")
@@ -21,5 +26,5 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 @functools.cache
 def published() -> str:
-    """The text of all files in conf/: what stands there is no secret."""
+    """Return the text of all files in conf/, which contains no secrets."""
     return "\n".join(path.read_text(encoding="utf-8") for path in sorted(CONF.rglob("*.yaml")))

@@ -1,9 +1,9 @@
-"""The kind and range of each value of a configuration, by group and key.
+"""The type and range of each value of a configuration, by group and key.
 
-The check of the command line (`check_options`), the schema of recipes (`bqnn.checkpoints.schema`)
-and docs/configuration.md are made from these tables. Defaults and meanings are in the files in
-conf/. Names of methods, networks, data sets and optimizers are looked up in
-`bqnn.commands.choices`, which needs torch.
+These tables define the check of the command line (`check_options`), the schema of recipes
+(`bqnn.checkpoints.schema`) and docs/configuration.md. The files in conf/ have the defaults and the
+meanings. `bqnn.commands.choices`, which needs torch, checks the names of methods, networks, data
+sets and optimizers.
 """
 
 import json
@@ -57,7 +57,7 @@ JOB: Table = {
     "select": one_of("all", "best"),
 }
 
-# The options of data sets, and what a task says of its training.
+# The options of data sets, and the defaults of a task for its training.
 TASK: Table = {
     "name": name(),
     "max_epochs": EVERY,
@@ -158,7 +158,7 @@ TRAINER: Table = {
     ),
     "threads": maybe(whole(1, 1024)),
     "progress_bar": flag(),
-    # Further options of Lightning's Trainer, which are added with `+`.
+    # Further options of Lightning's Trainer, which a command line adds with `+`.
     "num_nodes": whole(1, 1024),
     "strategy": one_of(
         "auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true"
@@ -191,7 +191,7 @@ LOGGER: Table = {
     "tags": Rule("a list of words, as in [a,b]", lambda value: type(value) is list),
 }
 
-# The tables by the keys that they stand under. `conf/` says what null stands for.
+# The tables by group. The files in conf/ explain the meaning of null.
 TABLES: dict[str, Table] = {
     "": JOB,
     "task": TASK,
@@ -211,22 +211,22 @@ RULES: dict[str, Rule] = {
     for key, rule in table.items()
 }
 
-# Options of Lightning under which a job could not keep its promises, and what to write instead.
+# Options of Lightning that would break guarantees of a job, and the alternative to each.
 LEFT_OUT = {
     "trainer.fast_dev_run": "trainer=smoke is a short run",
-    "trainer.barebones": "logger=none plots=false leaves out what can be left out",
+    "trainer.barebones": "logger=none plots=false omits everything that is optional",
     "trainer.overfit_batches": "trainer.limit_train_batches trains on fewer batches",
     "trainer.limit_val_batches": "the validation rows are one batch; "
-    "trainer.check_val_every_n_epoch says how often they are used, and task.validation_share=0 "
-    "that they are not",
+    "trainer.check_val_every_n_epoch sets how often they are used, and task.validation_share=0 "
+    "disables validation",
     "trainer.limit_test_batches": "the test rows are one batch, and are always used",
     "trainer.limit_predict_batches": "the trainer predicts nothing",
-    "trainer.val_check_interval": "trainer.check_val_every_n_epoch says how often the validation "
+    "trainer.val_check_interval": "trainer.check_val_every_n_epoch sets how often the validation "
     "rows are used",
     "trainer.enable_checkpointing": "checkpoint.ckpt is always written",
     "trainer.model_registry": "logger.artifacts=true keeps checkpoints in Weights & Biases",
 }
-# That the first is no more than the second is a condition of training.
+# Pairs of options of which the first must not exceed the second.
 ORDERED = (
     ("trainer.min_epochs", "trainer.max_epochs"),
     ("trainer.min_steps", "trainer.max_steps"),
@@ -234,22 +234,27 @@ ORDERED = (
 
 
 def check_options(config: Mapping[str, Any]) -> None:
-    """Refuse a value of another kind, or out of the range that `RULES` gives its key.
+    """Check the values of a configuration against `RULES`.
 
-    So are options that stand in `LEFT_OUT`, and values that contradict each other.
+    The check also refuses the options in `LEFT_OUT`, and values that contradict each other.
 
     Args:
-        config: A resolved configuration, in plain types. Keys without a rule are not looked at.
+        config: A resolved configuration, in plain types. Keys without a rule are ignored.
 
     Raises:
-        ValueError: In one line, with the key, the value and what is accepted.
+        ValueError: A value is refused. The message has the key, the value and the valid choices.
+
+    Example:
+        >>> check_options({"quant": {"weight_bits": 9}})
+        Traceback (most recent call last):
+        ValueError: quant.weight_bits=9: choose a whole number from 2 to 8
     """
     values = dict(leaves(config))
     for key in filter(None, TABLES):
         if key in values and values[key] != {}:
             hint = f"; did you mean {key}.name?" if key.endswith("optimizer") else ""
             raise ValueError(
-                f"{key}={_shown(values[key])}: it holds other keys; give them one by one{hint}"
+                f"{key}={_shown(values[key])}: it is a group of keys; set them one by one{hint}"
             )
     for key, rule in RULES.items():
         if key in values and not rule.holds(values[key]):
@@ -266,14 +271,14 @@ def check_options(config: Mapping[str, Any]) -> None:
     every, epochs = (values.get(f"trainer.{k}") for k in ("check_val_every_n_epoch", "max_epochs"))
     if values.get("trainer.save_best") and every is not None and every > (epochs or every):
         raise ValueError(
-            f"trainer.save_best=true: no epoch would be validated to choose by, since "
+            f"trainer.save_best=true: no epoch would be validated, since "
             f"trainer.check_val_every_n_epoch={every} and trainer.max_epochs={epochs}; lower the "
             "first"
         )
 
 
 def _shown(value: object) -> str:
-    """A value as one writes it in an override."""
+    """Format a value as in an override on the command line."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""docs/configuration.md: every key, its default, what is accepted and what it means.
+"""Generate docs/configuration.md: every key with its default, accepted values and meaning.
 
 python -m bqnn.settings.reference > docs/configuration.md
 """
@@ -17,14 +17,14 @@ Every key of the configuration with its default, the values that it accepts, and
 files in `conf/`, accepted values from `bqnn/settings/options.py`.
 `python -m bqnn.settings.reference > docs/configuration.md` makes this page.
 """
-NOT_DEFAULTS = ("hydra", "tuned", "bits")  # folders of conf/ that change values of the others
+NOT_DEFAULTS = ("hydra", "tuned", "bits")  # folders of conf/ that override others
 LINE = re.compile(
     r"^(?P<indent> *)(?P<key>[a-z_0-9]+):(?: (?P<value>[^#]*?))? *(?:# (?P<meaning>.*))?$"
 )
 
 
 def reference() -> str:
-    """The page, in Markdown."""
+    """Return the page in Markdown."""
     defaults: dict[str, dict[str, list[str]]] = {}
     meanings: dict[str, str] = {}
     for file, key, value, meaning in _entries():
@@ -44,7 +44,7 @@ def reference() -> str:
 
 
 def _entries() -> Iterator[tuple[str, str, str, str]]:
-    """File, key, value and comment of every line with a value in conf/."""
+    """Yield file, key, value and comment of every line with a value in conf/."""
     for path in sorted(CONF.rglob("*.yaml")):
         folder = path.relative_to(CONF).parts[0] if path.parent != CONF else ""
         if folder not in NOT_DEFAULTS:
@@ -52,7 +52,7 @@ def _entries() -> Iterator[tuple[str, str, str, str]]:
 
 
 def _entries_of(path: Path, folder: str) -> Iterator[tuple[str, str, str, str]]:
-    above: list[str] = []  # the keys that a line stands under, by its indent
+    above: list[str] = []  # the parent keys of a line, from its indent
     for line in path.read_text(encoding="utf-8").splitlines():
         if match := LINE.match(line):
             above = [*above[: len(match["indent"]) // 2], match["key"]]
@@ -62,7 +62,7 @@ def _entries_of(path: Path, folder: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _default(values: dict[str, list[str]]) -> str:
-    """One value, or each with the files that have it."""
+    """Format the default, or each default with its files if there are several."""
     shown = {value: "none: required" if value == "???" else f"`{value}`" for value in values}
     if len(values) <= 1:
         return "".join(shown.values())

@@ -1,4 +1,4 @@
-"""Kinds and ranges of values: a predicate, and the words for it in an error message."""
+"""Rules for the types and ranges of values, each with a description for error messages."""
 
 import math
 import re
@@ -10,45 +10,59 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value has to be, in words and as a test of it."""
+    """A condition on a value.
+
+    Attributes:
+        words: The description of valid values, as in "choose {words}".
+        holds: Whether a value is valid.
+
+    Example:
+        >>> rule = maybe(whole(2, 8))
+        >>> rule.words, rule.holds(None), rule.holds(9)
+        ('null, or a whole number from 2 to 8', True, False)
+    """
 
     words: str
     holds: Callable[[Any], bool]
 
 
 def is_finite(value: object) -> bool:
-    """Whether it is a number that a float can hold: 10**400 is none, and neither is NaN."""
+    """Whether a value is a number in the range of floats: neither 10**400 nor NaN is."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Rule:
+    """A whole number in a range that includes both bounds."""
     words = f"a whole number from {least} to {most}"
     return Rule(words, lambda value: type(value) is int and least <= value <= most)
 
 
 def number() -> Rule:
+    """A finite number, of any size that floats can represent."""
     return Rule("a finite number", is_finite)
 
 
 def flag() -> Rule:
+    """A boolean, which a configuration spells true or false."""
     return Rule("true or false", lambda value: type(value) is bool)
 
 
 def text() -> Rule:
+    """A string of limited length, without lone surrogates."""
     return Rule(
-        "a text of at most 4096 characters that UTF-8 can hold",
+        "a string of at most 4096 characters that are valid in UTF-8",
         lambda v: type(v) is str and len(v) <= 4096 and not re.search("[\ud800-\udfff]", v),
     )
 
 
 def name() -> Rule:
-    """Text that becomes the name of a folder, and never a path to another one."""
+    """A string that is a valid name of a folder, and never a path to another one."""
     return Rule(
-        "a name without slashes, a dot in front or unprintable characters, of at most 200 bytes",
+        "a name without slashes, a leading dot or unprintable characters, of at most 200 bytes",
         lambda value: (
             type(value) is str
             and 0 < len(value) <= 200
-            and value.isprintable()  # so it has no lone surrogates either
+            and value.isprintable()  # excludes lone surrogates, too
             and len(value.encode()) <= 200
             and value[0] != "."
             and not set("/\\") & set(value)
@@ -57,11 +71,13 @@ def name() -> Rule:
 
 
 def one_of(*choices: str | int) -> Rule:
+    """One of the given strings or integers."""
     words = " or ".join(map(str, choices))
     return Rule(words, lambda value: type(value) in (str, int) and value in choices)
 
 
 def many(rule: Rule, most: int) -> Rule:
+    """A list of at most `most` entries that satisfy a rule."""
     return Rule(
         f"at most {most} entries, each {rule.words}",
         lambda value: (
@@ -71,20 +87,22 @@ def many(rule: Rule, most: int) -> Rule:
 
 
 def either(*rules: Rule) -> Rule:
+    """A value that satisfies at least one of the rules."""
     words = ", or ".join(rule.words for rule in rules)
     return Rule(words, lambda value: any(rule.holds(value) for rule in rules))
 
 
 def maybe(rule: Rule) -> Rule:
+    """None, or a value that satisfies a rule."""
     return Rule(f"null, or {rule.words}", lambda value: value is None or rule.holds(value))
 
 
 def is_option(key: object) -> bool:
-    """Whether a key could be a public argument of a constructor."""
+    """Whether a key can be a public argument of a constructor."""
     return type(key) is str and key.isidentifier() and len(key) <= 60 and key[0] != "_"
 
 
-# An option of a method, network or optimizer of your own, whose constructor judges it.
+# An option of your own method, network or optimizer, whose constructor checks it.
 NUMBER = either(
     whole(-10_000_000, 10_000_000),
     Rule("a finite float", lambda value: type(value) is float and is_finite(value)),
@@ -93,11 +111,11 @@ OPTION = maybe(either(flag(), NUMBER, name(), many(NUMBER, 256)))
 
 SIZE = whole(1, 65_536)  # of a layer
 COUNT = whole(0)
-DRAWN = whole(1, 10_000_000)  # rows made up and kept in memory
+DRAWN = whole(1, 10_000_000)  # synthetic rows in memory
 
 
 def real(least: float, most: float = math.inf, without: tuple[float, ...] = ()) -> Rule:
-    """A finite number in a range; `without` are the ends that do not belong to it."""
+    """A finite number in a range; `without` are the bounds that it excludes."""
     words = "a finite number"
     if least > -math.inf:
         words += f" above {least:g}" if least in without else f", {least:g} or more"
@@ -107,22 +125,22 @@ def real(least: float, most: float = math.inf, without: tuple[float, ...] = ()) 
 
 
 def _is_between(value: object, least: float, most: float) -> bool:
-    # The limit of floats also keeps out whole numbers that none can hold.
+    # The bounds also exclude integers beyond the range of floats.
     return type(value) in (int, float) and -1.7e308 < value < 1.7e308 and least <= value <= most  # type: ignore[operator]
 
 
 def indices() -> Rule:
-    """Numbers of devices in a text, as Lightning takes them."""
+    """Numbers of devices in a string, as Lightning accepts them."""
     return Rule(
-        'a text such as "0,1"',
+        'a string such as "0,1"',
         lambda value: type(value) is str and re.fullmatch(r"\d+(,\d+)*,?", value) is not None,
     )
 
 
 def duration() -> Rule:
-    """A length of time above zero, as Lightning takes it."""
+    """A positive length of time, as Lightning accepts it."""
     return Rule(
-        "a text such as 00:01:30:00 (days:hours:minutes:seconds), more than zero",
+        "a string such as 00:01:30:00 (days:hours:minutes:seconds), more than zero",
         lambda value: (
             type(value) is str
             and re.fullmatch(r"\d{2,}(:\d\d){3}", value) is not None
@@ -131,7 +149,7 @@ def duration() -> Rule:
     )
 
 
-PATH = Rule("a path, in quotes where it looks like a number or a list", text().holds)
+PATH = Rule("a path, in quotes if it looks like a number or a list", text().holds)
 ANY = real(-math.inf)
 POSITIVE = real(0, without=(0,))
 NOT_NEGATIVE = real(0)

@@ -1,14 +1,22 @@
-"""The nearest name to a mistyped one."""
+"""Suggest the nearest name to a mistyped one."""
 
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
-SIMILAR = 0.6  # of 1: the least similarity of a suggestion
+SIMILAR = 0.6  # the least similarity of a suggestion, from 0 to 1
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The name that a mistyped one, or one without its groups, was most probably meant to be.
+    """Find the name that is most similar to a mistyped name, or to one without its groups.
 
+    Args:
+        name: The mistyped name.
+        names: The valid names.
+
+    Returns:
+        The most similar name, or None if none is similar.
+
+    Example:
     >>> nearest("method.lr", ["method.rate", "method.optimizer.lr", "seed"])
     'method.optimizer.lr'
     """
@@ -25,6 +33,6 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """The suggestion for an error message, or nothing where no name is near."""
+    """Return a suggestion for an error message, or an empty string if no name is similar."""
     found = nearest(name, names)
     return "" if found is None else f"; did you mean {found}?"

@@ -53,7 +53,7 @@ def test_another_method_another_network_and_no_file_are_refused_by_the_argument(
     tmp_path: Path,
 ) -> None:
     path = saved(table_method("mcdropout"), "mcdropout", tmp_path)
-    with pytest.raises(ValueError, match=r"^init_from=.*: this is a mcdropout run, give a point"):
+    with pytest.raises(ValueError, match=r"^init_from=.*: this is a mcdropout run; give a point"):
         start_from(bbb(), path)
     path = saved(picture_method("pointwise"), "pointwise", tmp_path)
     with pytest.raises(ValueError, match=r"^init_from=.*: its network is not this one, they diff"):

@@ -130,7 +130,7 @@ def test_numeric_leaves_float_networks_of_a_pattern_out(
     arguments = ["checkpoint=all/**/checkpoint.ckpt", "numeric=int8", *QUICK]
     code, errors = script_here("evaluate", *arguments, "hydra.run.dir=run")
     assert code == 0, errors
-    assert "left out: 1 checkpoints" in errors
+    assert "skipped 1 checkpoints" in errors
     assert "int8/test/nll" in read(tmp_path / "run" / "0_bbb_digits")
 
 
@@ -138,7 +138,7 @@ def test_numeric_leaves_float_networks_of_a_pattern_out(
     ("arguments", "message"),
     [
         (["sghmc_0", "num_samples=5"], "num_samples=5: this ensemble has 2 members"),
-        (["bbb_0", "numeric=int8"], "not quantized, so there is no other numeric than float"),
+        (["bbb_0", "numeric=int8"], "not quantized, so float is its only numeric"),
         (["bbb_0", "num_samples=0"], "num_samples=0"),
         (["bbb_0", "suite=nothing"], "Could not find 'suite/nothing'"),
         (["bbb_0", "suite.ood=[svhn]"], "no set 'svhn'"),

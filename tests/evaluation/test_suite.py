@@ -63,10 +63,10 @@ def test_tables_have_no_distortions_and_val_needs_rows():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"splits": ["train"]}, "keep test"),
-        ({"splits": ["test", "dev"]}, "choose of train, val and test"),
+        ({"splits": ["train"]}, "include test"),
+        ({"splits": ["test", "dev"]}, "choose among train, val and test"),
         ({"ood": ["svhn"]}, "no set 'svhn'"),
-        ({"distortions": ["twist"]}, "no 'twist'; choose of rotation"),
+        ({"distortions": ["twist"]}, "no 'twist'; choose among rotation"),
     ],
 )
 def test_a_set_that_there_is_not_is_refused(change, message):

@@ -71,7 +71,7 @@ def test_a_folder_and_a_fifo_are_no_records(tmp_path):
     done = threading.Event()
 
     def read() -> None:
-        with pytest.raises(ValueError, match="no regular file"):
+        with pytest.raises(ValueError, match="not a regular file"):
             read_record(tmp_path / "fifo.json")
         done.set()
 

@@ -72,12 +72,12 @@ def test_what_is_no_finished_run_is_listed(write_run: WriteRun, tmp_path: Path) 
     found = problems(tmp_path)
     assert found["failed"] == ("FAILED", "why FAILED")
     assert found["interrupted"] == ("INTERRUPTED", "why INTERRUPTED")
-    assert found["running"] == ("RUNNING", "running since yesterday, or killed without notice")
+    assert found["running"] == ("RUNNING", "running since yesterday, or killed")
     assert found["empty"] == ("MISSING", "there is no metrics.json")
     assert found["unnamed"] == ("MISSING", "there is no config.yaml")
     assert "refused" not in found
     assert [found[name][0] for name in ("cut", "foreign", "claimed", "nan")] == ["BROKEN"] * 4
-    assert found["nan"][1].endswith("test/nll is nan, which is no finite number")
+    assert found["nan"][1].endswith("test/nll is nan, which is not a finite number")
     assert len(found) == 9
 
 

@@ -97,7 +97,7 @@ def test_too_few_pairs_are_said_to_be_too_few() -> None:
     assert one["difference"][0] == 1.0
     assert all(math.isnan(one[name][0]) for name in ("std", "p_t", "p_wilcoxon"))
     assert remark(1) == "one pair: no test"
-    assert remark(5).startswith("few pairs: Wilcoxon's p cannot fall below 0.0625, and t rests on")
+    assert remark(5).startswith("few pairs: Wilcoxon's p cannot fall below 0.0625, and t assumes")
     assert remark(6) == ""
 
 

@@ -64,7 +64,7 @@ def test_a_training_without_a_step_is_refused(
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("trainer.check_val_every_n_epoch=301", "no epoch would be validated to choose by"),
+        ("trainer.check_val_every_n_epoch=301", "no epoch would be validated, since"),
         ("task.validation_share=0", "no validation rows"),
         ("+trainer.limit_val_batches=0", "trainer.limit_val_batches=0: leave it out"),
         ("+trainer.fast_dev_run=true", "trainer=smoke is a short run"),
