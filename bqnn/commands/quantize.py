@@ -56,12 +56,14 @@ def check(config: dict[str, Any], is_sweep: bool) -> None:
     Raises:
         ValueError: The devices, the optimizer or its options are refused.
     """
+    QuantSpec.from_config(config["quant"])
     refuse_devices(config["trainer"], may_be_several=False)
     check_optimizer("quant.fine_tuning.optimizer", config["quant"]["fine_tuning"]["optimizer"])
 
 
 def run(job: Job) -> None:
     """Quantize the checkpoint of a path, or all checkpoints of a pattern."""
+    QuantSpec.from_config(job.config["quant"])  # a sweep's job may not have been checked
     configs = []
     found = find_checkpoints(job.config["checkpoint"], "float", job.config["select"])
     for path, recipe in found.items():

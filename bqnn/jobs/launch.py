@@ -46,7 +46,6 @@ from bqnn.jobs.status import (
 )
 from bqnn.jobs.sweep import Sweep, find_sweep
 from bqnn.jobs.terminal import protect_output, say, say_once
-from bqnn.quant.spec import QuantSpec
 from bqnn.settings.conf import CONF, leaves
 from bqnn.settings.options import LEFT_OUT, OPTIMIZER, RULES, check_options
 from bqnn.settings.suggest import did_you_mean, nearest
@@ -257,12 +256,10 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
     """The same, with the paths of checkpoints as `bqnn.jobs.locate` finds them.
 
     Raises:
-        ValueError: As `plain`, or no quantization can be made of `quant`.
+        ValueError: As `plain`.
         FileNotFoundError: There is no such checkpoint. A job that is resumed may have outlived it.
     """
     config = plain(cfg)
-    if config.get("quant", {}).get("name", "none") != "none":
-        QuantSpec.from_config(config["quant"])
     for key, node, name in (
         ("checkpoint", config, "checkpoint"),
         ("method.init_from", config.get("method", {}), "init_from"),

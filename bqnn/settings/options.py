@@ -59,13 +59,13 @@ JOB: Table = {
 
 # The options of data sets, and the defaults of a task for its training.
 TASK: Table = {
+    "table": Rule("the name of a folder in <data_dir>/uci, without slashes", name().holds),
     "name": name(),
     "max_epochs": EVERY,
     "check_val_every_n_epoch": EVERY,
     "save_every": NOT_NEGATIVE,
     "batch_size": whole(1),
     "validation_share": SHARE,
-    "table": Rule("the name of a folder in <data_dir>/uci, without slashes", name().holds),
     "split": COUNT,
     "source": one_of("torchvision", "folder"),
     "root": maybe(PATH),
