@@ -80,6 +80,9 @@ class FakeQuant(nn.Module):
         smallest: Any = self.observer.min_val  # empty or infinite as long as nothing was seen
         if smallest.numel() == 0 or smallest.isinf().any():
             return
+        if smallest.isnan().any():  # then the loss is NaN, whose message says more than torch 2.9's
+            self.scale.fill_(torch.nan)
+            return
         scale, zero_point = self.observer.calculate_qparams()
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
