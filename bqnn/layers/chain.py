@@ -4,5 +4,5 @@ from torch import nn
 
 
 def is_chain(module: nn.Module) -> bool:
-    """Whether a module is a Sequential that calls its children in order, and does nothing else."""
+    """Return whether a module is a Sequential that only calls its children in order."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward

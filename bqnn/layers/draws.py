@@ -1,4 +1,4 @@
-"""Draws of a network's random modules, which belong to a call and not to the modules."""
+"""Draws of a network's random modules. A draw belongs to a call, not to the modules."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,13 +36,13 @@ class Stochastic(nn.Module):
 
 
 class Drawn(Stochastic):
-    """A module that is one of many possible functions, such as a layer with random weights.
+    """Base class for modules that represent a distribution over functions.
 
-    Left alone it makes a draw per call. While a draw is held, every call uses that one.
+    By default, each call makes a draw. While a draw is held, all calls use it.
     """
 
     def make_draw(self, index: int) -> Any:
-        """Draw number `index`, in the form that `forward` needs; never None."""
+        """Make draw number `index`, in the form that `forward` needs; never None."""
         raise NotImplementedError
 
     def held(self) -> Any:
@@ -59,7 +59,7 @@ class DrawnWeights(Drawn):
         raise NotImplementedError
 
     def weights(self) -> Any:
-        """The draw that is held, or a new one; torch.export would make a held one a constant."""
+        """Return the held draw or a new one; torch.export would turn a held one into a constant."""
         held = None if torch.compiler.is_exporting() else self.held()
         return self.draw() if held is None else held
 

@@ -1,4 +1,4 @@
-"""Monte-Carlo dropout: dropout that stays on at evaluation."""
+"""Monte-Carlo dropout: dropout that is also active in evaluation."""
 
 from torch import Tensor, nn
 
@@ -10,7 +10,7 @@ from bqnn.layers.swap import check_plain
 
 
 class MCDropout(Stochastic):
-    """Drop whole channels of [B, C, H, W], or single features of [B, ..., F], always.
+    """Dropout of whole channels of [B, C, H, W], or of features of [B, ..., F], in every mode.
 
     Each row has a mask of its own; what is kept is scaled by 1 / (1 - rate) (Gal &
     Ghahramani, 2016). It drops in eval mode too, so that evaluation never has to leave it, which
@@ -28,7 +28,7 @@ class MCDropout(Stochastic):
         return x * self.kept(x).to(x.dtype).mul_(1 / (1 - self.rate))
 
     def kept(self, x: Tensor) -> Tensor:
-        """Which channels or features of each row are kept: bool, [B, C, 1, 1] or [B, ..., F]."""
+        """Draw the kept channels or features of each row: bool, [B, C, 1, 1] or [B, ..., F]."""
         first = x[..., 0, 0] if x.dim() == 4 else x
         # Coins say what is dropped: a tiny rate would be lost in 1 - rate.
         dropped = (coins_like if self.training else evaluation_coins)(first, self.rate)
@@ -39,7 +39,7 @@ class MCDropout(Stochastic):
 
 
 def to_mcdropout(net: nn.Module, rate: float, before_output: bool = True) -> nn.Module:
-    """Make the marked sites of a network drop, in place.
+    """Replace the dropout sites of a network by MC dropout, in place.
 
     `before_output` says whether the site before the output layer drops too. ValueError: there is no
     site; TypeError: a site has something, such as hooks, that would be lost.

@@ -1,4 +1,4 @@
-"""An ensemble of networks of one shape, collected while one of them is being sampled."""
+"""An ensemble of networks of one shape, collected while a chain samples one of them."""
 
 import copy
 import itertools
@@ -42,7 +42,7 @@ class Ensemble(Drawn):
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Take a copy of the current network; it replaces the oldest once all places are taken."""
+        """Copy the current network into the ensemble. A full ensemble drops its oldest member."""
         slot = int(self.collected) % self.num_members
         if slot == len(self.members):
             self._add_member()
@@ -50,7 +50,7 @@ class Ensemble(Drawn):
         self.collected += 1
 
     def make_draw(self, index: int) -> int:
-        """The place of member number `index`, the newest first."""
+        """Return the position of member number `index`, counted from the newest."""
         if self.members and index >= len(self.members):
             raise ValueError(
                 f"draw {index} of an ensemble with {len(self.members)} members: "

@@ -1,10 +1,10 @@
-"""Inputs that are not finite: NaN is some number in int8, so that nobody would notice."""
+"""Refuse inputs that are not finite: int8 would turn a NaN into a number unnoticed."""
 
 from torch import Tensor
 
 
 def refuse_non_finite(x: Tensor, which: str = "inputs") -> None:
-    """ValueError where rows of x, [B, ...], hold NaN or infinity: how many, and the first."""
+    """Raise a ValueError if rows of x, [B, ...], hold NaN or infinity."""
     if not x.is_floating_point() or bool(x.isfinite().all()):
         return
     bad = (~x.isfinite()).reshape(len(x), -1).any(1).nonzero()

@@ -1,4 +1,4 @@
-"""What linear layers and convolutions compute, at weights that are given."""
+"""The function of linear layers and convolutions, for given weights."""
 
 from typing import NamedTuple, Self
 
@@ -10,7 +10,7 @@ from bqnn.layers.safe_convolutions import Gradients, pixels_read, safe_convoluti
 
 
 class Geometry(NamedTuple):
-    """What a convolution is apart from its weights, in the order of torch's arguments."""
+    """The parameters of a convolution other than its weights, in torch's order."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -19,7 +19,7 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, layer: nn.Conv2d) -> Self:
-        """TypeError: the layer pads with something else than zeros, or one side more."""
+        """Return the geometry of a layer. TypeError: its padding is asymmetric or not of zeros."""
         if layer.padding_mode != "zeros":
             raise TypeError(f"padding_mode={layer.padding_mode!r}: only 'zeros' can be converted")
         padding = layer.padding
@@ -35,7 +35,7 @@ class Geometry(NamedTuple):
 
 
 def linear_map(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
-    """A convolution with that geometry, or a linear layer where there is none."""
+    """Apply a convolution with this geometry, or a linear layer if it is None."""
     if geometry is None:
         return F.linear(x, weight, bias)
     x, stride = pixels_read(x, weight, *geometry)
@@ -51,7 +51,7 @@ def linear_map_gradients(
     needs_x: bool,
     needs_bias: bool,
 ) -> Gradients:
-    """Gradients of `linear_map` by `x`, the weight and the bias; x [B, C] where it is linear."""
+    """Return the gradients of `linear_map` by `x`, the weight and the bias."""
     if geometry is None:
         return (
             grad @ weight if needs_x else None,

@@ -1,4 +1,4 @@
-"""Modules that compute nothing special in float and mark what a conversion must find."""
+"""Marker modules, which conversions look for in a network."""
 
 import torch
 from torch import Tensor, nn
@@ -6,9 +6,9 @@ from torch.nn import functional as F
 
 
 class DropoutSite(nn.Identity):
-    """A place where MC dropout drops; the identity for every other method.
+    """A site of MC dropout; the identity for every other method.
 
-    `before_output` marks the site right before the output layer, which is a switch of its own.
+    `before_output` marks the site before the output layer, which has its own option.
     """
 
     def __init__(self, before_output: bool = False) -> None:
@@ -17,11 +17,11 @@ class DropoutSite(nn.Identity):
 
 
 class Enter(nn.Identity):
-    """The float tensor that passes here enters the integer region of a quantized network."""
+    """The entry of a quantized network's integer region."""
 
 
 class Leave(nn.Identity):
-    """The tensor that passes here leaves the integer region of a quantized network."""
+    """The exit of a quantized network's integer region."""
 
 
 class Add(nn.Module):

@@ -1,4 +1,4 @@
-"""Find parameters and buffers of a network that are one, or lie in the same memory."""
+"""Find parameters and buffers of a network that share memory."""
 
 import itertools
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 
 class Owned(NamedTuple):
-    """A parameter or buffer, the module that has it, and its name in the network."""
+    """A parameter or buffer with its module and its name in the network."""
 
     name: str
     module: nn.Module
@@ -18,7 +18,7 @@ class Owned(NamedTuple):
 
 
 def shared(net: nn.Module) -> Iterator[tuple[Owned, Owned]]:
-    """Pairs of parameters and buffers, one of them a parameter, that share a number.
+    """Return pairs of parameters and buffers, at least one a parameter, that share elements.
 
     These are one tensor under two names, or views: `a.data = b.data`, `nn.Parameter(b.t())`, a part
     of a larger one. Parts of one memory that have no number in common, as vector_to_parameters and
@@ -43,7 +43,7 @@ def shared(net: nn.Module) -> Iterator[tuple[Owned, Owned]]:
 
 
 def is_one(first: Owned, second: Owned) -> bool:
-    """Whether a pair that is `shared` has all its numbers in common."""
+    """Return whether a `shared` pair has all elements in common."""
     return _span(first.tensor) == _span(second.tensor)
 
 

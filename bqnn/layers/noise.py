@@ -1,4 +1,4 @@
-"""Gaussian noise and coins, drawn as fast as the CPU can."""
+"""Fast Gaussian noise and Bernoulli samples on the CPU."""
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +39,7 @@ def cpu_noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def in_memory_order(x: Tensor) -> Tensor:
-    """Pictures or filters in channels_last as [N, H, W, C]; anything else as it is."""
+    """View channels_last images or filters as [N, H, W, C], and return other tensors unchanged."""
     # With one channel both layouts are contiguous, and strides tell which one is meant.
     is_channels_last = (
         x.dim() == 4 and x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)

@@ -18,7 +18,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # by inputs, wei
 def corrupts_memory(
     weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> bool:
-    """Whether the gradient by the weight of a convolution may be written past a buffer.
+    """Return whether a convolution's weight gradient may be written past a buffer.
 
     For a kernel of 1x1 with a stride over 1, on inputs in channels_last, oneDNN copies the pixels
     that the stride meets. Where it walks through this copy in several parts, it takes each pixel
@@ -71,7 +71,7 @@ def pixels_read(
 
 
 def guard_backward() -> None:
-    """Let no convolution of this process be differentiated in a way that `corrupts_memory`.
+    """Guard the backward pass of all convolutions in this process, see `corrupts_memory`.
 
     It gives torch's operator `convolution_backward` a kernel for the CPU, which is
     `safe_convolution_backward`. All gradients of convolutions come from there: those of layers, of
@@ -97,7 +97,7 @@ def safe_convolution_backward(
     groups: int,
     output_mask: Sequence[bool],
 ) -> Gradients:
-    """The gradients that torch's `convolution_backward` computes, never where it is in danger.
+    """Compute the gradients of torch's `convolution_backward` without corrupting memory.
 
     There, `original` gets the pixels that the stride meets, and a stride of 1.
 

@@ -1,4 +1,4 @@
-"""Replace layers of a network by type, and refuse those of which something would be lost."""
+"""Replace layers of a network by type, and refuse layers that would lose something."""
 
 from collections.abc import Callable, Collection, Mapping
 
@@ -27,7 +27,7 @@ def swap(
     *,
     keep: tuple[type[nn.Module], ...] = (),
 ) -> int:
-    """Replace every layer whose exact type is a key by what its value makes of it, in place.
+    """Replace every layer whose exact type is a key with its value's result, in place.
 
     Args:
         net: the network; it stays as it is where anything is refused.
@@ -71,7 +71,7 @@ def check_plain(
     parameters: Collection[str] = (),
     buffers: Collection[str] = (),
 ) -> None:
-    """TypeError where a layer is more than its type and these parameters and buffers.
+    """Raise a TypeError if a layer has more than its type, these parameters and buffers.
 
     A conversion takes those out of it. Spectral norm, weight norm and pruning in their older form
     compute the weight in a hook, from parameters of other names; hooks and functions of the user
@@ -108,7 +108,7 @@ def check_plain(
 
 
 def check_no_hooks(path: str, module: nn.Module) -> None:
-    """TypeError where something was hooked to a module that a conversion replaces."""
+    """Raise a TypeError if a module that a conversion replaces has hooks."""
     hooks = [kind for kind in HOOKS if getattr(module, f"_{kind}")]
     hooks += ["a forward of its own"] if "forward" in vars(module) else []
     if hooks:
@@ -119,7 +119,7 @@ def check_no_hooks(path: str, module: nn.Module) -> None:
 
 
 def check_no_loose_tensors(net: nn.Module) -> None:
-    """TypeError where a module keeps a tensor that is neither a parameter nor a buffer.
+    """Raise a TypeError if a module holds a tensor that is no parameter and no buffer.
 
     Copies of a network would lack it, or could not be made.
     """
@@ -135,7 +135,7 @@ def check_no_loose_tensors(net: nn.Module) -> None:
 
 
 def check_unshared(net: nn.Module, kinds: Collection[type[nn.Module]]) -> None:
-    """TypeError where a layer of these types shares a number with another parameter or buffer.
+    """Raise a TypeError if a layer of these types shares memory with another tensor.
 
     After a conversion each would have its own.
     """
@@ -149,7 +149,7 @@ def check_unshared(net: nn.Module, kinds: Collection[type[nn.Module]]) -> None:
 
 
 def check_copied_as_one(net: nn.Module) -> None:
-    """TypeError where parameters lie in the same memory, and copies of a network would part them.
+    """Raise a TypeError if different parameters share memory, which copies would not.
 
     One parameter under two names stays one.
     """
@@ -163,14 +163,14 @@ def check_copied_as_one(net: nn.Module) -> None:
 
 
 def owns_parameters(module: nn.Module) -> bool:
-    """Whether a module has parameters that are not those of a module inside it."""
+    """Return whether a module has parameters of its own, outside of its children."""
     return parametrize.is_parametrized(module) or any(
         True for _ in module.parameters(recurse=False)
     )
 
 
 def refuse_unknown(path: str, module: nn.Module, reason: str) -> None:
-    """TypeError for a module that a conversion does not know, with a remedy where there is one."""
+    """Raise a TypeError for a module that a conversion does not support, with a remedy."""
     if parametrize.is_parametrized(module):
         remedy = "; call torch.nn.utils.parametrize.remove_parametrizations on it first"
     elif any(is_lazy(param) for param in module.parameters(recurse=False)):

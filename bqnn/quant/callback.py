@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class Data(Protocol):
-    """A data module as bqnn's are: batches of inputs and targets, and how to normalize inputs."""
+    """Protocol of data modules: batches of inputs and targets, and their normalization."""
 
     def train_dataloader(self) -> Iterable[tuple[Tensor, Tensor]]: ...
 
@@ -31,7 +31,7 @@ class Data(Protocol):
 
 
 class QuantizationCallback(pl.Callback):
-    """Swaps fake-quantized modules into `pl_module.net` before anything else looks at it.
+    """Replaces the layers of `pl_module.net` by fake-quantized ones, before optimizers exist.
 
     In the last `freeze_epochs` epochs of a fit (but never in its only one) ranges and batch norm's
     statistics stay as they are. The network stays fake-quantized: `bqnn.quant.integer.convert`,
@@ -97,7 +97,7 @@ class QuantizationCallback(pl.Callback):
 
 
 def quantization_callbacks(options: Mapping[str, Any]) -> list[pl.Callback]:
-    """The callback that the group `quant` of a configuration asks for, if it asks for one.
+    """Return the callback for the group `quant` of a configuration, or an empty list.
 
     Raises:
         ValueError: In one line, with the key of the configuration.
@@ -116,7 +116,7 @@ def quantization_callbacks(options: Mapping[str, Any]) -> list[pl.Callback]:
 
 
 def fine_tuning_optimizer(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The optimizer that a group `quant` asks for, with a learning rate where it leaves that open.
+    """Return the options of the fine-tuning optimizer, with a default for the learning rate.
 
     A weight has to cross half a step to become another integer, so the rate is proportional to the
     step: twice as much for each bit less.
@@ -132,7 +132,7 @@ def fine_tuning_optimizer(options: Mapping[str, Any]) -> dict[str, Any]:
 def calibrate_module(
     model: pl.LightningModule, spec: QuantSpec, data: Data, num_batches: int
 ) -> None:
-    """Quantize `model.net` without training, its ranges set by batches of the training rows."""
+    """Quantize `model.net` without training, with ranges from batches of the training rows."""
     num_batches = whole_number("num_batches", num_batches, "1 or more", 1)
     quantize_module(model, spec, stage="ptq")
     refuse_saturation(_net(model))
@@ -143,7 +143,7 @@ def calibrate_module(
 
 
 def quantize_module(pl_module: pl.LightningModule, spec: QuantSpec, stage: str = "qat") -> None:
-    """Fuse and prepare `pl_module.net`, unless that was done before, and record it.
+    """Fuse and prepare `pl_module.net` if it is not prepared yet, and record its spec.
 
     stage: `qat` where it is trained next, `ptq` where it is calibrated.
     """

@@ -1,4 +1,4 @@
-"""Fusion: each linear map, the batch norm and the ReLU behind it become one module."""
+"""Fusion of each linear map with the batch norm and the ReLU that follow it."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ _PARTS: dict[type[nn.Module], tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class Fused(nn.Module):
-    """relu(bn(layer(x))), where batch norm and ReLU may be missing.
+    """relu(bn(layer(x))), with optional batch norm and ReLU.
 
     The layer is point-valued or Bayesian, linear or a convolution. In float it computes what its
     parts did; it is what `prepare` turns into a fake-quantized layer. `is_output`: what it computes
@@ -61,7 +61,7 @@ class Fused(nn.Module):
 
 
 def fuse(net: nn.Module) -> nn.Module:
-    """Fuse a network by its structure, in place: neighbours in a Sequential become one module.
+    """Fuse neighbours in the Sequentials of a network, in place.
 
     Names stay: what moved into the layer before it leaves an identity behind. A TypeError names a
     module with parameters that is none of the layers known here, such as a batch norm that

@@ -1,4 +1,4 @@
-"""Activations that know the grid they lie on, and what may be done with them before they leave it.
+"""Activations that carry their grid, and the operations that they allow.
 
 A simulated network passes its activations on as `OnGrid`: floats with the grid of their integers.
 Layers compute with those integers. Any other operation either gives the same integers in float
@@ -88,17 +88,17 @@ for _operator in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "mat
 
 
 def plain(x: Tensor) -> Tensor:
-    """`x` as a plain tensor, whose grid nobody knows."""
+    """Return `x` as a plain tensor without a grid."""
     return x.as_subclass(Tensor) if isinstance(x, OnGrid) else x
 
 
 def grid_of(x: Tensor) -> Grid | None:
-    """The grid that an activation lies on, if it is marked."""
+    """Return the grid of an activation, or None."""
     return x.grid if isinstance(x, OnGrid) else None
 
 
 def refusal(operation: str, origin: str) -> str:
-    """Why an operation is refused on what `origin` gives, and what to do about it."""
+    """Return the message for an operation that is refused on the output of `origin`."""
     return (
         f"{operation} cannot run in int8 on the integers of {origin or 'a quantized module'}; put "
         "a Leave before it and an Enter behind it, or use what int8 knows: nn.ReLU, nn.MaxPool2d, "
@@ -107,7 +107,7 @@ def refusal(operation: str, origin: str) -> str:
 
 
 def keeps_grid(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether an operation gives the integers of its first argument, in float and in int8."""
+    """Return whether an operation only moves or selects the integers of its first argument."""
     if func in DROPPING:  # in evaluation the identity; int8 does not follow what is left on
         is_on = kwargs.get("training", args[2] if len(args) > 2 else True)
         return not is_on or torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""Integer modules: what a fake-quantized network becomes to run in int8."""
+"""Integer modules, which run a fake-quantized network in int8."""
 
 import logging
 from copy import deepcopy
@@ -54,7 +54,7 @@ class IntegerLayer(nn.Module):
 
 
 class IntegerGaussianLayer(DrawnWeights):
-    """A Bayesian layer: integers for mu and sigma, from which each draw is made and packed."""
+    """A Bayesian layer: integers for mu and sigma. Each draw is computed from them and packed."""
 
     def __init__(self, layer: SimulatedGaussianLayer, engine: str) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class IntegerEnter(nn.Module):
 
 
 class IntegerLeave(nn.Module):
-    """Gives back floats."""
+    """Dequantizes the outputs."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.dequantize()
@@ -134,7 +134,7 @@ class IntegerAdd(Add):
 
 
 class IntegerPool(Pool):
-    """The average over an image, by way of floats: torch's own depends on the memory layout."""
+    """The average over an image, in floats: torch's int8 average depends on the memory layout."""
 
     def __init__(self, pool: SimulatedPool) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class IntegerPool(Pool):
 def convert(
     net: nn.Module, engine: str, *, probe: Tensor | None = None, allow_saturation: bool = False
 ) -> nn.Module:
-    """Make a prepared network run in int8, in place; it is left in eval mode, on the CPU.
+    """Convert a prepared network to int8, in place. It is then in eval mode, on the CPU.
 
     probe: inputs for which every layer is compared with its simulation. Integers that differ by
     one step are a warning, those that differ by more a ValueError; what does not run, a TypeError.

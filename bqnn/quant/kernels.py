@@ -1,4 +1,4 @@
-"""What the int8 kernels of this CPU do, measured: how they round, and whether they saturate.
+"""Measures how this CPU's int8 kernels round, and whether they saturate.
 
 An engine picks a kernel by the CPU, its environment variables and the shapes of a layer, and does
 not say which. Kernels differ in the order in which they apply scales, which shows at rounding ties,
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class Layer(NamedTuple):
-    """What a kernel is chosen by, apart from the shape of its inputs.
+    """The properties of a layer that select a kernel, besides the input shape.
 
     weight: its shape; is_zero: whether the zero points of weights, inputs and outputs are.
     """
@@ -44,7 +44,7 @@ class Layer(NamedTuple):
 
 
 class Example(NamedTuple):
-    """Scales and a sum at which kernels round to different integers."""
+    """Scales and a sum for which kernels round differently."""
 
     sums: int
     input_scale: float
@@ -54,14 +54,14 @@ class Example(NamedTuple):
 
 
 def rounding_of(layer: Layer, inputs: Sequence[int]) -> Rounding:
-    """How the kernel rounds that computes a layer for inputs of this shape."""
+    """Return the rounding of the kernel that computes a layer for this input shape."""
     if len(_candidates(layer)) == 1:
         return _candidates(layer)[0]
     return _measured_rounding(layer, tuple(inputs), torch.get_num_threads())
 
 
 def saturates(layer: Layer, weight_bits: int, activation_bits: int) -> bool:
-    """Whether a layer's sums can be wrong on this CPU, at these bits.
+    """Return whether a layer's sums can saturate on this CPU at these bits.
 
     Without VNNI every engine's can, as soon as a sum of two products leaves 16 bits. With VNNI
     FBGEMM's depthwise convolutions still do, and so does oneDNN where an environment variable

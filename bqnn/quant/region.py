@@ -1,4 +1,4 @@
-"""The integer region of a network, from Enter to Leave: what stands in it has to be known."""
+"""Checks that a network's integer region, from Enter to Leave, can run in integers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +29,7 @@ MARKED = (*COMPUTING, Enter, Leave, MCDropout)
 
 
 def check_region(net: nn.Module) -> None:
-    """TypeError, in one line, for what int8 could not execute as it is simulated.
+    """Raise a TypeError for operations that int8 cannot execute as simulated.
 
     Follows the activations of a fused network through its `forward`, without any input: what lies
     on a grid may pass layers, markers, and what only moves it. A network whose `forward` cannot be

@@ -1,4 +1,4 @@
-"""Sums that this CPU's int8 instructions cannot hold: refused, unless they are asked for."""
+"""Refuse networks whose int8 sums would saturate on this CPU."""
 
 import logging
 from collections.abc import Iterator

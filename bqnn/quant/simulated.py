@@ -1,4 +1,4 @@
-"""Fake-quantized modules: floats that lie on the grids of the integers to come.
+"""Fake-quantized modules: they compute floats on the grids of the future integers.
 
 While gradients are wanted, these floats are what layers compute with. In evaluation without
 gradients each layer instead adds up products of whole numbers, exactly, in floats that are wide
@@ -46,7 +46,7 @@ class OutputOnGrid(nn.Module):
         self.output_quant = activation_fake_quant(spec)
 
     def grids_of(self, *inputs: Tensor) -> list[Grid] | None:
-        """The grids that the inputs lie on; None while nothing is rounded.
+        """Return the grids of the inputs, or None while rounding is off.
 
         TypeError: an input lies on none, so that int8 would read floats.
         """
@@ -106,7 +106,7 @@ class SimulatedLayer(OutputOnGrid):
         return self.on_grid(out)
 
     def executed(self, x: Tensor, grid: Grid) -> Tensor:
-        """What an int8 layer computes for inputs [N, F] or [B, C, H, W] on a grid."""
+        """Compute the output of the int8 layer for inputs [N, F] or [B, C, H, W] on a grid."""
         factor, bias = self.fold()
         weight, quant = self.rounded_weight(factor), self.weight_grid
         integers = (weight / quant.along(weight, quant.scale)).round_()
@@ -116,7 +116,7 @@ class SimulatedLayer(OutputOnGrid):
         return requantize(sums, grid.scale, quant, bias, self.output_quant, self.relu, rounding)
 
     def kernel(self, input_zero_point: int = 0) -> kernels.Layer:
-        """What an engine chooses the kernel by that executes this layer."""
+        """Return the properties by which an engine selects the kernel of this layer."""
         weight, output = self.weight_grid, self.output_quant
         zero_points = (weight.zero_point.any(), input_zero_point, output.zero_point.any())
         return kernels.Layer(
@@ -130,7 +130,7 @@ class SimulatedLayer(OutputOnGrid):
         )
 
     def exact_sums(self, x: Tensor, weight: Tensor, largest: int) -> Tensor:
-        """The linear map of whole numbers x, |x| <= largest: float32, rounded once at most."""
+        """Apply the linear map to integers x, |x| <= largest; float32 rounds the sum at most once."""
         bound = largest * weight.abs().flatten(1).sum(1).max()
         if bound < 2**24:  # every partial sum is a float32
             return self.linear_map(x, weight)
@@ -147,7 +147,7 @@ class SimulatedLayer(OutputOnGrid):
         return out.relu() if self.relu else out
 
     def fold(self) -> tuple[Tensor | None, Tensor | None]:
-        """The factor [C] on the weights and the bias [C] that batch norm comes down to."""
+        """Return the factor [C] on the weights and the bias [C] that fold batch norm."""
         if self.bn is None:
             return None, self.bias
         assert self.bn.running_var is not None
@@ -273,7 +273,7 @@ class SimulatedLeave(Leave):
 
 
 class SimulatedAdd(OutputOnGrid, Add):
-    """The residual sum and its ReLU, rounded."""
+    """The rounded residual sum with its ReLU."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         grids = self.grids_of(x, y)
@@ -292,7 +292,7 @@ class SimulatedPool(OutputOnGrid, Pool):
 
 
 class SimulatedDropout(MCDropout):
-    """Dropout that keeps a grid: what it scales is the step."""
+    """Dropout on a grid: it scales the step of the grid."""
 
     def forward(self, x: Tensor) -> Tensor:
         grid = grid_of(x)
@@ -303,7 +303,7 @@ class SimulatedDropout(MCDropout):
 
 
 def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
-    """Give a fused network its fake quantizers, in place; an ensemble's members get their own.
+    """Insert fake quantizers into a fused network, in place. Ensemble members get their own.
 
     ValueError: nothing is fused, `Enter` or `Leave` are missing, an override of the spec matches
     no layer, or this torch lacks the engine that the spec names. TypeError: something between
@@ -348,7 +348,7 @@ def _check_modules(part: nn.Module) -> None:
 def replace_modules(
     net: nn.Module, makers: Mapping[type[nn.Module], Callable[[str, Any], nn.Module]]
 ) -> None:
-    """Put what `makers[type(module)](name, module)` gives in the place of each module.
+    """Replace each module with the result of `makers[type(module)](name, module)`.
 
     A module that stands in several places stays one. Where a maker raises, the network stays as it
     was.
@@ -365,19 +365,19 @@ def replace_modules(
 
 
 def is_prepared(net: nn.Module) -> bool:
-    """Whether a network has its fake quantizers already."""
+    """Return whether a network has fake quantizers."""
     return any(isinstance(module, FakeQuant) for module in net.modules())
 
 
 def freeze(net: nn.Module, frozen: bool = True) -> None:
-    """Keep all ranges and the statistics of batch norm as they are, or let them move again."""
+    """Freeze all ranges and batch norm statistics, or unfreeze them."""
     for module in net.modules():
         if isinstance(module, FakeQuant | SimulatedLayer):
             module.frozen = frozen
 
 
 def enable(net: nn.Module, enabled: bool = True) -> None:
-    """Round, or do not: without rounding a prepared network computes what it did in float."""
+    """Turn rounding on or off. Without rounding, a prepared network computes as in float."""
     for module in net.modules():
         if isinstance(module, FakeQuant):
             module.enabled = enabled
@@ -385,7 +385,7 @@ def enable(net: nn.Module, enabled: bool = True) -> None:
 
 @torch.no_grad()
 def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """Set every range from what the float network computes for these inputs, without training.
+    """Set all ranges from the float network's activations for these inputs, without training.
 
     ValueError: there are no inputs, they are not finite, or a fake quantizer saw nothing of them.
     TypeError: the network does something with its activations that integers cannot follow.

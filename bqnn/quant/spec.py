@@ -1,4 +1,4 @@
-"""QuantSpec: what is rounded to how many bits, and how its range is chosen."""
+"""QuantSpec: bit widths, and how ranges are chosen."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class QuantSpec:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> QuantSpec:
-        """The spec in a configuration or recipe; keys that are no field are a ValueError."""
+        """Build a spec from a configuration or recipe. ValueError: a key is not a field."""
         known = {field.name for field in fields(cls)}
         for key in options:
             if key not in known:
@@ -135,7 +135,7 @@ class QuantSpec:
         return replace(self, **bits, overrides=()) if bits or self.overrides else self
 
     def check_overrides(self, names: list[str]) -> None:
-        """ValueError where an override matches none of these layer names."""
+        """Raise a ValueError if an override matches none of these layer names."""
         for override in self.overrides:
             if not any(fnmatchcase(name, override["layer"]) for name in names):
                 raise ArgumentError(

@@ -8,7 +8,7 @@ from bqnn.quant.spec import QuantSpec
 
 
 class LogFakeQuant(nn.Module):
-    """Rounds positive numbers to log-spaced levels, from the smallest to the largest.
+    """Rounds positive numbers to log-spaced levels between the smallest and the largest.
 
         log(x_q) = log_max + Q(log(x) - log_max)
 
@@ -47,7 +47,7 @@ class LogFakeQuant(nn.Module):
 
 
 class GaussianGrids(nn.Module):
-    """Where mu, sigma and the weights w drawn from N(mu, sigma^2) are rounded.
+    """The grids of mu, sigma and the weights w drawn from N(mu, sigma^2).
 
     With the strategy `both`, w = Q(Q(mu) + Q(Q(sigma) Q(eps))); the last Q has the grid of mu, so
     that a weight without noise is not rounded twice. With `parameters`, w = Q8(Q(mu) + Q(sigma)

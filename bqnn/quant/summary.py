@@ -1,4 +1,4 @@
-"""What quantization did to each layer: integers, sizes, how well int8 follows the simulation."""
+"""Per-layer summary of a quantization: integers, sizes, and agreement with the simulation."""
 
 import logging
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WeightIntegers:
-    """The integers of one weight tensor, and the grid that they are on."""
+    """The integers of a weight tensor, and their grid."""
 
     name: str  # weight, mean or sigma
     values: Tensor
@@ -136,7 +136,7 @@ def sizes(net: nn.Module) -> dict[str, int]:
 
 @dataclass
 class Disagreement:
-    """In how many of its outputs a module differs between int8 and simulation, and by how much."""
+    """The share and the size of a module's differences between int8 and simulation."""
 
     differing: int
     total: int
@@ -150,7 +150,7 @@ class Disagreement:
 def disagreements(
     simulated: nn.Module, integer: nn.Module, x: Tensor, index: int = 0
 ) -> dict[str, Disagreement]:
-    """Where the int8 network differs from the simulation, module by module: see `twins`."""
+    """Return the differences between int8 and simulation per module, see `twins`."""
     results = {}
     for twin in twins(simulated, integer, x, index):
         steps = (twin.got - twin.expected).abs()
@@ -219,7 +219,7 @@ class Twin:
 
 @torch.no_grad()
 def twins(simulated: nn.Module, integer: nn.Module, x: Tensor, index: int = 0) -> Iterator[Twin]:
-    """Feed every module of the int8 network what its simulated twin reads.
+    """Run each module of the int8 network on the inputs of its simulated twin.
 
     One draw of both networks, number `index`, is made from equal noise. There is a twin for each
     module whose outputs are quantized and that this draw used.
