@@ -29,7 +29,7 @@ DATASETS: dict[str, Callable[..., TensorData]] = {
 
 
 def build_data(dataset: str, *, data_dir: str, seed: int, options: dict[str, object]) -> TensorData:
-    """The data set of that name, not read yet; `options` are its own keywords.
+    """Create the named data set without reading it; `options` are its keyword arguments.
 
     Raises ValueError for an unknown data set or option, listing the known ones.
     """

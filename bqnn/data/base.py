@@ -1,4 +1,4 @@
-"""TensorData: what all data sets share, from held-out rows to dataloaders."""
+"""TensorData: the base class of data sets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Rows:
         return len(self.targets)
 
     def take(self, rows: Tensor) -> Rows:
-        """The chosen rows, copied."""
+        """Return a copy of the selected rows."""
         return Rows(self.inputs[rows], self.targets[rows])
 
 
@@ -72,15 +72,15 @@ class TensorData(LightningDataModule):
         self.is_set_up = True
 
     def facts(self) -> dict[str, object]:
-        """What a model is rebuilt from without the data, in plain JSON types."""
+        """Return the facts that are needed to rebuild a model without the data, in JSON types."""
         raise NotImplementedError
 
     def normalize(self, inputs: Tensor) -> Tensor:
-        """Inputs as the network reads them."""
+        """Normalize inputs for the network."""
         return inputs
 
     def augment(self, inputs: Tensor) -> Tensor:
-        """A random variation of each input, drawn from torch's global generator."""
+        """Augment each input at random, with torch's global generator."""
         return inputs
 
     def train_dataloader(self) -> TensorLoader:
@@ -97,7 +97,7 @@ class TensorData(LightningDataModule):
         )
 
     def val_dataloader(self) -> TensorLoader | list[TensorLoader]:
-        """All validation rows as one batch, on every rank; an empty list where there are none."""
+        """All validation rows as one batch, on every rank, or an empty list."""
         return [] if self.val is None else _whole(self.val)
 
     def test_dataloader(self) -> TensorLoader:
@@ -107,7 +107,7 @@ class TensorData(LightningDataModule):
     def on_after_batch_transfer(
         self, batch: tuple[Tensor, Tensor], dataloader_idx: int
     ) -> tuple[Tensor, Tensor]:
-        """Lightning's hook: augment while training, normalize always."""
+        """Lightning hook: normalize, and augment in training."""
         inputs, targets = batch
         if self.trainer is not None and self.trainer.training:
             inputs = self.augment(inputs)

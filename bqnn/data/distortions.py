@@ -1,4 +1,4 @@
-"""Distorted pictures: five levels each of rotation, shift, brightness, noise and blur."""
+"""Distorted images: five levels each of rotation, shift, brightness, noise and blur."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CHUNK = 1000  # images at a time, so that what is computed on the way stays sma
 
 @dataclass(frozen=True)
 class Distortion:
-    """A change of images [N, C, H, W] in [0, 1], float32, and the amounts of it at five levels.
+    """A distortion of float32 images [N, C, H, W] in [0, 1], with its amounts at five levels.
 
     An amount of `nothing` would change nothing.
     """
@@ -26,7 +26,7 @@ class Distortion:
 
 
 def distort(images: Tensor, distortion: Distortion, level: int, white: int) -> Tensor:
-    """The uint8 images at a level from 1 to 5, again in whole pixel values from 0 to `white`.
+    """Distort uint8 images at a level from 1 to 5; pixel values stay integers in 0 to `white`.
 
     Random distortions draw the same for every level and every call.
     """
@@ -41,7 +41,7 @@ def distort(images: Tensor, distortion: Distortion, level: int, white: int) -> T
 
 
 def rotate(images: Tensor, degrees: float) -> Tensor:
-    """Turned counter-clockwise about the centre, bilinearly, with black in the corners."""
+    """Rotate counter-clockwise about the center, bilinearly, with black corners."""
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2.functional import rotate
 
@@ -49,24 +49,24 @@ def rotate(images: Tensor, degrees: float) -> Tensor:
 
 
 def shift(images: Tensor, share: float) -> Tensor:
-    """Moved right by a share of the width, rounded to whole pixels, with black where it was."""
+    """Shift right by a share of the width, rounded to whole pixels, and fill with black."""
     width = images.shape[-1]
     pixels = round(share * width)
     return F.pad(images, (pixels, 0))[..., :width]
 
 
 def brighten(images: Tensor, factor: float) -> Tensor:
-    """Multiplied; what would be brighter than white is white."""
+    """Multiply, and clip at white."""
     return (factor * images).clamp(max=1)
 
 
 def add_noise(images: Tensor, std: float) -> Tensor:
-    """With Gaussian noise on every pixel, from torch's global generator."""
+    """Add Gaussian noise to every pixel, from torch's global generator."""
     return images + std * torch.randn_like(images)
 
 
 def blur(images: Tensor, sigma: float) -> Tensor:
-    """Smoothed by a Gaussian of `sigma` pixels, cut off at three sigma or at the picture's size."""
+    """Blur with a Gaussian of `sigma` pixels, cut off at three sigma or the image size."""
     from torchvision.transforms.v2.functional import gaussian_blur
 
     reach = min(math.ceil(3 * sigma), *(size - 1 for size in images.shape[-2:]))

@@ -1,4 +1,4 @@
-"""Downloads, checked by their hash before anything is written; the six standard UCI tables."""
+"""Downloads verified by hash, and the six standard UCI tables."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def known_tables() -> list[str]:
 def fetch(
     url: str, digest: str, remedy: str, kind: str = "sha256", largest: int = 32 * _MIB
 ) -> bytes:
-    """What is at an https address, if its hash is `digest`.
+    """Download an https address and verify that its hash is `digest`.
 
     It ends: with more than `largest` bytes, or with one that comes too slowly, nothing is returned.
 
@@ -80,7 +80,7 @@ class _HttpsRedirects(HTTPRedirectHandler):
 
 
 def urlopen(url: str, timeout: float) -> Any:
-    """The answer of a server, without leaving https."""
+    """Open an address, following redirects within https only."""
     return build_opener(_HttpsRedirects).open(url, timeout=timeout)
 
 
@@ -116,7 +116,7 @@ def _receive(
 
 
 def unpack(archive: bytes, folder: Path) -> None:
-    """Put the folder of that name in a tar archive at `folder`, or nothing.
+    """Extract the named folder of a tar archive to `folder`, atomically.
 
     ValueError: a member would be written elsewhere, or the folder is not there. OSError: there is
     no room for it.
@@ -139,7 +139,7 @@ def unpack(archive: bytes, folder: Path) -> None:
 
 
 def download_table(table: str, folder: Path) -> None:
-    """Put all files of a known table into `folder`, or nothing.
+    """Download all files of a known table to `folder`, atomically.
 
     Raises FileNotFoundError where a file cannot be had or stored, ValueError where it is not the
     file that the manifest lists.

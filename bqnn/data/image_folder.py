@@ -69,7 +69,7 @@ class ImageFolderData(ImageData):
 
 
 def read_image_folder(root: Path) -> tuple[Rows, Rows, list[str]]:
-    """The train and the test images below `root`, and the names of their classes."""
+    """Read the training and test images below `root`, and their class names."""
     from PIL import Image
 
     class_names = _class_names(root / "train")

@@ -79,7 +79,7 @@ class ImageData(TensorData):
         }
 
     def normalize(self, inputs: Tensor) -> Tensor:
-        """Images [..., C, H, W] as the network reads them: float32.
+        """Normalize images [..., C, H, W] for the network, in float32.
 
         uint8 images are scaled to [0, 1] first; float images are taken to be in [0, 1] already.
         """
@@ -97,7 +97,7 @@ class ImageData(TensorData):
 
 
 def random_crop(images: Tensor, padding: int) -> Tensor:
-    """Each image [B, C, H, W] shifted by up to `padding` pixels, with black where it came from."""
+    """Shift each image [B, C, H, W] by up to `padding` pixels at random, and fill with black."""
     count, _, height, width = images.shape
     padded = F.pad(images, [padding] * 4)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [B, C, top, left, H, W], a view
@@ -106,6 +106,6 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
 
 
 def random_flip(images: Tensor) -> Tensor:
-    """Each image [B, C, H, W] mirrored left to right with probability one half."""
+    """Mirror each image [B, C, H, W] horizontally with probability 1/2."""
     coins = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(coins, images.flip(-1), images)

@@ -66,7 +66,7 @@ class TensorLoader:
 
     @property
     def sampler(self) -> TensorLoader:
-        """Where Lightning looks for `set_epoch`."""
+        """The object on which Lightning calls `set_epoch`."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -100,6 +100,6 @@ class TensorLoader:
 
 
 def permutation(num_rows: int, seed: int) -> Tensor:
-    """A random order of `range(num_rows)` from the seed of a generator: int64 [N]."""
+    """Return a random permutation of `range(num_rows)`, int64 [N], for a seed."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randperm(num_rows, generator=generator, device="cpu")

@@ -71,7 +71,7 @@ class MNISTData(ImageData):
 
 
 def read_part(folder: Path, part: str) -> Rows:
-    """The images [N, 1, 28, 28] and classes [N] of `train` or `t10k` in MNIST's format.
+    """Read the images [N, 1, 28, 28] and classes [N] of `train` or `t10k` in MNIST's format.
 
     ValueError, with the file: it is damaged, or of another data set.
     """
@@ -113,7 +113,7 @@ def _damaged(path: Path, reason: str) -> ValueError:
 
 
 def fetch_missing(kind: type[MNIST], folder: Path, address: str) -> None:
-    """Download what is missing of a data set of torchvision's that has the files of MNIST.
+    """Download the missing files of a torchvision data set in MNIST's format.
 
     Each is checked by the hash that torchvision knows. FileNotFoundError: it cannot be had.
     """

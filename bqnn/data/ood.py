@@ -1,4 +1,4 @@
-"""Inputs that a network was not trained for: other data, noise, negatives, rows out of range."""
+"""Out-of-distribution inputs: other data sets, noise, negatives, rows out of range."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Unfamiliar = tuple[Tensor, Tensor | None]  # inputs, and targets where there are
 
 
 def unfamiliar_sets(data: TensorData, names: Sequence[str] | None) -> dict[str, Unfamiliar]:
-    """The sets of these names, or all that there are for this kind of data.
+    """Make the named sets, or all sets for this kind of data.
 
     They are as raw as `data.test`. Other data is downloaded to `data_dir` where it is missing.
     ValueError: no set has that name.
@@ -74,7 +74,7 @@ def svhn(data: CIFAR10Data) -> Unfamiliar:
 
 
 def uniform_noise(data: ImageData) -> Unfamiliar:
-    """As many pictures as the test set has, each pixel any value; they have no class."""
+    """Images of uniform noise, as many as test images, without classes."""
     generator = torch.Generator().manual_seed(0)
     shape = data.test.inputs.shape
     return torch.randint(data.white + 1, shape, dtype=torch.uint8, generator=generator), None

@@ -1,4 +1,4 @@
-"""TableData: regression tables, standardized by the rows that are trained on."""
+"""TableData: regression tables, standardized with the training rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TableData(TensorData):
     target_std: Tensor  # []
 
     def standardize(self, inputs: Tensor) -> Tensor:
-        """Inputs [N, F] in original units, as the network reads them: float32."""
+        """Standardize inputs [N, F] given in original units, in float32."""
         return ((inputs - self.input_mean) / self.input_std).float()
 
     def facts(self) -> dict[str, object]:

@@ -13,7 +13,7 @@ TRAINING_KEYS = ("name", "dataset", "max_epochs", "check_val_every_n_epoch", "sa
 
 
 def make_data(config: Mapping[str, Any]) -> TensorData:
-    """The data set of a job's task, downloaded where it has to be, read and split.
+    """Download, read and split the data set of a job's task.
 
     Where the task came out of a checkpoint, a folder that it names has to be below the working
     directory or data_dir, unless `trust` says otherwise: a stranger's checkpoint does not choose

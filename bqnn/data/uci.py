@@ -58,7 +58,7 @@ class UCIData(TableData):
         self.folder = self.data_dir / "uci" / table / "data"
 
     def prepare_data(self) -> None:
-        """Download a standard table where its folder is missing or empty."""
+        """Download a standard table if its folder is missing or empty."""
         is_absent = not self.folder.is_dir() or not any(self.folder.iterdir())
         if is_absent and self.table in known_tables():
             download_table(self.table, self.folder)

@@ -1,4 +1,4 @@
-"""What a job may change in its process, and putting it back for the next one."""
+"""Restore process-wide state when a job ends."""
 
 import gc
 import logging
@@ -13,7 +13,7 @@ CHANGED_LOGGERS = ("pytorch_lightning",)
 
 
 def leave_as_found(job: Job) -> None:
-    """Have the process look to the next job as it did to this one, and free its memory."""
+    """Restore process-wide state and free memory at the end of a job."""
     kept_filters = warnings.catch_warnings()
     kept_filters.__enter__()
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()

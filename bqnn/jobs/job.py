@@ -1,4 +1,4 @@
-"""One job's life: its folder, its status.json, how it ended."""
+"""A running job: its folder, its status.json, and how it ends."""
 
 import _thread
 import contextlib
@@ -177,13 +177,13 @@ class Job:
         return True
 
     def record_epoch(self, epoch: int) -> None:
-        """Say in status.json with which epoch (from 0) a resumed training goes on."""
+        """Record the epoch (from 0) from which a resumed training continues."""
         self._resumed_from_epoch = epoch
         if self.rank == 0:
             self._write_status()
 
     def at_end(self, action: Callable[[int], None]) -> None:
-        """Have `action(exit_code)` called at the end, however it comes; last in, first out."""
+        """Call `action(exit_code)` at the end of the job, in reverse order of registration."""
         self._at_end.insert(0, action)
 
     def seconds(self) -> float:
@@ -336,7 +336,7 @@ class Job:
 
 
 def run_parts(job: Job, configs: Sequence[dict[str, Any]], task: Callable[[Job], None]) -> None:
-    """Run `task` for the one checkpoint at a path, or for each that a pattern matched.
+    """Run `task` for the checkpoint of a path, or for each match of a pattern.
 
     The one runs as the job itself. The others have a configuration each and run as parts, in
     folders with a number and a name below the job's. In a resumed job, parts that are DONE stay
@@ -362,7 +362,7 @@ def run_parts(job: Job, configs: Sequence[dict[str, Any]], task: Callable[[Job],
 
 
 def end_with(parent: int) -> None:
-    """Have this process killed when its parent process dies, where Linux does that."""
+    """Ask Linux to kill this process when its parent dies."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
     if prctl is not None:
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl.h
@@ -373,7 +373,7 @@ def end_with(parent: int) -> None:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """The versions of this package, Python and what results depend on."""
+    """Return the versions of bqnn, Python and the packages that results depend on."""
     return {
         "bqnn": version("bqnn"),
         "python": platform.python_version(),
@@ -382,7 +382,7 @@ def versions() -> dict[str, str]:
 
 
 def describe(error: BaseException) -> str:
-    """What an exception says, in one line without secrets, after its kind if that is a surprise."""
+    """Describe an exception in one line without secrets, with its type if it is unexpected."""
     text = one_line(mask(str(error)))
     expected = (ValueError, TypeError, FloatingPointError, OSError)
     return text if text and isinstance(error, expected) else f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""The command line: Hydra in front, plain dictionaries behind; only here is OmegaConf known."""
+"""The command line. Only this module uses Hydra and OmegaConf; jobs get plain dictionaries."""
 
 import argparse
 import contextlib
@@ -114,7 +114,7 @@ def launch(task: Callable[[Job], None], verb: str, check: Check | None = None) -
 
 
 def run_job(cfg: DictConfig, task: Callable[[Job], None], verb: str) -> str:
-    """Run one job in the folder that Hydra made, or that of the run it resumes: its state."""
+    """Run one job in Hydra's folder, or in that of the run that it resumes; return its state."""
     protect_output()  # it may be a process of a launcher
     hydra_config = HydraConfig.get()
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
@@ -168,7 +168,7 @@ def _final(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 class SweepCallback(Callback):
-    """Refuses what is wrong before anything is written, and keeps the record of a sweep."""
+    """Refuses invalid configurations before anything is written, and records a sweep."""
 
     check: Check | None = None  # what `launch` was given
     sweep: Sweep | None = None  # of this process, while it is launching one
@@ -226,7 +226,7 @@ class SweepCallback(Callback):
 
     @classmethod
     def finish(cls, error: str | None = None) -> bool:
-        """Print what became of the sweep, and how to get what is missing; whether all is done."""
+        """Print the result of the sweep and how to complete it; return whether all is done."""
         assert cls.sweep is not None
         all_done = cls.sweep.finish(error)
         if not all_done and cls.sweep.jobs:
@@ -236,7 +236,7 @@ class SweepCallback(Callback):
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration, in plain types alone.
+    """Return the resolved configuration in plain types.
 
     Raises:
         ValueError: A value is missing, holds a secret, or is none that its key may have.
@@ -253,7 +253,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def checked(cfg: DictConfig) -> dict[str, Any]:
-    """The same, with the paths of checkpoints as `bqnn.jobs.locate` finds them.
+    """Return `plain(cfg)` with the paths of checkpoints resolved by `bqnn.jobs.locate`.
 
     Raises:
         ValueError: As `plain`.
@@ -274,7 +274,7 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
 
 
 def fresh_folder(name: str) -> str:
-    """Make a folder of this name that did not exist before; `name_2` and so on where it did."""
+    """Create a new folder with this name, or `name_2` and so on if it exists."""
     number = 1
     while True:
         folder = Path(name if number == 1 else f"{name}_{number}")

@@ -1,4 +1,4 @@
-"""Which checkpoint files a path or a pattern of the command line stands for; no file is opened."""
+"""Find the checkpoint files of a path or a pattern, without opening them."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ CHECKPOINT = "checkpoint.ckpt"
 
 
 def locate(key: str, path: str) -> Path:
-    """The file at a path: `~` is a home folder, and a run's folder stands for its checkpoint.
+    """Return the file at a path. `~` is expanded; a run's folder stands for its checkpoint.
 
     Args:
         key: The key of the configuration that holds the path, for the message.
@@ -33,7 +33,7 @@ def locate(key: str, path: str) -> Path:
 
 
 def locate_all(key: str, pattern: str) -> list[Path]:
-    """The files at a path, or all that a pattern matches, where `**` stands for any folders.
+    """Return the file at a path, or all matches of a pattern; `**` matches any folders.
 
     Of a pattern that also matches folders, only their checkpoints and files named *.ckpt count,
     those that cannot be read included: each fails alone then, with its reason.
@@ -57,13 +57,13 @@ def locate_all(key: str, pattern: str) -> list[Path]:
 
 
 def is_pattern(path: str) -> bool:
-    """Whether a path is none, but has characters of a pattern; a file may be named like one."""
+    """Return whether a path is a pattern. An existing file with such a name is not."""
     is_there = os.path.exists(Path(path).expanduser())
     return not is_there and any(character in path for character in "*?[")
 
 
 def canonical(key: str, path: str) -> str:
-    """A path as `locate` finds it, by which a run is recognized again; a pattern stays one.
+    """Return the canonical form of a path, which identifies a run; a pattern is unchanged.
 
     Raises:
         FileNotFoundError: There is no such file, or nothing that the pattern matches.

@@ -1,4 +1,4 @@
-"""Which of the processes that train one model this is; a job of one process is always the first."""
+"""The rank of this process among those that train one model."""
 
 import os
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ VARIABLES = [
 
 
 class Place(NamedTuple):
-    """A process among those that train one model; without a launcher it is, or starts, them all."""
+    """The rank of a process, and what launched it (None: nothing outside of bqnn)."""
 
     rank: int
     launcher: str | None
@@ -31,7 +31,7 @@ ALONE = Place(0, None)
 
 
 def find_place(trainer: Mapping[str, Any]) -> Place:
-    """What the environment says of this process, where the trainer has several devices.
+    """Read the rank from the environment, if the trainer uses several devices.
 
     Clusters set the same variables for processes that have nothing to do with each other, so where
     it has one, they do not count.
@@ -70,7 +70,7 @@ def find_place(trainer: Mapping[str, Any]) -> Place:
 
 
 def hide_launcher() -> dict[str, str]:
-    """Remove all ranks from the environment, for a process that is alone; what was removed."""
+    """Remove all ranks from the environment of a single process, and return them."""
     return {key: os.environ.pop(key) for key in VARIABLES if key in os.environ}
 
 

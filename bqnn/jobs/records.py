@@ -1,4 +1,4 @@
-"""Read small JSON and YAML files that another program, or another person, may have written."""
+"""Read small JSON and YAML files from untrusted sources."""
 
 import json
 import re
@@ -20,7 +20,7 @@ _NUMBER = rf"[-+.:_xXa-fA-F0-9]{{{LONGEST_NUMBER + 1},}}"
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or the mapping in a YAML file (`.yaml`), whatever it may hold.
+    """Read the object of a JSON file, or the mapping of a YAML file (`.yaml`).
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -47,7 +47,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def instant(value: object) -> datetime | None:
-    """The point in time that an ISO 8601 text names; None for anything else.
+    """Parse an ISO 8601 timestamp; return None for anything else.
 
     Instants of different UTC offsets compare correctly, their texts do not. A text without an
     offset is taken as UTC.

@@ -1,4 +1,4 @@
-"""Keys and passwords of the environment stay out of what a job writes and prints."""
+"""Keep keys and passwords of the environment out of files and output."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ LEAST_LENGTH = 8  # anything shorter turns up by chance
 
 
 def mask(text: str) -> str:
-    """The text with `<NAME>` in place of each secret that the environment's NAME holds.
+    """Replace each secret of the environment variable NAME by `<NAME>`.
 
     A secret is also found where it is part of a longer word, percent-encoded as in an address, or
     escaped as in JSON and Python.
@@ -59,7 +59,7 @@ def refuse_secrets(config: object, references: bool = True) -> None:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a variable of the environment with this name is taken to hold a secret."""
+    """Return whether an environment variable with this name is treated as a secret."""
     return SECRET.search(name) is not None and name not in WORKING_FOLDERS
 
 

@@ -1,4 +1,4 @@
-"""status.json: what a job says of itself, and how an earlier run is recognized by it."""
+"""status.json: the record of a job, and finding earlier runs by it."""
 
 import functools
 import hashlib
@@ -33,7 +33,7 @@ TYPES: dict[str, type] = {
 
 
 def config_hash(config: dict[str, Any], without: Iterable[str] = WITHOUT_EFFECT) -> str:
-    """What two resolved configurations share exactly when they give the same results.
+    """Hash a resolved configuration. Equal hashes mean equal results.
 
     `without` are keys that do not count. Where a job starts from a checkpoint, its SHA-256 follows
     after a dash: one that was trained anew gives other results. `is_same` compares.
@@ -48,7 +48,7 @@ def config_hash(config: dict[str, Any], without: Iterable[str] = WITHOUT_EFFECT)
 
 
 def input_digest(config: dict[str, Any]) -> str | None:
-    """The SHA-256 of the checkpoint that a job starts from, in the file or the run's folder.
+    """Return the SHA-256 of the checkpoint that a job starts from.
 
     None where it starts from none, where it is gone, and for a pattern: each of the files that it
     stands for is the input of a job of its own.
@@ -69,14 +69,14 @@ def input_digest(config: dict[str, Any]) -> str | None:
 
 
 def is_same(recorded: str | None, config_hash: str) -> bool:
-    """Whether a job was recorded with this hash, or has it but for a checkpoint that is gone."""
+    """Return whether a recorded hash is this one, except for a checkpoint that is gone."""
     return recorded == config_hash or (
         recorded is not None and recorded.partition("-")[0] == config_hash
     )
 
 
 def is_prolonged(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether a folder holds the training that this configuration describes, but a shorter one."""
+    """Return whether a folder holds a shorter training of this configuration."""
     try:
         before = read_record(folder / "config.yaml")
         shorter = before["trainer"]["max_epochs"] < config["trainer"]["max_epochs"]
@@ -87,7 +87,7 @@ def is_prolonged(folder: Path, config: dict[str, Any]) -> bool:
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """The content of a job's status.json; None where no job is.
+    """Read a job's status.json, or return None if there is no job.
 
     Its `state` is one of STATES, and what it holds of TYPES has that type. A file that is no
     status reads as that of a job that FAILED, with the reason as its `error`, and the reason is
@@ -113,18 +113,18 @@ def read_status(folder: Path) -> dict[str, Any] | None:
 
 
 def tell_unreadable(folder: Path, error: ValueError) -> None:
-    """Say, once in this process, that a record in a folder is none."""
+    """Print once per process that a record cannot be read."""
     say_once(printable(f"{folder}: {error}"))
 
 
 def is_finished(status: dict[str, Any], config_hash: str) -> bool:
-    """Whether the job is this one, is done, and is not one of parts that may have become more."""
+    """Return whether the record is of this job, DONE, and without parts."""
     same = is_same(status.get("config_hash"), config_hash)
     return same and status["state"] == "DONE" and not status.get("parts")
 
 
 def job_folders(root: Path) -> Iterator[Path]:
-    """The folders of jobs at and below `root`, in order; what is below a job's is its own."""
+    """Return the folders of jobs at and below `root`, sorted, without those inside of others."""
     for folder, below, files in os.walk(root):
         below.sort()
         if {"status.json", ELSEWHERE} & {*files, *below}:
@@ -135,7 +135,7 @@ def job_folders(root: Path) -> Iterator[Path]:
 
 
 def find_run(root: Path, config_hash: str) -> Path | None:
-    """The newest run of this configuration below `root`; one that is DONE before all others."""
+    """Return the newest run of this configuration below `root`; a DONE run wins."""
     found = []
     for folder in job_folders(root):
         status = read_status(folder)
@@ -145,17 +145,17 @@ def find_run(root: Path, config_hash: str) -> Path | None:
 
 
 def start_of(record: dict[str, Any]) -> datetime:
-    """When a job or a sweep started; long ago, where its record does not tell."""
+    """Return when a job or a sweep started, or the earliest time if unknown."""
     return instant(record.get("start")) or datetime.min.replace(tzinfo=UTC)
 
 
 def folder_lock(folder: Path) -> FileLock:
-    """The lock that a job holds on its folder while it runs; it ends with the process."""
+    """Return the lock on a job's folder. It ends with the process that holds it."""
     return FileLock(folder / ".lock")
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a process, here or on another machine with this file system, is at work there."""
+    """Return whether a process runs in this folder, possibly on another machine."""
     if not (folder / ".lock").exists():
         return False
     lock = folder_lock(folder)

@@ -1,4 +1,4 @@
-"""A sweep's own record, sweep.json, and its table: what became of each of its jobs."""
+"""sweep.json, the record of a sweep, and the table of its jobs."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ from bqnn.text import one_line, printable, short
 
 @dataclass(frozen=True)
 class JobRecord:
-    """What a sweep says of a job.
+    """The record of a job in its sweep.
 
     state: done, skipped (it was done before), refused (its folder was another job's), failed,
     interrupted, or running (elsewhere).
@@ -35,7 +35,7 @@ class JobRecord:
 
 
 class Sweep:
-    """The record of one launch of a multirun; jobs may run in other processes, on other machines.
+    """The record of a multirun, whose jobs may run in other processes and on other machines.
 
     All that is known of them is read from their folders. `overrides` is the command, by which the
     same one is recognized; `num_jobs` is how many jobs it stands for, None where a sweeper decides
@@ -57,7 +57,7 @@ class Sweep:
         self._write("RUNNING", None)
 
     def finish(self, error: str | None = None) -> bool:
-        """Write down and print what became of all jobs; whether every one of them is done.
+        """Record and print the results of all jobs; return whether all are done.
 
         A sweep whose record cannot be written is not done, and says so.
         """
@@ -117,7 +117,7 @@ class Sweep:
 
 
 def find_sweep(root: Path, verb: str, overrides: list[str]) -> Path | None:
-    """The newest folder directly below `root` in which this command was run as a sweep."""
+    """Return the newest sweep of this command directly below `root`."""
     found = []
     for path in root.glob("*/sweep.json"):
         try:

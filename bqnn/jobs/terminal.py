@@ -1,4 +1,4 @@
-"""What a job prints and logs: without secrets or escapes, on streams that cannot end the job."""
+"""Printing and logging without secrets or escape sequences; a broken stream never fails a job."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def presentable(text: str) -> str:
-    """The text, of any number of lines, with secrets masked and unprintable characters escaped."""
+    """Mask secrets and escape unprintable characters in a text of any number of lines."""
     return "\n".join(map(printable, mask(text).split("\n")))
 
 
@@ -29,7 +29,7 @@ class PresentableFormatter(logging.Formatter):
 
 
 def say(text: str, error: bool = False, end: str = "\n") -> None:
-    """Print a text on standard output, or standard error, as far as anybody can be told.
+    """Print a text on standard output or standard error; a broken stream is ignored.
 
     The text is made `presentable`; characters that the stream's encoding lacks are escaped, too.
     Nothing happens where the stream is closed, its reader is gone (``| head``) or its disk is full.
@@ -50,7 +50,7 @@ def say_once(text: str) -> None:
 
 
 def protect_output() -> None:
-    """Have everything that is printed from now on, by any library, fail as silently as `say`.
+    """Make all later printing, by any library, ignore broken streams as `say` does.
 
     A training is worth more than its progress bar: it goes on when its terminal is gone, and its
     results are in its folder. Streams that were replaced, as pytest and notebooks do, stay.

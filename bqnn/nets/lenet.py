@@ -1,4 +1,4 @@
-"""The LeNet for MNIST and other small pictures."""
+"""The LeNet for MNIST and other small images."""
 
 from collections import OrderedDict
 from collections.abc import Sequence

@@ -1,10 +1,10 @@
-"""What a network for pictures asks of its input."""
+"""Checks of the input shape of image networks."""
 
 from collections.abc import Sequence
 
 
 def image_shape(input_shape: Sequence[int], smallest: int) -> tuple[int, int, int]:
-    """Channels, height and width; a ValueError for what is no picture of at least that size."""
+    """Return channels, height and width. ValueError: not an image of at least this size."""
     if len(input_shape) != 3:
         raise ValueError(
             f"inputs of shape {tuple(input_shape)} are not pictures (channels, height, width); "

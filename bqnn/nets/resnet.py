@@ -11,7 +11,7 @@ from bqnn.nets.pictures import image_shape
 
 
 class ResNet(nn.Sequential):
-    """Four stages of basic blocks on small pictures: [B, C, H, W] -> [B, sum(heads)].
+    """Four stages of basic blocks on small images: [B, C, H, W] -> [B, sum(heads)].
 
     `width` is the number of channels of the first stage; each stage doubles it. 24 is the
     CIFAR-10 network of Ferianc et al. (2021), 64 the standard ResNet-18 (He et al., 2016).

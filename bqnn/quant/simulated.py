@@ -130,7 +130,7 @@ class SimulatedLayer(OutputOnGrid):
         )
 
     def exact_sums(self, x: Tensor, weight: Tensor, largest: int) -> Tensor:
-        """Apply the linear map to integers x, |x| <= largest; float32 rounds the sum at most once."""
+        """Apply the linear map to integers x, |x| <= largest; rounded at most once."""
         bound = largest * weight.abs().flatten(1).sum(1).max()
         if bound < 2**24:  # every partial sum is a float32
             return self.linear_map(x, weight)
