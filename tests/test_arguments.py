@@ -1,7 +1,6 @@
 """Errors name arguments in the library, and keys of the configuration on the command line."""
 
 import ast
-import doctest
 import pickle
 import re
 from collections.abc import Iterator
@@ -10,15 +9,10 @@ from pathlib import Path
 import pytest
 
 import bqnn
-from bqnn import arguments
 from bqnn.arguments import ArgumentError, prefixed, renamed
 
 PACKAGE = Path(bqnn.__file__).parent
 LIBRARY = ("arguments.py", "optim.py", "data", "inference", "layers", "methods", "nets", "quant")
-
-
-def test_the_examples_of_the_docstrings_hold() -> None:
-    assert doctest.testmod(arguments).failed == 0
 
 
 @pytest.mark.parametrize(

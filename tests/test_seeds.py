@@ -1,7 +1,6 @@
 """Random numbers of different purposes, epochs, draws and seeds start at different places."""
 
 import ast
-import doctest
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,6 @@ from bqnn.data.loader import permutation
 from bqnn.seeds import NUMBERS, Stream, stream_seed
 
 PACKAGE = Path(seeds.__file__).parent
-
-
-def test_the_example_of_the_docstring_holds():
-    assert doctest.testmod(seeds).failed == 0
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7, 2**32, 2**63 - 1])

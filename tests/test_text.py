@@ -1,18 +1,12 @@
 """Text from outside is shown and used as a name without harm."""
 
-import doctest
 import string
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bqnn import text
 from bqnn.text import LONGEST_NAME, one_line, printable, short, valid_name
-
-
-def test_the_examples_of_the_docstrings_hold():
-    assert doctest.testmod(text).failed == 0
 
 
 @given(st.text(st.characters()))

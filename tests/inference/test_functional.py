@@ -1,6 +1,5 @@
 """Each measure against a hand-computed case or another library's answer."""
 
-import doctest
 import math
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from bqnn.inference import functional
 from bqnn.inference.functional import (
     brier_score,
     calibration_bins,
@@ -30,10 +28,6 @@ def gaussian_draws(num_samples: int, num_rows: int) -> tuple[Tensor, Tensor, Ten
     draws = torch.randn(2, num_samples, num_rows, generator=generator, dtype=torch.float64)
     targets = torch.randn(num_rows, generator=generator, dtype=torch.float64)
     return draws[0], draws[1], targets
-
-
-def test_the_examples_of_the_docstrings_hold():
-    assert doctest.testmod(functional).failed == 0
 
 
 def test_log_mean_exp_survives_values_that_exp_does_not():

@@ -1,6 +1,5 @@
 """Losses and metrics of both likelihoods against scipy, scikit-learn and hand cases."""
 
-import doctest
 import math
 
 import numpy as np
@@ -11,7 +10,6 @@ import sklearn.metrics
 import torch
 from torch import Tensor
 
-from bqnn.inference import likelihoods
 from bqnn.inference.likelihoods import Classification, Likelihood, Regression, likelihood_from
 from bqnn.inference.predictions import Prediction, score, score_uncertainty
 
@@ -42,10 +40,6 @@ def uncertainty_of(likelihood: Likelihood, samples: Tensor) -> dict[str, float]:
 BOTH = pytest.mark.parametrize(
     ("likelihood", "samples", "targets"), [(DIGITS, *classified()), (HOUSES, *regressed())]
 )
-
-
-def test_the_examples_of_the_docstrings_hold():
-    assert doctest.testmod(likelihoods).failed == 0
 
 
 def test_classification_loss_is_the_mean_negative_log_softmax():

@@ -1,6 +1,5 @@
 """Metrics are the formulas over all rows, whatever the batches; torchmetrics users can use them."""
 
-import doctest
 import pickle
 from collections.abc import Callable
 
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError, Metric, MetricCollection
 
-from bqnn.inference import metrics, predictions
 from bqnn.inference.functional import brier_score, entropy, gaussian_nll, log_mean_exp
 from bqnn.inference.likelihoods import Classification, Likelihood, Regression
 from bqnn.inference.metrics import (
@@ -96,11 +94,6 @@ def collections(likelihood: Likelihood) -> list[MetricCollection]:
 
 def values(collection: MetricCollection) -> dict[str, float]:
     return {name: value.item() for name, value in collection.compute().items()}
-
-
-def test_the_examples_of_the_docstrings_hold() -> None:
-    assert doctest.testmod(metrics).failed == 0
-    assert doctest.testmod(predictions).failed == 0
 
 
 @BOTH

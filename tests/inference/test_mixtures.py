@@ -1,6 +1,5 @@
 """Mixtures of draws against scipy, and the same mixtures from running means."""
 
-import doctest
 import math
 
 import numpy as np
@@ -10,7 +9,6 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from bqnn.inference import mixtures
 from bqnn.inference.functional import gaussian_nll
 from bqnn.inference.mixtures import CategoricalMixture, GaussianMixture
 
@@ -24,10 +22,6 @@ def regressed(num_samples: int = 6) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     draws = torch.randn(num_samples, 20, 2, generator=generator, dtype=torch.float64)
     return draws, torch.randn(20, generator=generator, dtype=torch.float64)
-
-
-def test_the_examples_of_the_docstrings_hold() -> None:
-    assert doctest.testmod(mixtures).failed == 0
 
 
 def test_probabilities_and_entropies_are_scipys() -> None:

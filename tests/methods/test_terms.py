@@ -1,15 +1,8 @@
 """The terms of an epoch, and their means."""
 
-import doctest
-
 import torch
 
-from bqnn.methods import terms
 from bqnn.methods.terms import EpochTerms
-
-
-def test_the_examples_of_the_docstrings_hold() -> None:
-    assert doctest.testmod(terms).failed == 0
 
 
 def test_means_weigh_rows_and_a_new_epoch_starts_empty() -> None:
