@@ -1,1 +1,1 @@
-"""Layers and conversions of layers; nothing here knows of tasks or training."""
+"""Bayesian layers and the conversions that insert them; independent of tasks and training."""

@@ -17,25 +17,33 @@ from bqnn.layers.linear_map import Geometry, linear_map, linear_map_gradients
 from bqnn.layers.noise import in_memory_order, noise_like
 from bqnn.layers.swap import swap
 
-Moments = tuple[Tensor, Tensor]  # sigma and its square, flat, in the order of memory
+Moments = tuple[Tensor, Tensor]  # sigma and sigma^2, flattened in memory order
 
 
 class GaussianWeight(DrawnWeights):
-    """A layer with weights w ~ N(mean, sigma^2), sigma = softplus(rho), and a point bias.
+    """Base class for layers with weights w ~ N(mean, sigma^2), sigma = softplus(rho).
 
-    In training the output is drawn, by local reparametrization (Kingma et al., 2015, eq. 6):
-    for a layer f that is linear in its weights,
+    The prior of each weight is N(0, prior_std^2). The bias has a point value.
+
+    Training mode samples the output by local reparametrization (Kingma et al. 2015, eq. 6). For a
+    layer f that is linear in its weights,
 
         f(x; mean) + sqrt(f(x^2; sigma^2)) * eps,    eps ~ N(0, 1) for every output.
 
-    In evaluation the weights are drawn (Blundell et al., 2015), one draw per call, or one for
-    all calls while a draw is held. The prior is N(0, prior_std^2).
+    Evaluation mode samples the weights (Blundell et al. 2015): one draw per call, or the held draw
+    (see `bqnn.layers.draws.held_draw`).
+
+    Args:
+        weight: Initial means.
+        bias: Initial bias, or None.
+        prior_std: Standard deviation of the prior.
+        init_rho: Initial rho of every weight.
     """
 
     mean: nn.Parameter
     rho: nn.Parameter
     bias: nn.Parameter | None
-    geometry: Geometry | None = None  # of a convolution
+    geometry: Geometry | None = None  # None for a linear layer
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, *, prior_std: float, init_rho: float
@@ -50,19 +58,29 @@ class GaussianWeight(DrawnWeights):
 
     @property
     def sigma(self) -> Tensor:
-        """The posterior's standard deviation, shaped like the weights."""
+        """The standard deviation of the posterior, shaped like the weights."""
         return self._from_joint(0)
 
     @torch.no_grad()
     def set_sigma(self, sigma: Tensor) -> None:
-        """Set the standard deviation to `sigma`, positive and shaped like the weights."""
+        """Set the standard deviation of the posterior.
+
+        Args:
+            sigma: Positive values, shaped like the weights.
+
+        Raises:
+            ValueError: A value is not positive.
+        """
         if not (sigma > 0).all():
-            raise ValueError("set_sigma: a standard deviation is positive")
+            raise ValueError(
+                f"set_sigma: smallest value {float(sigma.min()):g}: a standard deviation must be "
+                "positive; clamp it"
+            )
         self.rho.copy_(sigma + torch.log(-torch.expm1(-sigma)))
 
     @property
     def variance(self) -> Tensor:
-        """sigma^2, the posterior's variance."""
+        """The variance of the posterior, shaped like the weights."""
         return self._from_joint(1)
 
     def _from_joint(self, index: int) -> Tensor:
@@ -73,7 +91,7 @@ class GaussianWeight(DrawnWeights):
         return _shaped_like(self.rho, joint[index])
 
     def frozen_as(self, layer: nn.Linear | nn.Conv2d) -> Self:
-        """Freeze the parameters that are frozen in `layer`, and return the module."""
+        """Copy `requires_grad` from the parameters of `layer`, and return self."""
         for own, source in ((self.mean, layer.weight), (self.rho, layer.weight)):
             own.requires_grad_(source.requires_grad)
         if self.bias is not None and layer.bias is not None:
@@ -81,7 +99,7 @@ class GaussianWeight(DrawnWeights):
         return self
 
     def draw(self) -> Tensor:
-        """One draw of the weights."""
+        """Draw the weights."""
         return torch.addcmul(self.mean, self.sigma, evaluation_noise(self.mean))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,18 +109,39 @@ class GaussianWeight(DrawnWeights):
 
 
 class BayesLinear(GaussianWeight):
-    """nn.Linear with Gaussian weights: [B, in_features] -> [B, out_features]."""
+    """nn.Linear with Gaussian weights: [B, in_features] -> [B, out_features].
+
+    Example:
+        >>> layer = BayesLinear.like(nn.Linear(3, 2), prior_std=1.0, init_rho=-5.0)
+        >>> layer(torch.zeros(4, 3)).shape
+        torch.Size([4, 2])
+    """
 
     @classmethod
     def like(cls, layer: nn.Linear, *, prior_std: float, init_rho: float) -> Self:
-        """A Bayesian version of `layer`, with its weights as means and its bias."""
+        """Create a Bayesian version of a linear layer.
+
+        Args:
+            layer: The layer; its weights become the means. The bias is copied.
+            prior_std: Standard deviation of the prior.
+            init_rho: Initial rho of every weight; sigma = softplus(rho).
+
+        Example:
+            >>> linear = nn.Linear(3, 2)
+            >>> layer = BayesLinear.like(linear, prior_std=1.0, init_rho=0.0)
+            >>> torch.equal(layer.mean, linear.weight)
+            True
+            >>> layer.sigma[0, 0]
+            tensor(0.6931, grad_fn=<SelectBackward0>)
+        """
         made = cls(layer.weight, layer.bias, prior_std=prior_std, init_rho=init_rho)
         return made.frozen_as(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 2:
             raise ValueError(
-                f"BayesLinear: inputs {tuple(x.shape)}; flatten them to two dimensions"
+                f"BayesLinear: inputs of shape {tuple(x.shape)}, expected [B, in_features]; "
+                "flatten them to two dimensions"
             )
         return super().forward(x)
 
@@ -111,7 +150,14 @@ class BayesLinear(GaussianWeight):
 
 
 class BayesConv2d(GaussianWeight):
-    """nn.Conv2d with Gaussian weights: [B, C, H, W] -> [B, C', H', W']."""
+    """nn.Conv2d with Gaussian weights: [B, C, H, W] -> [B, C', H', W'].
+
+    Example:
+        >>> conv = nn.Conv2d(1, 4, 3, padding=1)
+        >>> layer = BayesConv2d.like(conv, prior_std=1.0, init_rho=-5.0)
+        >>> layer(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 4, 8, 8])
+    """
 
     def __init__(
         self,
@@ -127,7 +173,16 @@ class BayesConv2d(GaussianWeight):
 
     @classmethod
     def like(cls, layer: nn.Conv2d, *, prior_std: float, init_rho: float) -> Self:
-        """A Bayesian version of `layer`, with its weights as means, its bias and geometry."""
+        """Create a Bayesian version of a convolution.
+
+        Args:
+            layer: The layer; its weights become the means. The bias and the geometry are copied.
+            prior_std: Standard deviation of the prior.
+            init_rho: Initial rho of every weight; sigma = softplus(rho).
+
+        Raises:
+            TypeError: The padding is asymmetric, or is not zero padding.
+        """
         made = cls(
             layer.weight,
             layer.bias,
@@ -143,7 +198,27 @@ class BayesConv2d(GaussianWeight):
 
 
 def to_bayes(net: nn.Module, prior_std: float, init_rho: float) -> nn.Module:
-    """Give every linear and convolution of a network Gaussian weights, in place."""
+    """Replace every linear layer and convolution by its Bayesian version, in place.
+
+    Args:
+        net: The network. It stays unchanged when an error is raised.
+        prior_std: Standard deviation of the prior, above 0.
+        init_rho: Initial rho of every weight, from -80 to 80; sigma = softplus(rho).
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: There is no linear layer or convolution, or a number is out of range.
+        TypeError: A module with parameters is not supported.
+
+    Example:
+        >>> to_bayes(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), prior_std=1.0, init_rho=-5.0)
+        Sequential(
+          (0): BayesLinear(3, 2, prior_std=1.0)
+          (1): ReLU()
+        )
+    """
     prior_std, init_rho = _checked(prior_std, init_rho)
     count = swap(
         net,
@@ -154,30 +229,41 @@ def to_bayes(net: nn.Module, prior_std: float, init_rho: float) -> nn.Module:
         keep=(nn.BatchNorm2d,),
     )
     if count == 0:
-        raise ValueError("to_bayes: no Linear or Conv2d left to convert")
+        raise ValueError("to_bayes: the network has no Linear or Conv2d to convert")
     return net
 
 
 def _checked(prior_std: float, init_rho: float) -> tuple[float, float]:
-    reason = "a standard deviation is positive and finite; 1 is usual"
+    reason = "a standard deviation must be positive and finite; 1 is usual"
     prior_std = real_number("prior_std", prior_std, reason, 0, without=(0,))
-    reason = "of sigma = softplus(rho), which must stay in the range of floats; choose -80 to 80"
+    reason = "sigma = softplus(rho) must stay in the range of floats; choose -80 to 80"
     return prior_std, real_number("init_rho", init_rho, f"{reason}, -5 is usual", -80, 80)
 
 
-# What this thread has computed jointly, while it uses that.
+# The joint results that the layers use in this thread.
 _joint_moments: ContextVar[dict[GaussianWeight, Moments] | None] = ContextVar(
     "joint moments", default=None
 )
 
 
 class JointPosterior:
-    """The Gaussian weights of a network, with sigma computed by one softplus over all of them.
+    """Context manager that computes sigma of all Gaussian weights of a network at once.
 
-    In a `with` statement the layers use it, each time that they need sigma or its square in this
-    thread, and compute none of their own. On small networks this halves what a posterior costs in
-    a step; inside of a function that torch.compile traces, they go on computing their own, which
-    it fuses. Gradients of all means and rhos come together, at the end of the backward pass.
+    Inside the `with` statement, the layers of this thread read sigma and sigma^2 from the joint
+    result instead of computing their own. On small networks this halves the cost of the posterior
+    in a training step. Functions traced by torch.compile ignore it, because the compiler fuses
+    the layers' own computations. The gradients of all means and rhos arrive together, at the end
+    of the backward pass.
+
+    Args:
+        net: The network.
+
+    Example:
+        >>> net = to_bayes(nn.Sequential(nn.Linear(3, 2)), prior_std=1.0, init_rho=-5.0)
+        >>> with JointPosterior(net) as posterior:
+        ...     output = net(torch.zeros(4, 3))
+        >>> torch.equal(posterior.kl(), kl_divergence(net))
+        True
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -193,7 +279,7 @@ class JointPosterior:
             self._kls.append(kl)
 
     def __enter__(self) -> Self:
-        if not torch.compiler.is_compiling():  # it cannot trace this
+        if not torch.compiler.is_compiling():  # torch.compile cannot trace context variables
             self._token = _joint_moments.set({**(_joint_moments.get() or {}), **self._moments})
         return self
 
@@ -202,27 +288,29 @@ class JointPosterior:
             _joint_moments.reset(self._token)
 
     def kl(self) -> Tensor:
-        """`kl_divergence` of the network."""
+        """Return the KL divergence in nats, see `kl_divergence`."""
         if not self._kls:
-            raise TypeError("kl_divergence: this network has no Gaussian weights")
+            raise TypeError(
+                "kl_divergence: the network has no Gaussian weights; call to_bayes() on it first"
+            )
         return torch.stack(self._kls).sum()
 
 
 def _moments_and_kl(prior_std: float, layers: list[GaussianWeight]) -> tuple[list[Moments], Tensor]:
-    """sigma and its square for each layer, flat, and the KL of all these layers."""
+    """Return flat sigma and sigma^2 of each layer, and the KL summed over the layers."""
     parameters = [layer.mean for layer in layers] + [layer.rho for layer in layers]
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
         sigma, variance, kl = _Posterior.apply(prior_std, *parameters)
-    else:  # torch.compile loses the parameters of a Function that needs no gradient
+    else:  # torch.compile drops the parameters of a Function that needs no gradient
         _, _, sigma, variance, kl = _posterior(prior_std, parameters)
     sizes = [layer.rho.numel() for layer in layers]
     return list(zip(sigma.split(sizes), variance.split(sizes), strict=True)), kl
 
 
 class _Posterior(torch.autograd.Function):
-    """sigma, its square and the KL of weights with one prior; the first two flat, as in memory.
+    """Compute sigma, sigma^2 (both flat, in memory order) and the KL of weights with one prior.
 
-    One node of the graph: on small networks nodes cost more than their arithmetic.
+    It is a single autograd node: on small networks a node costs more than its arithmetic.
     """
 
     @staticmethod
@@ -249,7 +337,7 @@ class _Posterior(torch.autograd.Function):
 def _posterior(
     prior_std: float, parameters: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Mean, rho, sigma and its square, flat, and the KL, of all means, then all rhos.
+    """Return flat mean, rho, sigma and sigma^2, and the KL; the parameters are means, then rhos.
 
     The KL is the sum of log(prior_std / sigma) + (sigma^2 + mean^2) / (2 prior_std^2) - 1/2.
     """
@@ -264,7 +352,24 @@ def _posterior(
 
 
 def kl_divergence(net: nn.Module) -> Tensor:
-    """KL(posterior || prior) in nats, in closed form, summed over all weights of a network."""
+    """Compute KL(posterior || prior) in closed form, summed over all Gaussian weights.
+
+    Args:
+        net: A network with Gaussian weights, see `to_bayes`.
+
+    Returns:
+        A scalar in nats: the sum of
+        log(prior_std / sigma) + (sigma^2 + mean^2) / (2 prior_std^2) - 1/2.
+
+    Raises:
+        TypeError: The network has no Gaussian weights.
+
+    Example:
+        >>> layer = BayesLinear(torch.zeros(2, 3), None, prior_std=1.0, init_rho=0.0)
+        >>> layer.set_sigma(torch.full((2, 3), 0.5))
+        >>> round(kl_divergence(layer).item(), 3)  # 6 (log 2 - 3/8)
+        1.909
+    """
     return JointPosterior(net).kl()
 
 
@@ -273,7 +378,7 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _shaped_like(x: Tensor, flat: Tensor) -> Tensor:
-    """Numbers in the order of the memory of `x`, in its shape and layout."""
+    """Reshape values in the memory order of `x` to its shape and layout."""
     ordered = in_memory_order(x)
     part = flat.view(ordered.shape)
     return part if ordered is x else part.permute(0, 3, 1, 2)
@@ -286,20 +391,36 @@ def local_reparametrization(
     bias: Tensor | None = None,
     geometry: Geometry | None = None,
 ) -> Tensor:
-    """Draw the `linear_map` of `x` for weights N(mean, variance), with noise per output.
+    """Sample `linear_map(x)` for weights N(mean, variance), with independent noise per output.
 
-    Kingma et al. (2015), eq. 6.
+    Kingma et al. 2015, eq. 6.
+
+    Args:
+        x: Inputs [B, in_features], or [B, C, H, W] for a convolution.
+        mean: Means of the weights.
+        variance: Variances of the weights, shaped like `mean`.
+        bias: Bias [out_features], or None.
+        geometry: Geometry of the convolution; None for a linear layer.
+
+    Returns:
+        f(x; mean) + bias + sqrt(f(x^2; variance)) * eps with eps ~ N(0, 1), shaped like the output
+        of the layer.
+
+    Example:
+        >>> x, mean = torch.ones(1, 3), torch.ones(2, 3)
+        >>> local_reparametrization(x, mean, torch.zeros(2, 3))
+        tensor([[3., 3.]])
     """
     out: Tensor = _LocalReparametrization.apply(x, mean, variance, bias, geometry)
     return out
 
 
 class _LocalReparametrization(torch.autograd.Function):
-    """f(x; mean) + sqrt(f(x^2; variance)) * eps as one node, which writes over its own buffers.
+    """f(x; mean) + sqrt(f(x^2; variance)) * eps as one autograd node that reuses its buffers.
 
-    eps has a standard deviation of 1/2. Where all inputs of an output are zero (the black
-    border of a picture) its variance is zero, and fast convolutions round some to below zero:
-    there the square root gets a floor, and no slope.
+    eps is drawn with standard deviation 1/2. An output whose inputs are all zero (at the black
+    border of an image) has zero variance, which fast convolutions may round below zero. The
+    square root is clamped there, and its gradient is zero.
     """
 
     @staticmethod
@@ -312,15 +433,15 @@ class _LocalReparametrization(torch.autograd.Function):
         geometry: Geometry | None,
     ) -> Tensor:
         if geometry is not None and variance.stride() != mean.stride():
-            # A convolution goes by the layout of its weight, and arithmetic on weights may change
-            # that: the two outputs would differ in theirs.
+            # The layout of a convolution's output follows its weight, and arithmetic may have
+            # changed the layout of the variance.
             variance = torch.empty_like(mean).copy_(variance)
         squares = x.square()
         out = linear_map(x, mean, bias, geometry)
         std = linear_map(squares, variance, None, geometry).clamp_min_(1e-30).sqrt_()
         eps = noise_like(out, std=0.5)
         out.addcmul_(std, eps, value=2)
-        # The slope of the output by the variance.
+        # The derivative of the output with respect to its variance.
         slope = eps.div_(torch.threshold_(std, 1e-15, math.inf))
         ctx.save_for_backward(x, squares, mean, variance, slope)
         ctx.geometry = geometry
@@ -346,11 +467,15 @@ class _LocalReparametrization(torch.autograd.Function):
 
 
 def softplus(rho: Tensor) -> Tensor:
-    """log(1 + exp(rho)), accurate for any rho; it is not differentiable.
+    """Compute log(1 + exp(rho)) accurately for any rho, without support for gradients.
 
-    torch's own takes its logarithm from log1p, which is ten times as slow as log on the CPU:
-    measured, 7.6 ms for 1.2 million numbers. With u = 1 + x rounded, log1p(x) is
-    x log(u) / (u - 1), since both roundings cancel (Kahan); where u is 1 it is x.
+    torch's softplus uses log1p, which is ten times slower than log on the CPU (7.6 ms for 1.2
+    million numbers). With u = 1 + x rounded, log1p(x) = x log(u) / (u - 1), because the two
+    rounding errors cancel (Kahan); for u = 1 it is x.
+
+    Example:
+        >>> softplus(torch.tensor([-100.0, 0.0, 100.0]))
+        tensor([3.7835e-44, 6.9315e-01, 1.0000e+02])
     """
     x = rho.clamp(max=40).exp_()
     u = x + 1

@@ -1,8 +1,13 @@
-"""Networks whose children are called one after the other."""
+"""Detection of networks that call their children in order."""
 
 from torch import nn
 
 
 def is_chain(module: nn.Module) -> bool:
-    """Return whether a module is a Sequential that only calls its children in order."""
+    """Return whether a module is a Sequential with the `forward` of nn.Sequential.
+
+    Example:
+        >>> is_chain(nn.Sequential(nn.ReLU())), is_chain(nn.ReLU())
+        (True, False)
+    """
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward

@@ -1,4 +1,4 @@
-"""Draws of a network's random modules. A draw belongs to a call, not to the modules."""
+"""Draws of random modules. A draw belongs to a call, not to the modules."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,41 +12,42 @@ from bqnn.layers.noise import coins_like, cpu_noise_like
 
 
 class Draw:
-    """One draw of a network while it is held.
+    """One held draw of a network.
 
     Args:
-        generator: of the CPU, where its random numbers come from.
+        generator: CPU generator of the random numbers.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
-        self.values: dict[nn.Module, Any] = {}  # what each `Drawn` module made
+        self.values: dict[nn.Module, Any] = {}  # the results of `Drawn.make_draw`
 
 
-# Of this thread (and asyncio task) alone: threads that predict with one network share no draw.
+# One value per thread (and asyncio task), so that threads can share a network.
 _held: ContextVar[Draw | None] = ContextVar("held draw", default=None)
 
 
 class Stochastic(nn.Module):
-    """A module whose output is random in evaluation.
+    """Base class for modules whose output is random in evaluation mode.
 
-    Its random numbers come from `evaluation_noise` and `evaluation_coins`, so that they belong to
-    the draw that is held.
+    They take their random numbers from `evaluation_noise` and `evaluation_coins`, which use the
+    generator of the held draw.
     """
 
 
 class Drawn(Stochastic):
     """Base class for modules that represent a distribution over functions.
 
-    By default, each call makes a draw. While a draw is held, all calls use it.
+    By default, each call makes a new draw. While a draw is held, all calls use it. Subclasses
+    implement `make_draw`.
     """
 
     def make_draw(self, index: int) -> Any:
-        """Make draw number `index`, in the form that `forward` needs; never None."""
+        """Return draw number `index`, in the form that `forward` needs; never None."""
         raise NotImplementedError
 
     def held(self) -> Any:
-        """This module's part of the draw that this thread holds, or None."""
+        """Return this module's part of the draw that the thread holds, or None."""
         draw = _held.get()
         return None if draw is None else draw.values.get(self)
 
@@ -55,11 +56,12 @@ class DrawnWeights(Drawn):
     """Base class for layers with random weights. Subclasses implement `draw`."""
 
     def draw(self) -> Any:
-        """One draw of the weights, in the form that `forward` needs."""
+        """Draw the weights, in the form that `forward` needs."""
         raise NotImplementedError
 
     def weights(self) -> Any:
-        """Return the held draw or a new one; torch.export would turn a held one into a constant."""
+        """Return the held draw of the weights, or a new draw."""
+        # torch.export would turn a held draw into a constant.
         held = None if torch.compiler.is_exporting() else self.held()
         return self.draw() if held is None else held
 
@@ -71,12 +73,23 @@ class DrawnWeights(Drawn):
 def held_draw(
     net: nn.Module, index: int, generator: torch.Generator | None = None
 ) -> Iterator[None]:
-    """Hold draw number `index` of every random module of `net`, for this thread.
+    """Hold one draw of every random module of a network, in this thread.
 
     Args:
-        net: the network. Draws that are held for other networks stay held.
-        index: the number of the draw, which says which member of an ensemble answers.
-        generator: of the CPU, for all random numbers of the draw; by default torch's global one.
+        net: The network. Held draws of other networks stay held.
+        index: The number of the draw. It selects the member of an ensemble.
+        generator: CPU generator for all random numbers of the draw. The default is torch's global
+            generator.
+
+    Example:
+        >>> from bqnn.layers.bayes import to_bayes
+        >>> net = to_bayes(nn.Sequential(nn.Linear(3, 2)), prior_std=1.0, init_rho=0.0).eval()
+        >>> x = torch.ones(1, 3)
+        >>> with held_draw(net, 0):
+        ...     torch.equal(net(x), net(x))
+        True
+        >>> torch.equal(net(x), net(x))
+        False
     """
     draw = Draw(torch.default_generator if generator is None else generator)
     outer = _held.get()
@@ -93,10 +106,11 @@ def held_draw(
 
 
 def evaluation_noise(like: Tensor) -> Tensor:
-    """N(0, 1) noise of the shape, layout, type and device of a tensor, for a draw of weights.
+    """Sample N(0, 1) noise with the shape, layout, dtype and device of a tensor.
 
-    The numbers come from a generator of the CPU, that of the draw that is held or the global one,
-    and in the order of the shape: a draw is the same network on every device and in every layout.
+    The numbers come from the CPU generator of the held draw, or from torch's global generator,
+    in the order of the dimensions. So a draw is the same network on every device and in every
+    memory layout.
     """
     if torch.compiler.is_compiling():
         return torch.randn_like(like)
@@ -106,9 +120,9 @@ def evaluation_noise(like: Tensor) -> Tensor:
 
 
 def evaluation_coins(like: Tensor, probability: float) -> Tensor:
-    """True with this probability: bool, the shape of a tensor and on its device.
+    """Sample booleans that are True with a probability, with the shape and device of a tensor.
 
-    As `evaluation_noise`, on the CPU.
+    The generator is that of `evaluation_noise`.
     """
     draw = None if torch.compiler.is_exporting() else _held.get()
     if draw is not None:

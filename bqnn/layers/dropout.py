@@ -1,4 +1,4 @@
-"""Monte-Carlo dropout: dropout that is also active in evaluation."""
+"""Monte-Carlo dropout: dropout that stays active in evaluation mode."""
 
 from torch import Tensor, nn
 
@@ -10,11 +10,20 @@ from bqnn.layers.swap import check_plain
 
 
 class MCDropout(Stochastic):
-    """Dropout of whole channels of [B, C, H, W], or of features of [B, ..., F], in every mode.
+    """Dropout in training and evaluation mode (Gal & Ghahramani 2016).
 
-    Each row has a mask of its own; what is kept is scaled by 1 / (1 - rate) (Gal &
-    Ghahramani, 2016). It drops in eval mode too, so that evaluation never has to leave it, which
-    would disturb batch norm.
+    Each row has its own mask. Inputs [B, C, H, W] lose whole channels, other inputs [B, ..., F]
+    lose features. The remaining values are scaled by 1 / (1 - rate). Because dropout is active in
+    evaluation mode, batch norm can stay in evaluation mode for predictions.
+
+    Args:
+        rate: Probability that a value is dropped, in [0, 1).
+
+    Example:
+        >>> import torch
+        >>> out = MCDropout(0.5).eval()(torch.ones(2, 100))
+        >>> out.unique()
+        tensor([0., 2.])
     """
 
     def __init__(self, rate: float) -> None:
@@ -30,7 +39,7 @@ class MCDropout(Stochastic):
     def kept(self, x: Tensor) -> Tensor:
         """Draw the kept channels or features of each row: bool, [B, C, 1, 1] or [B, ..., F]."""
         first = x[..., 0, 0] if x.dim() == 4 else x
-        # Coins say what is dropped: a tiny rate would be lost in 1 - rate.
+        # The dropped values are drawn, not the kept ones: 1 - rate would lose a tiny rate.
         dropped = (coins_like if self.training else evaluation_coins)(first, self.rate)
         return dropped.logical_not_().view(dropped.shape + (1,) * (x.dim() - first.dim()))
 
@@ -41,8 +50,24 @@ class MCDropout(Stochastic):
 def to_mcdropout(net: nn.Module, rate: float, before_output: bool = True) -> nn.Module:
     """Replace the dropout sites of a network by MC dropout, in place.
 
-    `before_output` says whether the site before the output layer drops too. ValueError: there is no
-    site; TypeError: a site has something, such as hooks, that would be lost.
+    Args:
+        net: The network. It stays unchanged when an error is raised.
+        rate: Probability that a value is dropped, in [0, 1).
+        before_output: Whether to convert the site before the output layer, too.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: The network has no site to convert, or the rate is out of range.
+        TypeError: A conversion would lose a part of a site, such as a hook.
+
+    Example:
+        >>> to_mcdropout(nn.Sequential(DropoutSite(), nn.Linear(3, 2)), rate=0.1)
+        Sequential(
+          (0): MCDropout(rate=0.1)
+          (1): Linear(in_features=3, out_features=2, bias=True)
+        )
     """
     sites = []
     for path, parent in net.named_modules():

@@ -1,4 +1,4 @@
-"""An ensemble of networks of one shape, collected while a chain samples one of them."""
+"""Ensemble: copies of a network, collected while a sampler updates it."""
 
 import copy
 import itertools
@@ -13,12 +13,29 @@ from bqnn.layers.swap import check_copied_as_one, check_no_loose_tensors
 
 
 class Ensemble(Drawn):
-    """The network that is being sampled, and the last `num_members` copies taken of it.
+    """A network and the last copies of it, its members.
 
-    In training the current network answers. In evaluation draw number 0 is the newest member,
-    draw number 1 the one before it and so on, and outside a held draw the members take
-    turns (of two threads at once, both may get the same one); as long as there is none, the
-    current network answers.
+    Training mode runs the current network. Evaluation mode runs a member: draw 0 is the newest
+    member, draw 1 the one before it, and so on. Without a held draw, calls cycle through the
+    members; two threads may then get the same member. Without members, evaluation mode runs the
+    current network.
+
+    Args:
+        net: The current network, which the sampler updates.
+        num_members: The largest number of members.
+
+    Raises:
+        TypeError: Copies of the network would not behave as the network, because parameters
+            share memory or a module holds an unregistered tensor.
+
+    Example:
+        >>> ensemble = Ensemble(nn.Linear(3, 2), num_members=5)
+        >>> ensemble.collect()
+        >>> ensemble.collect()
+        >>> len(ensemble)
+        2
+        >>> ensemble.eval()(torch.zeros(4, 3)).shape
+        torch.Size([4, 2])
     """
 
     collected: Tensor
@@ -37,12 +54,12 @@ class Ensemble(Drawn):
         self._turn = 0
 
     def __len__(self) -> int:
-        """How many members there are to draw from."""
+        """Return the number of members."""
         return len(self.members)
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Copy the current network into the ensemble. A full ensemble drops its oldest member."""
+        """Add a copy of the current network. A full ensemble drops its oldest member."""
         slot = int(self.collected) % self.num_members
         if slot == len(self.members):
             self._add_member()
@@ -50,7 +67,14 @@ class Ensemble(Drawn):
         self.collected += 1
 
     def make_draw(self, index: int) -> int:
-        """Return the position of member number `index`, counted from the newest."""
+        """Return the position of a member.
+
+        Args:
+            index: The number of the member, 0 for the newest.
+
+        Raises:
+            ValueError: There is no such member.
+        """
         if self.members and index >= len(self.members):
             raise ValueError(
                 f"draw {index} of an ensemble with {len(self.members)} members: "
@@ -64,7 +88,7 @@ class Ensemble(Drawn):
             return self.current(x)
         return self._member()(x)
 
-    # Which member answers is not a part of any graph.
+    # The choice of a member must not become a constant of a compiled graph.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _member(self) -> nn.Module:
         place = self.held()
@@ -78,10 +102,9 @@ class Ensemble(Drawn):
 
 
 def _make_room(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Give the ensemble as many members as the state that is about to be loaded.
+    """Match the number of members to a state that is about to be loaded.
 
-    RuntimeError, before any is made: the state does not have all tensors of that many, in the
-    shapes of the current network's.
+    RuntimeError, before any member is made: a tensor is missing or has another shape.
     """
     assert isinstance(module, Ensemble)
     count = min(_collected(state, prefix), module.num_members)
@@ -89,9 +112,12 @@ def _make_room(module: nn.Module, state: dict[str, Any], prefix: str, *_: object
     shapes = {name: value.shape for name, value in module.current.named_parameters()}
     for index, name in itertools.product(range(count), current):
         found = state.get(f"{prefix}members.{index}.{name}")
-        # Buffers of observers have other shapes before they have seen data.
+        # Only parameters are compared: observers' buffers change shape with their first data.
         if found is None or found.shape != shapes.get(name, found.shape):
-            raise RuntimeError(f"{prefix}collected says {count} members, but not all are there")
+            raise RuntimeError(
+                f"{prefix}collected={count} members, but the state has not all of their tensors; "
+                "the file is damaged, save it again"
+            )
     while len(module.members) < count:
         module._add_member()
     del module.members[count:]
@@ -102,5 +128,7 @@ def _collected(state: dict[str, Any], prefix: str) -> int:
     if collected is None:
         return 0
     if collected.numel() != 1 or collected.dtype != torch.int64 or collected.item() < 0:
-        raise RuntimeError(f"{prefix}collected is no count of members")
+        raise RuntimeError(
+            f"{prefix}collected is not a number of members; the file is damaged, save it again"
+        )
     return int(collected)

@@ -1,4 +1,4 @@
-"""The function of linear layers and convolutions, for given weights."""
+"""The functional form of linear layers and convolutions."""
 
 from typing import NamedTuple, Self
 
@@ -10,7 +10,12 @@ from bqnn.layers.safe_convolutions import Gradients, pixels_read, safe_convoluti
 
 
 class Geometry(NamedTuple):
-    """The parameters of a convolution other than its weights, in torch's order."""
+    """The hyperparameters of a convolution, in the order of F.conv2d.
+
+    Example:
+        >>> Geometry.of(nn.Conv2d(1, 4, 3, padding="same"))
+        Geometry(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1)
+    """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -19,9 +24,15 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, layer: nn.Conv2d) -> Self:
-        """Return the geometry of a layer. TypeError: its padding is asymmetric or not of zeros."""
+        """Return the geometry of a layer.
+
+        Raises:
+            TypeError: The padding is asymmetric, or is not zero padding.
+        """
         if layer.padding_mode != "zeros":
-            raise TypeError(f"padding_mode={layer.padding_mode!r}: only 'zeros' can be converted")
+            raise TypeError(
+                f"padding_mode={layer.padding_mode!r}: cannot be converted; choose 'zeros'"
+            )
         padding = layer.padding
         if isinstance(padding, str):
             reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
@@ -35,7 +46,18 @@ class Geometry(NamedTuple):
 
 
 def linear_map(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
-    """Apply a convolution with this geometry, or a linear layer if it is None."""
+    """Apply a linear layer or a convolution.
+
+    Args:
+        x: Inputs [..., in_features], or [B, C, H, W] for a convolution.
+        weight: Weights [out_features, in_features], or [C', C / groups, kH, kW].
+        bias: Bias [out_features] or [C'], or None.
+        geometry: Geometry of the convolution; None for a linear layer.
+
+    Example:
+        >>> linear_map(torch.ones(1, 3), torch.ones(2, 3), None, None)
+        tensor([[3., 3.]])
+    """
     if geometry is None:
         return F.linear(x, weight, bias)
     x, stride = pixels_read(x, weight, *geometry)
@@ -51,7 +73,19 @@ def linear_map_gradients(
     needs_x: bool,
     needs_bias: bool,
 ) -> Gradients:
-    """Return the gradients of `linear_map` by `x`, the weight and the bias."""
+    """Compute the gradients of `linear_map` with respect to inputs, weight and bias.
+
+    Args:
+        grad: Gradient with respect to the output.
+        x: Inputs of `linear_map`.
+        weight: Weights of `linear_map`.
+        geometry: Geometry of the convolution; None for a linear layer.
+        needs_x: Whether to compute the gradient with respect to the inputs.
+        needs_bias: Whether to compute the gradient with respect to the bias.
+
+    Returns:
+        The three gradients; None for one that was not asked for.
+    """
     if geometry is None:
         return (
             grad @ weight if needs_x else None,
@@ -68,7 +102,7 @@ def linear_map_gradients(
         geometry.padding,
         geometry.dilation,
         False,  # transposed
-        [0, 0],  # output_padding, of a transposed one
+        [0, 0],  # output_padding, for transposed convolutions only
         geometry.groups,
         [needs_x, True, needs_bias],
     )

@@ -1,4 +1,4 @@
-"""Marker modules, which conversions look for in a network."""
+"""Marker modules that conversions look for in a network."""
 
 import torch
 from torch import Tensor, nn
@@ -6,9 +6,10 @@ from torch.nn import functional as F
 
 
 class DropoutSite(nn.Identity):
-    """A site of MC dropout; the identity for every other method.
+    """A place for MC dropout; the identity for every other method.
 
-    `before_output` marks the site before the output layer, which has its own option.
+    Args:
+        before_output: Marks the site before the output layer, which has its own option.
     """
 
     def __init__(self, before_output: bool = False) -> None:
@@ -17,22 +18,32 @@ class DropoutSite(nn.Identity):
 
 
 class Enter(nn.Identity):
-    """The entry of a quantized network's integer region."""
+    """The entry of the integer region of a quantized network; the identity in float."""
 
 
 class Leave(nn.Identity):
-    """The exit of a quantized network's integer region."""
+    """The exit of the integer region of a quantized network; the identity in float."""
 
 
 class Add(nn.Module):
-    """The residual sum, followed by a ReLU."""
+    """Residual sum with ReLU: relu(x + y).
+
+    Example:
+        >>> Add()(torch.tensor([1.0, -2.0]), torch.tensor([1.0, 1.0]))
+        tensor([2., 0.])
+    """
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.relu(x + y)
 
 
 class Pool(nn.Module):
-    """Average over all of the image's height and width: [B, C, H, W] -> [B, C]."""
+    """Global average pooling: [B, C, H, W] -> [B, C].
+
+    Example:
+        >>> Pool()(torch.ones(2, 3, 8, 8)).shape
+        torch.Size([2, 3])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(x, 1).flatten(1)

@@ -18,12 +18,21 @@ class Owned(NamedTuple):
 
 
 def shared(net: nn.Module) -> Iterator[tuple[Owned, Owned]]:
-    """Return pairs of parameters and buffers, at least one a parameter, that share elements.
+    """Yield pairs of tensors that share elements, at least one of them a parameter.
 
-    These are one tensor under two names, or views: `a.data = b.data`, `nn.Parameter(b.t())`, a part
-    of a larger one. Parts of one memory that have no number in common, as vector_to_parameters and
-    recurrent layers make them, are not shared. Tensors without memory (on the meta device, empty,
-    lazy) are compared by identity.
+    A pair is one tensor under two names, or two views of one memory: `a.data = b.data`,
+    `nn.Parameter(b.t())`, or a slice of a larger tensor. Disjoint parts of one memory, as
+    vector_to_parameters and recurrent layers create them, are not shared. Tensors without memory
+    (meta, empty or lazy) are compared by identity.
+
+    Args:
+        net: The network whose parameters and buffers are compared.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        >>> net[1].weight = net[0].weight
+        >>> [(first.name, second.name) for first, second in shared(net)]
+        [('0.weight', '1.weight')]
     """
     owned = [
         Owned(f"{path}.{name}" if path else name, module, tensor)
@@ -43,30 +52,30 @@ def shared(net: nn.Module) -> Iterator[tuple[Owned, Owned]]:
 
 
 def is_one(first: Owned, second: Owned) -> bool:
-    """Return whether a `shared` pair has all elements in common."""
+    """Return whether a pair of `shared` has all elements in common."""
     return _span(first.tensor) == _span(second.tensor)
 
 
 def _span(x: Tensor) -> tuple[str, int, int]:
-    """The device of a tensor, and where its memory starts and ends."""
+    """Return the device of a tensor, and the start and end address of its memory."""
     if is_lazy(x) or x.layout != torch.strided or x.numel() == 0 or x.data_ptr() == 0:
         return "none", id(x), id(x) + 1
     return str(x.device), x.data_ptr(), x.data_ptr() + _length(x) * x.element_size()
 
 
 def _length(x: Tensor) -> int:
-    """How many numbers lie between the first and the last of a tensor, both included."""
+    """Return the number of memory cells from the first to the last element, both included."""
     return 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
 
 
 def _have_common(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors whose spans overlap have a number in common."""
+    """Return whether two tensors with overlapping spans share an element."""
     if x is y:
         return True
     start, size = min(x.data_ptr(), y.data_ptr()), x.element_size()
     offsets = [each.data_ptr() - start for each in (x, y)]
     if y.element_size() != size or any(offset % size for offset in offsets):
-        return True  # one is seen as another type
+        return True  # a view with another dtype
     first, second = (offset // size for offset in offsets)
     mask = torch.zeros(max(first + _length(x), second + _length(y)), dtype=torch.bool)
     mask.as_strided(x.shape, x.stride(), first).fill_(True)

@@ -11,10 +11,10 @@ MIN_PARALLEL = 2**20
 
 
 def noise_like(x: Tensor, std: float = 1.0) -> Tensor:
-    """N(0, std^2) noise of the shape and memory layout of `x`, from torch's global generator.
+    """Sample N(0, std^2) noise with the shape and memory layout of `x`, from the global generator.
 
-    The numbers are drawn into memory in order and then seen in the layout of `x`, since
-    `normal_` on channels_last memory takes a path on the CPU that is many times slower.
+    The noise is drawn into contiguous memory and then viewed in the layout of `x`, because
+    `normal_` on channels_last memory is many times slower on the CPU.
     """
     eps = torch.empty_like(x)
     in_order = in_memory_order(eps)
@@ -26,10 +26,10 @@ def noise_like(x: Tensor, std: float = 1.0) -> Tensor:
 
 
 def cpu_noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """N(0, 1) noise of the shape, layout, type and device of `x`, from a generator of the CPU.
+    """Sample N(0, 1) noise with the shape, layout, dtype and device of `x`, from a CPU generator.
 
-    The numbers are drawn in float32 in the order of the shape, so that they depend on neither
-    device, nor type, nor layout.
+    The numbers are drawn in float32 in the order of the dimensions, so they do not depend on
+    device, dtype or layout.
     """
     eps = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     _fill(eps, generator)
@@ -40,7 +40,7 @@ def cpu_noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def in_memory_order(x: Tensor) -> Tensor:
     """View channels_last images or filters as [N, H, W, C], and return other tensors unchanged."""
-    # With one channel both layouts are contiguous, and strides tell which one is meant.
+    # A tensor with one channel is contiguous in both layouts; its strides show the intended one.
     is_channels_last = (
         x.dim() == 4 and x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
     )
@@ -48,17 +48,24 @@ def in_memory_order(x: Tensor) -> Tensor:
 
 
 def coins_like(x: Tensor, probability: float, generator: torch.Generator | None = None) -> Tensor:
-    """True with this probability: bool, the shape of `x` and on its device.
+    """Sample booleans that are True with a probability, with the shape and device of `x`.
 
-    The random number of a coin is a part of a 64-bit one, which on the CPU takes a fraction of
-    `bernoulli_`'s time. It has 32 bits, or 64 where those would round a probability close to 0 or 1
-    by more than a millionth of itself. A probability below 2^-64 is zero (2^-62 where torch.compile
-    or torch.export traces).
+    Two samples share one 64-bit random number, which is several times faster than `bernoulli_` on
+    the CPU. A sample uses 32 bits, or 64 bits if 32 would round a probability close to 0 or 1 by
+    a relative error above 1e-6. A probability below 2^-64 becomes 0 (below 2^-62 in a graph traced
+    by torch.compile or torch.export).
 
-    generator: of the CPU; by default the global one of the device of `x`.
+    Args:
+        x: A tensor with the shape and device of the result.
+        probability: Probability of True, from 0 to 1.
+        generator: CPU generator. The default is the global generator of the device of `x`.
+
+    Example:
+        >>> coins_like(torch.zeros(3), 1.0)
+        tensor([True, True, True])
     """
-    if torch.compiler.is_compiling():  # which can trace neither `random_` nor views of other types
-        # Not `bernoulli`: compiled, it compares with random numbers of 24 bits.
+    if torch.compiler.is_compiling():  # `random_` and views of another dtype cannot be traced
+        # `bernoulli` would have only 24 random bits when compiled.
         return torch.randint(2**62, x.shape, device=x.device) < int(probability * 2**62)
     kind = torch.int32 if 2**-12 <= probability <= 1 - 2**-12 else torch.int64
     bits = 8 * kind.itemsize
@@ -72,10 +79,14 @@ def coins_like(x: Tensor, probability: float, generator: torch.Generator | None 
 
 
 def reseed(device: torch.device, seed: int) -> None:
-    """Start torch's global generators of the CPU and of `device`: see `bqnn.seeds.stream_seed`.
+    """Seed torch's global generators of the CPU and of `device`.
 
-    `torch.manual_seed` starts every kind of device there might be, and for those that are not
-    in use it keeps the call and its stack for later: 0.8 ms and a leak each time.
+    `torch.manual_seed` seeds every device type. For types that are not in use it stores the call
+    and its stack, which costs 0.8 ms and leaks memory each time.
+
+    Args:
+        device: The device in use.
+        seed: The seed, see `bqnn.seeds.stream_seed`.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -83,10 +94,10 @@ def reseed(device: torch.device, seed: int) -> None:
 
 
 def _fill(memory: Tensor, generator: torch.Generator, std: float = 1.0) -> None:
-    """Draw N(0, std^2) into contiguous memory of the CPU.
+    """Fill contiguous CPU memory with N(0, std^2) noise.
 
-    `normal_` uses one core only, so large tensors are drawn in four parts, each from a generator
-    that the given one seeds: the same numbers on any number of cores.
+    `normal_` runs on one core. Large tensors are therefore filled in four parts, each with its own
+    generator, seeded from the given one. The numbers do not depend on the number of cores.
     """
     if memory.numel() < MIN_PARALLEL:
         memory.normal_(std=std, generator=generator)

@@ -9,36 +9,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SAFE_CHANNELS = 16  # from here on `corrupts_memory` holds on no CPU
+SAFE_CHANNELS = 16  # convolutions with this many channels are safe on every CPU
 
 Index = tuple[EllipsisType | slice, ...]
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # by inputs, weight and bias
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of inputs, weight and bias
 
 
 def corrupts_memory(
     weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> bool:
-    """Return whether a convolution's weight gradient may be written past a buffer.
+    """Return whether oneDNN may write past a buffer in the weight gradient of a convolution.
 
-    For a kernel of 1x1 with a stride over 1, on inputs in channels_last, oneDNN copies the pixels
-    that the stride meets. Where it walks through this copy in several parts, it takes each pixel
-    to have as many channels as a register has numbers, 8 with AVX2 and 16 with AVX-512, and so
-    leaves the copy where there are fewer. Measured with guards around every buffer, in torch
-    2.9.1 and 2.14.1, at strides of 1 to 4 (2x1 and 1x2, too):
+    For 1x1 kernels with a stride above 1 and channels_last inputs, oneDNN copies the pixels that
+    the stride selects. When it processes this copy in several parts, it assumes as many channels
+    per pixel as a register holds numbers (8 with AVX2, 16 with AVX-512). With fewer channels it
+    leaves the buffer. Measured with guard pages around every buffer, in torch 2.9.1 and 2.14.1,
+    with strides from 1 to 4 (also 2x1 and 1x2):
 
-    - AVX2, float32: 1 to 7 input channels, seen from outputs of 4x11 on;
-    - AVX-512, float32 and bfloat16: 1 to 15 input channels, seen at outputs of 56x56 and not
-      at 32x32; 16 and more, never;
+    - AVX2, float32: 1 to 7 input channels, for outputs of 4x11 and larger;
+    - AVX-512, float32 and bfloat16: 1 to 15 input channels, for outputs of 56x56 but not of
+      32x32; never for 16 and more channels;
     - AMX, bfloat16: never.
 
-    conv1d does so, too, and transposed convolutions, which have the roles of inputs and outputs
-    reversed: there the output channels, dimension 1 of the weight as well, are what counts.
-    Never seen: in the forward pass, in the gradient by the inputs, with padding, with groups, in
-    conv3d, with larger kernels, and where the stride does not divide the size of the inputs.
-    Such a write ends the process, then or later, keeps it busy for ever, or, with several
-    threads, spoils gradients.
+    conv1d is affected, too. So are transposed convolutions, with inputs and outputs exchanged:
+    their output channels (also dimension 1 of the weight) count. Never affected: the forward
+    pass, the gradient of the inputs, padding, groups, conv3d, larger kernels, and strides that do
+    not divide the input size. Such a write crashes the process at once or later, makes it hang,
+    or, with several threads, corrupts gradients.
 
-    The answer is the same for all CPUs, so that a network computes alike on each.
+    The answer does not depend on the CPU, so that a network computes the same on every CPU.
+
+    Args:
+        weight: Weights [C', C, kH, kW], or [C', C, k] of a conv1d.
+        stride: Stride of each dimension.
+        padding: Padding of each dimension.
+        groups: Number of groups.
+
+    Example:
+        >>> corrupts_memory(torch.zeros(8, 4, 1, 1), stride=(2, 2), padding=(0, 0), groups=1)
+        True
+        >>> corrupts_memory(torch.zeros(8, 16, 1, 1), stride=(2, 2), padding=(0, 0), groups=1)
+        False
     """
     kernel = weight.shape[2:]
     return (
@@ -60,24 +71,30 @@ def pixels_read(
     dilation: tuple[int, ...],
     groups: int,
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """What a convolution is to be given in place of `x` and its stride, for the same outputs.
+    """Return safe inputs and a safe stride that give a convolution the same outputs.
 
-    Where its gradient `corrupts_memory` these are the pixels that the stride meets, and a stride
-    of 1; anywhere else they stay what they are.
+    If the convolution `corrupts_memory`, these are the pixels that the stride selects, and a
+    stride of 1. Otherwise inputs and stride are returned unchanged.
+
+    Example:
+        >>> x, weight = torch.zeros(1, 4, 8, 8), torch.zeros(8, 4, 1, 1)
+        >>> pixels, stride = pixels_read(x, weight, (2, 2), (0, 0), (1, 1), 1)
+        >>> pixels.shape, stride
+        (torch.Size([1, 4, 4, 4]), (1, 1))
     """
     if not corrupts_memory(weight, stride, padding, groups):
         return x, stride
-    return x[_met(stride)], (1,) * len(stride)
+    return x[_strided(stride)], (1,) * len(stride)
 
 
 def guard_backward() -> None:
     """Guard the backward pass of all convolutions in this process, see `corrupts_memory`.
 
-    It gives torch's operator `convolution_backward` a kernel for the CPU, which is
-    `safe_convolution_backward`. All gradients of convolutions come from there: those of layers, of
-    functions, of operators in torch.ops.aten, of a checkpoint that computes its part again, of
-    torch.func and of compiled networks. Results change by rounding alone. A convolution costs 10
-    microseconds more. The kernel stays for the life of the process; more calls change nothing.
+    This registers `safe_convolution_backward` as the CPU kernel of torch's operator
+    `convolution_backward`, which computes all gradients of convolutions: of layers, functions,
+    operators in torch.ops.aten, activation checkpointing, torch.func and compiled networks.
+    Results change only by rounding. Each convolution takes 10 microseconds longer. The kernel
+    stays registered until the process ends; further calls have no effect.
     """
     with _lock:
         _guard()
@@ -99,32 +116,36 @@ def safe_convolution_backward(
 ) -> Gradients:
     """Compute the gradients of torch's `convolution_backward` without corrupting memory.
 
-    There, `original` gets the pixels that the stride meets, and a stride of 1.
+    For a convolution that `corrupts_memory`, `original` receives the pixels that the stride
+    selects, and a stride of 1.
 
     Args:
-        original: torch's own, which takes the other arguments. They are those of the operator.
+        original: torch's kernel. The other arguments are those of the operator.
+
+    Returns:
+        The gradients of inputs, weight and bias, None where `output_mask` is False.
     """
     rest = (padding, dilation, transposed)
     if not corrupts_memory(weight, stride, padding, groups):
         return original(
             grad, x, weight, bias_sizes, stride, *rest, output_padding, groups, output_mask
         )
-    met, ones, zeros = _met(stride), [1] * len(stride), [0] * len(stride)
-    if transposed:  # here the stride is one through the outputs, and only the bias meets all
+    read, ones, zeros = _strided(stride), [1] * len(stride), [0] * len(stride)
+    if transposed:  # the stride selects outputs here, and only the bias depends on all of them
         by_bias = grad.sum([0, *range(2, grad.dim())]) if output_mask[2] else None
         inner: Index = (..., *(slice(size) for size in x.shape[2:]))
         mask = [*output_mask[:2], False]
         by_x, by_weight, _ = original(
-            grad[met][inner], x, weight, None, ones, *rest, zeros, groups, mask
+            grad[read][inner], x, weight, None, ones, *rest, zeros, groups, mask
         )
         return by_x, by_weight, by_bias
-    by_met, by_weight, by_bias = original(
-        grad, x[met], weight, bias_sizes, ones, *rest, zeros, groups, output_mask
+    by_read, by_weight, by_bias = original(
+        grad, x[read], weight, bias_sizes, ones, *rest, zeros, groups, output_mask
     )
     by_x = None
-    if by_met is not None:
+    if by_read is not None:
         by_x = torch.zeros_like(x)
-        by_x[met] = by_met
+        by_x[read] = by_read
     return by_x, by_weight, by_bias
 
 
@@ -133,7 +154,7 @@ _lock = threading.Lock()
 
 @functools.cache
 def _guard() -> torch.library.Library:
-    """The registration, which ends with this object."""
+    """Register the kernel; the registration lasts as long as the returned object."""
     operator = torch.ops.aten.convolution_backward.default
     kernel = torch.library.get_kernel(operator, "CPU")
     library = torch.library.Library("aten", "IMPL")
@@ -145,6 +166,6 @@ def _guard() -> torch.library.Library:
     return library
 
 
-def _met(stride: Sequence[int]) -> Index:
-    """The index of the pixels that a stride meets."""
+def _strided(stride: Sequence[int]) -> Index:
+    """Return the index of the pixels that a stride selects."""
     return (..., *(slice(None, None, step) for step in stride))

@@ -1,4 +1,4 @@
-"""Replace layers of a network by type, and refuse layers that would lose something."""
+"""Replace layers of a network by type, and refuse layers that cannot be replaced without loss."""
 
 from collections.abc import Callable, Collection, Mapping
 
@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from bqnn.layers.memory import is_one, shared
 
-# Names of what may be hooked to a module. Those before loading a state are left out, since
+# The kinds of hooks of a module. Load-state-dict pre-hooks are missing on purpose, because
 # `remove_spectral_norm` leaves one behind.
 HOOKS = (
     "forward_pre_hooks",
@@ -27,21 +27,32 @@ def swap(
     *,
     keep: tuple[type[nn.Module], ...] = (),
 ) -> int:
-    """Replace every layer whose exact type is a key with its value's result, in place.
+    """Replace the layers of a network by type, in place.
+
+    Subclasses of a type do not match. A layer that is used in several places stays one layer.
 
     Args:
-        net: the network; it stays as it is where anything is refused.
-        replacements: for each type, what makes a module of a layer with a weight and a bias.
-        keep: types with parameters that stay.
+        net: The network. It stays unchanged when an error is raised.
+        replacements: For each type, a function that makes a module from a layer with a weight and
+            a bias.
+        keep: Types with parameters that are not replaced.
 
-    Returns how many layers were replaced; one that stands in several places stays one layer.
+    Returns:
+        The number of replaced layers.
 
-    TypeError: a layer has something that its replacement would not have (see `check_plain`), or
-    shares a parameter with another one; or a module owns parameters and is neither a key nor one of
-    the types in `keep`, so that it would stay as it is without anyone noticing.
+    Raises:
+        TypeError: A layer has a part that its replacement would lose (see `check_plain`), shares a
+            parameter with another layer, or has parameters and an unknown type.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+        >>> swap(net, {nn.Linear: lambda layer: nn.Linear(3, 5)})
+        1
+        >>> net[0]
+        Linear(in_features=3, out_features=5, bias=True)
     """
     known = ", ".join(kind.__name__ for kind in (*replacements, *keep))
-    unknown = f"this conversion does not know; it knows {known}"
+    unknown = f"this conversion does not support; it supports {known}"
     if owns_parameters(net) and not isinstance(net, (*replacements, *keep)):
         refuse_unknown("the network", net, unknown)
     check_unshared(net, replacements)
@@ -71,16 +82,25 @@ def check_plain(
     parameters: Collection[str] = (),
     buffers: Collection[str] = (),
 ) -> None:
-    """Raise a TypeError if a layer has more than its type, these parameters and buffers.
+    """Check that a conversion would not lose a part of a layer.
 
-    A conversion takes those out of it. Spectral norm, weight norm and pruning in their older form
-    compute the weight in a hook, from parameters of other names; hooks and functions of the user
-    would be lost.
+    The legacy versions of spectral norm, weight norm and pruning compute the weight in a hook,
+    from parameters with other names. A conversion would lose them, and any hook of the user.
+
+    Args:
+        path: The name of the layer, for the error message.
+        layer: The layer.
+        parameters: The names of the parameters that the conversion reads.
+        buffers: The names of the buffers that the conversion reads.
+
+    Raises:
+        TypeError: The layer has other parameters, buffers, tensors, children or hooks, or lacks a
+            parameter.
     """
     if any(param is not None and is_lazy(param) for param in layer._parameters.values()):
         refuse_unknown(path, layer, "has no sizes yet")
     lacking = [name for name in parameters if not _has(layer, name)]
-    # Old weight norm, or a function of the user, puts a plain tensor where a parameter was.
+    # Legacy weight norm replaces a parameter by a plain tensor.
     plain = [name for name, value in vars(layer).items() if isinstance(value, Tensor)]
     others = [
         *sorted(layer._parameters.keys() - set(parameters)),
@@ -91,18 +111,18 @@ def check_plain(
         found = ", ".join(others) or "no " + ", ".join(lacking)
         raise TypeError(
             f"{path} is a {type(layer).__name__} with {found}, which a conversion would lose; "
-            "where spectral norm, weight norm or pruning made that, call "
-            "torch.nn.utils.remove_spectral_norm, remove_weight_norm or prune.remove on it first"
+            "if spectral norm, weight norm or pruning added it, call "
+            "torch.nn.utils.remove_spectral_norm, remove_weight_norm or prune.remove first"
         )
     for name, param in layer._parameters.items():
         if param is not None and not param.is_floating_point():
             raise TypeError(
-                f"{path}.{name} is of type {param.dtype}, which no conversion takes; use float32"
+                f"{path}.{name} has dtype {param.dtype}, which no conversion supports; use float32"
             )
     if layer._modules:
         raise TypeError(
-            f"{path} is a {type(layer).__name__} with modules of its own "
-            f"({', '.join(layer._modules)}), which a conversion would lose; put them beside it"
+            f"{path} is a {type(layer).__name__} with child modules "
+            f"({', '.join(layer._modules)}), which a conversion would lose; move them out of it"
         )
     check_no_hooks(path, layer)
 
@@ -110,60 +130,59 @@ def check_plain(
 def check_no_hooks(path: str, module: nn.Module) -> None:
     """Raise a TypeError if a module that a conversion replaces has hooks."""
     hooks = [kind for kind in HOOKS if getattr(module, f"_{kind}")]
-    hooks += ["a forward of its own"] if "forward" in vars(module) else []
+    hooks += ["a replaced forward"] if "forward" in vars(module) else []
     if hooks:
         raise TypeError(
             f"{path} has {', '.join(hooks).replace('_', ' ')}, which a conversion would lose; "
-            "remove that before, and add it to what the conversion makes"
+            "remove them first, and add them to the converted module"
         )
 
 
 def check_no_loose_tensors(net: nn.Module) -> None:
-    """Raise a TypeError if a module holds a tensor that is no parameter and no buffer.
+    """Raise a TypeError if a module holds a tensor that is neither a parameter nor a buffer.
 
-    Copies of a network would lack it, or could not be made.
+    A copy of the network would lack it, or could not be made.
     """
     for path, module in net.named_modules():
         for name, value in vars(module).items():
             if isinstance(value, Tensor):
                 owner = f"{path}.{name}" if path else name
                 raise TypeError(
-                    f"{owner} is a tensor and no parameter or buffer, as spectral norm, weight "
-                    "norm and pruning leave it in their older form; use "
-                    "torch.nn.utils.parametrizations, or register_buffer for your own"
+                    f"{owner} is a tensor but neither a parameter nor a buffer, as the legacy "
+                    "spectral norm, weight norm and pruning create it; use "
+                    "torch.nn.utils.parametrizations, or register_buffer for your own tensor"
                 )
 
 
 def check_unshared(net: nn.Module, kinds: Collection[type[nn.Module]]) -> None:
     """Raise a TypeError if a layer of these types shares memory with another tensor.
 
-    After a conversion each would have its own.
+    A conversion would break the sharing.
     """
     for first, second in shared(net):
         if type(first.module) in kinds or type(second.module) in kinds:
-            are = "are one parameter" if is_one(first, second) else "lie in the same memory"
+            are = "are one parameter" if is_one(first, second) else "share memory"
             raise TypeError(
-                f"{first.name} and {second.name} {are}, and a conversion would make two of "
-                "it; give each layer its own, or call one layer twice"
+                f"{first.name} and {second.name} {are}, and a conversion would separate them; give "
+                "each layer its own parameter, or call one layer twice"
             )
 
 
 def check_copied_as_one(net: nn.Module) -> None:
-    """Raise a TypeError if different parameters share memory, which copies would not.
+    """Raise a TypeError if different parameters share memory, which copies would separate.
 
-    One parameter under two names stays one.
+    One parameter under two names passes: a copy keeps it as one.
     """
     for first, second in shared(net):
         if first.tensor is not second.tensor:
             raise TypeError(
-                f"{first.name} and {second.name} lie in the same memory, and copies of the "
-                "network would have two of it; give each module its own, or both the same "
-                "nn.Parameter"
+                f"{first.name} and {second.name} share memory, and a copy of the network would "
+                "separate them; give each module its own parameter, or both the same nn.Parameter"
             )
 
 
 def owns_parameters(module: nn.Module) -> bool:
-    """Return whether a module has parameters of its own, outside of its children."""
+    """Return whether a module has parameters itself, not only in its children."""
     return parametrize.is_parametrized(module) or any(
         True for _ in module.parameters(recurse=False)
     )
@@ -174,14 +193,14 @@ def refuse_unknown(path: str, module: nn.Module, reason: str) -> None:
     if parametrize.is_parametrized(module):
         remedy = "; call torch.nn.utils.parametrize.remove_parametrizations on it first"
     elif any(is_lazy(param) for param in module.parameters(recurse=False)):
-        remedy = "; pass a batch through the network first, which gives its layers their sizes"
+        remedy = "; pass a batch through the network first, which sets the sizes of its layers"
     else:
         remedy = ""
     raise TypeError(f"{path} is a {type(module).__name__}, which {reason}{remedy}")
 
 
 def _has(layer: nn.Module, parameter: str) -> bool:
-    """Whether a layer has a parameter; its bias, and both of a batch norm, may be None."""
+    """Return whether a layer has a parameter. Biases and batch norm parameters may be None."""
     may_be_none = parameter == "bias" or isinstance(layer, nn.BatchNorm2d)
     return layer._parameters.get(parameter) is not None or (
         may_be_none and parameter in layer._parameters
@@ -189,12 +208,12 @@ def _has(layer: nn.Module, parameter: str) -> bool:
 
 
 def _check_no_gradient_hooks(path: str, layer: nn.Module) -> None:
-    """TypeError where a parameter has hooks, which the parameter made of it would not have."""
+    """Raise a TypeError if a parameter has hooks, which a conversion would lose."""
     for name, param in layer.named_parameters(recurse=False):
         if param._backward_hooks or param._post_accumulate_grad_hooks:
             raise TypeError(
                 f"{path}.{name} has gradient hooks, which a conversion would lose; register them "
-                "on the parameters that the conversion makes"
+                "on the parameters of the converted layer"
             )
 
 

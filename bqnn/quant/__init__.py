@@ -1,1 +1,1 @@
-"""Quantization: fuse -> prepare -> train or calibrate -> convert."""
+"""Quantization of networks: fuse -> prepare -> train or calibrate -> convert."""

@@ -23,40 +23,55 @@ log = logging.getLogger(__name__)
 
 
 class Data(Protocol):
-    """Protocol of data modules: batches of inputs and targets, and their normalization."""
+    """Protocol of data modules that `calibrate_module` can use."""
 
-    def train_dataloader(self) -> Iterable[tuple[Tensor, Tensor]]: ...
+    def train_dataloader(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Return batches of inputs [B, ...] and targets [B]."""
+        ...
 
-    def normalize(self, inputs: Tensor) -> Tensor: ...
+    def normalize(self, inputs: Tensor) -> Tensor:
+        """Normalize inputs for the network."""
+        ...
 
 
 class QuantizationCallback(pl.Callback):
-    """Replaces the layers of `pl_module.net` by fake-quantized ones, before optimizers exist.
+    """Quantization-aware training: fake-quantizes the layers of `pl_module.net` before a fit.
 
-    In the last `freeze_epochs` epochs of a fit (but never in its only one) ranges and batch norm's
-    statistics stay as they are. The network stays fake-quantized: `bqnn.quant.integer.convert`,
-    or `bqnn.checkpoints.recipe.load(path, numeric="int8")`, makes integers of it. A module that
-    keeps a recipe, as bqnn's do, has the spec written there, so that its checkpoints describe
-    themselves.
+    The layers are replaced in `setup`, before the optimizers are created. The network stays
+    fake-quantized after the fit. To get integers, call `bqnn.quant.integer.convert`, or load the
+    checkpoint with `bqnn.checkpoints.recipe.load(path, numeric="int8")`. If the module has a
+    `recipe`, the callback records the spec in it, so that checkpoints describe themselves.
+
+    Args:
+        spec: Bit widths and ranges.
+        freeze_epochs: In this many last epochs of a fit, ranges and batch norm statistics stay
+            fixed. The only epoch of a fit is never frozen.
+
+    Raises:
+        ValueError: The observer of the spec cannot be trained with, or `freeze_epochs` is below 0.
+
+    Example:
+        >>> callback = QuantizationCallback(QuantSpec(weight_bits=4), freeze_epochs=1)
+        >>> trainer = pl.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
     """
 
     def __init__(self, spec: QuantSpec, freeze_epochs: int = 2) -> None:
         freeze_epochs = whole_number("freeze_epochs", freeze_epochs, "0 or more", 0)
         if spec.activation_observer == "histogram":
             raise ArgumentError(
-                "activation_observer=histogram only calibrates; train with moving_average or "
-                "minmax",
+                "activation_observer=histogram: it supports only calibration; train with "
+                "moving_average or minmax",
                 "activation_observer",
             )
         self.spec = spec
         self.freeze_epochs = freeze_epochs
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # Before optimizers exist and before a checkpoint is restored, whatever stage comes first.
+        # Lightning calls this before it creates optimizers or restores a checkpoint.
         if trainer.precision != "32-true":
             raise ArgumentError(
-                f"precision={trainer.precision}: fake quantization needs 32-true, in which its "
-                "ranges and the integers' scales are",
+                f"precision={trainer.precision}: ranges and scales of fake quantization are "
+                "float32; choose 32-true",
                 "precision",
             )
         guard_backward()
@@ -65,14 +80,14 @@ class QuantizationCallback(pl.Callback):
             refuse_saturation(_net(pl_module))
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        enable(_net(pl_module), False)  # before any batch was seen there are no ranges
+        enable(_net(pl_module), False)  # there are no ranges before the first batch
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         enable(_net(pl_module))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         net = _net(pl_module)
-        if not net.training:  # Lightning leaves it as it is
+        if not net.training:  # Lightning does not change the mode
             log.warning(
                 "the network was in eval mode; QuantizationCallback trains it in train mode"
             )
@@ -82,14 +97,14 @@ class QuantizationCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx == 0:
-            # Parts may be in eval mode on purpose; their ranges need data all the same.
+            # A part that the user keeps in eval mode still needs ranges.
             for module in _net(pl_module).modules():
                 if isinstance(module, FakeQuant):
                     module.train()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epochs = trainer.max_epochs
-        if epochs is None or epochs < 0:  # no last epoch is known
+        if epochs is None or epochs < 0:  # the number of epochs is unlimited
             is_last = False
         else:
             is_last = trainer.current_epoch >= epochs - min(self.freeze_epochs, epochs - 1)
@@ -97,10 +112,20 @@ class QuantizationCallback(pl.Callback):
 
 
 def quantization_callbacks(options: Mapping[str, Any]) -> list[pl.Callback]:
-    """Return the callback for the group `quant` of a configuration, or an empty list.
+    """Create the callbacks for the group `quant` of a configuration.
+
+    Args:
+        options: The group; `name=none` turns quantization off.
+
+    Returns:
+        A list with the callback, or an empty list.
 
     Raises:
-        ValueError: In one line, with the key of the configuration.
+        ValueError: An option is invalid. The message names its key.
+
+    Example:
+        >>> quantization_callbacks({"name": "none"})
+        []
     """
     if options["name"] == "none":
         return []
@@ -108,8 +133,8 @@ def quantization_callbacks(options: Mapping[str, Any]) -> list[pl.Callback]:
     with prefixed("quant"):
         if options["mode"] != "qat":
             raise ArgumentError(
-                f"mode={options['mode']}: a training is quantization-aware (qat); calibrate the "
-                "trained network with quantize.py",
+                f"mode={options['mode']}: training supports only qat (quantization-aware "
+                "training); calibrate the trained network with quantize.py",
                 "mode",
             )
         return [QuantizationCallback(spec, options["freeze_epochs"])]
@@ -118,8 +143,16 @@ def quantization_callbacks(options: Mapping[str, Any]) -> list[pl.Callback]:
 def fine_tuning_optimizer(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of the fine-tuning optimizer, with a default for the learning rate.
 
-    A weight has to cross half a step to become another integer, so the rate is proportional to the
-    step: twice as much for each bit less.
+    A weight must move by half a step of its grid to change its integer. The default learning rate
+    is therefore proportional to the step: it doubles with every bit less.
+
+    Args:
+        options: The group `quant` of a configuration.
+
+    Example:
+        >>> tuning = {"lr_at_8_bits": 1e-4, "optimizer": {"name": "adam", "lr": None}}
+        >>> fine_tuning_optimizer({"fine_tuning": tuning, "weight_bits": 6})
+        {'name': 'adam', 'lr': 0.0004}
     """
     tuning = options["fine_tuning"]
     rate = tuning["lr_at_8_bits"] * 2 ** (8 - options["weight_bits"])
@@ -132,20 +165,38 @@ def fine_tuning_optimizer(options: Mapping[str, Any]) -> dict[str, Any]:
 def calibrate_module(
     model: pl.LightningModule, spec: QuantSpec, data: Data, num_batches: int
 ) -> None:
-    """Quantize `model.net` without training, with ranges from batches of the training rows."""
+    """Quantize `model.net` without training; the ranges come from training batches.
+
+    Args:
+        model: The module whose network is fused, prepared and calibrated in place.
+        spec: Bit widths and ranges.
+        data: The data set.
+        num_batches: The number of training batches to calibrate with.
+
+    Raises:
+        ValueError: int8 sums would saturate on this CPU, inputs are not finite, or a fake
+            quantizer received no data.
+        TypeError: The network cannot run in integers.
+    """
     num_batches = whole_number("num_batches", num_batches, "1 or more", 1)
     quantize_module(model, spec, stage="ptq")
     refuse_saturation(_net(model))
     batches = islice(data.train_dataloader(), num_batches)
-    # Stochastic layers are drawn on the way.
+    # Stochastic layers draw during calibration.
     reseed(torch.device("cpu"), stream_seed(0, Stream.CALIBRATION))
     calibrate(_net(model), (data.normalize(inputs) for inputs, _ in batches))
 
 
 def quantize_module(pl_module: pl.LightningModule, spec: QuantSpec, stage: str = "qat") -> None:
-    """Fuse and prepare `pl_module.net` if it is not prepared yet, and record its spec.
+    """Fuse and prepare `pl_module.net` if it is not prepared yet, and record the spec.
 
-    stage: `qat` where it is trained next, `ptq` where it is calibrated.
+    Args:
+        pl_module: The module. Its `recipe`, if there is one, gets the stage and the spec.
+        spec: Bit widths and ranges.
+        stage: `qat` if training follows, `ptq` if calibration follows.
+
+    Raises:
+        TypeError: The module has no network `net`, or the network cannot run in integers.
     """
     net = _net(pl_module)
     if not is_prepared(net):
@@ -163,7 +214,7 @@ def _net(pl_module: pl.LightningModule) -> nn.Module:
     net = getattr(pl_module, "net", None)
     if not isinstance(net, nn.Module):
         raise TypeError(
-            f"{type(pl_module).__name__} has no network under the name `net`; that is what is "
-            "quantized"
+            f"{type(pl_module).__name__} has no attribute `net`, which holds the network to "
+            "quantize; rename the attribute of the network to `net`"
         )
     return net

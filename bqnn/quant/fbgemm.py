@@ -1,10 +1,9 @@
-"""The backend: fake quantizers that choose ranges, and torch's int8 operators.
+"""The backend: fake quantizers, and torch's int8 operators.
 
-Nothing else in the package touches torch.ao or torch.ops.quantized. Upstream calls torch.ao
-deprecated and has no other int8 convolution for the CPU. To do without it, replace in this file
-the observers of `_observer` (minimum and maximum, running or averaged, and the search of a
-histogram's best range) and the calls of torch.ops.quantized in `PackedWeight` and `add_relu`; the
-rounding in `FakeQuant` uses core operators already.
+Only this module of the package uses torch.ao and torch.ops.quantized. Upstream has deprecated
+torch.ao, but has no other int8 convolution for the CPU. To remove the dependency, replace the
+observers in `_observer` and the calls of torch.ops.quantized in `PackedWeight` and `add_relu`. The
+rounding in `FakeQuant` already uses core operators.
 """
 
 from collections.abc import Iterator
@@ -27,19 +26,30 @@ from bqnn.arguments import ArgumentError
 from bqnn.layers.linear_map import Geometry
 from bqnn.quant.grids import Grid
 
-_packing = Lock()  # torch keeps one engine for the whole process
-SMALLEST_SCALE = 2.0**-60  # torch's own floor, 2**-23, rounds small standard deviations to zero
+_packing = Lock()  # the engine is a process-wide setting of torch
+SMALLEST_SCALE = 2.0**-60  # torch's default, 2**-23, would round small standard deviations to 0
 
 
 class FakeQuant(nn.Module):
-    """Rounds to a grid of integers times a scale, and gives back floats.
+    """Rounds floats to a quantization grid, and returns floats.
 
         x_q = scale * (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point)
 
-    The gradient passes where x is inside the range (straight-through). In training mode its
-    observer watches what comes by and sets scale and zero point, until it is `frozen`. While it is
-    not `enabled` it rounds nothing. scale and zero_point are [1], or [C] with a grid for each
-    channel of dimension 0.
+    The gradient is straight-through: 1 inside the range, 0 outside. In training mode, an observer
+    records the inputs and sets scale and zero point, unless `frozen` is set. If `enabled` is
+    False, inputs pass unrounded.
+
+    Args:
+        observer: Sets scale and zero point; None for a fixed grid.
+        quant_min: The smallest integer.
+        quant_max: The largest integer.
+        channels: The number of channels C in dimension 0, each with its own grid, or None for one
+            grid. `scale` and `zero_point` are [C] or [1].
+
+    Example:
+        >>> quant = make_fake_quant(2, signed=False)
+        >>> quant(torch.tensor([0.0, 0.4, 2.0, 3.0]))
+        tensor([0., 0., 2., 3.])
     """
 
     scale: Tensor
@@ -65,22 +75,22 @@ class FakeQuant(nn.Module):
 
     @torch.no_grad()
     def watch(self, x: Tensor) -> None:
-        """Take what comes by into account, in training mode."""
+        """Update the observer with `x`; only in training mode, and not while frozen."""
         if not self.training or self.frozen or self.observer is None:
             return
         self.observer(_extremes_of_all_ranks(x.detach(), self.channels))
-        if not isinstance(self.observer, HistogramObserver):  # its search takes long: see settle
+        if not isinstance(self.observer, HistogramObserver):  # its search is slow: call settle()
             self.settle()
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Set scale and zero point from what was watched, if anything was."""
+        """Set scale and zero point from the observer, if it has seen data."""
         if self.observer is None:
             return
-        smallest: Any = self.observer.min_val  # empty or infinite as long as nothing was seen
+        smallest: Any = self.observer.min_val  # empty or infinite before the first data
         if smallest.numel() == 0 or smallest.isinf().any():
             return
-        if smallest.isnan().any():  # then the loss is NaN, whose message says more than torch 2.9's
+        if smallest.isnan().any():  # the loss becomes NaN; its error is clearer than torch 2.9's
             self.scale.fill_(torch.nan)
             return
         scale, zero_point = self.observer.calculate_qparams()
@@ -88,7 +98,7 @@ class FakeQuant(nn.Module):
         self.zero_point.copy_(zero_point)
 
     def round(self, x: Tensor) -> Tensor:
-        """The nearest point of the grid, or x itself while this is not enabled."""
+        """Return the nearest grid points, or `x` itself if rounding is disabled."""
         if not self.enabled:
             return x
         if self.channels is None:
@@ -101,34 +111,35 @@ class FakeQuant(nn.Module):
 
     @torch.no_grad()
     def integers(self, x: Tensor) -> Tensor:
-        """The integer of each point of `x`, shaped like it, in an 8-bit type."""
+        """Quantize `x` to integers of the same shape, in int8 or uint8."""
         integers = (self.round(x) / self.along(x, self.scale)).round_()
         integers += self.along(x, self.zero_point)
         return integers.to(torch.int8 if self.quant_min < 0 else torch.uint8)
 
     def dequantize(self, integers: Tensor) -> Tensor:
-        """The floats that integers stand for, bit for bit those that `round` gives."""
+        """Convert integers to floats, bit-equal to the results of `round`."""
         offset = integers.to(self.scale.dtype).sub_(self.along(integers, self.zero_point))
         return offset.mul_(self.along(integers, self.scale))
 
     @property
     def largest(self) -> int:
-        """The largest distance of an integer of this grid from the zero point."""
+        """The largest distance of an integer of the grid from its zero point."""
         ends = (self.quant_min - self.zero_point, self.quant_max - self.zero_point)
         return max(int(end.abs().max()) for end in ends)
 
     @property
     def bits(self) -> int:
+        """The bit width of the integers."""
         return (self.quant_max - self.quant_min).bit_length()
 
     @property
     def has_range(self) -> bool:
-        """Whether any data was seen (or the grid was given)."""
+        """Whether the grid is set, by data or as a constant."""
         return bool((self.scale > 0).all())
 
     @staticmethod
     def along(x: Tensor, values: Tensor) -> Tensor:
-        """[C] values in the shape that broadcasts over dimension 0 of x."""
+        """Reshape values [C] to broadcast along dimension 0 of `x`."""
         return values.reshape(-1, *[1] * (x.dim() - 1))
 
     def extra_repr(self) -> str:
@@ -136,9 +147,9 @@ class FakeQuant(nn.Module):
 
 
 def _extremes_of_all_ranks(x: Tensor, channels: int | None) -> Tensor:
-    """Where several processes train one model: the minimum and maximum over what all of them see.
+    """Return the minimum and maximum over all ranks, [2] or [C, 2]; `x` itself with one process.
 
-    All that observers in training look at, so that ranges stay equal everywhere. [2], or [C, 2].
+    Observers need no more, and the ranges stay equal on all ranks.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return x
@@ -156,10 +167,23 @@ def make_fake_quant(
     channels: int | None = None,
     observer: str = "minmax",
 ) -> FakeQuant:
-    """A fake quantizer to `bits` bits, for all of a tensor or for each of its `channels`.
+    """Create a fake quantizer.
 
-    observer: `minmax` of the newest tensor, `running_minmax` of all, `moving_average` of the
-    minimum and maximum of tensors, or `histogram`, the range with the least squared error.
+    Args:
+        bits: The bit width.
+        signed: Whether integers are signed.
+        symmetric: Whether the zero point is fixed in the center of the range.
+        channels: The number of channels in dimension 0, each with its own grid, or None.
+        observer: `minmax` (range of the newest tensor), `running_minmax` (range of all tensors),
+            `moving_average` (moving average of minimum and maximum) or `histogram` (range with the
+            smallest squared error; it needs `settle`).
+
+    Example:
+        >>> make_fake_quant(4, signed=True, symmetric=True)
+        FakeQuant(
+          -8 to 7, channels=None
+          (observer): MovingAverageMinMaxObserver(min_val=inf, max_val=-inf)
+        )
     """
     low = -(2 ** (bits - 1)) if signed else 0
     high = low + 2**bits - 1
@@ -173,7 +197,16 @@ def make_fake_quant(
 
 
 def make_fixed_fake_quant(bits: int, largest: float) -> FakeQuant:
-    """A symmetric fake quantizer whose largest integer stands for `largest`; it never watches."""
+    """Create a symmetric fake quantizer with the fixed range -largest to largest.
+
+    Args:
+        bits: The bit width.
+        largest: The value of the largest integer.
+
+    Example:
+        >>> make_fixed_fake_quant(8, largest=3.0)(torch.tensor([3.0, 10.0]))
+        tensor([3., 3.])
+    """
     high = 2 ** (bits - 1) - 1
     quant = FakeQuant(None, -high, high, None)
     quant.scale.fill_(largest / high)
@@ -198,32 +231,38 @@ def _observer(
             return MinMaxObserver(**options)
         case "histogram":
             observer = HistogramObserver(**options)
-            # It would minimize the error of 256 levels, however few there are.
+            # The observer would otherwise minimize the error of 256 levels at every bit width.
             observer.dst_nbins = options["quant_max"] - options["quant_min"] + 1
             return observer
     raise ValueError(f"observer={kind!r}: unknown")
 
 
 def has_vnni() -> bool:
-    """Whether this CPU has instructions that add products of 8-bit integers in 32 bits."""
+    """Return whether this CPU has VNNI, which sums products of 8-bit integers in 32 bits."""
     return torch.cpu._is_vnni_supported()
 
 
 def can_saturate(weight_bits: int, activation_bits: int) -> bool:
-    """Whether sums of two products can leave 16 bits, in which some kernels add them up."""
+    """Return whether the sum of two products can exceed 16 bits, which some kernels use.
+
+    Example:
+        >>> can_saturate(8, 7), can_saturate(8, 8)
+        (False, True)
+    """
     return 2 * (2**activation_bits - 1) * 2 ** (weight_bits - 1) > 32_767
 
 
 def check_engine(engine: str) -> None:
-    """ValueError where this torch was built without the engine."""
+    """Raise a ValueError if this build of torch lacks the engine."""
     supported = torch.backends.quantized.supported_engines
     if engine not in supported:
         raise ArgumentError(
-            f"engine={engine}: this torch has {', '.join(supported)}; choose one of these", "engine"
+            f"engine={engine}: this build of torch lacks it; choose one of {', '.join(supported)}",
+            "engine",
         )
 
 
-# How a kernel rounds: see `requantize`, and bqnn/quant/kernels.py for which one does it how.
+# The rounding of a kernel: `requantize` defines it, bqnn/quant/kernels.py measures it.
 Rounding = Literal["fbgemm", "fbgemm_fused", "onednn", "onednn_product"]
 
 
@@ -236,21 +275,31 @@ def requantize(
     relu: bool,
     rounding: Rounding,
 ) -> Tensor:
-    """What a kernel makes of exact sums of integer products, in floats on the grid of `output`.
+    """Round exact sums of integer products to the grid of the outputs, as a kernel does.
 
         fbgemm          y = s_y clamp(round((sums + bias / (s_x s_w)) * (s_x s_w / s_y)))
         fbgemm_fused    the same, with a fused multiply-add of the bias and 1 / (s_x s_w)
         onednn          y = s_y (clamp(round((sums * s_x * s_w + bias) * (1 / s_y) + z_y)) - z_y)
         onednn_product  the same, with sums * (s_x * s_w)
 
-    in float32 and in the kernel's order of operations, so that even ties round alike.
+    All operations are in float32 and in the order of the kernel, so that even ties round equally.
 
-    sums: [B, C, ...], whole numbers; bias: [C].
+    Args:
+        sums: Sums of products [B, C, ...], integers in float32.
+        input_scale: Scale s_x of the inputs.
+        weight: Grid of the weights, with the scale s_w.
+        bias: Bias [C], or None.
+        output: Grid of the outputs, with the scale s_y and the zero point z_y.
+        relu: Whether the kernel applies a ReLU.
+        rounding: The kernel's formula.
+
+    Returns:
+        Outputs y [B, C, ...], floats on the grid of `output`.
     """
     along = (1, -1) + (1,) * (sums.dim() - 2)
     zero_point = int(output.zero_point)
     if rounding in ("onednn", "onednn_product"):
-        # It is handed inverse scales, those of a linear layer's weights among them.
+        # oneDNN receives inverse scales, also those of a linear layer's weights.
         s_x = 1 / (1 / output.scale.new_tensor(input_scale))
         s_w = (weight.scale if sums.dim() == 4 else 1 / (1 / weight.scale)).view(along)
         steps = sums * s_x * s_w if rounding == "onednn" else sums * (s_x * s_w)
@@ -269,20 +318,27 @@ def requantize(
 def _plus_bias(
     sums: Tensor, bias: Tensor, product: Tensor, weight: FakeQuant, rounding: Rounding
 ) -> Tensor:
-    """sums + bias / product, as FBGEMM finds it."""
+    """Compute sums + bias / product as FBGEMM does."""
     if weight.channels is not None:
         return sums + bias / product
     if rounding == "fbgemm":
         return sums + bias * (1 / product)
-    # float64 holds the product of two float32 exactly.
+    # The product of two float32 numbers is exact in float64.
     return (sums.double() + bias.double() * (1 / product).double()).float()
 
 
 def requantized_sum(x: Tensor, x_grid: Grid, y: Tensor, y_grid: Grid, output: FakeQuant) -> Tensor:
-    """What `add_relu` makes of two activations, in floats on the grid of `output`.
+    """Compute relu(x + y) on the grid of `output`, bit-equal to `add_relu`.
 
-    It finds scale * integer - scale * zero_point with a fused multiply-add, that is, rounded once;
-    float64 holds that product exactly.
+    The operator computes scale * integer - scale * zero_point with a fused multiply-add, which
+    rounds once. The product is exact in float64.
+
+    Args:
+        x: Activations on the grid `x_grid`, floats of any shape.
+        x_grid: The grid of `x`.
+        y: Activations on the grid `y_grid`, shaped like `x`.
+        y_grid: The grid of `y`.
+        output: The grid of the outputs.
     """
     total = _multiplied_and_added(x, x_grid) + _multiplied_and_added(y, y_grid)
     zero_point = int(output.zero_point)
@@ -292,29 +348,36 @@ def requantized_sum(x: Tensor, x_grid: Grid, y: Tensor, y_grid: Grid, output: Fa
 
 
 def _multiplied_and_added(x: Tensor, grid: Grid) -> Tensor:
-    scale = x.new_tensor(grid.scale)  # in the float32 that the operator computes with
+    scale = x.new_tensor(grid.scale)  # float32, as in the operator
     integers = (x / scale).round_() + grid.zero_point
     offset = (scale * grid.zero_point).double()
     return integers.double().mul_(scale.double()).sub_(offset).float()
 
 
 def in_batch(x: Tensor, is_conv: bool) -> Tensor:
-    """The inputs of a linear map in the shape that kernels take: [N, F], or [B, C, H, W].
+    """Reshape inputs for a kernel: [..., F] -> [N, F]; images [B, C, H, W] are unchanged.
 
-    ValueError: pictures come without a batch dimension.
+    ValueError: images have no batch dimension.
     """
     if not is_conv:
         return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if x.dim() != 4:
         raise ValueError(
-            f"inputs {tuple(x.shape)} of a quantized convolution: it takes [B, C, H, W]; add the "
-            "batch dimension with x[None]"
+            f"inputs of shape {tuple(x.shape)}: a quantized convolution takes [B, C, H, W]; add "
+            "the batch dimension with x[None]"
         )
     return x
 
 
 class PackedWeight:
-    """An integer weight and a float bias, packed for an engine's linear map or convolution."""
+    """Integer weights and a float bias, packed for an engine.
+
+    Args:
+        weight: Quantized weights, see `quantized_weight`.
+        bias: Bias [C], or None.
+        geometry: Geometry of the convolution; None for a linear layer.
+        engine: fbgemm, x86 or onednn.
+    """
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, geometry: Geometry | None, engine: str
@@ -328,7 +391,7 @@ class PackedWeight:
                 self._packed = ops.conv2d_prepack(weight, bias, *geometry)
 
     def __call__(self, x: Tensor, relu: bool, scale: float, zero_point: int) -> Tensor:
-        """The quantized output for a quantized input, at the scale and zero point given."""
+        """Run the engine on quantized inputs; scale and zero point are those of the outputs."""
         ops = torch.ops.quantized
         if self._is_conv:
             run = ops.conv2d_relu if relu else ops.conv2d
@@ -339,7 +402,7 @@ class PackedWeight:
 
 
 def quantized_weight(weight: Tensor, quant: FakeQuant) -> Tensor:
-    """A weight that lies on the grid of `quant`, as a quantized tensor."""
+    """Convert weights on the grid of `quant` to a quantized tensor."""
     if quant.channels is None:
         scale, zero_point = float(quant.scale), int(quant.zero_point)
         return torch.quantize_per_tensor(weight, scale, zero_point, torch.qint8)
@@ -348,7 +411,7 @@ def quantized_weight(weight: Tensor, quant: FakeQuant) -> Tensor:
 
 
 class ActivationGrid:
-    """The grid of an activation, in numbers that cost nothing to look up."""
+    """The grid of an activation, as Python numbers, which are fast to read."""
 
     def __init__(self, quant: FakeQuant) -> None:
         self.scale = float(quant.scale)
@@ -357,26 +420,30 @@ class ActivationGrid:
         self._largest = self.scale * (self.quant_max - self.zero_point)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Floats as a quantized tensor."""
+        """Convert floats to a quantized tensor."""
         return self.clamp(torch.quantize_per_tensor(x, self.scale, self.zero_point, torch.quint8))
 
     def clamp(self, x: Tensor) -> Tensor:
-        """A quantized tensor on this grid, cut to its bits: the operators fill the container."""
+        """Clamp a quantized tensor to the bits of the grid; operators use all 8 bits."""
         if self.quant_max == 255:
             return x
         return torch.clamp(x, max=self._largest)
 
 
 def add_relu(x: Tensor, y: Tensor, grid: ActivationGrid) -> Tensor:
-    """The sum of two quantized activations, with a ReLU, on a grid."""
+    """Compute relu(x + y) of quantized activations on a grid."""
     return grid.clamp(torch.ops.quantized.add_relu(x, y, grid.scale, grid.zero_point))
 
 
 def keep_scaled(x: Tensor, kept: Tensor, factor: float) -> Tensor:
-    """A quantized tensor times `factor` where it is kept, zero elsewhere: both are exact.
+    """Multiply a quantized tensor by `factor` where `kept` is True, and by zero elsewhere; exact.
 
-    The factor goes into the scale, and what is not kept becomes the zero point. kept: bool,
-    broadcast over x.
+    The factor multiplies the scale, and dropped values become the zero point.
+
+    Args:
+        x: A quantized tensor.
+        kept: Booleans that broadcast over `x`.
+        factor: The factor.
     """
     zero_point = x.q_zero_point()
     out = torch._empty_affine_quantized(
@@ -389,34 +456,34 @@ def keep_scaled(x: Tensor, kept: Tensor, factor: float) -> Tensor:
     source, target = _integers(x), _integers(out)
     if zero_point == 0:
         torch.mul(source, kept, out=target)
-    else:  # modulo 256, which the shift there and back does not mind
+    else:  # uint8 arithmetic wraps modulo 256, which cancels in the two shifts
         torch.sub(source, zero_point, out=target).mul_(kept).add_(zero_point)
     return out
 
 
 def _integers(x: Tensor) -> Tensor:
-    """The memory of a quantized tensor, seen as uint8; `int_repr` would copy it."""
+    """View the memory of a quantized tensor as uint8; `int_repr` would copy it."""
     view = torch.empty(0, dtype=torch.uint8)
     return view.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 
 def quantized_like(x: Tensor, like: Tensor) -> Tensor:
-    """Floats on the grid, and in the memory layout, of a quantized activation."""
+    """Quantize floats to the grid and memory layout of a quantized activation."""
     x = x.to(memory_format=layout(like))
     return torch.quantize_per_tensor(x, like.q_scale(), like.q_zero_point(), torch.quint8)
 
 
 def layout(x: Tensor) -> torch.memory_format:
-    """channels_last for pictures that are in it; contiguous_format for anything else."""
+    """Return channels_last for images in that layout, and contiguous_format otherwise."""
     is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if is_last else torch.contiguous_format
 
 
 @contextmanager
 def _using(engine: str) -> Iterator[None]:
-    """Pack for an engine; running a packed weight needs no such setting.
+    """Set torch's engine while weights are packed; running packed weights does not need it.
 
-    The engine is a setting of the process, so one thread at a time packs.
+    The setting is process-wide, so only one thread packs at a time.
     """
     with _packing:
         before = torch.backends.quantized.engine

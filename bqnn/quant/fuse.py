@@ -1,4 +1,4 @@
-"""Fusion of each linear map with the batch norm and the ReLU that follow it."""
+"""Fusion of linear layers and convolutions with the batch norm and ReLU that follow them."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from bqnn.layers.swap import check_plain, check_unshared, owns_parameters, refus
 Layer = nn.Linear | nn.Conv2d | BayesLinear | BayesConv2d
 LAYERS = (nn.Linear, nn.Conv2d, BayesLinear, BayesConv2d)
 
-# Parameters and buffers that are taken out of modules of each type.
+# The parameters and buffers that fusion reads from each type of module.
 _PARTS: dict[type[nn.Module], tuple[tuple[str, ...], tuple[str, ...]]] = {
     nn.Linear: (("weight", "bias"), ()),
     nn.Conv2d: (("weight", "bias"), ()),
@@ -25,11 +25,15 @@ _PARTS: dict[type[nn.Module], tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class Fused(nn.Module):
-    """relu(bn(layer(x))), with optional batch norm and ReLU.
+    """relu(bn(layer(x))), where batch norm and ReLU are optional.
 
-    The layer is point-valued or Bayesian, linear or a convolution. In float it computes what its
-    parts did; it is what `prepare` turns into a fake-quantized layer. `is_output`: what it computes
-    leaves the integer region at once.
+    It computes the same as its parts. `prepare` converts it to a fake-quantized layer.
+
+    Args:
+        layer: A linear layer or convolution, with point-valued or Gaussian weights.
+        bn: The batch norm, or None.
+        relu: Whether a ReLU follows.
+        is_output: Whether a Leave follows directly, so that no integer layer reads the outputs.
     """
 
     def __init__(
@@ -61,15 +65,28 @@ class Fused(nn.Module):
 
 
 def fuse(net: nn.Module) -> nn.Module:
-    """Fuse neighbours in the Sequentials of a network, in place.
+    """Fuse each layer in a Sequential with the batch norm and ReLU that follow it, in place.
 
-    Names stay: what moved into the layer before it leaves an identity behind. A TypeError names a
-    module with parameters that is none of the layers known here, such as a batch norm that
-    follows no convolution; a ValueError says that there was nothing to fuse, or all was done
-    before. A network that is refused stays as it was.
+    Fused modules are replaced by nn.Identity, so that the names of other modules do not change.
+
+    Args:
+        net: The network. It stays unchanged when an error is raised.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: The network is fused already, or has no linear layer or convolution.
+        TypeError: A module with parameters is not supported, such as a batch norm that does not
+            follow a convolution. The message names it.
+
+    Example:
+        >>> net = fuse(nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
+        >>> type(net[0]), type(net[1])
+        (<class 'bqnn.quant.fuse.Fused'>, <class 'torch.nn.modules.linear.Identity'>)
     """
     if any(isinstance(module, Fused) for module in net.modules()):
-        raise ValueError("fuse: this network is fused already")
+        raise ValueError("fuse: the network is already fused; call prepare() on it")
     _check_parts(net)
     if not isinstance(net, LAYERS):
         _refuse_unknown("the network", net)
@@ -80,19 +97,19 @@ def fuse(net: nn.Module) -> nn.Module:
         for place in _places(path, parent)
     ]
     if not places:
-        raise ValueError("fuse: this network has no linear layer or convolution")
+        raise ValueError("fuse: the network has no linear layer or convolution to quantize")
     for parent, name, module in places:
         setattr(parent, name, module)
     return net
 
 
 def _places(path: str, parent: nn.Module) -> list[tuple[str, nn.Module]]:
-    """What is to stand where among the children of a module, which stays as it is."""
+    """Return the names and replacements of a module's children, without changing the module."""
     places: dict[str, nn.Module] = {}
     chain = list(parent._modules) if is_chain(parent) else []
     for name, child in parent._modules.items():
         place = f"{path}.{name}".lstrip(".")
-        if name in places:  # a part of the layer before it
+        if name in places:  # fused into the layer before it
             continue
         if type(child) in LAYERS:
             followers = chain[chain.index(name) + 1 :] if chain else []
@@ -109,7 +126,7 @@ def _places(path: str, parent: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _fused(layer: Any, followers: list[nn.Module | None]) -> Fused:
-    """The layer with the batch norm and the ReLU that directly follow it."""
+    """Fuse a layer with the batch norm and the ReLU that directly follow it."""
     bn, relu = None, False
     if followers and type(followers[0]) is nn.BatchNorm2d:
         bn = followers.pop(0)
@@ -119,7 +136,10 @@ def _fused(layer: Any, followers: list[nn.Module | None]) -> Fused:
     is_output = bool(followers) and type(followers[0]) is Leave
     assert bn is None or isinstance(bn, nn.BatchNorm2d)
     if bn is not None and (bn.weight is None or bn.running_var is None):
-        raise TypeError("a batch norm without affine parameters or running statistics is not fused")
+        raise TypeError(
+            "a batch norm without affine parameters or running statistics cannot be fused; create "
+            "it with affine=True and track_running_stats=True"
+        )
     return Fused(layer, bn, relu, is_output).train(layer.training)
 
 
@@ -128,13 +148,13 @@ def _refuse_unknown(path: str, module: nn.Module | None) -> None:
         refuse_unknown(
             path,
             module,
-            "quantization does not know; it knows linear layers and convolutions, and a batch norm "
-            "right after a convolution in a Sequential",
+            "quantization does not support; it supports linear layers, convolutions, and a batch "
+            "norm directly after a convolution in a Sequential",
         )
 
 
 def _check_parts(net: nn.Module) -> None:
-    """TypeError where something of a module that is taken apart would be lost or doubled."""
+    """Raise a TypeError if fusion would lose or duplicate a part of a module."""
     check_unshared(net, _PARTS)
     places: dict[nn.Module, str] = {}
     for path, module in net.named_modules(remove_duplicate=False):
@@ -143,6 +163,6 @@ def _check_parts(net: nn.Module) -> None:
         first = places.setdefault(module, path)
         if isinstance(module, GaussianWeight) and first != path:
             raise TypeError(
-                f"{first} and {path} are one layer, which quantization would give two draws; make "
-                "them two layers"
+                f"{first} and {path} are one Bayesian layer, which would get two draws after "
+                "quantization; use two layers"
             )

@@ -1,8 +1,8 @@
-"""Activations that carry their grid, and the operations that they allow.
+"""OnGrid: activations that carry their quantization grid, and the operations they allow.
 
-A simulated network passes its activations on as `OnGrid`: floats with the grid of their integers.
-Layers compute with those integers. Any other operation either gives the same integers in float
-and in int8, because it only moves them (or takes a maximum of them), or it is refused here.
+The layers of a simulated network exchange `OnGrid` tensors: floats with the grid of their
+integers. Layers compute with these integers. Any other operation must give the same integers in
+float and in int8: it moves elements, or selects a maximum. All other operations raise an error.
 """
 
 import operator
@@ -15,9 +15,13 @@ from torch.nn import functional as F
 
 
 class Grid(NamedTuple):
-    """x = scale * (integer - zero_point), with |integer - zero_point| <= largest.
+    """A quantization grid: x = scale * (integer - zero_point).
 
-    origin: the name of the module that put x there.
+    Attributes:
+        scale: The step of the grid.
+        zero_point: The integer of x = 0.
+        largest: The upper bound of |integer - zero_point|.
+        origin: The name of the module that rounded x to the grid.
     """
 
     scale: float
@@ -33,21 +37,29 @@ UNTRACED = (
 
 
 class OnGrid(Tensor):
-    """An activation that lies on a grid.
+    """A tensor of activations on a grid.
 
-    TypeError: something else is done with it than moving its elements, taking a maximum of them,
-    or asking for its shape. The integers of an int8 network could not follow.
+    Operations that move elements, select a maximum or read metadata are allowed. All others raise
+    a TypeError, because an int8 network could not compute them on its integers.
+
+    Example:
+        >>> x = OnGrid.of(torch.ones(2, 3), Grid(scale=0.5, zero_point=0, largest=255))
+        >>> x.flatten().grid.scale
+        0.5
+        >>> x + 1  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        TypeError: add cannot run in int8 ...
     """
 
     grid: Grid
 
     @property
-    def is_nested(self) -> bool:  # type: ignore[override]  # what torch.compile asks first
+    def is_nested(self) -> bool:  # type: ignore[override]  # the first query of torch.compile
         raise TypeError(UNTRACED)
 
     @classmethod
     def of(cls, x: Tensor, grid: Grid) -> Self:
-        """`x`, marked."""
+        """Attach a grid to `x`, which must lie on it."""
         marked = plain(x).as_subclass(cls)
         marked.grid = grid
         return marked
@@ -81,7 +93,7 @@ def _refusing(name: str) -> Callable[..., Any]:
     return method
 
 
-# Of a TypeError in these, torch would tell Python only that the types do not fit.
+# torch replaces a TypeError in these operators by Python's generic message on operand types.
 for _operator in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
     for _prefix in ("", "r", "i"):
         setattr(OnGrid, f"__{_prefix}{_operator}__", _refusing(_operator))
@@ -101,14 +113,26 @@ def refusal(operation: str, origin: str) -> str:
     """Return the message for an operation that is refused on the output of `origin`."""
     return (
         f"{operation} cannot run in int8 on the integers of {origin or 'a quantized module'}; put "
-        "a Leave before it and an Enter behind it, or use what int8 knows: nn.ReLU, nn.MaxPool2d, "
-        "Add for a residual sum, Pool for the average over an image (bqnn.layers.markers)"
+        "a Leave before it and an Enter after it, or use a supported module: nn.ReLU, "
+        "nn.MaxPool2d, Add for a residual sum, Pool for the average over an image "
+        "(bqnn.layers.markers)"
     )
 
 
 def keeps_grid(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether an operation only moves or selects the integers of its first argument."""
-    if func in DROPPING:  # in evaluation the identity; int8 does not follow what is left on
+    """Return whether an operation only moves or selects the integers of its first argument.
+
+    Args:
+        func: A function of torch, or a method of Tensor.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Example:
+        >>> x = torch.zeros(2)
+        >>> keeps_grid(torch.flatten, (x,), {}), keeps_grid(torch.exp, (x,), {})
+        (True, False)
+    """
+    if func in DROPPING:  # the identity in evaluation; int8 cannot run active dropout
         is_on = kwargs.get("training", args[2] if len(args) > 2 else True)
         return not is_on or torch.is_grad_enabled()
     if func in (operator.getitem, Tensor.__getitem__):
@@ -118,7 +142,7 @@ def keeps_grid(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> boo
     return func in KEEPING and not kwargs.get("return_indices", False)
 
 
-# Operations that move integers, or take a maximum of them. Quantized tensors have all of them.
+# Operations that move integers or select a maximum. Quantized tensors support all of them.
 KEEPING = frozenset(
     getattr(owner, name)
     for owner, names in (
@@ -132,7 +156,7 @@ KEEPING = frozenset(
 )
 DROPPING = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 
-# Questions about a tensor that are no arithmetic.
+# Queries of metadata.
 ATTRIBUTES = (
     "device",
     "dtype",
@@ -184,7 +208,7 @@ def _flat(value: Any) -> list[Any]:
 
 
 def _name(func: Any) -> str:
-    """What a user would call a function of torch."""
+    """Return the user-facing name of a function of torch."""
     name = getattr(func, "__name__", repr(func))
     if name in ("__get__", "__set__"):  # of an attribute
         return str(func.__self__.__name__)

@@ -1,4 +1,4 @@
-"""Integer modules, which run a fake-quantized network in int8."""
+"""Integer modules, and `convert`, which turns a fake-quantized network into an int8 network."""
 
 import logging
 from copy import deepcopy
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class IntegerLayer(nn.Module):
-    """A point-valued layer: integer weights packed once."""
+    """A point-valued layer whose integer weights are packed once."""
 
     def __init__(self, layer: SimulatedPointLayer, engine: str) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class IntegerLayer(nn.Module):
 
 
 class IntegerGaussianLayer(DrawnWeights):
-    """A Bayesian layer: integers for mu and sigma. Each draw is computed from them and packed."""
+    """A Bayesian layer with integers for mu and sigma; each draw of the weights is packed."""
 
     def __init__(self, layer: SimulatedGaussianLayer, engine: str) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class IntegerGaussianLayer(DrawnWeights):
         self.engine = engine
 
     def draw(self) -> PackedWeight:
-        """One draw of the weights, packed."""
+        """Draw the weights and pack them."""
         grids = self.grids
         mean = self.mean if grids.mean is None else grids.mean.dequantize(self.mean)
         sigma = self.sigma if grids.sigma is None else grids.sigma.dequantize(self.sigma)
@@ -82,7 +82,7 @@ class IntegerGaussianLayer(DrawnWeights):
         packed = quantized_weight(weight, grids.weight)
         return PackedWeight(packed, self.bias, self.geometry, self.engine)
 
-    # A trace cannot hold what packs a draw.
+    # A traced graph cannot hold packed weights.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         out = self.weights()(x, self.relu, self.grid.scale, self.grid.zero_point)
@@ -90,7 +90,10 @@ class IntegerGaussianLayer(DrawnWeights):
 
 
 class IntegerDropout(Stochastic):
-    """Dropped values become the zero point; 1 / (1 - rate) goes into the scale: both are exact."""
+    """Exact dropout on integers: dropped values become the zero point, the factor is in the scale.
+
+    The scale of the outputs is that of the inputs times 1 / (1 - rate).
+    """
 
     def __init__(self, dropout: MCDropout) -> None:
         super().__init__()
@@ -103,7 +106,7 @@ class IntegerDropout(Stochastic):
 
 
 class IntegerEnter(nn.Module):
-    """Quantizes the network's inputs."""
+    """Quantizes the inputs of the network."""
 
     def __init__(self, enter: SimulatedEnter) -> None:
         super().__init__()
@@ -116,14 +119,14 @@ class IntegerEnter(nn.Module):
 
 
 class IntegerLeave(nn.Module):
-    """Dequantizes the outputs."""
+    """Dequantizes the outputs of the network."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.dequantize()
 
 
 class IntegerAdd(Add):
-    """The residual sum and its ReLU."""
+    """Residual sum with ReLU."""
 
     def __init__(self, add: SimulatedAdd) -> None:
         super().__init__()
@@ -134,7 +137,7 @@ class IntegerAdd(Add):
 
 
 class IntegerPool(Pool):
-    """The average over an image, in floats: torch's int8 average depends on the memory layout."""
+    """Global average pooling in float, because torch's int8 result depends on the memory layout."""
 
     def __init__(self, pool: SimulatedPool) -> None:
         super().__init__()
@@ -148,28 +151,50 @@ class IntegerPool(Pool):
 def convert(
     net: nn.Module, engine: str, *, probe: Tensor | None = None, allow_saturation: bool = False
 ) -> nn.Module:
-    """Convert a prepared network to int8, in place. It is then in eval mode, on the CPU.
+    """Convert a prepared network to int8, in place.
 
-    probe: inputs for which every layer is compared with its simulation. Integers that differ by
-    one step are a warning, those that differ by more a ValueError; what does not run, a TypeError.
+    The network moves to the CPU and to evaluation mode.
 
-    ValueError: there is nothing to convert, a fake quantizer has seen no data, or this CPU would
-    compute wrong sums at the network's bits; `allow_saturation` makes that a warning, too.
+    Args:
+        net: A network that was prepared, and then trained or calibrated.
+        engine: fbgemm, x86 or onednn.
+        probe: Inputs [B, ...] on which every layer is compared with its simulation. A difference
+            of one step logs a warning; a larger one raises a ValueError.
+        allow_saturation: Warn, instead of raising an error, if sums saturate on this CPU or a
+            layer differs from its simulation by more than one step.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: There is nothing to convert, a fake quantizer has seen no data, sums would
+            saturate on this CPU, or the comparison with the simulation fails.
+        TypeError: The network cannot run in int8 on `probe`.
+
+    Example:
+        >>> from bqnn.layers.markers import Enter, Leave
+        >>> from bqnn.quant.fuse import fuse
+        >>> from bqnn.quant.simulated import calibrate, prepare
+        >>> from bqnn.quant.spec import QuantSpec
+        >>> net = nn.Sequential(Enter(), nn.Linear(3, 2), nn.ReLU(), Leave())
+        >>> net = calibrate(prepare(fuse(net), QuantSpec()), [torch.randn(8, 3)])
+        >>> type(convert(net, "fbgemm")[1])
+        <class 'bqnn.quant.integer.IntegerLayer'>
     """
     unseen = [n for n, m in net.named_modules() if isinstance(m, FakeQuant) and not m.has_range]
     is_ensemble = isinstance(net, Ensemble) and len(net) > 0
     unseen = [name for name in unseen if not (is_ensemble and name.startswith("current."))]
     if unseen:
         raise ValueError(
-            f"convert: {unseen[0]} has seen no data, so it has no range; train the prepared "
-            "network, or calibrate it"
+            f"convert: {unseen[0]} has no range, because it has seen no data; train or calibrate "
+            "the prepared network"
         )
     layers = [module for module in net.modules() if isinstance(module, SimulatedLayer)]
     if not layers:
         raise ValueError("convert: the network has no fake-quantized layer; call prepare() first")
     if layers[0].engine != engine:
         log.warning(
-            "convert: the engine is %s, but the simulation rounds as %s does: they can differ by "
+            "convert: the engine is %s, but the simulation rounds like %s: integers can differ by "
             "one step; prepare the network with QuantSpec(engine=%r)",
             engine,
             layers[0].engine,
@@ -181,7 +206,7 @@ def convert(
     if isinstance(net, Ensemble) and is_ensemble:
         for member in net.members:
             _replace_by_integers(member, engine)
-        net.current = nn.Identity()  # it answers in training, and as long as there is no member
+        net.current = nn.Identity()  # it runs only in training, or without members
     else:
         _replace_by_integers(net, engine)
     net.eval()

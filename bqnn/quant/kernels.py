@@ -1,9 +1,9 @@
-"""Measures how this CPU's int8 kernels round, and whether they saturate.
+"""Measure how the int8 kernels of this CPU round, and whether they saturate.
 
-An engine picks a kernel by the CPU, its environment variables and the shapes of a layer, and does
-not say which. Kernels differ in the order in which they apply scales, which shows at rounding ties,
-and some add pairs of products up in 16 bits. So a kernel is run once for each shape, on numbers
-that tell them apart.
+An engine selects a kernel by the CPU, by environment variables and by the shapes of a layer, and
+offers no way to query it. Kernels apply scales in different orders, which matters at rounding
+ties, and some sum pairs of products in 16 bits. Each shape is therefore run once, on numbers for
+which the kernels give different results.
 """
 
 import functools
@@ -31,7 +31,14 @@ log = logging.getLogger(__name__)
 class Layer(NamedTuple):
     """The properties of a layer that select a kernel, besides the input shape.
 
-    weight: its shape; is_zero: whether the zero points of weights, inputs and outputs are.
+    Attributes:
+        engine: fbgemm, x86 or onednn.
+        weight: Shape of the weights.
+        geometry: Geometry of the convolution; None for a linear layer.
+        per_channel: Whether each output channel has its own scale.
+        has_bias: Whether there is a bias.
+        relu: Whether the kernel applies a ReLU.
+        is_zero: Whether the zero points of weights, inputs and outputs are zero.
     """
 
     engine: str
@@ -44,7 +51,7 @@ class Layer(NamedTuple):
 
 
 class Example(NamedTuple):
-    """Scales and a sum for which kernels round differently."""
+    """A sum of products, a bias and scales for which kernels round differently."""
 
     sums: int
     input_scale: float
@@ -54,18 +61,28 @@ class Example(NamedTuple):
 
 
 def rounding_of(layer: Layer, inputs: Sequence[int]) -> Rounding:
-    """Return the rounding of the kernel that computes a layer for this input shape."""
+    """Return the rounding of the kernel that the engine selects.
+
+    Args:
+        layer: The properties of the layer.
+        inputs: Shape of the inputs, [N, F] or [B, C, H, W].
+    """
     if len(_candidates(layer)) == 1:
         return _candidates(layer)[0]
     return _measured_rounding(layer, tuple(inputs), torch.get_num_threads())
 
 
 def saturates(layer: Layer, weight_bits: int, activation_bits: int) -> bool:
-    """Return whether a layer's sums can saturate on this CPU at these bits.
+    """Return whether the sums of a layer can saturate on this CPU.
 
-    Without VNNI every engine's can, as soon as a sum of two products leaves 16 bits. With VNNI
-    FBGEMM's depthwise convolutions still do, and so does oneDNN where an environment variable
-    (ONEDNN_MAX_CPU_ISA) keeps it from using VNNI.
+    Without VNNI, the sums of every engine can saturate once two products exceed 16 bits. With
+    VNNI, FBGEMM's depthwise convolutions still saturate, and so does oneDNN if the environment
+    variable ONEDNN_MAX_CPU_ISA disables VNNI.
+
+    Args:
+        layer: The properties of the layer.
+        weight_bits: Bit width of the weights.
+        activation_bits: Bit width of the inputs.
     """
     if not fbgemm.can_saturate(weight_bits, activation_bits):
         return False
@@ -73,7 +90,7 @@ def saturates(layer: Layer, weight_bits: int, activation_bits: int) -> bool:
 
 
 def _candidates(layer: Layer) -> tuple[Rounding, ...]:
-    """How a kernel of the layer's engine can round; the first is the most common."""
+    """Return the possible roundings of the layer's engine; the first is the most common."""
     fused: tuple[Rounding, ...] = ("fbgemm",)
     if layer.has_bias and not layer.per_channel:
         fused = ("fbgemm_fused", "fbgemm")
@@ -86,13 +103,13 @@ def _measured_rounding(layer: Layer, inputs: tuple[int, ...], num_threads: int) 
     candidates = _candidates(layer)
     with torch.device("cpu"), torch.no_grad():
         left = list(candidates)
-        for example in _telling_examples(candidates, layer):
+        for example in _distinguishing_examples(candidates, layer):
             got = _run(layer, inputs, example)
             left = [way for way in left if torch.equal(got, _expected(layer, inputs, example, way))]
     if not left:
         log.warning(
-            "this CPU's %s kernel rounds in none of the known ways for inputs %s and weights %s: "
-            "int8 may differ from the simulation by one step, at rounding ties",
+            "the rounding of this CPU's %s kernel is unknown for inputs %s and weights %s: int8 "
+            "can differ from the simulation by one step at rounding ties",
             layer.engine,
             inputs,
             layer.weight,
@@ -102,7 +119,7 @@ def _measured_rounding(layer: Layer, inputs: tuple[int, ...], num_threads: int) 
 
 @functools.lru_cache(maxsize=4096)
 def _is_seen_to_saturate(layer: Layer) -> bool:
-    """Whether sums of the largest products come out wrong."""
+    """Return whether the kernel computes wrong sums of the largest products."""
     geometry = layer.geometry
     inputs: tuple[int, ...] = (16, layer.weight[1])
     if geometry is not None:
@@ -123,7 +140,7 @@ def _is_seen_to_saturate(layer: Layer) -> bool:
 def _found_examples(
     candidates: tuple[Rounding, ...], is_conv: bool, per_channel: bool, has_bias: bool, offset: int
 ) -> tuple[Example, ...]:
-    """Two examples or more for every pair of ways to round."""
+    """Search two or more examples for every pair of roundings."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     sums = torch.arange(1.0, 128.0).view((-1, 1, 1, 1) if is_conv else (-1, 1))
     wanted = {(a, b): 2 for i, a in enumerate(candidates) for b in candidates[i + 1 :]}
@@ -147,14 +164,14 @@ def _found_examples(
     return tuple(found)
 
 
-def _telling_examples(candidates: tuple[Rounding, ...], layer: Layer) -> tuple[Example, ...]:
+def _distinguishing_examples(candidates: tuple[Rounding, ...], layer: Layer) -> tuple[Example, ...]:
     offset = 0 if layer.is_zero[2] else 1
     is_conv = layer.geometry is not None
     return _found_examples(candidates, is_conv, layer.per_channel, layer.has_bias, offset)
 
 
 def _expected(layer: Layer, inputs: tuple[int, ...], example: Example, way: Rounding) -> Tensor:
-    """The integers of a layer that reads one input of a window, if it rounds that way."""
+    """Return the integers of a layer with one nonzero weight, for a rounding."""
     x = torch.full((1, *inputs[1:]), float(example.sums))
     sums = linear_map(x, _one_tap(layer), None, layer.geometry)
     weight, output = _grids(layer, example)
@@ -166,7 +183,7 @@ def _expected(layer: Layer, inputs: tuple[int, ...], example: Example, way: Roun
 def _run(
     layer: Layer, inputs: tuple[int, ...], example: Example, weight: Tensor | None = None
 ) -> Tensor:
-    """The integers that the kernel gives, with that weight or one tap; all inputs are alike."""
+    """Return the integers of the kernel for constant inputs; the default weight is `_one_tap`."""
     quant, output = _grids(layer, example)
     weight = (_one_tap(layer) if weight is None else weight) * example.weight_scale
     packed = PackedWeight(
@@ -180,7 +197,7 @@ def _run(
 
 
 def _one_tap(layer: Layer) -> Tensor:
-    """A weight of zeros, but for a one in the middle of each filter's first channel."""
+    """Return weights that are 1 in the center of each filter's first channel, and 0 elsewhere."""
     weight = torch.zeros(layer.weight)
     middle: Any = tuple(size // 2 for size in layer.weight[2:])
     weight[(slice(None), 0, *middle)] = 1
@@ -200,7 +217,7 @@ def _grids(layer: Layer, example: Example) -> tuple[FakeQuant, FakeQuant]:
 def _quants(
     channels: int | None, weight_scale: float, output_scale: float, zero_points: tuple[int, int]
 ) -> tuple[FakeQuant, FakeQuant]:
-    """The grids of a layer's weights and outputs."""
+    """Return the grids of weights and outputs."""
     weight = make_fake_quant(8, signed=True, channels=channels)
     output = make_fake_quant(8, signed=False)
     for quant, scale, zero_point in zip(

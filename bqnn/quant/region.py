@@ -1,4 +1,4 @@
-"""Checks that a network's integer region, from Enter to Leave, can run in integers."""
+"""Check that the integer region of a network, from Enter to Leave, can run in int8."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from bqnn.layers.markers import Add, Enter, Leave, Pool
 from bqnn.quant.fuse import Fused
 from bqnn.quant.grids import ASKING, keeps_grid, refusal
 
-# Modules that keep a grid; an nn.ReLU that follows a layer directly is fused into it.
+# Modules that keep the grid of their input. (fuse() has removed an nn.ReLU after a layer.)
 KEEPING = (
     nn.Dropout,
     nn.Dropout1d,
@@ -29,17 +29,24 @@ MARKED = (*COMPUTING, Enter, Leave, MCDropout)
 
 
 def check_region(net: nn.Module) -> None:
-    """Raise a TypeError for operations that int8 cannot execute as simulated.
+    """Check that int8 can execute every operation between Enter and Leave.
 
-    Follows the activations of a fused network through its `forward`, without any input: what lies
-    on a grid may pass layers, markers, and what only moves it. A network whose `forward` cannot be
-    traced, because it decides by its inputs, is checked when it is run, by `OnGrid`.
+    The check traces `forward` symbolically, without inputs. Activations on a grid may pass layers,
+    markers, and operations that move elements or select a maximum. If `forward` cannot be traced,
+    because its control flow depends on the inputs, `OnGrid` checks the operations at run time.
+
+    Args:
+        net: A fused network.
+
+    Raises:
+        ValueError: The network has no Enter or no Leave.
+        TypeError: An operation cannot run in int8. The message names it and its module.
     """
     for kind in (Enter, Leave):
         if not any(isinstance(module, kind) for module in net.modules()):
             raise ValueError(
-                f"prepare: the network has no {kind.__name__}, so it does not say where integers "
-                "begin and end; put an Enter before its first layer and a Leave after its last "
+                f"prepare: the network has no {kind.__name__}, which marks where integers begin or "
+                "end; put an Enter before its first layer and a Leave after its last "
                 "(bqnn.layers.markers)"
             )
     for name, module in net.named_modules():
@@ -51,13 +58,13 @@ def check_region(net: nn.Module) -> None:
 
 
 def _refuse_subclass(name: str, module: nn.Module) -> None:
-    """TypeError for a marker of a type of its own: int8 would not do what it does."""
+    """Raise a TypeError for a subclass of a marker, whose changes int8 would ignore."""
     kind = next((kind for kind in MARKED if isinstance(module, kind)), None)
     if kind is not None and type(module) is not kind:
         raise TypeError(
-            f"prepare: {name} is a {type(module).__name__}, of which int8 knows no more than that "
-            f"it is a kind of {kind.__name__}; use {kind.__name__} itself, and put what is special "
-            "outside the integer region, in a module that is none of bqnn's markers"
+            f"prepare: {name} is a {type(module).__name__}, a subclass of {kind.__name__} whose "
+            f"changes int8 would ignore; use {kind.__name__} itself, and move the changes outside "
+            "the integer region, to a module that is not a marker of bqnn"
         )
 
 
@@ -67,11 +74,11 @@ class _Tracer(fx.Tracer):
 
 
 def _traced(net: nn.Module) -> fx.Graph | None:
-    """What `forward` calls in evaluation; None where it cannot be said without inputs."""
+    """Trace `forward` in evaluation mode; None if that needs inputs."""
     modes = {module: module.training for module in net.modules()}
     try:
         return _Tracer().trace(net.eval())
-    except Exception:  # of a forward that is not ours, called with stand-ins for tensors
+    except Exception:  # a user's forward can raise anything when it is called with proxies
         return None
     finally:
         for module, mode in modes.items():
@@ -79,8 +86,8 @@ def _traced(net: nn.Module) -> fx.Graph | None:
 
 
 def _follow(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
-    """Find out what of a graph lies on a grid, and refuse what must not be done with it."""
-    origins: dict[fx.Node, str] = {}  # of what lies on a grid: the module that put it there
+    """Track which nodes lie on a grid, and raise a TypeError for forbidden operations on them."""
+    origins: dict[fx.Node, str] = {}  # nodes on a grid, and the module that rounded them
     for node in graph.nodes:
         inputs = [each for each in node.all_input_nodes if each in origins]
         if node.op == "call_module":
@@ -104,12 +111,12 @@ def _follow(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _is_on_grid_after(name: str, module: nn.Module, origins: list[str], node: fx.Node) -> bool:
-    """Whether the output of a module lies on a grid; TypeError where the inputs do not fit it."""
+    """Return whether a module's output lies on a grid; TypeError if its inputs are invalid."""
     kind, num_inputs = type(module).__name__, len(node.all_input_nodes)
     if isinstance(module, Enter):
         if origins:
             raise TypeError(
-                f"prepare: {name} is an Enter inside the integer region, behind {origins[0]}; "
+                f"prepare: {name} is an Enter inside the integer region, after {origins[0]}; "
                 "remove it, or put a Leave before it"
             )
         return True
@@ -135,12 +142,12 @@ def _only_asks(node: fx.Node) -> bool:
 
 
 def _function(node: fx.Node) -> Any:
-    """What a node calls, as a function of its arguments."""
+    """Return the function that a node calls."""
     return getattr(Tensor, node.target, None) if isinstance(node.target, str) else node.target
 
 
 def _named(node: fx.Node) -> str:
-    """What a node calls, and the module whose `forward` does."""
+    """Return the name of the function that a node calls, and the calling module, as text."""
     called: Any = node.args[1] if node.target is getattr else node.target
     stack = list(node.meta.get("nn_module_stack", {}).values())
     caller = stack[-1][0] if stack else ""

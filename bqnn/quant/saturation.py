@@ -18,19 +18,19 @@ def refuse_saturation(net: nn.Module, allow: bool = False) -> None:
 
     Args:
         net: A simulated network, as `bqnn.quant.simulated.prepare` returns it.
-        allow: Whether to warn instead. The spec of every such layer may say so, too.
+        allow: Warn instead of raising an error. `QuantSpec.allow_saturation` has the same effect.
 
     Raises:
-        ArgumentError: A layer would compute wrong sums at its bits.
+        ArgumentError: A layer would compute wrong sums with its bits.
     """
     found = list(_saturating(net))
     if not found:
         return
     name, layer, activation_bits = found[0]
     why = (
-        f"{len(found)} of the network's layers, {name} the first, would saturate on this CPU: with "
-        f"{layer.weight_grid.bits}-bit weights and {activation_bits}-bit activations the engine "
-        f"{layer.engine} adds products up in 16 bits here"
+        f"{len(found)} layers of the network (the first is {name}) would saturate on this CPU: "
+        f"with {layer.weight_grid.bits}-bit weights and {activation_bits}-bit activations, the "
+        f"engine {layer.engine} sums products in 16 bits here"
     )
     if not (allow or all(layer.allow_saturation for _, layer, _ in found)):
         raise ArgumentError(
@@ -42,17 +42,18 @@ def refuse_saturation(net: nn.Module, allow: bool = False) -> None:
 
 
 def _saturating(net: nn.Module) -> Iterator[tuple[str, SimulatedLayer, int]]:
-    """The layers whose sums can be wrong, with the bits of what they may read."""
+    """Yield the layers whose sums can saturate, with the bit width of their inputs."""
     activation_bits = max(
         (
             module.output_quant.bits
             for module in net.modules()
             if isinstance(module, OutputOnGrid)
-            and not (isinstance(module, SimulatedLayer) and module.is_output)  # no layer reads it
+            # No layer reads the outputs of the network.
+            and not (isinstance(module, SimulatedLayer) and module.is_output)
         ),
         default=0,
     )
-    part = net.current if isinstance(net, Ensemble) else net  # members are alike
+    part = net.current if isinstance(net, Ensemble) else net  # members have equal layers
     for name, layer in part.named_modules():
         if isinstance(layer, SimulatedLayer) and kernels.saturates(
             layer.kernel(), layer.weight_grid.bits, activation_bits

@@ -1,9 +1,9 @@
-"""Fake-quantized modules: they compute floats on the grids of the future integers.
+"""Fake-quantized modules, which simulate an int8 network in float.
 
-While gradients are wanted, these floats are what layers compute with. In evaluation without
-gradients each layer instead adds up products of whole numbers, exactly, in floats that are wide
-enough, and rounds as the int8 operators do. So what an int8 network computes is known in advance,
-bit for bit.
+With gradients enabled, layers compute with floats that are rounded to the quantization grids. In
+evaluation without gradients, each layer sums products of integers exactly, in floats of sufficient
+precision, and rounds as the int8 operators do. The results are then bit-equal to those of the
+int8 network.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -37,18 +37,19 @@ from bqnn.quant.stochastic import GaussianGrids, activation_fake_quant, weight_f
 
 
 class OutputOnGrid(nn.Module):
-    """A module whose outputs are rounded to a grid, and whose inputs lie on one."""
+    """Mixin: rounds the outputs of a module to a grid, and requires inputs on a grid."""
 
-    path = ""  # its name in the network
+    path = ""  # the name of the module in the network
 
     def __init__(self, spec: QuantSpec) -> None:
-        nn.Module.__init__(self)  # the next class in line may want arguments
+        nn.Module.__init__(self)  # the next class in the MRO may require arguments
         self.output_quant = activation_fake_quant(spec)
 
     def grids_of(self, *inputs: Tensor) -> list[Grid] | None:
-        """Return the grids of the inputs, or None while rounding is off.
+        """Return the grids of the inputs, or None if rounding is disabled.
 
-        TypeError: an input lies on none, so that int8 would read floats.
+        Raises:
+            TypeError: An input has no grid.
         """
         grids = [grid for grid in map(grid_of, inputs) if grid is not None]
         if not self.output_quant.enabled:
@@ -56,17 +57,17 @@ class OutputOnGrid(nn.Module):
         if len(grids) < len(inputs):
             raise TypeError(
                 f"{self.path or type(self).__name__} reads an input that is not quantized: it is "
-                "outside the integer region, or something before it computes in floats; put an "
+                "outside the integer region, or an operation before it computes in float; put an "
                 "Enter before it (bqnn.layers.markers)"
             )
         return grids
 
     def rounded(self, x: Tensor) -> Tensor:
-        """Outputs on their grid."""
+        """Round outputs to their grid, and attach the grid."""
         return self.on_grid(self.output_quant(x))
 
     def on_grid(self, x: Tensor) -> Tensor:
-        """Outputs that were rounded, marked."""
+        """Attach the grid to outputs that are already rounded."""
         quant = self.output_quant
         if not quant.enabled:
             return x
@@ -75,12 +76,16 @@ class OutputOnGrid(nn.Module):
 
 
 class SimulatedLayer(OutputOnGrid):
-    """A fused layer with its weights and its outputs on their grids.
+    """Base class for fused layers whose weights and outputs are rounded to grids.
 
-    Batch norm is folded into the weights before they are rounded, as it will be in integers.
-    While it learns its statistics, the output is divided by the folded factor and normalized as
-    ever, so that training sees the rounding and batch norm sees what it always did (Krishnamoorthi,
-    arXiv 1806.08342, figure 8). `frozen` ends that: statistics stay as they are.
+    Batch norm is folded into the weights before they are rounded, as in the int8 network. While
+    batch norm learns its statistics, the output is divided by the folded factor again and then
+    normalized, so that training includes the rounding and batch norm sees its usual inputs
+    (Krishnamoorthi, arXiv 1806.08342, figure 8). If `frozen` is set, the statistics stay fixed.
+
+    Args:
+        fused: The layer in float.
+        spec: Bit widths and ranges.
     """
 
     def __init__(self, fused: Fused, spec: QuantSpec) -> None:
@@ -101,7 +106,7 @@ class SimulatedLayer(OutputOnGrid):
             out = self.output_quant(self.before_rounding(rows))
         else:
             out = self.executed(rows, grids[0])
-        if out.dim() != x.dim():  # of a linear layer
+        if out.dim() != x.dim():  # a linear layer with inputs [..., F]
             out = out.reshape(*x.shape[:-1], out.shape[-1])
         return self.on_grid(out)
 
@@ -130,14 +135,20 @@ class SimulatedLayer(OutputOnGrid):
         )
 
     def exact_sums(self, x: Tensor, weight: Tensor, largest: int) -> Tensor:
-        """Apply the linear map to integers x, |x| <= largest; rounded at most once."""
+        """Apply the linear map to integers, and round the exact sums at most once, to float32.
+
+        Args:
+            x: Integers as floats, |x| <= largest: [N, F] or [B, C, H, W].
+            weight: Integers as floats.
+            largest: The bound of |x|.
+        """
         bound = largest * weight.abs().flatten(1).sum(1).max()
-        if bound < 2**24:  # every partial sum is a float32
+        if bound < 2**24:  # float32 holds every partial sum exactly
             return self.linear_map(x, weight)
         return self.linear_map(x.double(), weight.double()).float()
 
     def before_rounding(self, x: Tensor) -> Tensor:
-        """The outputs that `output_quant` rounds."""
+        """Compute the outputs before `output_quant` rounds them."""
         if self.bn is not None and self.training and not self.frozen:
             factor = _nonzero(self.fold()[0])
             out = self.apply_weights(x, factor, None) / _like_outputs(factor)
@@ -147,7 +158,12 @@ class SimulatedLayer(OutputOnGrid):
         return out.relu() if self.relu else out
 
     def fold(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return the factor [C] on the weights and the bias [C] that fold batch norm."""
+        """Fold batch norm into the weights and the bias.
+
+        Returns:
+            The factor gamma / sqrt(var + eps) on the weights [C], None without batch norm, and
+            the folded bias [C].
+        """
         if self.bn is None:
             return None, self.bias
         assert self.bn.running_var is not None
@@ -158,22 +174,24 @@ class SimulatedLayer(OutputOnGrid):
 
     @property
     def weight_grid(self) -> FakeQuant:
-        """Where the weights of a prediction lie."""
+        """The grid of the weights that predictions use."""
         raise NotImplementedError
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weights."""
         raise NotImplementedError
 
     def rounded_weight(self, factor: Tensor | None) -> Tensor:
-        """The weights of a prediction, each output channel times a factor, on their grid."""
+        """Return the weights times `factor` [C] per output channel, rounded to their grid."""
         raise NotImplementedError
 
     def apply_weights(self, x: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The layer's linear map at its rounded weights, each output channel times a factor."""
+        """Apply the linear map with rounded weights, times `factor` [C] per output channel."""
         return self.linear_map(x, self.rounded_weight(factor), bias)
 
     def linear_map(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Apply the linear map with the given weights."""
         return linear_map(x, _laid_out_as(x, weight), bias, self.geometry)
 
     def extra_repr(self) -> str:
@@ -181,7 +199,7 @@ class SimulatedLayer(OutputOnGrid):
 
 
 class SimulatedPointLayer(SimulatedLayer):
-    """A linear layer or convolution with one value per weight."""
+    """A linear layer or convolution with point-valued weights."""
 
     def __init__(self, fused: Fused, spec: QuantSpec) -> None:
         super().__init__(fused, spec)
@@ -201,6 +219,7 @@ class SimulatedPointLayer(SimulatedLayer):
         return self.weight_quant(self.folded_weight(factor))
 
     def folded_weight(self, factor: Tensor | None) -> Tensor:
+        """Return the weights times `factor` [C] per output channel."""
         return self.weight if factor is None else self.weight * FakeQuant.along(self.weight, factor)
 
 
@@ -224,7 +243,7 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):
         return tuple(self.mean.shape)
 
     def rounded_weight(self, factor: Tensor | None) -> Tensor:
-        return self.weights()  # they are drawn with batch norm folded in
+        return self.weights()  # draw() has already folded batch norm
 
     def apply_weights(self, x: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
         if not self.training:
@@ -235,16 +254,16 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):
         )
 
     def draw(self) -> Tensor:
-        """One draw of the weights, with batch norm folded in, on their grid."""
+        """Draw the weights with batch norm folded in, rounded to their grid."""
         factor, _ = self.fold()
         parameters = self.grids.parameters_on_grid(*self.folded_parameters(factor))
         eps = evaluation_noise(self.mean)
-        if factor is not None:  # so that equal noise is an equal draw of the network in float
+        if factor is not None:  # equal noise then gives the same draw as in the float network
             eps *= FakeQuant.along(eps, factor.sign())
         return self.grids.draw(*parameters, eps)
 
     def folded_parameters(self, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-        """mu and sigma of the weights with batch norm folded in; a factor may be negative."""
+        """Return mu * factor and sigma * |factor|, which fold batch norm."""
         if factor is None:
             return self.mean, self.sigma
         factor = FakeQuant.along(self.mean, factor)
@@ -252,7 +271,7 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):
 
 
 class SimulatedEnter(OutputOnGrid, Enter):
-    """Rounds the network's inputs."""
+    """Rounds the inputs of the network."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -266,14 +285,14 @@ class SimulatedEnter(OutputOnGrid, Enter):
 
 
 class SimulatedLeave(Leave):
-    """Gives back floats."""
+    """Returns floats without a grid."""
 
     def forward(self, x: Tensor) -> Tensor:
         return plain(x)
 
 
 class SimulatedAdd(OutputOnGrid, Add):
-    """The rounded residual sum with its ReLU."""
+    """Residual sum with ReLU, rounded."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         grids = self.grids_of(x, y)
@@ -284,7 +303,7 @@ class SimulatedAdd(OutputOnGrid, Add):
 
 
 class SimulatedPool(OutputOnGrid, Pool):
-    """The average over an image, rounded."""
+    """Global average pooling, rounded."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.grids_of(x)
@@ -292,7 +311,7 @@ class SimulatedPool(OutputOnGrid, Pool):
 
 
 class SimulatedDropout(MCDropout):
-    """Dropout on a grid: it scales the step of the grid."""
+    """MC dropout on a grid: the factor 1 / (1 - rate) multiplies the scale of the grid."""
 
     def forward(self, x: Tensor) -> Tensor:
         grid = grid_of(x)
@@ -303,17 +322,34 @@ class SimulatedDropout(MCDropout):
 
 
 def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
-    """Insert fake quantizers into a fused network, in place. Ensemble members get their own.
+    """Insert fake quantizers into a fused network, in place.
 
-    ValueError: nothing is fused, `Enter` or `Leave` are missing, an override of the spec matches
-    no layer, or this torch lacks the engine that the spec names. TypeError: something between
-    `Enter` and `Leave` is not known in integers, a layer stands outside, has hooks or has weights
-    that are not float32. A network that is refused stays as it was.
+    Each member of an ensemble gets its own fake quantizers.
+
+    Args:
+        net: A fused network. It stays unchanged when an error is raised.
+        spec: Bit widths and ranges.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: The network is not fused, has no `Enter` or no `Leave`, an override of the spec
+            matches no layer, or this build of torch lacks the engine.
+        TypeError: An operation between `Enter` and `Leave` cannot run in int8, a layer is outside
+            that region, has hooks, or its weights are not float32.
+
+    Example:
+        >>> from bqnn.quant.fuse import fuse
+        >>> net = nn.Sequential(Enter(), nn.Linear(3, 2), nn.ReLU(), Leave())
+        >>> net = prepare(fuse(net), QuantSpec(weight_bits=4))
+        >>> type(net[1]), net[1].weight_quant.bits
+        (<class 'bqnn.quant.simulated.SimulatedPointLayer'>, 4)
     """
     check_engine(spec.engine)
     if not any(isinstance(module, Fused) for module in net.modules()):
         raise ValueError("prepare: the network has no fused layer; call fuse() on it first")
-    check_region(_parts(net)[0])  # members are copies of one network
+    check_region(_parts(net)[0])  # the members of an ensemble have equal structure
     for part in _parts(net):
         _check_modules(part)
     for part in _parts(net):
@@ -332,7 +368,7 @@ def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
 
 
 def _check_modules(part: nn.Module) -> None:
-    """TypeError where a module has hooks, which would be lost, or weights that are not float32."""
+    """Raise a TypeError if a module has hooks, or weights that are not float32."""
     for name, module in part.named_modules():
         if type(module) in SIMULATED:
             check_no_hooks(name, module)
@@ -340,18 +376,27 @@ def _check_modules(part: nn.Module) -> None:
             for param_name, param in module.named_parameters():
                 if param.dtype != torch.float32:
                     raise TypeError(
-                        f"prepare: {name}.{param_name} is of type {param.dtype}, and quantization "
-                        "takes float32; call float() on the network first"
+                        f"prepare: {name}.{param_name} has dtype {param.dtype}, but quantization "
+                        "requires float32; call float() on the network first"
                     )
 
 
 def replace_modules(
     net: nn.Module, makers: Mapping[type[nn.Module], Callable[[str, Any], nn.Module]]
 ) -> None:
-    """Replace each module with the result of `makers[type(module)](name, module)`.
+    """Replace each module by the result of `makers[type(module)](name, module)`, in place.
 
-    A module that stands in several places stays one. Where a maker raises, the network stays as it
-    was.
+    A module that is used in several places stays one module.
+
+    Args:
+        net: The network. It stays unchanged when a maker raises an error.
+        makers: For each type, a function of the name and the module.
+
+    Example:
+        >>> net = nn.Sequential(nn.ReLU())
+        >>> replace_modules(net, {nn.ReLU: lambda name, relu: nn.Tanh()})
+        >>> net[0]
+        Tanh()
     """
     made: dict[nn.Module, nn.Module] = {}
     places: dict[str, nn.Module] = {}
@@ -377,7 +422,7 @@ def freeze(net: nn.Module, frozen: bool = True) -> None:
 
 
 def enable(net: nn.Module, enabled: bool = True) -> None:
-    """Turn rounding on or off. Without rounding, a prepared network computes as in float."""
+    """Enable or disable rounding. Without rounding, a prepared network computes as in float."""
     for module in net.modules():
         if isinstance(module, FakeQuant):
             module.enabled = enabled
@@ -385,17 +430,32 @@ def enable(net: nn.Module, enabled: bool = True) -> None:
 
 @torch.no_grad()
 def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """Set all ranges from the float network's activations for these inputs, without training.
+    """Set all ranges from the activations of the float network, without training.
 
-    ValueError: there are no inputs, they are not finite, or a fake quantizer saw nothing of them.
-    TypeError: the network does something with its activations that integers cannot follow.
+    Args:
+        net: A prepared network. It moves to evaluation mode.
+        batches: Inputs [B, ...] of the network.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: There are no inputs, they are not finite, or a fake quantizer received no data.
+        TypeError: The network uses an operation that cannot run in int8.
+
+    Example:
+        >>> from bqnn.quant.fuse import fuse
+        >>> net = nn.Sequential(Enter(), nn.Linear(3, 2), nn.ReLU(), Leave())
+        >>> net = calibrate(prepare(fuse(net), QuantSpec()), [torch.randn(8, 3)])
+        >>> net(torch.randn(4, 3)).shape
+        torch.Size([4, 2])
     """
     quants = [module for module in net.modules() if isinstance(module, FakeQuant)]
     net.eval()
     enable(net, False)
     for quant in quants:
         quant.train()
-    first = None  # batch
+    first = None  # the first batch
     for inputs in batches:
         refuse_non_finite(inputs)
         first = inputs if first is None else first
@@ -408,17 +468,17 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     for name, module in net.named_modules():
         if isinstance(module, FakeQuant) and not module.has_range:
             raise ValueError(
-                f"calibrate: {name} has seen no data, so it has no range; give one batch or more "
-                "that pass through all of the network"
+                f"calibrate: {name} has no range, because it has seen no data; pass at least one "
+                "batch that reaches every layer"
             )
-    if first is not None:  # what integers cannot follow is said now
+    if first is not None:  # raises the error of an operation that cannot run in int8
         for part in _parts(net):
             part(first)
     return net
 
 
 def _parts(net: nn.Module) -> list[nn.Module]:
-    """The networks that are quantized on their own: the members of an ensemble, or all of it."""
+    """Return the parts with their own grids: an ensemble's networks, or the network itself."""
     return [net.current, *net.members] if isinstance(net, Ensemble) else [net]
 
 
@@ -427,7 +487,7 @@ def _simulated_layer(fused: Fused, spec: QuantSpec) -> SimulatedLayer:
     return (SimulatedGaussianLayer if is_gaussian else SimulatedPointLayer)(fused, spec)
 
 
-ROUNDED = (Fused, Enter, Add, Pool)  # what an override can name
+ROUNDED = (Fused, Enter, Add, Pool)  # the modules that an override can name
 SIMULATED: dict[type[nn.Module], Callable[[Any, QuantSpec], Any]] = {
     Fused: _simulated_layer,
     Enter: lambda _, spec: SimulatedEnter(spec),
@@ -439,13 +499,16 @@ SIMULATED: dict[type[nn.Module], Callable[[Any, QuantSpec], Any]] = {
 
 
 def _nonzero(factor: Tensor | None) -> Tensor:
-    """The factor, and 1 where dividing by it would overflow: batch norm is constant there."""
+    """Replace factors near 0 by 1, so that division does not overflow.
+
+    Batch norm is constant there.
+    """
     assert factor is not None
     return torch.where(factor.abs() > 1e-12, factor, torch.ones_like(factor))
 
 
 def _laid_out_as(x: Tensor, weight: Tensor) -> Tensor:
-    """The weight in channels_last where the inputs are: a convolution goes by its weight."""
+    """Convert weights to the layout of the inputs; outputs take the layout of the weights."""
     last = torch.channels_last
     return weight.to(memory_format=last) if layout(x) == last else weight
 

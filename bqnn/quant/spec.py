@@ -1,4 +1,4 @@
-"""QuantSpec: bit widths, and how ranges are chosen."""
+"""QuantSpec: the bit widths and ranges of a quantization."""
 
 from __future__ import annotations
 
@@ -15,28 +15,42 @@ ENGINES = ("fbgemm", "x86", "onednn")
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How a network is quantized.
+    """The bit widths and ranges of a quantization.
 
-    weight_bits, activation_bits: 2 to 8, stored in 8-bit containers. Activations are unsigned and
-    affine. output_bits: of the network's outputs, the logits or the mean and log variance, which no
-    integer layer reads; None for activation_bits. weight_granularity: a scale per output `channel`,
-    or one per `tensor`.
+    Integers have 2 to 8 bits and are stored in 8-bit containers. Activations are unsigned and
+    affine. The strategies for Gaussian weights are those of Borras et al. (arXiv 2512.10602).
 
-    Of Bayes-by-backprop alone: `strategy` says what lies on a grid, as in Borras et al. (arXiv
-    2512.10602): the variational `parameters` mu and sigma (the sampled weights then keep all 8
-    bits of their container), the sampled `weights`, or `both`. sigma_bits: None for weight_bits;
-    sigma_grid: `linear` or `log`-spaced levels; noise_bits: of eps and of sigma * eps, on
-    +-noise_range standard deviations.
+    Args:
+        weight_bits: Bit width of the weights.
+        activation_bits: Bit width of the activations.
+        output_bits: Bit width of the network's outputs, which no integer layer reads; None for
+            `activation_bits`.
+        weight_granularity: One scale per output `channel`, or one per `tensor`.
+        weight_symmetric: Whether the zero point of the weights is 0.
+        weight_observer: Range of the weights: `minmax` of their current values, or the
+            `moving_average` of minimum and maximum.
+        activation_observer: Range of the activations: `moving_average` or `minmax` over training
+            batches, or `histogram`, which minimizes the squared error and supports only
+            calibration.
+        strategy: For Gaussian weights, the rounded quantities: the `parameters` mu and sigma (draws
+            are rounded to 8 bits), the drawn `weights`, or `both`.
+        sigma_bits: For Gaussian weights, the bit width of sigma; None for `weight_bits`.
+        sigma_grid: For Gaussian weights, the spacing of sigma's grid: `linear` or `log`.
+        noise_bits: For Gaussian weights, the bit width of eps and of sigma * eps.
+        noise_range: For Gaussian weights, the range of the noise in standard deviations.
+        engine: `fbgemm`, `x86` or `onednn`.
+        allow_saturation: Warn, instead of raising an error, if int8 sums saturate on this CPU.
+        overrides: Dictionaries with the key `layer`, a glob over layer names, and bit widths for
+            these layers; the last match wins.
 
-    weight_observer: `minmax` of the weights as they are, or their `moving_average`.
-    activation_observer: `moving_average` or `minmax` over training batches, or `histogram`, which
-    minimizes the squared error and only calibrates (without training).
+    Raises:
+        ValueError: A value is invalid.
+        TypeError: A number has an invalid type.
 
-    allow_saturation: run in int8 even where this CPU's instructions compute wrong sums, which is
-    refused otherwise.
-
-    overrides: dictionaries with `layer`, a glob over layer names, and the bits that differ there;
-    later ones win.
+    Example:
+        >>> spec = QuantSpec(weight_bits=4, overrides=[{"layer": "output.*", "weight_bits": 8}])
+        >>> spec.for_layer("features.1").weight_bits, spec.for_layer("output.0").weight_bits
+        (4, 8)
     """
 
     weight_bits: int = 8
@@ -71,21 +85,32 @@ class QuantSpec:
         for name in ("weight_symmetric", "allow_saturation"):
             value = getattr(self, name)
             if not isinstance(value, bool):
-                raise ArgumentError(f"{name}={_shown(value)}: true or false", name)
+                raise ArgumentError(f"{name}={_shown(value)}: choose true or false", name)
         reason = "in standard deviations, above 0; 3 is usual"
         noise_range = real_number("noise_range", self.noise_range, reason, 0, without=(0,))
         object.__setattr__(self, "noise_range", noise_range)
         if self.engine == "onednn" and not self.weight_symmetric:
             raise ArgumentError(
-                "engine=onednn takes symmetric weights only; set weight_symmetric=true or choose "
-                "fbgemm or x86",
+                "engine=onednn supports only symmetric weights; set weight_symmetric=true, or "
+                "choose fbgemm or x86",
                 *("engine", "weight_symmetric"),
             )
         object.__setattr__(self, "overrides", tuple(_checked_override(o) for o in self.overrides))
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> QuantSpec:
-        """Build a spec from a configuration or recipe. ValueError: a key is not a field."""
+        """Create a spec from the options of a configuration or recipe.
+
+        Args:
+            options: Arguments by name.
+
+        Raises:
+            ValueError: A key or a value is invalid.
+
+        Example:
+            >>> QuantSpec.from_dict({"weight_bits": 4}).weight_bits
+            4
+        """
         known = {field.name for field in fields(cls)}
         for key in options:
             if key not in known:
@@ -98,21 +123,27 @@ class QuantSpec:
             )
         try:
             return cls(**options)
-        except ArgumentTypeError as error:  # a number of another kind
+        except ArgumentTypeError as error:  # in a file, a wrong type is a wrong value
             raise ArgumentError(str(error), *error.names) from None
 
     @classmethod
     def from_config(cls, options: Mapping[str, Any]) -> QuantSpec:
-        """The spec in the group `quant` of a configuration, which also says how to get there.
+        """Create a spec from the group `quant` of a configuration.
+
+        The options of the procedure, such as `mode`, are ignored, except that `mode` selects the
+        default observer.
+
+        Args:
+            options: The group.
 
         Raises:
-            ValueError: In one line, with the key of the configuration.
+            ValueError: An option is invalid. The message names its key.
         """
         with prefixed("quant"):
             if options["mode"] not in ("qat", "ptq"):
                 raise ArgumentError(
-                    f"mode={_shown(options['mode'])}: choose qat, which trains, or ptq, which "
-                    "calibrates",
+                    f"mode={_shown(options['mode'])}: choose qat (quantization-aware training) or "
+                    "ptq (post-training quantization)",
                     "mode",
                 )
             spec = {key: value for key, value in options.items() if key not in PROCEDURE}
@@ -121,11 +152,16 @@ class QuantSpec:
             return cls.from_dict(spec)
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec in plain JSON types."""
+        """Convert the spec to JSON types."""
         return {**asdict(self), "overrides": [dict(override) for override in self.overrides]}
 
     def for_layer(self, name: str, is_output: bool = False) -> QuantSpec:
-        """The spec of one layer, with its overrides applied."""
+        """Return the spec of a layer, with its overrides applied.
+
+        Args:
+            name: The name of the layer in the network.
+            is_output: Whether the layer computes the outputs, which have `output_bits`.
+        """
         bits: dict[str, Any] = {}
         if is_output and self.output_bits is not None:
             bits["activation_bits"] = self.output_bits
@@ -139,8 +175,8 @@ class QuantSpec:
         for override in self.overrides:
             if not any(fnmatchcase(name, override["layer"]) for name in names):
                 raise ArgumentError(
-                    f"overrides: layer={short(override['layer'])} matches no layer; "
-                    f"there are {', '.join(names)}",
+                    f"overrides: layer={short(override['layer'])} matches no layer; choose from "
+                    f"{', '.join(names)}",
                     "overrides",
                 )
 
@@ -154,7 +190,7 @@ BITS = (*LAYER_BITS, "output_bits")
 def _checked_bits(name: str, bits: object) -> int | None:
     if name in ("sigma_bits", "output_bits") and bits is None:
         return None
-    return whole_number(name, bits, "integers live in 8-bit containers; choose 2 to 8", 2, 8)
+    return whole_number(name, bits, "integers are stored in 8 bits; choose 2 to 8", 2, 8)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -165,7 +201,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def _checked_override(override: object) -> dict[str, Any]:
     if not isinstance(override, Mapping):
         raise ArgumentError(
-            f"overrides: {short(override)} is no dictionary; write "
+            f"overrides: {short(override)} is not a dictionary; write "
             "'overrides=[{layer: output.*, weight_bits: 8}]'",
             "overrides",
         )
@@ -173,8 +209,8 @@ def _checked_override(override: object) -> dict[str, Any]:
     if type(layer) is not str or len(layer) > 200 or unknown or len(override) < 2:
         keys = ", ".join(sorted(_shown(key) for key in override)[:8])
         raise ArgumentError(
-            f"overrides: one that has {keys or 'nothing'} needs a layer (a glob) and one or more "
-            f"of {', '.join(LAYER_BITS)}",
+            f"overrides: an entry with {keys or 'no keys'} needs the key layer (a glob) and at "
+            f"least one of {', '.join(LAYER_BITS)}",
             "overrides",
         )
     return {
@@ -184,5 +220,5 @@ def _checked_override(override: object) -> dict[str, Any]:
 
 
 def _shown(value: object) -> str:
-    """A value for a message, as it is written on the command line: texts without quotes."""
+    """Format a value for a message as on the command line: strings without quotes."""
     return short(value)[1:-1] if type(value) is str else short(value)

@@ -1,4 +1,4 @@
-"""The grids of a Gaussian posterior: mu, sigma, the noise, and the weights drawn from them."""
+"""The quantization grids of Gaussian weights: of mu, sigma, the noise, and the drawn weights."""
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +8,22 @@ from bqnn.quant.spec import QuantSpec
 
 
 class LogFakeQuant(nn.Module):
-    """Rounds positive numbers to log-spaced levels between the smallest and the largest.
+    """Rounds positive numbers to log-spaced levels from the smallest to the largest.
 
         log(x_q) = log_max + Q(log(x) - log_max)
 
-    with Q a grid whose largest point is zero. The levels between keep their ratio, so that small
-    standard deviations survive at few bits.
+    Q is a grid whose largest value is 0. Neighboring levels have a constant ratio, so that small
+    standard deviations do not become 0 at low bit widths.
+
+    Args:
+        bits: The bit width.
+        channels: The number of channels in dimension 0, each with its own grid, or None.
+
+    Example:
+        >>> quant = LogFakeQuant(2, None)
+        >>> sigma = torch.tensor([[0.125, 0.25, 0.5, 1.0]])
+        >>> torch.allclose(quant(sigma), sigma), quant.integers(sigma)
+        (True, tensor([[0, 1, 2, 3]], dtype=torch.uint8))
     """
 
     log_max: Tensor
@@ -36,12 +46,12 @@ class LogFakeQuant(nn.Module):
 
     @torch.no_grad()
     def integers(self, x: Tensor) -> Tensor:
-        """The level of each entry, 0 the smallest, in uint8."""
+        """Quantize `x` to the numbers of its levels, in uint8; 0 is the smallest level."""
         log_max = FakeQuant.along(x, self.log_max)
         return self.exponent.integers(x.clamp_min(1e-30).log() - log_max)
 
     def dequantize(self, integers: Tensor) -> Tensor:
-        """The numbers that levels stand for, bit for bit those that `forward` gives."""
+        """Convert the numbers of levels to floats, bit-equal to the results of `forward`."""
         log_max = FakeQuant.along(integers, self.log_max)
         return (self.exponent.dequantize(integers) + log_max).exp()
 
@@ -49,10 +59,18 @@ class LogFakeQuant(nn.Module):
 class GaussianGrids(nn.Module):
     """The grids of mu, sigma and the weights w drawn from N(mu, sigma^2).
 
-    With the strategy `both`, w = Q(Q(mu) + Q(Q(sigma) Q(eps))); the last Q has the grid of mu, so
-    that a weight without noise is not rounded twice. With `parameters`, w = Q8(Q(mu) + Q(sigma)
-    eps); with `weights`, w = Q(mu + sigma eps). Ranges come from mu and sigma, as far as
-    noise_range standard deviations: no draw has to be watched.
+    The strategy of the spec defines the rounding of a draw:
+
+        both        w = Q(Q(mu) + Q(Q(sigma) Q(eps)))
+        parameters  w = Q8(Q(mu) + Q(sigma) eps)
+        weights     w = Q(mu + sigma eps)
+
+    With `both`, mu and w have the same grid, so that a weight without noise is not rounded twice.
+    The ranges are mu +- noise_range * sigma, so no draws need to be observed.
+
+    Args:
+        spec: Bit widths and ranges.
+        num_channels: The number of output channels.
     """
 
     def __init__(self, spec: QuantSpec, num_channels: int) -> None:
@@ -82,7 +100,15 @@ class GaussianGrids(nn.Module):
             )
 
     def parameters_on_grid(self, mean: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """Q(mu) and Q(sigma); in training mode their ranges are set first."""
+        """Round mu and sigma; training mode updates the ranges first.
+
+        Args:
+            mean: mu of the weights [C, ...].
+            sigma: Standard deviations, shaped like `mean`.
+
+        Returns:
+            Q(mu) and Q(sigma).
+        """
         if self.sigma is not None:
             sigma = self.sigma(sigma)
         if self.weight.training and not self.weight.frozen:
@@ -97,14 +123,20 @@ class GaussianGrids(nn.Module):
         return (mean if self.mean is None else self.mean.round(mean)), sigma
 
     def draw(self, mean: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
-        """One draw of the weights, on the grid of `weight`, from Q(mu), Q(sigma) and noise."""
+        """Draw the weights, on the grid of `weight`.
+
+        Args:
+            mean: Q(mu) [C, ...].
+            sigma: Q(sigma), shaped like `mean`.
+            eps: N(0, 1) noise, shaped like `mean`.
+        """
         if self.noise is None or self.product is None:
             return self.weight.round(torch.addcmul(mean, sigma, eps))
         return self.weight.round(self.product.round(self.noise.round(eps) * sigma) + mean)
 
 
 def weight_fake_quant(spec: QuantSpec, num_channels: int, bits: int | None = None) -> FakeQuant:
-    """The grid of a layer's weights, with a scale per output channel or one for all."""
+    """Create the fake quantizer of a layer's weights; `bits` overrides the spec."""
     return make_fake_quant(
         spec.weight_bits if bits is None else bits,
         signed=True,
@@ -115,7 +147,7 @@ def weight_fake_quant(spec: QuantSpec, num_channels: int, bits: int | None = Non
 
 
 def activation_fake_quant(spec: QuantSpec) -> FakeQuant:
-    """The grid of an activation: unsigned, affine, one scale."""
+    """Create the fake quantizer of an activation: unsigned and affine, with one scale."""
     kind = spec.activation_observer
     return make_fake_quant(
         spec.activation_bits,

@@ -1,4 +1,4 @@
-"""Per-layer summary of a quantization: integers, sizes, and agreement with the simulation."""
+"""Summary of a quantized network: integers, sizes, and agreement of int8 with the simulation."""
 
 import logging
 from collections.abc import Iterator
@@ -22,23 +22,30 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WeightIntegers:
-    """The integers of a weight tensor, and their grid."""
+    """The integers of a weight tensor, and their grid.
 
-    name: str  # weight, mean or sigma
+    Attributes:
+        name: `weight`, `mean` or `sigma`.
+        values: The integers, shaped like the weights.
+        floats: The values before rounding; for log-spaced levels, sigma itself.
+        quant: The grid.
+    """
+
+    name: str
     values: Tensor
-    floats: Tensor  # before rounding
+    floats: Tensor
     quant: FakeQuant
 
     @property
     def steps(self) -> Tensor:
-        """The floats in units of their grid's step, where the integers are."""
+        """The values before rounding, on the scale of the integers."""
         floats = self.floats.detach()
         quant = self.quant
         return floats / quant.along(floats, quant.scale) + quant.along(floats, quant.zero_point)
 
 
 def weight_integers(layer: SimulatedLayer) -> list[WeightIntegers]:
-    """The integers that a fake-quantized layer stores, with batch norm folded in."""
+    """Return the stored integers of a fake-quantized layer, with batch norm folded in."""
     with torch.no_grad():
         factor, _ = layer.fold()
         if isinstance(layer, SimulatedPointLayer):
@@ -48,7 +55,7 @@ def weight_integers(layer: SimulatedLayer) -> list[WeightIntegers]:
         grids, stored = layer.grids, []
         for name, floats in zip(("mean", "sigma"), layer.folded_parameters(factor), strict=True):
             quant = getattr(grids, name)
-            if quant is None:  # the strategy `weights` rounds what is drawn from them
+            if quant is None:  # the strategy `weights` rounds only draws
                 if name == "mean":
                     stored.append(
                         WeightIntegers("mean", grids.weight.integers(floats), floats, grids.weight)
@@ -60,7 +67,7 @@ def weight_integers(layer: SimulatedLayer) -> list[WeightIntegers]:
 
 
 def simulated_layers(net: nn.Module) -> Iterator[tuple[str, SimulatedLayer]]:
-    """The fake-quantized layers that predictions are made with, and their names."""
+    """Yield the names and fake-quantized layers that predictions use."""
     for name, layer in net.named_modules():
         is_spare = isinstance(net, Ensemble) and len(net) > 0 and name.startswith("current.")
         if isinstance(layer, SimulatedLayer) and not is_spare:
@@ -70,10 +77,13 @@ def simulated_layers(net: nn.Module) -> Iterator[tuple[str, SimulatedLayer]]:
 def layer_rows(
     net: nn.Module, start: nn.Module, disagreements: dict[str, "Disagreement"]
 ) -> list[dict[str, Any]]:
-    """A row for each weight tensor of a prepared network, for quantization.csv.
+    """Return the rows of quantization.csv, one for each weight tensor of a prepared network.
 
-    start: the network as it was before it was fine-tuned, prepared as well. `moved_share` is
-    the share of weights whose integer is another one since.
+    Args:
+        net: The prepared network.
+        start: The prepared network before fine-tuning. `moved_share` is the share of weights whose
+            integer differs from it. Its grids are replaced by those of `net`.
+        disagreements: The results of `check_agreement`.
     """
     rows = []
     for name, layer in simulated_layers(net):
@@ -114,10 +124,14 @@ def layer_rows(
 
 
 def sizes(net: nn.Module) -> dict[str, int]:
-    """Bytes of the parameters: in float32, in 8-bit containers, and packed at the chosen bits.
+    """Compute the size of the parameters of a prepared network.
 
-    Integers come with their scales and zero points and the biases, which stay float. A Gaussian
-    weight has two numbers, mu and sigma.
+    Integer sizes include scales, zero points and the float32 biases. A Gaussian weight counts
+    twice, as mu and sigma.
+
+    Returns:
+        Bytes in float32 (`float_bytes`), in 8-bit containers (`int8_bytes`), and packed at the
+        bit widths of the spec (`packed_bytes`).
     """
     total = {"float_bytes": 0, "int8_bytes": 0, "packed_bytes": 0}
     for _, layer in simulated_layers(net):
@@ -136,21 +150,32 @@ def sizes(net: nn.Module) -> dict[str, int]:
 
 @dataclass
 class Disagreement:
-    """The share and the size of a module's differences between int8 and simulation."""
+    """The differences between int8 and simulation in the outputs of a module.
+
+    Attributes:
+        differing: The number of differing integers.
+        total: The number of integers.
+        largest: The largest difference, in steps of the output grid.
+
+    Example:
+        >>> Disagreement(differing=1, total=4, largest=1).share
+        0.25
+    """
 
     differing: int
     total: int
-    largest: int  # in steps of the output's grid
+    largest: int
 
     @property
     def share(self) -> float:
+        """The share of differing integers, from 0 to 1."""
         return self.differing / self.total
 
 
 def disagreements(
     simulated: nn.Module, integer: nn.Module, x: Tensor, index: int = 0
 ) -> dict[str, Disagreement]:
-    """Return the differences between int8 and simulation per module, see `twins`."""
+    """Compare int8 with the simulation for each module; `twins` describes the arguments."""
     results = {}
     for twin in twins(simulated, integer, x, index):
         steps = (twin.got - twin.expected).abs()
@@ -162,11 +187,23 @@ def disagreements(
 def check_agreement(
     simulated: nn.Module, integer: nn.Module, x: Tensor, *, only_warn: bool = False
 ) -> dict[str, Disagreement]:
-    """Compare every layer, and the outputs, of an int8 network with the simulation, for inputs x.
+    """Compare every layer and the outputs of an int8 network with its simulation.
 
-    A difference of one step is a warning: rounding ties may fall on another side on a CPU whose
-    kernels are not known. ValueError: there is more than that, unless `only_warn`. TypeError: the
-    network does not run in int8. Returns what differs in each layer, of all members of an ensemble.
+    A difference of one step logs a warning, because a CPU with unknown kernels may round ties
+    differently.
+
+    Args:
+        simulated: The prepared network.
+        integer: The int8 network.
+        x: Inputs [B, ...].
+        only_warn: Log a warning, instead of raising an error, for larger differences, too.
+
+    Returns:
+        The differences of each layer, for all members of an ensemble.
+
+    Raises:
+        ValueError: Layers differ by more than one step, or only the outputs differ.
+        TypeError: The network cannot run in int8.
     """
     found: dict[str, Disagreement] = {}
     for index in range(len(simulated) if isinstance(simulated, Ensemble) and len(simulated) else 1):
@@ -176,21 +213,26 @@ def check_agreement(
         except (NotImplementedError, RuntimeError) as error:
             reason = str(error).strip().partition("\n")[0][:200]
             raise TypeError(
-                f"int8: the network does not run in integers: {reason}; put a Leave before what is "
-                "no operation on integers (bqnn.layers.markers)"
+                f"int8: the network cannot run in integers: {reason}; put a Leave before the float "
+                "operation (bqnn.layers.markers)"
             ) from error
         warn_of_differences(found, only_warn)
         if not any(each.differing for each in found.values()) and not torch.equal(*outputs):
             raise ValueError(
-                "int8: every layer computes the simulated integers, but the outputs differ: "
-                "something between the layers is no operation on integers; put a Leave before it "
+                "int8: every layer computes the simulated integers, but the outputs differ: an "
+                "operation between the layers cannot run in integers; put a Leave before it "
                 "(bqnn.layers.markers)"
             )
     return found
 
 
 def warn_of_differences(found: dict[str, Disagreement], only_warn: bool = True) -> None:
-    """Say where integers differ; ValueError where they do by more than a step, not `only_warn`."""
+    """Warn if int8 differs from the simulation.
+
+    Args:
+        found: The differences of each layer.
+        only_warn: If False, differences of more than one step raise a ValueError.
+    """
     differing = {name: each for name, each in found.items() if each.differing > 0}
     if not differing:
         return
@@ -208,7 +250,15 @@ def warn_of_differences(found: dict[str, Disagreement], only_warn: bool = True) 
 
 @dataclass(frozen=True, eq=False)
 class Twin:
-    """A fake-quantized module, what it read, its integers, and those of its int8 twin for that."""
+    """A fake-quantized module and its int8 twin on the same inputs.
+
+    Attributes:
+        name: The name of the module in the network.
+        module: The fake-quantized module.
+        inputs: The inputs of both, as floats.
+        expected: The integers of the fake-quantized module.
+        got: The integers of the int8 module.
+    """
 
     name: str
     module: nn.Module
@@ -221,8 +271,16 @@ class Twin:
 def twins(simulated: nn.Module, integer: nn.Module, x: Tensor, index: int = 0) -> Iterator[Twin]:
     """Run each module of the int8 network on the inputs of its simulated twin.
 
-    One draw of both networks, number `index`, is made from equal noise. There is a twin for each
-    module whose outputs are quantized and that this draw used.
+    Both networks use one draw, made from equal noise.
+
+    Args:
+        simulated: The prepared network.
+        integer: The int8 network.
+        x: Inputs [B, ...].
+        index: The number of the draw.
+
+    Returns:
+        An iterator over the modules that the draw used and whose outputs are quantized.
     """
     seen = _record(simulated, x, index, lambda module: hasattr(module, "output_quant"))
     grids = _record(integer, x, index, lambda module: hasattr(module, "grid"))
@@ -246,12 +304,12 @@ def _drawn_output(net: nn.Module, x: Tensor, index: int) -> Tensor:
 
 
 def comparison_noise() -> torch.Generator:
-    """Equal noise for two networks that are compared."""
+    """Create the generator that gives both compared networks the same noise."""
     return torch.Generator().manual_seed(stream_seed(0, Stream.COMPARISON))
 
 
 def _take_grids(to: nn.Module, source: nn.Module) -> None:
-    """Give a layer the grids of its twin, so that their integers can be compared."""
+    """Copy the grids of a layer's twin, so that their integers can be compared."""
     for name, module in source.named_modules():
         if isinstance(module, FakeQuant | LogFakeQuant):
             to.get_submodule(name).load_state_dict(module.state_dict())
@@ -260,12 +318,12 @@ def _take_grids(to: nn.Module, source: nn.Module) -> None:
 def _record(
     net: nn.Module, x: Tensor, index: int, wanted: Any
 ) -> dict[str, tuple[tuple[Tensor, ...], Tensor]]:
-    """Inputs and output of the wanted modules in one pass at one draw."""
+    """Record the inputs and the output of the wanted modules, in one pass of one draw."""
     kept: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
 
     def keep(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            # Copies: what comes next may change them in place, as nn.ReLU(inplace=True) does.
+            # Later modules may change a tensor in place, as nn.ReLU(inplace=True) does.
             kept[name] = (tuple(plain(x).clone() for x in inputs), plain(output).clone())
 
         return hook

@@ -344,16 +344,18 @@ def test_members_are_counted_before_any_is_made(
     for count in (10_000, 2, -1, 2**40, [1, 1], 1.0):
         state = {**model.state_dict(), "net.collected": torch.tensor(count)}
         path = saved(tmp_path / "a.ckpt", recipe=model.recipe, state_dict=state)
-        with pytest.raises(ValueError, match=r"net.collected (says|is no count)"):
+        with pytest.raises(ValueError, match=r"net.collected(=| is not a number)"):
             load(path)
     state = {**model.state_dict(), "net.collected": torch.tensor(10_000)}
     state["net.members.9999.output.heads.0.linear.bias"] = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"net.collected says 10000 members, but not all"):
+    with pytest.raises(ValueError, match=r"net.collected=10000 members, but the state has not all"):
         load(saved(tmp_path / "a.ckpt", recipe=model.recipe, state_dict=state))
     names = model.net.current.state_dict()  # empty tensors take no room in a file
     state |= {f"net.members.{i}.{n}": torch.zeros(0) for i in range(20) for n in names}
     state["net.collected"] = torch.tensor(20)
-    with pytest.raises(ValueError, match=r"net.collected says [0-9]+ members, but not all"):
+    with pytest.raises(
+        ValueError, match=r"net.collected=[0-9]+ members, but the state has not all"
+    ):
         load(saved(tmp_path / "a.ckpt", recipe=model.recipe, state_dict=state))
 
 

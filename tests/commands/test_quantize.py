@@ -144,10 +144,10 @@ def test_a_broken_match_of_a_pattern_fails_alone(
         (["quant.weight_bits=9"], "quant.weight_bits=9"),
         (["quant.engine=qnnpack"], "quant.engine=qnnpack"),
         (["quant.mode=dynamic"], "quant.mode=dynamic"),
-        (["quant.overrides=[{layer: conv1, weight_bits: 8}]"], "matches no layer; there are"),
-        (["quant.activation_observer=histogram"], "only calibrates"),
+        (["quant.overrides=[{layer: conv1, weight_bits: 8}]"], "matches no layer; choose from"),
+        (["quant.activation_observer=histogram"], "only calibration"),
         (["select=worst"], "select=worst: choose all or best"),
-        (["trainer.precision=bf16-mixed"], "needs 32-true"),
+        (["trainer.precision=bf16-mixed"], "choose 32-true"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(

@@ -94,7 +94,7 @@ def test_a_draw_beyond_the_members_is_refused():
 def test_what_cannot_be_copied_is_refused_before_any_training():
     norms = (torch.nn.utils.spectral_norm, torch.nn.utils.parametrizations.spectral_norm)
     old, new = (nn.Sequential(norm(nn.Linear(2, 2))) for norm in norms)
-    with pytest.raises(TypeError, match=r"^0\.weight is a tensor and no parameter"):
+    with pytest.raises(TypeError, match=r"^0\.weight is a tensor but neither a parameter"):
         Ensemble(old, num_members=2)
     ensemble = Ensemble(new, num_members=2)
     x = torch.ones(3, 2)

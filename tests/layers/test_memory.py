@@ -1,4 +1,4 @@
-"""Layers whose parameters lie in the same memory are refused where that would be lost."""
+"""Layers whose parameters share memory are refused where that would be lost."""
 
 import copy
 from collections.abc import Callable
@@ -102,7 +102,7 @@ def test_what_lies_in_the_same_memory_is_refused(conversion, made):
     overlapping = OVERLAPPING[made]()
     before = copy.deepcopy(overlapping.state_dict())
     with pytest.raises(
-        TypeError, match=r"(lie in the same memory|are one parameter), and .*; give each"
+        TypeError, match=r"(share memory|are one parameter), and .*; give each"
     ) as error:
         CONVERSIONS[conversion](overlapping)
     assert "1.weight" in str(error.value)

@@ -60,7 +60,7 @@ def test_nothing_to_replace_is_a_count_of_zero():
 def test_an_unknown_layer_with_weights_is_refused_by_its_path(layer):
     net = nn.Sequential(nn.ReLU(), nn.ModuleDict({"deep": layer}))
     kind = type(layer).__name__
-    with pytest.raises(TypeError, match=rf"1\.deep is a {kind}.* it knows Linear, BatchNorm2d"):
+    with pytest.raises(TypeError, match=rf"1\.deep is a {kind}.* it supports Linear, BatchNorm2d"):
         swap(net, {nn.Linear: to_identity}, keep=(nn.BatchNorm2d,))
 
 
@@ -144,7 +144,7 @@ LOST: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
     ),
     "parameter of the network": (
         lambda net: net.register_parameter("gain", nn.Parameter(torch.ones(1))),
-        r"^the network is a Sequential, which .* know",
+        r"^the network is a Sequential, which .* does not support",
     ),
     "open sizes": (
         lambda net: setattr(net[5], "weight", nn.UninitializedParameter()),
@@ -152,13 +152,16 @@ LOST: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
     ),
     "complex numbers": (
         lambda net: replace(net, nn.Linear(8, 8, dtype=torch.complex64)),
-        r"^6\.weight is of type torch\.complex64",
+        r"^6\.weight has dtype torch\.complex64",
     ),
     "whole numbers": (
         lambda net: setattr(net[5], "weight", whole_numbers()),
-        r"^5\.weight is of type torch\.int32",
+        r"^5\.weight has dtype torch\.int32",
     ),
-    "subclass": (lambda net: replace(net, Wider(8, 8)), r"^6 is a Wider, which .* know"),
+    "subclass": (
+        lambda net: replace(net, Wider(8, 8)),
+        r"^6 is a Wider, which .* does not support",
+    ),
     "reflected border": (
         lambda net: net.__setitem__(1, nn.Conv2d(1, 2, 3, padding_mode="reflect")),
         r"^1: padding_mode='reflect'",
@@ -177,7 +180,7 @@ LOST: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
     "gradient": (lambda net: net[5].register_full_backward_hook(print), r"^5 has backward hooks"),
     "forward": (
         lambda net: setattr(net[5], "forward", types.MethodType(nn.Linear.forward, net[5])),
-        r"^5 has a forward of its own",
+        r"^5 has a replaced forward",
     ),
     "tied weight": (lambda net: share(net, "weight"), r"^5\.weight and 6\.weight are one"),
     "tied bias": (lambda net: share(net, "bias"), r"^5\.bias and 6\.bias are one"),
@@ -297,7 +300,7 @@ def test_conversions_keep_the_type_of_numbers_and_quantization_takes_float32(dty
     assert {param.dtype for param in net.parameters()} == {dtype}
     assert net.eval()(torch.ones(2, 1, 4, 4, dtype=dtype)).dtype == dtype
     fuse(net)
-    with pytest.raises(TypeError, match=rf"1\.layer\.mean is of type {dtype}.* call float\(\)"):
+    with pytest.raises(TypeError, match=rf"1\.layer\.mean has dtype {dtype}.* call float\(\)"):
         prepare(net, QuantSpec())
     assert not is_prepared(net)
     assert is_prepared(prepare(net.float(), QuantSpec()))
@@ -313,7 +316,7 @@ def test_one_gaussian_layer_in_two_places_is_not_quantized_to_two_draws():
     shared = nn.Linear(8, 8)
     net = nn.Sequential(Enter(), shared, nn.ReLU(), shared, Leave())
     fuse(to_bayes(plain(), 1.0, -3.0))
-    with pytest.raises(TypeError, match="1 and 3 are one layer"):
+    with pytest.raises(TypeError, match="1 and 3 are one Bayesian layer"):
         fuse(to_bayes(net, 1.0, -3.0))
 
 

@@ -91,7 +91,7 @@ def executed_and_expected(
 @pytest.mark.parametrize("engine", ENGINES)
 def test_ties_fall_on_the_side_that_the_kernel_takes(engine: str, kind: str, scheme: str) -> None:
     if engine == "onednn" and scheme == "affine":
-        pytest.skip("oneDNN takes symmetric weights only")
+        pytest.skip("oneDNN supports only symmetric weights")
     for seed, rows in enumerate((1, 2, 16, 16)):
         made = near_ties(
             kind, rows, seed, per_channel=scheme == "channel", affine=scheme == "affine"
