@@ -14,46 +14,72 @@ from bqnn.arguments import ArgumentError, real_number, whole_number
 
 log = logging.getLogger(__name__)
 
-# Of lr^2 V^(1/2) / friction: gradient noise then adds at most half of it, 10 %, to a variance.
+# Limit of lr^2 V^(1/2) / friction. Gradient noise adds at most half of it, 10 %, to a variance.
 LARGEST_NOISE = 0.2
 
 
 class SGHMC(Optimizer):
     """Scale-adapted stochastic gradient Hamiltonian Monte Carlo (Springenberg et al., 2016).
 
-    Samples from exp(-U) with U(theta) = num_train / temperature * (mean NLL) + precision / 2 *
-    |theta|^2; the gradients it is given are those of the mean NLL. The temperature is that of the
-    likelihood, so that the prior, and the Gibbs step of its precision, are exact at any
-    temperature. With M = V^(-1/2) a step is
+    The sampler draws from exp(-U) with
+
+        U(theta) = num_train / temperature * (mean NLL) + precision / 2 * |theta|^2,
+
+    where the gradients of the parameters are those of the mean NLL. The temperature scales only
+    the likelihood, so that the prior and the Gibbs step of its precision are exact at any
+    temperature. With M = V^(-1/2), a step is
 
         v <- (1 - friction) v - lr^2 M grad U + N(0, 2 friction lr^2 M)
         theta <- theta + v.
 
-    For a Gaussian exp(-U) with curvature c the mean is exact, and the variance is that of exp(-U)
+    For a Gaussian exp(-U) with curvature c, the mean is exact, and the variance is that of exp(-U)
     divided by 1 - lr^2 M c / (4 - 2 friction).
 
-    Unlike the paper, the step subtracts nothing for the noise of the gradients. The paper's lr^4
-    assumes noise of variance V that is independent from step to step. The batches of an epoch
-    hold each row once, so that the noise cancels over an epoch where that is short beside the
-    chain's memory. Noise that does not cancel adds at most lr^2 V^(1/2) / (2 friction) of itself to
-    a variance. A warning after burn-in says for how many weights that is more than 0.1.
+    Gradient noise: unlike the paper, the step has no correction for the noise of the gradients. The
+    correction, lr^4, assumes noise of variance V that is independent between steps. However, each
+    epoch contains every row once, so the noise cancels over an epoch that is short compared with
+    the memory of the chain. Noise that does not cancel increases a variance by at most the share
+    lr^2 V^(1/2) / (2 friction). After burn-in, a warning reports the weights for which this share
+    exceeds 0.1.
 
-    In the first `num_burn_in_steps` steps V, an average of squared gradients over a window of
-    1 + tau steps, adapts per parameter (their eq. 7 to 9); afterwards it is fixed. It is kept at or
-    above the precision, the mean square of the prior's own gradient: a weight that the data
-    says nothing of would get an unstable step otherwise.
+    Burn-in: in the first `num_burn_in_steps` steps, V adapts for each weight (eq. 7 to 9 of the
+    paper). It is an average of squared gradients over a window of 1 + tau steps. Afterwards it is
+    fixed. V is never below the precision, which is the mean square of the prior's gradient;
+    otherwise the step of a weight without influence on the likelihood would be unstable.
 
-    Every `resample_momentum` steps v is drawn anew from N(D / 2 grad U, D), with D = lr^2 M /
-    (1 - friction / 2). This is its distribution given theta in the chain: v belongs to the middle
-    of the last step and is not independent of theta at its end.
+    Momentum: every `resample_momentum` steps, v is drawn from N(D / 2 grad U, D) with
+    D = lr^2 M / (1 - friction / 2), its distribution given theta. Its mean is not zero, because v
+    belongs to the middle of the last step, and theta to its end.
 
-    The prior's precision, one per tensor, has a Gamma(prior_shape, prior_rate) prior of its own
-    and is drawn from its conditional Gamma(prior_shape + n / 2, prior_rate + |theta|^2 / 2) every
-    `resample_prior` steps. 0 turns either draw off.
+    Prior: the precision, one number per tensor, has a Gamma(prior_shape, prior_rate) prior. Every
+    `resample_prior` steps, it is drawn from its conditional distribution
+    Gamma(prior_shape + n / 2, prior_rate + |theta|^2 / 2) for a tensor of n weights.
 
-    A weight that is not finite is a FloatingPointError when the precision is next drawn.
+    The `state_dict` contains the step, tau, g, V, momentum and precision.
 
-    Steps, burn-in, tau, g, V, momentum and precision are in the `state_dict`.
+    Args:
+        params: The parameters, or groups of them.
+        lr: The step size.
+        num_train: The number of training rows.
+        num_burn_in_steps: The number of burn-in steps.
+        friction: The share of momentum that a step loses, in (0, 1].
+        temperature: The temperature of the likelihood; 1 samples the posterior.
+        resample_momentum: The number of steps between draws of the momentum; 0 turns them off.
+        resample_prior: The number of steps between draws of the precision; 0 turns them off.
+        prior_shape: The shape of the Gamma prior.
+        prior_rate: The rate of the Gamma prior.
+
+    Raises:
+        ValueError: A number is out of range.
+        FloatingPointError: `step` finds a weight that is not finite when it draws the precision.
+
+    Example:
+        >>> theta = torch.zeros(3, requires_grad=True)
+        >>> sampler = SGHMC([theta], lr=0.01, num_train=100, num_burn_in_steps=10)
+        >>> (theta - 1).square().mean().backward()
+        >>> sampler.step()
+        >>> sampler.param_groups[0]["step"], bool((theta != 0).all())
+        (1, True)
     """
 
     def __init__(
@@ -128,7 +154,7 @@ class SGHMC(Optimizer):
             squares = torch.stack(torch._foreach_norm(params)).double().square().tolist()
             if not all(map(math.isfinite, squares)):
                 raise FloatingPointError(
-                    f"a weight is not finite at step {step} of SGHMC; choose a smaller lr"
+                    f"SGHMC: a weight is not finite at step {step}; choose a smaller lr"
                 )
             for state, param, square in zip(states, params, squares, strict=True):
                 shape = group["prior_shape"] + param.numel() / 2
@@ -138,7 +164,7 @@ class SGHMC(Optimizer):
         torch._foreach_mul_(velocity, 1 - group["friction"])
         torch._foreach_addcmul_(velocity, inverse_mass, force, value=-(lr**2))
         torch._foreach_mul_(inverse_mass, 2 * group["friction"] * lr**2)
-        torch._foreach_sqrt_(inverse_mass)  # now the standard deviation of the noise
+        torch._foreach_sqrt_(inverse_mass)  # the buffer now holds the noise's standard deviation
         torch._foreach_addcmul_(velocity, inverse_mass, _noise(params))
         torch._foreach_add_(params, velocity)
         group["step"] = step + 1
@@ -158,17 +184,19 @@ def _positive(name: str, value: object) -> float:
 
 
 def _count(name: str, value: object) -> int:
-    return whole_number(name, value, "a number of steps, 0 for none", 0)
+    return whole_number(name, value, "a number of steps; choose 0 or more", 0)
 
 
 _CHECKS: dict[str, Callable[[str, object], float]] = {
     "lr": _positive,
-    "num_train": lambda name, value: whole_number(name, value, "rows to train on, 1 or more", 1),
+    "num_train": lambda name, value: whole_number(
+        name, value, "the number of training rows; choose 1 or more", 1
+    ),
     "num_burn_in_steps": _count,
     "friction": lambda name, value: real_number(
-        name, value, "the share of momentum lost in a step, above 0 and at most 1", 0, 1, (0,)
+        name, value, "the share of momentum lost in a step; choose above 0 to 1", 0, 1, (0,)
     ),
-    "temperature": _positive,  # 1 is the posterior
+    "temperature": _positive,
     "resample_momentum": _count,
     "resample_prior": _count,
     "prior_shape": _positive,
@@ -180,10 +208,23 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": S
 
 
 def make_optimizer(params: Iterable[Tensor], name: str, **options: Any) -> Optimizer:
-    """The optimizer of that name, with torch's fused kernels where it has them."""
+    """Create an optimizer by name. torch's optimizers use fused kernels.
+
+    Args:
+        params: The parameters.
+        name: A key of `OPTIMIZERS`.
+        options: Arguments of the optimizer.
+
+    Raises:
+        ValueError: The name is unknown, or an option is invalid.
+
+    Example:
+        >>> type(make_optimizer([torch.zeros(2, requires_grad=True)], "adam", lr=1e-3))
+        <class 'torch.optim.adam.Adam'>
+    """
     if name not in OPTIMIZERS:
         raise ArgumentError(
-            f"name={name!r}: unknown; choose one of {', '.join(OPTIMIZERS)}", "name"
+            f"name={name!r}: unknown optimizer; choose one of {', '.join(OPTIMIZERS)}", "name"
         )
     if name != "sghmc":
         options["fused"] = True
@@ -191,17 +232,17 @@ def make_optimizer(params: Iterable[Tensor], name: str, **options: Any) -> Optim
         return OPTIMIZERS[name](params, **options)
     except TypeError as error:
         raise ArgumentError(
-            f"name={name}: no such optimizer can be made from {options}: {error}", "name"
+            f"name={name}: invalid options {options}: {error}; correct them", "name"
         ) from error
 
 
 def _adapt(tau: list[Tensor], g: list[Tensor], v_hat: list[Tensor], force: Any) -> None:
-    """One step of the averages g of the gradient and V of its square, over 1 + tau steps."""
+    """Update g and V, averages of the gradient and of its square over 1 + tau steps, and tau."""
     weight = torch._foreach_add(tau, 1)
     torch._foreach_reciprocal_(weight)
     torch._foreach_lerp_(g, force, weight)
     torch._foreach_lerp_(v_hat, torch._foreach_mul(force, force), weight)
-    # tau <- 1 + tau (1 - g^2 / V): shorter where the gradient keeps its sign.
+    # tau <- 1 + tau (1 - g^2 / V): the window is shorter if the gradient keeps its sign.
     change = torch._foreach_mul(g, g)
     torch._foreach_div_(change, v_hat)
     torch._foreach_mul_(change, tau)
@@ -220,17 +261,16 @@ def _draw_momentum(
 
 
 def _warn_of_large_noise(root_v: Any, lr: float, friction: float) -> None:
-    """Say for how many weights lr^2 V^(1/2), the noise of their gradients, is not negligible."""
+    """Warn if lr^2 V^(1/2), the effect of gradient noise, is not negligible."""
     limit = LARGEST_NOISE * friction / lr**2
     num_above = sum(int((root > limit).sum()) for root in root_v)
     if not num_above:
         return
     largest = lr**2 * max(float(root.max()) for root in root_v)
     log.warning(
-        "SGHMC: lr^2 sqrt(V) is above %g friction in %.3g %% of the weights (at most %.2g; "
-        "friction is %g): the noise of minibatch gradients, where it does not cancel over an "
-        "epoch, adds up to %.2g times the posterior's variance; choose a smaller "
-        "lr, more friction or larger batches",
+        "SGHMC: lr^2 sqrt(V) is above %g friction for %.3g %% of the weights (at most %.2g; "
+        "friction is %g): gradient noise that does not cancel over an epoch adds up to %.2g times "
+        "the posterior's variance; choose a smaller lr, more friction or larger batches",
         LARGEST_NOISE,
         100 * num_above / sum(root.numel() for root in root_v),
         largest,
@@ -240,7 +280,7 @@ def _warn_of_large_noise(root_v: Any, lr: float, friction: float) -> None:
 
 
 def _noise(params: list[Tensor]) -> list[Tensor]:
-    """Standard normal noise shaped and laid out like each parameter, drawn in one call."""
+    """Draw N(0, 1) noise with the shapes and layouts of the parameters, in one call."""
     sizes = [param.numel() for param in params]
     flat = torch.randn(sum(sizes), dtype=params[0].dtype, device=params[0].device)
     return [

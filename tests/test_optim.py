@@ -172,7 +172,7 @@ def test_gradient_noise_that_is_not_negligible_is_told_once_with_its_share_of_th
     run(weights, optimizer, torch.zeros_like, 3)
     (record,) = caplog.records
     message = record.getMessage()
-    assert "in 100 % of the weights (at most 0.01; friction is 0.04)" in message
+    assert "for 100 % of the weights (at most 0.01; friction is 0.04)" in message
     assert "up to 0.13 times" in message
     assert "choose a smaller lr, more friction or larger batches" in message
 
@@ -185,7 +185,7 @@ def test_gradient_noise_is_judged_by_what_burn_in_has_learned(caplog):
     assert not caplog.records
     run(weights, optimizer, torch.zeros_like, 2)
     (record,) = caplog.records
-    assert "in 25 % of the weights" in record.getMessage()
+    assert "for 25 % of the weights" in record.getMessage()
 
 
 @pytest.mark.parametrize("seed_of_the_second", [0, 1])
@@ -370,7 +370,7 @@ def test_optimizers_of_torch_are_fused(name):
 
 def test_unknown_optimizers_and_options_are_refused_by_name():
     weights = [nn.Parameter(torch.zeros(1))]
-    with pytest.raises(ValueError, match="name='lion': unknown; choose one of adam"):
+    with pytest.raises(ValueError, match="name='lion': unknown optimizer; choose one of adam"):
         make_optimizer(weights, "lion", lr=0.1)
     with pytest.raises(ValueError, match="friction"):
         make_optimizer(weights, "adam", friction=0.1)

@@ -29,13 +29,26 @@ DATASETS: dict[str, Callable[..., TensorData]] = {
 
 
 def build_data(dataset: str, *, data_dir: str, seed: int, options: dict[str, object]) -> TensorData:
-    """Create the named data set without reading it; `options` are its keyword arguments.
+    """Create a data set by name, without reading it.
 
-    Raises ValueError for an unknown data set or option, listing the known ones.
+    Args:
+        dataset: A key of `DATASETS`.
+        data_dir: The folder of data files.
+        seed: Seed of the validation split and of the order of training batches.
+        options: The other arguments of the data set, by name.
+
+    Raises:
+        ValueError: The data set or an option is unknown, or a required option is missing. The
+            message lists the known ones.
+
+    Example:
+        >>> data = build_data("digits", data_dir="data", seed=0, options={"batch_size": 32})
+        >>> data.batch_size
+        32
     """
     if dataset not in DATASETS:
         raise ArgumentError(
-            f"dataset={short(dataset)}: no such data set; choose one of {', '.join(DATASETS)}",
+            f"dataset={short(dataset)}: unknown data set; choose one of {', '.join(DATASETS)}",
             "dataset",
         )
     parameters = signature(DATASETS[dataset]).parameters.values()
@@ -43,12 +56,13 @@ def build_data(dataset: str, *, data_dir: str, seed: int, options: dict[str, obj
     unknown = sorted(options.keys() - known.keys())
     if unknown:
         raise ArgumentError(
-            f"{', '.join(unknown)}: no option of data set {dataset}; it has {', '.join(known)}",
+            f"{', '.join(unknown)}: unknown option of the data set {dataset}; choose from "
+            f"{', '.join(known)}",
             *unknown,
         )
     missing = sorted(n for n, p in known.items() if p.default is p.empty and n not in options)
     if missing:
         raise ArgumentError(
-            f"{', '.join(missing)}: data set {dataset} needs this option; add it", *missing
+            f"{', '.join(missing)}: required by the data set {dataset}; add it", *missing
         )
     return DATASETS[dataset](data_dir=data_dir, seed=seed, **options)

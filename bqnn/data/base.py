@@ -15,7 +15,21 @@ from bqnn.seeds import Stream, stream_seed
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Inputs [N, ...] and the target of each [N]."""
+    """Rows of a data set.
+
+    Args:
+        inputs: Inputs [N, ...].
+        targets: Targets [N].
+
+    Raises:
+        ValueError: The numbers of inputs and targets differ.
+
+    Example:
+        >>> import torch
+        >>> rows = Rows(torch.zeros(5, 3), torch.arange(5))
+        >>> rows.take(torch.tensor([4, 0])).targets
+        tensor([4, 0])
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -23,24 +37,41 @@ class Rows:
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.targets):
             raise ValueError(
-                f"{len(self.inputs)} inputs and {len(self.targets)} targets: every row needs "
-                "both; a data file is probably cut short, fetch it again"
+                f"{len(self.inputs)} inputs and {len(self.targets)} targets: each row needs "
+                "both; a data file may be truncated, download it again"
             )
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def take(self, rows: Tensor) -> Rows:
-        """Return a copy of the selected rows."""
+        """Return a copy of the rows with these indices or this mask."""
         return Rows(self.inputs[rows], self.targets[rows])
 
 
 class TensorData(LightningDataModule):
-    """A data set in memory: `train`, `val` and `test` rows after `prepare_data` and `setup`.
+    """Base class for data sets in memory.
 
-    Validation rows are taken out of the training part by an order that depends on `seed` alone;
-    with `validation_share` 0 there are none and `val` is None. Batches are augmented while
-    training, then normalized, on the device that they were moved to.
+    After `prepare_data` and `setup`, the rows are in `train`, `val` and `test`. Validation rows
+    are split off the training rows at random. Batches are augmented (in training) and normalized
+    on the device of the model. Subclasses implement `_read` and `facts`.
+
+    Args:
+        data_dir: The folder of data files.
+        seed: Seed of the validation split and of the order of training batches.
+        batch_size: The number of rows in a training batch.
+        validation_share: The share of training rows for validation, in [0, 1). If it is 0, `val`
+            is None.
+
+    Example:
+        >>> from bqnn.data.synthetic import SyntheticData
+        >>> data = SyntheticData(num_train=100, batch_size=16)
+        >>> data.setup()
+        >>> len(data.train), len(data.val), len(data.test)
+        (80, 20, 200)
+        >>> inputs, targets = next(iter(data.train_dataloader()))
+        >>> inputs.shape, targets.shape
+        (torch.Size([16, 1]), torch.Size([16]))
     """
 
     train: Rows
@@ -53,26 +84,26 @@ class TensorData(LightningDataModule):
         super().__init__()
         if not 0 <= validation_share < 1:
             raise ArgumentError(
-                f"validation_share={validation_share}: it is the part of the training rows that "
-                "is held out; choose 0 or more and less than 1",
+                f"validation_share={validation_share}: it is the share of training rows for "
+                "validation; choose 0 or more and less than 1",
                 "validation_share",
             )
         self.data_dir = Path(data_dir).expanduser()
         self.seed = seed
         self.batch_size = batch_size
         self.validation_share = validation_share
-        self.order = Stream.ORDER  # of the training rows
+        self.order = Stream.ORDER  # the random stream of the order of training rows
         self.is_set_up = False
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the data and hold out the validation rows; later calls change nothing."""
+        """Read and split the data. Further calls have no effect."""
         if self.is_set_up:
             return
         self.train, self.val, self.test = self._arrange(*self._read())
         self.is_set_up = True
 
     def facts(self) -> dict[str, object]:
-        """Return the facts that are needed to rebuild a model without the data, in JSON types."""
+        """Return, in JSON types, the facts from which a model is rebuilt without the data."""
         raise NotImplementedError
 
     def normalize(self, inputs: Tensor) -> Tensor:
@@ -84,7 +115,7 @@ class TensorData(LightningDataModule):
         return inputs
 
     def train_dataloader(self) -> TensorLoader:
-        """Shuffled batches of the training rows; with several devices, this rank's part."""
+        """Return shuffled batches of the training rows, or of this rank's share of them."""
         return TensorLoader(
             self.train.inputs,
             self.train.targets,
@@ -97,11 +128,11 @@ class TensorData(LightningDataModule):
         )
 
     def val_dataloader(self) -> TensorLoader | list[TensorLoader]:
-        """All validation rows as one batch, on every rank, or an empty list."""
+        """Return all validation rows as one batch, on every rank, or an empty list."""
         return [] if self.val is None else _whole(self.val)
 
     def test_dataloader(self) -> TensorLoader:
-        """All test rows as one batch, on every rank."""
+        """Return all test rows as one batch, on every rank."""
         return _whole(self.test)
 
     def on_after_batch_transfer(
@@ -114,7 +145,7 @@ class TensorData(LightningDataModule):
         return self.normalize(inputs), targets
 
     def _read(self) -> tuple[Rows, Rows]:
-        """The training part, validation rows still inside, and the test part."""
+        """Read the training rows, including validation rows, and the test rows."""
         raise NotImplementedError
 
     def _arrange(self, part: Rows, test: Rows) -> tuple[Rows, Rows | None, Rows]:
@@ -123,12 +154,12 @@ class TensorData(LightningDataModule):
         num_val = max(1, round(self.validation_share * len(part)))
         if num_val >= len(part):
             raise ArgumentError(
-                f"validation_share={self.validation_share}: it would hold out all {len(part)} "
-                "training rows; choose a smaller share, or 0",
+                f"validation_share={self.validation_share}: it leaves none of the {len(part)} rows "
+                "for training; choose a smaller share, or 0",
                 "validation_share",
             )
         order = permutation(len(part), stream_seed(self.seed, Stream.VALIDATION_SPLIT))
-        # Sorted, so that the rows keep the order of the file.
+        # Sorting keeps the rows in the order of the file.
         held_out, kept = order[:num_val].sort().values, order[num_val:].sort().values
         return part.take(kept), part.take(held_out), test
 

@@ -1,4 +1,4 @@
-"""CIFAR10Data: 60,000 photographs of 32x32 pixels in ten classes."""
+"""CIFAR10Data: 60,000 color images of 32x32 pixels in ten classes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,29 @@ if TYPE_CHECKING:
 
 
 class CIFAR10Data(ImageData):
-    """Images [3, 32, 32], normalized per channel, cropped and mirrored at random in training.
+    """CIFAR-10 (Krizhevsky 2009): images [3, 32, 32], normalized per channel.
 
-    `source` is "torchvision", the original in `<data_dir>/cifar-10-batches-py`, downloaded where
-    it is missing, or "folder", image files `train/<class>/*` and `test/<class>/*` below `root`
-    (`<data_dir>/cifar10` unless given). Raises FileNotFoundError, with the folder, for missing
-    files.
+    Training images are cropped and mirrored at random.
+
+    Args:
+        source: `torchvision` reads the original files in `<data_dir>/cifar-10-batches-py`, and
+            downloads them if they are missing. `folder` reads image files
+            `<root>/train/<class>/*` and `<root>/test/<class>/*`.
+        root: The folder of image files; the default is `<data_dir>/cifar10`.
+        crop_padding: Black pixels added on each side before a random crop.
+        flip: Whether to mirror half of the training images.
+        data_dir: The folder of data files.
+        seed: Seed of the validation split and of the order of training batches.
+        batch_size: The number of rows in a training batch.
+        validation_share: The share of training rows for validation.
+
+    Raises:
+        FileNotFoundError: Files are missing and cannot be downloaded.
+
+    Example:
+        >>> data = CIFAR10Data(source="folder", root="images/cifar10")
+        >>> data.batch_size, data.flip
+        (256, True)
     """
 
     def __init__(
@@ -51,21 +68,21 @@ class CIFAR10Data(ImageData):
         )
         if source not in ("torchvision", "folder"):
             raise ArgumentError(
-                f"source={short(source)}: CIFAR-10 is read from torchvision's files or from a "
-                "folder of images; choose torchvision or folder",
+                f"source={short(source)}: unknown; choose torchvision (the original files) or "
+                "folder (a folder of images)",
                 "source",
             )
         self.source = source
         self.root = self.data_dir / "cifar10" if root is None else Path(root).expanduser()
 
     def prepare_data(self) -> None:
-        """Download the files that are missing, unless images come from a folder."""
+        """Download missing files, unless `source` is `folder`."""
         if self.is_set_up or self.source == "folder":
             return
         from torchvision.datasets import CIFAR10
 
         folder = self.data_dir / CIFAR10.base_folder
-        if not folder.is_dir():  # reading it checks the files
+        if not folder.is_dir():  # torchvision verifies the files when it reads them
             remedy = self._remedy(folder)
             archive = fetch(CIFAR10.url, CIFAR10.tgz_md5, remedy, kind="md5", largest=2**28)
             unpack(archive, folder)
@@ -89,9 +106,9 @@ class CIFAR10Data(ImageData):
 
     def _remedy(self, folder: Path) -> str:
         return (
-            f"CIFAR-10 is not complete in {folder}: delete what is there and it is downloaded, "
-            "unpack it there, set data_dir to the folder that has it, or read image files with "
-            "source=folder"
+            f"CIFAR-10 is incomplete in {folder}: delete this folder to download it again, unpack "
+            "the archive there, set data_dir to the folder that contains it, or read image files "
+            "with source=folder"
         )
 
 

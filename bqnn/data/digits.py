@@ -1,4 +1,4 @@
-"""DigitsData: the 1,797 handwritten digits of 8x8 pixels that scikit-learn ships."""
+"""DigitsData: the 1,797 handwritten digits of 8x8 pixels in scikit-learn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,22 @@ from bqnn.data.images import ImageData
 
 
 class DigitsData(ImageData):
-    """Images [1, 8, 8] of 17 grey levels; every fifth image of each class is a test image."""
+    """The digits of scikit-learn: images [1, 8, 8] with 17 gray levels, no download.
+
+    Every fifth image of each class is a test image.
+
+    Args:
+        data_dir: Unused, common to all data sets.
+        seed: Seed of the validation split and of the order of training batches.
+        batch_size: The number of rows in a training batch.
+        validation_share: The share of training rows for validation.
+
+    Example:
+        >>> data = DigitsData()
+        >>> data.setup()
+        >>> data.train.inputs.shape, data.test.inputs.shape
+        (torch.Size([1290, 1, 8, 8]), torch.Size([364, 1, 8, 8]))
+    """
 
     white = 16
 

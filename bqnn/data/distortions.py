@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_CHUNK = 1000  # images at a time, so that what is computed on the way stays small
+_CHUNK = 1000  # the number of images at a time, which limits the memory of temporary tensors
 
 
 @dataclass(frozen=True)
 class Distortion:
     """A distortion of float32 images [N, C, H, W] in [0, 1], with its amounts at five levels.
 
-    An amount of `nothing` would change nothing.
+    Attributes:
+        change: Function of the images and an amount.
+        amounts: The amounts at levels 1 to 5.
+        nothing: The amount that leaves images unchanged.
     """
 
     change: Callable[[Tensor, float], Tensor]
@@ -26,9 +29,23 @@ class Distortion:
 
 
 def distort(images: Tensor, distortion: Distortion, level: int, white: int) -> Tensor:
-    """Distort uint8 images at a level from 1 to 5; pixel values stay integers in 0 to `white`.
+    """Distort images at one of five levels.
 
-    Random distortions draw the same for every level and every call.
+    Random distortions use the same random numbers at every level and in every call.
+
+    Args:
+        images: Images [N, C, H, W] in uint8.
+        distortion: A value of `DISTORTIONS`.
+        level: The level, from 1 to 5.
+        white: The largest pixel value.
+
+    Returns:
+        Images [N, C, H, W] in uint8, with values from 0 to `white`.
+
+    Example:
+        >>> image = torch.tensor([[[[0, 100, 200]]]], dtype=torch.uint8)
+        >>> distort(image, DISTORTIONS["brightness"], level=1, white=255)
+        tensor([[[[  0, 150, 255]]]], dtype=torch.uint8)
     """
     amount = distortion.amounts[level - 1]
     with torch.random.fork_rng([]):
@@ -73,7 +90,7 @@ def blur(images: Tensor, sigma: float) -> Tensor:
     return gaussian_blur(images, [2 * reach + 1] * 2, [sigma] * 2)
 
 
-# The first three as in Ferianc et al. (2021).
+# The first three are those of Ferianc et al. (2021).
 DISTORTIONS: dict[str, Distortion] = {
     "rotation": Distortion(rotate, (15, 30, 45, 60, 75)),
     "shift": Distortion(shift, (0.1, 0.2, 0.3, 0.4, 0.5)),

@@ -22,37 +22,45 @@ _URL = (
     "40ec705ea7a6831b1ad2a9c5f29ec361ef2cc722/UCI_Datasets"
 )
 _MANIFEST = Path(__file__).with_name("uci_sha256.txt")  # sha256sum's format: hash, table/file
-_TIMEOUT = 30.0  # seconds without a byte
-_PATIENCE = 60.0  # seconds for the answer to begin, and for what comes to keep up with
+_TIMEOUT = 30.0  # seconds without any data
+_PATIENCE = 60.0  # seconds that a download may take in addition to its size / _SLOWEST
 _SLOWEST = 10_000.0  # bytes per second
 _MIB = 2**20
 
 
 def known_tables() -> list[str]:
-    """Names of the tables that `download_table` can get."""
+    """Return the names of the tables that `download_table` supports.
+
+    Example:
+        >>> "yacht" in known_tables()
+        True
+    """
     return sorted(_manifest())
 
 
 def fetch(
     url: str, digest: str, remedy: str, kind: str = "sha256", largest: int = 32 * _MIB
 ) -> bytes:
-    """Download an https address and verify that its hash is `digest`.
+    """Download a file and verify its hash.
 
-    It ends: with more than `largest` bytes, or with one that comes too slowly, nothing is returned.
+    Size and time are limited: the download fails above `largest` bytes, or if it is too slow.
 
     Args:
-        url: The address. It may redirect, to other https addresses.
-        digest: The expected hash, in hexadecimal digits.
-        remedy: What the user can do instead; it ends the message of an error.
-        kind: Of the hash, as hashlib calls it.
-        largest: The most bytes that are taken.
+        url: An https address. It may redirect to other https addresses.
+        digest: The expected hash in hexadecimal digits.
+        remedy: Advice for the user, at the end of every error message.
+        kind: The hash function, a name of hashlib.
+        largest: The largest allowed size in bytes.
+
+    Returns:
+        The content of the file.
 
     Raises:
-        FileNotFoundError: It cannot be had.
-        ValueError: It is something else, or the address is not https.
+        FileNotFoundError: The download fails.
+        ValueError: The hash differs, the file is too large, or an address is not https.
     """
     if not url.startswith("https://"):
-        raise ValueError(f"{url} is no https address, and others are not downloaded; {remedy}")
+        raise ValueError(f"{url} is not an https address; {remedy}")
     try:
         content = _received(url, largest)
     except (OSError, HTTPException) as error:
@@ -62,30 +70,30 @@ def fetch(
         raise ValueError(f"{url} is refused ({one_line(str(error))[:300]}); {remedy}") from error
     if hashlib.new(kind, content, usedforsecurity=False).hexdigest() != digest:
         raise ValueError(
-            f"{url} is not the file it should be (its {kind.upper()} is not {digest}), so nothing "
-            f"was written; {remedy}"
+            f"{url} has changed or is damaged (its {kind.upper()} is not {digest}), so nothing was "
+            f"written; {remedy}"
         )
     return content
 
 
 class _HttpsRedirects(HTTPRedirectHandler):
-    """Follows redirects to https addresses alone."""
+    """Follows redirects only to https addresses."""
 
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> Request | None:
         if not newurl.startswith("https://"):
-            raise ValueError(f"it redirects to {short(newurl)}, which is no https address")
+            raise ValueError(f"it redirects to {short(newurl)}, which is not an https address")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def urlopen(url: str, timeout: float) -> Any:
-    """Open an address, following redirects within https only."""
+    """Open an https address. `timeout` is in seconds without any data."""
     return build_opener(_HttpsRedirects).open(url, timeout=timeout)
 
 
 def _received(url: str, largest: int) -> bytes:
-    """The body at an address. A thread waits for it, since nothing else ends a slow handshake."""
+    """Download in a thread, because a slow TLS handshake has no other time limit."""
     content, finished, given_up = bytearray(), Future[None](), Event()
     arguments = (url, largest, content, finished, given_up)
     Thread(target=_receive, args=arguments, daemon=True).start()
@@ -93,7 +101,7 @@ def _received(url: str, largest: int) -> bytes:
     while not wait([finished], timeout=0.1).done:
         if time.monotonic() - started > _PATIENCE + len(content) / _SLOWEST:
             given_up.set()
-            raise TimeoutError(f"{len(content)} bytes came in {_PATIENCE:g} seconds or more")
+            raise TimeoutError(f"only {len(content)} bytes in at least {_PATIENCE:g} seconds")
     finished.result()
     return bytes(content)
 
@@ -103,23 +111,28 @@ def _receive(
 ) -> None:
     try:
         with urlopen(url, timeout=_TIMEOUT) as response:
-            length = getattr(response, "length", None)  # as its header says
+            length = getattr(response, "length", None)  # from the Content-Length header
             while not given_up.is_set() and (part := response.read1(2**16)):
                 content += part
                 if max(len(content), length or 0) > largest:
                     raise ValueError(f"it has more than {largest // _MIB} MiB")
         if length is not None and len(content) < length:
-            raise OSError(f"only {len(content)} of {length} bytes came")
+            raise OSError(f"the server sent only {len(content)} of {length} bytes")
         finished.set_result(None)
-    except BaseException as error:  # for the thread that waits
+    except BaseException as error:  # the waiting thread raises it
         finished.set_exception(error)
 
 
 def unpack(archive: bytes, folder: Path) -> None:
-    """Extract the named folder of a tar archive to `folder`, atomically.
+    """Extract a folder of a tar archive, atomically.
 
-    ValueError: a member would be written elsewhere, or the folder is not there. OSError: there is
-    no room for it.
+    Args:
+        archive: The content of the archive.
+        folder: The target; the archive must contain a folder with its name.
+
+    Raises:
+        ValueError: The archive is invalid, has no such folder, or would write elsewhere.
+        OSError: The folder cannot be written.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +143,7 @@ def unpack(archive: bytes, folder: Path) -> None:
             tar.extractall(scratch, filter="data")
             complete = Path(scratch) / folder.name
             if not complete.is_dir():
-                raise ValueError(f"the archive for {folder} holds no folder {folder.name}")
+                raise ValueError(f"the archive for {folder} has no folder {folder.name}")
             _move(complete, folder, [path.name for path in complete.iterdir()])
     except tarfile.TarError as error:
         raise ValueError(f"the archive for {folder} is refused: {error}") from error
@@ -139,10 +152,15 @@ def unpack(archive: bytes, folder: Path) -> None:
 
 
 def download_table(table: str, folder: Path) -> None:
-    """Download all files of a known table to `folder`, atomically.
+    """Download all files of a UCI table, atomically.
 
-    Raises FileNotFoundError where a file cannot be had or stored, ValueError where it is not the
-    file that the manifest lists.
+    Args:
+        table: A name of `known_tables`.
+        folder: The target folder.
+
+    Raises:
+        FileNotFoundError: A file cannot be downloaded or written.
+        ValueError: The hash of a file differs from the manifest.
     """
     url = f"{_URL}/{table}/data"
     hashes = _manifest()[table]
@@ -153,7 +171,7 @@ def download_table(table: str, folder: Path) -> None:
         )
         contents = list(fetched)
     finally:
-        pool.shutdown(cancel_futures=True)  # after a failure no other file is tried
+        pool.shutdown(cancel_futures=True)  # a failure cancels the other downloads
     try:
         _store(dict(zip(hashes, contents, strict=True)), folder)
     except OSError as error:
@@ -185,13 +203,13 @@ def _move(complete: Path, folder: Path, names: list[str]) -> None:
     try:
         os.rename(complete, folder)
     except OSError:
-        # Another job may have put the same there in the meantime.
+        # Another job may have written the same files in the meantime.
         if not all((folder / name).is_file() for name in names):
             raise
 
 
 def _remedy(folder: Path) -> str:
     return (
-        f"{folder} has no data: copy the table's files (data.txt, index_*.txt, n_splits.txt) "
-        "there, or set data_dir to a folder that has uci/<table>/data"
+        f"{folder} has no data: copy the files of the table (data.txt, index_*.txt, n_splits.txt) "
+        "there, or set data_dir to a folder that contains uci/<table>/data"
     )

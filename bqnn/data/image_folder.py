@@ -1,4 +1,4 @@
-"""ImageFolderData: any images sorted into one folder per class."""
+"""ImageFolderData: image files in one folder per class."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 _FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
-_MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}  # PIL's mode, and what it is read as
+_MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}  # PIL's mode, and the converted mode
 _SRGB = {
     b"gAMA": (0.45455,),
     b"cHRM": (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06),  # white, red, green, blue: x, y
@@ -30,12 +30,39 @@ _SRGB = {
 
 
 class ImageFolderData(ImageData):
-    """Images of one size from `<root>/train/<class>/*` and `<root>/test/<class>/*`.
+    """Images of one size in `<root>/train/<class>/*` and `<root>/test/<class>/*`.
 
-    Classes are the sorted folder names; files other than BMP, JPEG, PNG and WebP are ignored.
-    `root` is `<data_dir>/images` unless given. Pixels are those that a screen would show: an image
-    is turned as its EXIF data say. Raises ValueError, with the first such file, for images that
-    cannot be read, that differ in size or channels, or whose colors are not those of their pixels.
+    Classes are the sorted folder names. Files other than BMP, JPEG, PNG and WebP are ignored.
+    Images are rotated as their EXIF data say, so that pixels are those that a screen shows.
+
+    Args:
+        root: The folder; the default is `<data_dir>/images`.
+        mean: Mean of each channel, for pixels in [0, 1].
+        std: Standard deviation of each channel.
+        crop_padding: Black pixels added on each side before a random crop.
+        flip: Whether to mirror half of the training images.
+        data_dir: The folder of data files.
+        seed: Seed of the validation split and of the order of training batches.
+        batch_size: The number of rows in a training batch.
+        validation_share: The share of training rows for validation.
+
+    Raises:
+        FileNotFoundError: `setup` finds no folder.
+        ValueError: `setup` finds an image that cannot be read, has another size or number of
+            channels, or whose pixels are not sRGB. The message names the first such file.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> from PIL import Image
+        >>> root = Path(mkdtemp())
+        >>> for part in ("train", "test"):
+        ...     for name in ("cat", "dog"):
+        ...         (root / part / name).mkdir(parents=True)
+        ...         Image.new("RGB", (4, 4)).save(root / part / name / "0.png")
+        >>> data = ImageFolderData(str(root), validation_share=0)
+        >>> data.setup()
+        >>> data.train.inputs.shape, data.class_names
+        (torch.Size([2, 3, 4, 4]), ['cat', 'dog'])
     """
 
     def __init__(
@@ -69,22 +96,33 @@ class ImageFolderData(ImageData):
 
 
 def read_image_folder(root: Path) -> tuple[Rows, Rows, list[str]]:
-    """Read the training and test images below `root`, and their class names."""
+    """Read the training rows, the test rows and the class names of a folder of images.
+
+    Args:
+        root: The folder with `train/<class>/*` and `test/<class>/*`.
+
+    Returns:
+        Rows with images [N, C, H, W] in uint8 and class indices [N], and the names of the classes.
+
+    Raises:
+        FileNotFoundError: A folder is missing.
+        ValueError: An image is not supported.
+    """
     from PIL import Image
 
     class_names = _class_names(root / "train")
     if _class_names(root / "test") != class_names:
         differ = sorted(set(class_names) ^ set(_class_names(root / "test")))
         raise ValueError(
-            f"{_shown(root)}: class {short(differ[0])} is in one of train and test only; a class "
-            "needs a folder in both"
+            f"{_shown(root)}: class {short(differ[0])} is in only one of train and test; add its "
+            "folder to the other one"
         )
     files = {part: _image_files(root / part, class_names) for part in ("train", "test")}
     first = files["train"][0][0]
     with warnings.catch_warnings():
-        # PIL warns of pictures so large that they may be meant to fill the memory: refused, too.
+        # Images so large that they may be a decompression bomb are an error.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        # And of EXIF data that are damaged: they turn nothing, as in a browser.
+        # Damaged EXIF data are ignored, as in a browser.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         shape = _decode(first).shape
         train, test = (_read_part(files[part], first, shape) for part in ("train", "test"))
@@ -94,13 +132,13 @@ def read_image_folder(root: Path) -> tuple[Rows, Rows, list[str]]:
 def _class_names(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"no folder {_shown(folder)}: images are read from <root>/train/<class>/ and "
-            "<root>/test/<class>/; put them there or set root"
+            f"no folder {_shown(folder)}: images must be in <root>/train/<class>/ and "
+            "<root>/test/<class>/; copy them there, or set root"
         )
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and _is_visible(path))
     if not names:
         place = _shown(folder)
-        raise ValueError(f"{place} holds no class folders; put images in {place}/<class>")
+        raise ValueError(f"{place} has no class folders; put images in {place}/<class>")
     return names
 
 
@@ -114,7 +152,7 @@ def _image_files(folder: Path, class_names: list[str]) -> list[tuple[Path, int]]
         )
         if not images:
             raise ValueError(
-                f"{_shown(folder / name)} holds no images ({', '.join(_EXTENSIONS)}); add some, or "
+                f"{_shown(folder / name)} has no images ({', '.join(_EXTENSIONS)}); add some, or "
                 "remove the class from train and test"
             )
         files += [(path, label) for path in images]
@@ -128,14 +166,14 @@ def _is_visible(path: Path) -> bool:
 def _read_part(files: list[tuple[Path, int]], first: Path, shape: tuple[int, ...]) -> Rows:
     height, width, channels = shape
     images = torch.empty(len(files), channels, height, width, dtype=torch.uint8)
-    pixels = images.permute(0, 2, 3, 1).numpy()  # the same memory, ordered as files are
-    # One thread: for small images two measured slower, they wait for the interpreter's lock.
+    pixels = images.permute(0, 2, 3, 1).numpy()  # a view [N, H, W, C], the order of files
+    # Two threads were slower for small images: they wait for the interpreter's lock.
     for row, (path, _) in enumerate(files):
         image = _decode(path)
         if image.shape != shape:
             raise ValueError(
                 f"{_shown(path)} is {_describe(image.shape)}, but {_shown(first)} is "
-                f"{_describe(shape)}; all images of a data set need one size and as many channels: "
+                f"{_describe(shape)}; all images of a data set need the same size and channels: "
                 "convert it"
             )
         pixels[row] = image
@@ -143,7 +181,7 @@ def _read_part(files: list[tuple[Path, int]], first: Path, shape: tuple[int, ...
 
 
 def _decode(path: Path) -> np.ndarray:
-    """Pixels [H, W, C] as they are displayed, with one channel or three."""
+    """Read the pixels [H, W, C] of an image as displayed, with one or three channels."""
     from PIL import Image
 
     try:
@@ -154,7 +192,7 @@ def _decode(path: Path) -> np.ndarray:
                 if refusal is None:
                     pixels = np.asarray(_upright(image).convert(_MODES[image.mode]))
                     return pixels.reshape(*pixels.shape[:2], -1)
-    except Exception as error:  # whatever a damaged file leads PIL to
+    except Exception as error:  # PIL can raise anything for a damaged file
         raise ValueError(
             f"{_shown(path)} cannot be read as an image ({_reason(error)}); replace or remove it"
         ) from error
@@ -162,58 +200,58 @@ def _decode(path: Path) -> np.ndarray:
 
 
 def _refusal(image: Image.Image, chunks: dict[bytes, bytes]) -> str | None:
-    """What displays a picture in other colors than its pixels have, if anything does."""
+    """Return why an image is displayed with other colors than its pixels have, or None."""
     if image.mode not in _MODES:
-        return f"has pixels of mode {image.mode}; only 8-bit grey and RGB images are read"
+        return f"has pixels of mode {image.mode}; only 8-bit gray and RGB images are supported"
     if chunks.get(b"IHDR", bytes(9))[8] > 8:
-        return "has 16 bits per channel; only 8-bit grey and RGB images are read"
+        return "has 16 bits per channel; only 8-bit gray and RGB images are supported"
     if "transparency" in image.info or (image.palette and "A" in image.palette.mode):
-        return "has transparent pixels, whose color depends on what is behind them"
+        return "has transparent pixels, whose color depends on the background"
     if getattr(image, "n_frames", 1) > 1:
-        return f"holds {getattr(image, 'n_frames', 1)} pictures, and one is read from a file"
+        return f"has {getattr(image, 'n_frames', 1)} frames; only single images are supported"
     if b"BMP profile" in chunks:
         return "has a color profile"
     if b"cICP" in chunks:
-        return "has a color space of its own (cICP)"
+        return "has a custom color space (cICP)"
     if profile := image.info.get("icc_profile"):
         return None if _is_srgb(profile) else "has a color profile that is not sRGB"
     if b"sRGB" not in chunks and not _is_usual(chunks):
-        return "has a gamma or primary colors that are not those of sRGB"
+        return "has a gamma or primary colors other than sRGB"
     return None
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned and mirrored as its EXIF data say."""
+    """Rotate and mirror an image as its EXIF data say."""
     from PIL import ImageOps
 
     try:
         orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # what cannot be read turns nothing, as in a browser
+    except Exception:  # unreadable EXIF data are ignored, as in a browser
         return image
     return image if orientation == 1 else ImageOps.exif_transpose(image)
 
 
 def _chunks(file: BinaryIO) -> dict[bytes, bytes]:
-    """The first bytes of each chunk of a PNG file before its pixels, and a BMP file's profile.
+    """Read the first bytes of each PNG chunk before the pixels, or the color profile of a BMP.
 
-    PIL cuts 16 bits to 8, leaves the gamma to the caller, and says nothing of the others.
+    PIL truncates 16 bits to 8, ignores the gamma, and does not expose the other chunks.
     """
     chunks = {}
     start = file.read(74)
     if start[:2] == b"BM" and start[14:15] == b"\x7c" and start[70:] in (b"DEBM", b"KNIL"):
-        chunks[b"BMP profile"] = start[70:]  # in the file, or linked to
+        chunks[b"BMP profile"] = start[70:]  # embedded or linked
     file.seek(0)
     if file.read(8) == b"\x89PNG\r\n\x1a\n":
         while len(head := file.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
             length = int.from_bytes(head[:4], "big")
             chunks[head[4:]] = file.read(min(length, 32))
-            file.seek(max(length - 32, 0) + 4, SEEK_CUR)  # and the checksum
+            file.seek(max(length - 32, 0) + 4, SEEK_CUR)  # skip the rest and the checksum
     file.seek(0)
     return chunks
 
 
 def _is_usual(chunks: dict[bytes, bytes]) -> bool:
-    """Whether gAMA and cHRM, where they are, say what sRGB has, to a hundredth."""
+    """Return whether gAMA and cHRM are missing or equal to those of sRGB within 0.01."""
     for name, usual in _SRGB.items():
         data = chunks.get(name, b"")
         values = [int.from_bytes(data[i : i + 4], "big") / 1e5 for i in range(0, len(data), 4)]
@@ -224,7 +262,7 @@ def _is_usual(chunks: dict[bytes, bytes]) -> bool:
 
 @lru_cache(maxsize=16)
 def _is_srgb(profile: bytes) -> bool:
-    """Whether a color profile changes no color by more than two of 255 levels on an sRGB screen."""
+    """Return whether a color profile changes every color by at most 2 of 255 levels in sRGB."""
     from PIL import Image, ImageCms
 
     try:
@@ -236,7 +274,7 @@ def _is_srgb(profile: bytes) -> bool:
         screen = ImageCms.createProfile("sRGB")
         shown = ImageCms.profileToProfile(probe, source, screen, outputMode="RGB")
         assert shown is not None
-    except (OSError, ValueError, ImageCms.PyCMSError):  # nobody can tell how it would look
+    except (OSError, ValueError, ImageCms.PyCMSError):  # the profile cannot be applied
         return False
     difference = np.asarray(shown).astype(int) - np.asarray(probe.convert("RGB"))
     return bool(abs(difference).max() <= 2)
@@ -245,8 +283,8 @@ def _is_srgb(profile: bytes) -> bool:
 def _reason(error: Exception) -> str:
     from PIL import UnidentifiedImageError
 
-    if isinstance(error, UnidentifiedImageError):  # its text is the path, or the file's repr
-        return f"it is no {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file, or is damaged"
+    if isinstance(error, UnidentifiedImageError):  # its text contains only the path
+        return f"it is not a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file, or is damaged"
     return one_line(str(error))[:300]
 
 

@@ -1,4 +1,4 @@
-"""ImageData: classification of images kept as uint8, augmented in whole batches."""
+"""ImageData: base class of image data sets, kept as uint8 and augmented in whole batches."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from bqnn.data.base import TensorData
 
 
 class ImageData(TensorData):
-    """A classification data set with images [N, C, H, W], uint8, and targets [N], int64.
+    """Base class for image classification, with uint8 images [N, C, H, W] and int64 targets [N].
 
-    `normalize` scales pixels to [0, 1] and, where `mean` and `std` are given, one number per
-    channel, shifts and scales them on. `augment` crops at random from images padded with
-    `crop_padding` black pixels on each side, and mirrors half of them where `flip` is set.
+    Args:
+        data_dir: The folder of data files.
+        seed: Seed of the validation split and of the order of training batches.
+        batch_size: The number of rows in a training batch.
+        validation_share: The share of training rows for validation.
+        mean: Mean of each channel, for pixels in [0, 1]; None for 0.
+        std: Standard deviation of each channel; None for 1.
+        crop_padding: Black pixels added on each side before a random crop.
+        flip: Whether to mirror half of the training images.
     """
 
-    white = 255  # the pixel value that becomes 1
+    white = 255  # the largest pixel value, which `normalize` maps to 1
     class_names: list[str]
 
     def __init__(
@@ -43,7 +49,7 @@ class ImageData(TensorData):
         )
         if (mean is None) != (std is None) or len(mean or ()) != len(std or ()):
             raise ArgumentError(
-                f"mean={mean}, std={std}: images are normalized with both, one number per channel; "
+                f"mean={mean}, std={std}: normalization needs both, with one number per channel; "
                 "give both or neither",
                 *("mean", "std"),
             )
@@ -53,7 +59,7 @@ class ImageData(TensorData):
             )
         if crop_padding < 0:
             raise ArgumentError(
-                f"crop_padding={crop_padding}: pixels to pad with; choose 0 or more", "crop_padding"
+                f"crop_padding={crop_padding}: a number of pixels; choose 0 or more", "crop_padding"
             )
         self.mean = mean
         self.std = std
@@ -79,9 +85,13 @@ class ImageData(TensorData):
         }
 
     def normalize(self, inputs: Tensor) -> Tensor:
-        """Normalize images [..., C, H, W] for the network, in float32.
+        """Normalize images for the network.
 
-        uint8 images are scaled to [0, 1] first; float images are taken to be in [0, 1] already.
+        Args:
+            inputs: Images [..., C, H, W], in uint8, or floats in [0, 1].
+
+        Returns:
+            (x - mean) / std in float32, with x in [0, 1].
         """
         images = inputs if inputs.is_floating_point() else inputs.float() / self.white
         if self.mean is None or self.std is None:
@@ -97,7 +107,19 @@ class ImageData(TensorData):
 
 
 def random_crop(images: Tensor, padding: int) -> Tensor:
-    """Shift each image [B, C, H, W] by up to `padding` pixels at random, and fill with black."""
+    """Shift each image by up to `padding` pixels at random, and fill with black.
+
+    Args:
+        images: Images [B, C, H, W].
+        padding: The largest shift, in pixels.
+
+    Returns:
+        Images [B, C, H, W].
+
+    Example:
+        >>> random_crop(torch.ones(2, 3, 8, 8), padding=1).shape
+        torch.Size([2, 3, 8, 8])
+    """
     count, _, height, width = images.shape
     padded = F.pad(images, [padding] * 4)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [B, C, top, left, H, W], a view

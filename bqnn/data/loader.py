@@ -1,4 +1,4 @@
-"""TensorLoader: batches cut by index from tensors in memory."""
+"""TensorLoader: batches of tensors in memory, selected by index."""
 
 from __future__ import annotations
 
@@ -13,17 +13,34 @@ from bqnn.seeds import Stream, stream_seed
 
 
 class TensorLoader:
-    """Batches `(inputs[rows], targets[rows])` of one epoch; Lightning takes it as a dataloader.
+    """Dataloader of tensors in memory; each batch is `(inputs[rows], targets[rows])`.
 
-    Shuffled, the order depends on (seed, stream, epoch) alone; unshuffled, batches are views. With
-    several ranks every rank sees the same order and takes its own part of each global batch of
-    `batch_size * world_size` rows. All ranks get equally many rows, so the first ones come again
-    at the end where the ranks do not divide them.
+    A shuffled order depends only on (seed, stream, epoch). Without shuffling, batches are views.
+    With several ranks, all ranks use the same order, and each takes its part of every global batch
+    of `batch_size * world_size` rows. All ranks get the same number of rows: if the division has a
+    remainder, the first rows are repeated at the end.
 
-    Raises ValueError for tensors of different lengths, without rows, or a batch size below 1.
+    Args:
+        inputs: Inputs [N, ...].
+        targets: Targets [N, ...].
+        batch_size: The number of rows in a batch.
+        shuffle: Whether to shuffle in every epoch.
+        seed: The seed of the run.
+        stream: The random stream of the order.
+        rank: The rank of this process.
+        world_size: The number of ranks.
+
+    Raises:
+        ValueError: The lengths differ, there are no rows, `batch_size` is below 1, or `rank` is
+            invalid.
+
+    Example:
+        >>> loader = TensorLoader(torch.arange(5), torch.zeros(5), batch_size=2)
+        >>> [inputs.tolist() for inputs, _ in loader]
+        [[0, 1], [2, 3], [4]]
     """
 
-    batch_sampler: None = None  # Lightning reads it of whatever has a sampler
+    batch_sampler: None = None  # Lightning reads it from every loader with a sampler
 
     def __init__(
         self,
@@ -39,14 +56,14 @@ class TensorLoader:
     ) -> None:
         if len(inputs) != len(targets):
             raise ValueError(
-                f"inputs have {len(inputs)} rows and targets {len(targets)}: a batch pairs them "
-                "row by row; pass as many of one as of the other"
+                f"inputs have {len(inputs)} rows and targets {len(targets)}: each row needs both; "
+                "pass equal numbers"
             )
         if len(inputs) == 0:
-            raise ValueError("inputs have 0 rows: there is no batch to make; pass at least one row")
+            raise ValueError("inputs have 0 rows: a batch needs rows; pass at least one row")
         if batch_size < 1:
             raise ArgumentError(
-                f"batch_size={batch_size}: a batch holds at least one row; choose 1 or more",
+                f"batch_size={batch_size}: a batch needs at least one row; choose 1 or more",
                 "batch_size",
             )
         if not 0 <= rank < world_size:
@@ -70,7 +87,7 @@ class TensorLoader:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order that the next iteration follows."""
+        """Set the epoch, which selects the order of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -100,6 +117,11 @@ class TensorLoader:
 
 
 def permutation(num_rows: int, seed: int) -> Tensor:
-    """Return a random permutation of `range(num_rows)`, int64 [N], for a seed."""
+    """Return a random permutation of `range(num_rows)` in int64 [N], which depends only on `seed`.
+
+    Example:
+        >>> permutation(4, seed=0).sort().values
+        tensor([0, 1, 2, 3])
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randperm(num_rows, generator=generator, device="cpu")

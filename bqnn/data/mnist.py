@@ -32,10 +32,23 @@ _LARGEST = 2**30  # bytes; MNIST's largest file has 47 million
 
 
 class MNISTData(ImageData):
-    """Images [1, 28, 28] scaled to [0, 1], from `<data_dir>/MNIST/raw`.
+    """MNIST (LeCun et al. 1998): images [1, 28, 28], scaled to [0, 1].
 
-    Downloaded where they are missing. Raises FileNotFoundError, with the folder, where that
-    fails, and ValueError for damaged files.
+    The files are read from `<data_dir>/MNIST/raw`, and downloaded if they are missing.
+
+    Args:
+        data_dir: The folder of data files.
+        seed: Seed of the validation split and of the order of training batches.
+        batch_size: The number of rows in a training batch.
+        validation_share: The share of training rows for validation.
+
+    Raises:
+        FileNotFoundError: Files are missing and cannot be downloaded.
+        ValueError: A file is damaged.
+
+    Example:
+        >>> MNISTData(data_dir="data").folder
+        PosixPath('data/MNIST/raw')
     """
 
     def __init__(
@@ -56,7 +69,7 @@ class MNISTData(ImageData):
         self.folder = self.data_dir / "MNIST" / "raw"
 
     def prepare_data(self) -> None:
-        """Download the files that are missing."""
+        """Download missing files."""
         from torchvision.datasets import MNIST
 
         fetch_missing(MNIST, self.folder, MNIST.mirrors[0])
@@ -65,41 +78,49 @@ class MNISTData(ImageData):
         if missing := _missing(self.folder):
             raise FileNotFoundError(
                 f"{self.folder} has no {', '.join(missing)}; call prepare_data to "
-                "download, or set data_dir to the folder that has MNIST/raw"
+                "download, or set data_dir to the folder that contains MNIST/raw"
             )
         return read_part(self.folder, "train"), read_part(self.folder, "t10k")
 
 
 def read_part(folder: Path, part: str) -> Rows:
-    """Read the images [N, 1, 28, 28] and classes [N] of `train` or `t10k` in MNIST's format.
+    """Read a part of a data set in MNIST's format.
 
-    ValueError, with the file: it is damaged, or of another data set.
+    Args:
+        folder: The folder of the files.
+        part: `train` or `t10k`.
+
+    Returns:
+        Rows with images [N, 1, 28, 28] in uint8 and class indices [N].
+
+    Raises:
+        ValueError: A file is damaged, or belongs to another data set.
     """
     images_path = folder / f"{part}-images-idx3-ubyte"
     labels_path = folder / f"{part}-labels-idx1-ubyte"
     images, labels = _read_idx(images_path, 3), _read_idx(labels_path, 1).long()
     if images.shape[1:] != (28, 28):
         height, width = images.shape[1:]
-        raise _damaged(images_path, f"its images are {width}x{height} pixels, and not 28x28")
+        raise _damaged(images_path, f"its images have {width}x{height} pixels, not 28x28")
     if len(labels) != len(images):
         raise _damaged(labels_path, f"{len(labels)} labels for {len(images)} images")
     if (labels > 9).any():
         row = int((labels > 9).nonzero()[0])
-        raise _damaged(labels_path, f"label {row} (from 0) is {labels[row]}, and not 0 to 9")
+        raise _damaged(labels_path, f"label {row} (from 0) is {labels[row]}, not 0 to 9")
     return Rows(images.unsqueeze(1), labels)
 
 
 def _read_idx(path: Path, num_dims: int) -> Tensor:
-    """The bytes of an IDX file as a tensor with the shape that its header says: uint8."""
+    """Read an IDX file as a uint8 tensor with the shape in its header."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(4 + 4 * num_dims)
             shape = [int.from_bytes(start[i : i + 4], "big") for i in range(4, len(start), 4)]
             if start[:4] != bytes([0, 0, 8, num_dims]) or len(shape) < num_dims:
-                raise ValueError(f"it does not begin as one of {num_dims} dimensions of bytes")
+                raise ValueError(f"its header is not that of bytes in {num_dims} dimensions")
             if prod(shape) != size - len(start) or 0 in shape or size > _LARGEST:
-                raise ValueError(f"it has {size} bytes, which do not hold {shape} values")
+                raise ValueError(f"it has {size} bytes, which do not fit the shape {shape}")
             return torch.frombuffer(bytearray(file.read()), dtype=torch.uint8).reshape(shape)
     except (OSError, ValueError) as error:
         raise _damaged(path, one_line(str(error))) from error
@@ -107,20 +128,29 @@ def _read_idx(path: Path, num_dims: int) -> Tensor:
 
 def _damaged(path: Path, reason: str) -> ValueError:
     return ValueError(
-        f"{printable(str(path))} is damaged ({reason}); MNIST cannot be read: delete the "
-        "file and it is downloaded again"
+        f"{printable(str(path))} is damaged ({reason}), so MNIST cannot be read; delete the file "
+        "to download it again"
     )
 
 
 def fetch_missing(kind: type[MNIST], folder: Path, address: str) -> None:
     """Download the missing files of a torchvision data set in MNIST's format.
 
-    Each is checked by the hash that torchvision knows. FileNotFoundError: it cannot be had.
+    torchvision lists the hash of each file, which is verified.
+
+    Args:
+        kind: The class in torchvision.
+        folder: The folder of the files.
+        address: The https address of the files, with a slash at the end.
+
+    Raises:
+        FileNotFoundError: A file cannot be downloaded.
+        ValueError: The hash of a file differs.
     """
     hashes = dict(kind.resources)
     for name in _missing(folder):
         remedy = (
-            f"{folder} has no {name}: put it there, or set data_dir to the folder that has "
+            f"{folder} has no {name}: copy it there, or set data_dir to the folder that contains "
             f"{kind.__name__}/raw"
         )
         packed = fetch(f"{address}{name}.gz", hashes[f"{name}.gz"], remedy, kind="md5")

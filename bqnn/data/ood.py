@@ -17,19 +17,36 @@ from bqnn.data.tables import TableData
 from bqnn.files import written_beside
 from bqnn.text import short
 
-# The authors' repository; torchvision's mirror has no https.
+# The authors' repository, because torchvision's mirror does not support https.
 FASHION_MNIST = (
     "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
 )
 
-Unfamiliar = tuple[Tensor, Tensor | None]  # inputs, and targets where there are any
+Unfamiliar = tuple[Tensor, Tensor | None]  # inputs, and targets or None
 
 
 def unfamiliar_sets(data: TensorData, names: Sequence[str] | None) -> dict[str, Unfamiliar]:
-    """Make the named sets, or all sets for this kind of data.
+    """Make out-of-distribution sets for a data set.
 
-    They are as raw as `data.test`. Other data is downloaded to `data_dir` where it is missing.
-    ValueError: no set has that name.
+    Inputs have the format of `data.test`. Other data sets are downloaded to `data_dir` if they are
+    missing.
+
+    Args:
+        data: The data set, after `setup`.
+        names: The names of the sets, or None for all.
+
+    Returns:
+        Inputs [N, ...], and targets [N] or None, by name.
+
+    Raises:
+        ValueError: A name is unknown.
+
+    Example:
+        >>> from bqnn.data.digits import DigitsData
+        >>> data = DigitsData()
+        >>> data.setup()
+        >>> list(unfamiliar_sets(data, names=None))
+        ['uniform', 'inverted']
     """
     makers: dict[str, Callable[[Any], Unfamiliar]] = {}
     for kind, of_kind in _MAKERS.items():
@@ -38,13 +55,13 @@ def unfamiliar_sets(data: TensorData, names: Sequence[str] | None) -> dict[str, 
     for name in names or ():
         if name not in makers:
             raise ValueError(
-                f"suite.ood: no set {short(name)} for this task; there are {', '.join(makers)}"
+                f"suite.ood: no set {short(name)} for this task; choose from {', '.join(makers)}"
             )
     return {name: makers[name](data) for name in (makers if names is None else names)}
 
 
 def fashion_mnist(data: MNISTData) -> Unfamiliar:
-    """The test images of FashionMNIST (Xiao et al. 2017) and the numbers of their classes."""
+    """Return the test images of FashionMNIST (Xiao et al. 2017) and their class indices."""
     from torchvision.datasets import FashionMNIST
 
     folder = data.data_dir / "FashionMNIST" / "raw"
@@ -54,14 +71,14 @@ def fashion_mnist(data: MNISTData) -> Unfamiliar:
 
 
 def svhn(data: CIFAR10Data) -> Unfamiliar:
-    """The test images of SVHN (Netzer et al. 2011), house numbers, and their digits."""
+    """Return the test images of SVHN (Netzer et al. 2011), house numbers, and their digits."""
     from torchvision.datasets import SVHN
 
     address, name, md5 = SVHN.split_list["test"]
     path = data.data_dir / name
     if not path.is_file():
         address = address.replace("http://", "https://")
-        remedy = f"put it at {path}, or leave the set out, as in suite.ood=[uniform,inverted]"
+        remedy = f"copy it to {path}, or omit this set, as in suite.ood=[uniform,inverted]"
         content = fetch(address, md5, remedy, kind="md5", largest=2**27)
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_beside(path) as beside:
@@ -69,26 +86,26 @@ def svhn(data: CIFAR10Data) -> Unfamiliar:
     try:
         part = SVHN(str(data.data_dir), split="test")
     except RuntimeError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it") from error
+        raise ValueError(f"{path} is damaged ({error}); delete it to download it again") from error
     return torch.from_numpy(part.data).contiguous(), torch.from_numpy(part.labels).long()
 
 
 def uniform_noise(data: ImageData) -> Unfamiliar:
-    """Images of uniform noise, as many as test images, without classes."""
+    """Return images of uniform noise, as many as test images, without targets."""
     generator = torch.Generator().manual_seed(0)
     shape = data.test.inputs.shape
     return torch.randint(data.white + 1, shape, dtype=torch.uint8, generator=generator), None
 
 
 def inverted(data: ImageData) -> Unfamiliar:
-    """The negatives of the test images, with their classes."""
+    """Return the negatives of the test images and their class indices."""
     return data.white - data.test.inputs, data.test.targets
 
 
 def out_of_range(data: TableData) -> Unfamiliar:
-    """Rows that lie outside the training range in every input, by up to half of that range.
+    """Return rows outside the training range in every input, by up to half of that range.
 
-    On which side and how far is drawn uniformly for each input of each row. There is no target.
+    The side and the distance are uniformly random for each input of each row. Rows have no targets.
     """
     generator = torch.Generator().manual_seed(0)
     shape = data.test.inputs.shape

@@ -1,4 +1,4 @@
-"""SyntheticData: one-dimensional regression whose mean and noise are known."""
+"""SyntheticData: one-dimensional regression with known mean and noise."""
 
 from __future__ import annotations
 
@@ -16,11 +16,23 @@ Function = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class SyntheticData(TableData):
-    """Draws of y = mean(x) + std(x) * noise, from a data seed of their own.
+    """Samples of y = mean(x) + std(x) * eps with eps ~ N(0, 1) and x in [-4, 4].
 
-    `gap`: a wave whose noise grows with x, with no inputs between -1 and 1.
-    `linear`: y = 2 x + 8 with noise of standard deviation 1.
-    Inputs lie between -4 and 4. `data_seed` fixes the rows; `seed` only which of them validate.
+    Args:
+        function: `gap`, a wave whose noise grows with x, without inputs between -1 and 1; or
+            `linear`, y = 2 x + 8 with std 1.
+        num_train: The number of training rows, including validation rows.
+        num_test: The number of test rows.
+        data_seed: Seed of the rows.
+        data_dir: Unused, common to all data sets.
+        seed: Seed of the validation split and of the order of training batches.
+        batch_size: The number of rows in a training batch.
+        validation_share: The share of training rows for validation.
+
+    Example:
+        >>> data = SyntheticData("linear")
+        >>> data.truth(torch.tensor([1.0]))
+        (tensor([10.]), tensor([1.]))
     """
 
     def __init__(
@@ -43,27 +55,27 @@ class SyntheticData(TableData):
         )
         if function not in _FUNCTIONS:
             raise ArgumentError(
-                f"function={short(function)}: no such function; choose one of "
+                f"function={short(function)}: unknown function; choose one of "
                 f"{', '.join(_FUNCTIONS)}",
                 "function",
             )
         for name, count in (("num_train", num_train), ("num_test", num_test)):
             if count < 1:
-                raise ArgumentError(f"{name}={count}: nothing is drawn; choose 1 or more", name)
+                raise ArgumentError(f"{name}={count}: a number of rows; choose 1 or more", name)
         self.function = function
         self.num_train = num_train
         self.num_test = num_test
         self.data_seed = data_seed
 
     def truth(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and noise standard deviation at `x`, shaped as `x`, all in original units."""
+        """Return the mean and the standard deviation of y, shaped like `x`, in original units."""
         function, _ = _FUNCTIONS[self.function]
         return function(x)
 
     def grid(self, num_points: int = 500) -> Tensor:
-        """Inputs to plot at, in original units: float64 [P, 1], half as wide again as the data.
+        """Return inputs for plots, from -6 to 6 in original units, in float64 [P, 1].
 
-        `standardize(grid)` is what the network reads.
+        `standardize` converts them for the network.
         """
         return torch.linspace(-6, 6, num_points, dtype=torch.float64).unsqueeze(1)
 
@@ -89,5 +101,5 @@ def _line(x: Tensor) -> tuple[Tensor, Tensor]:
     return 2 * x + 8, torch.ones_like(x)
 
 
-# The function, and how far from 0 its inputs begin.
+# The function, and the smallest |x| of its inputs.
 _FUNCTIONS: dict[str, tuple[Function, float]] = {"gap": (_wave, 1.0), "linear": (_line, 0.0)}

@@ -1,4 +1,4 @@
-"""TableData: regression tables, standardized with the training rows."""
+"""TableData: base class of regression tables, standardized with the training rows."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from bqnn.data.base import Rows, TensorData
 
 
 class TableData(TensorData):
-    """A regression data set with inputs [N, F] and targets [N], float32 and standardized.
+    """Base class for regression, with standardized float32 inputs [N, F] and targets [N].
 
-    Means and standard deviations (population) come from the training rows alone, after the
-    validation rows are out, in float64. A constant column, or target, has a standard deviation
-    of 1. ValueError: a number leaves the range of floats on the way.
+    Means and (population) standard deviations are computed in float64, from the training rows
+    without validation rows. A constant column or target gets the standard deviation 1.
+
+    Raises:
+        ValueError: A standardized number, or a moment, leaves the range of floats.
     """
 
     input_mean: Tensor  # [F]
@@ -22,7 +24,7 @@ class TableData(TensorData):
     target_std: Tensor  # []
 
     def standardize(self, inputs: Tensor) -> Tensor:
-        """Standardize inputs [N, F] given in original units, in float32."""
+        """Standardize inputs [N, F] given in original units; the result is float32."""
         return ((inputs - self.input_mean) / self.input_std).float()
 
     def facts(self) -> dict[str, object]:
@@ -57,19 +59,19 @@ def _finite(standardized: Tensor, original: Tensor) -> Tensor:
     bad = ~standardized.isfinite()
     if bad.any():
         raise ValueError(
-            f"a row has {original[bad][0].item():g}, which is too far from the training rows: no "
-            "float32 says by how many standard deviations; correct or remove the row"
+            f"a row has {original[bad][0].item():g}, which is too far from the training rows: "
+            "the standardized value exceeds float32; correct or remove the row"
         )
     return standardized
 
 
 def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
     mean, std = values.mean(0), values.std(0, correction=0)
-    # Rounding can leave a constant column with a tiny spread, which must not be blown up.
+    # Rounding can give a constant column a tiny standard deviation, which must not be divided by.
     constant = (values == values[0]).all(0) | (std == 0)
     if not (mean.isfinite() & std.isfinite()).all():
         raise ValueError(
-            f"the table has numbers up to {values.abs().max().item():g}, too large to average "
-            "their squares; give the column in another unit"
+            f"the table has numbers up to {values.abs().max().item():g}, whose squares exceed "
+            "float64; convert the column to another unit"
         )
     return torch.where(constant, values[0], mean), torch.where(constant, 1.0, std)

@@ -8,16 +8,29 @@ from bqnn.arguments import prefixed
 from bqnn.data import TensorData, build_data
 from bqnn.text import short
 
-# What a task says of training; all else in it is an option of its data set.
+# The keys of a task that configure training; all others are options of its data set.
 TRAINING_KEYS = ("name", "dataset", "max_epochs", "check_val_every_n_epoch", "save_every")
 
 
 def make_data(config: Mapping[str, Any]) -> TensorData:
     """Download, read and split the data set of a job's task.
 
-    Where the task came out of a checkpoint, a folder that it names has to be below the working
-    directory or data_dir, unless `trust` says otherwise: a stranger's checkpoint does not choose
-    what is read here.
+    If the task comes from a checkpoint, its folder must be below the working directory or
+    `data_dir`, unless `trust` is set: an untrusted checkpoint cannot choose the files that are
+    read.
+
+    Args:
+        config: The configuration of a job, with the keys `task`, `data_dir` and `seed`.
+
+    Raises:
+        FileNotFoundError: Files are missing and cannot be downloaded.
+        ValueError: An option is invalid (the message names its key), data are damaged, or the
+            folder is not allowed.
+
+    Example:
+        >>> task = {"name": "toy", "dataset": "synthetic", "max_epochs": 3, "num_test": 10}
+        >>> len(make_data({"task": task, "data_dir": "data", "seed": 0}).test)
+        10
     """
     task = config["task"]
     if "checkpoint" in config and task.get("root") is not None and not config.get("trust"):
@@ -36,7 +49,7 @@ def _require_near(root: Path, folders: list[Path]) -> None:
     where = root.expanduser().resolve()
     if not any(where.is_relative_to(folder.expanduser().resolve()) for folder in folders):
         raise ValueError(
-            f"the checkpoint's task reads the folder {short(str(root), 200)}, which is neither "
-            "below the working directory nor below data_dir; if you trust the checkpoint, add "
-            "trust=true"
+            f"the task of the checkpoint reads the folder {short(str(root), 200)}, which is "
+            "neither below the working directory nor below data_dir; if you trust the checkpoint, "
+            "add trust=true"
         )

@@ -1,4 +1,4 @@
-"""UCIData: regression tables with their standard splits, as files of plain numbers."""
+"""UCIData: regression tables with their standard splits, in text files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,28 @@ _TABLE_FILES = ("data.txt", "index_features.txt", "index_target.txt", "n_splits.
 
 
 class UCIData(TableData):
-    """One split of the table in `<data_dir>/uci/<table>/data`.
+    """One split of a UCI table (the splits of Gal & Ghahramani 2016).
 
-    The folder holds data.txt, index_features.txt, index_target.txt, n_splits.txt and, for each
-    split k, index_train_k.txt and index_test_k.txt, which share out the rows; columns and rows
-    count from 0. The six standard tables are downloaded where the folder is missing.
+    The folder `<data_dir>/uci/<table>/data` contains data.txt, index_features.txt,
+    index_target.txt, n_splits.txt and, for each split k, index_train_k.txt and index_test_k.txt
+    with the indices of rows. Columns and rows are counted from 0. The six standard tables are
+    downloaded if the folder is missing.
 
-    Raises ValueError, with the file and the row, for anything but such a table of finite numbers,
-    and FileNotFoundError, with the folder, for missing files.
+    Args:
+        table: The name of the table.
+        split: The number of the split, from 0.
+        data_dir: The folder of data files.
+        seed: Seed of the validation split and of the order of training batches.
+        batch_size: The number of rows in a training batch.
+        validation_share: The share of training rows for validation.
+
+    Raises:
+        FileNotFoundError: Files are missing and cannot be downloaded.
+        ValueError: A file is not a table of finite numbers. The message names the file and the row.
+
+    Example:
+        >>> UCIData("bostonHousing", split=3, data_dir="data").folder
+        PosixPath('data/uci/bostonHousing/data')
     """
 
     def __init__(
@@ -49,8 +63,8 @@ class UCIData(TableData):
         )
         if table in ("", "..") or Path(table).name != table:
             raise ArgumentError(
-                f"table={short(table)}: it names one folder inside {self.data_dir / 'uci'}; "
-                "choose a name without slashes or dots alone",
+                f"table={short(table)}: it must be the name of a folder in "
+                f"{self.data_dir / 'uci'}; choose a name without slashes that is not '..'",
                 "table",
             )
         self.table = table
@@ -79,7 +93,7 @@ class UCIData(TableData):
             row, column = np.argwhere(~np.isfinite(data))[0]
             raise ValueError(
                 f"{data_path}: row {row}, column {column} (from 0) is {data[row, column]}; "
-                "every number must be finite, drop or fill that row"
+                "every number must be finite, remove or correct this row"
             )
         features, target = self._read_columns(data.shape[1])
         train, test = self._read_split(len(data))
@@ -92,16 +106,17 @@ class UCIData(TableData):
         if missing:
             raise FileNotFoundError(
                 f"table={short(self.table)}: {self.folder} has no {', '.join(missing)}. It must "
-                f"hold {', '.join(_TABLE_FILES)} and index_train_k.txt, index_test_k.txt for each "
-                "split k: put them there or set data_dir to the folder that has uci/<table>. "
-                f"Without the folder, these are downloaded: {', '.join(known_tables())}"
+                f"contain {', '.join(_TABLE_FILES)} and, for each split k, index_train_k.txt and "
+                "index_test_k.txt: copy them there, or set data_dir to the folder that contains "
+                "uci/<table>. If the folder does not exist, these tables are downloaded: "
+                f"{', '.join(known_tables())}"
             )
 
     def _count_splits(self) -> int:
         path = self.folder / "n_splits.txt"
         values = _read_numbers(path).ravel()
         if len(values) != 1 or values[0] < 1 or not values[0].is_integer():
-            raise ValueError(f"{path}: expected one whole number, 1 or more: how many splits exist")
+            raise ValueError(f"{path}: expected the number of splits, an integer of 1 or more")
         return int(values[0])
 
     def _read_columns(self, num_columns: int) -> tuple[np.ndarray, int]:
@@ -109,11 +124,11 @@ class UCIData(TableData):
         path = self.folder / "index_target.txt"
         target = _read_index(path, num_columns, "columns")
         if len(target) != 1:
-            raise ValueError(f"{path}: {len(target)} columns listed; a table has one target")
+            raise ValueError(f"{path}: {len(target)} columns listed; list one target")
         if target[0] in features:
             raise ValueError(
-                f"{path}: column {target[0]} is also listed in index_features.txt; a target "
-                "cannot be its own input, remove it from one of them"
+                f"{path}: column {target[0]} is also listed in index_features.txt; a target cannot "
+                "be an input, remove it from one of the files"
             )
         return features, int(target[0])
 
@@ -127,7 +142,7 @@ class UCIData(TableData):
         if len(shared):
             raise ValueError(
                 f"{test_path}: row {shared[0]} is also listed in {train_path.name} ({len(shared)} "
-                "such rows); a row is for training or for the test"
+                "such rows); remove these rows from one of the files"
             )
         num_absent = num_rows - len(train) - len(test)
         if num_absent:
@@ -145,9 +160,9 @@ def _read_numbers(path: Path) -> np.ndarray:
         if not any(line.partition("#")[0].strip() for line in lines):
             raise ValueError("the file is empty")
         return np.loadtxt(lines, ndmin=2)
-    except ValueError as error:  # a ragged row, a word, bytes that are no text
+    except ValueError as error:  # a ragged row, a word, or binary data
         raise ValueError(
-            f"{path}: expected rows of equally many numbers, separated by spaces: "
+            f"{path}: expected rows with equal numbers of columns, separated by spaces: "
             f"{one_line(str(error))[:300]}"
         ) from error
 
@@ -158,11 +173,11 @@ def _read_index(path: Path, limit: int, what: str) -> np.ndarray:
     if len(wrong):
         raise ValueError(
             f"{path}: entry {wrong[0]} (from 0) is {values[wrong[0]]:g}, but data.txt has {limit} "
-            f"{what}; expected a whole number from 0 to {limit - 1}"
+            f"{what}; expected an integer from 0 to {limit - 1}"
         )
     unique, counts = np.unique(values, return_counts=True)
     if len(unique) < len(values):
         raise ValueError(
-            f"{path}: {unique[counts > 1][0]:g} is listed twice; list every one of the {what} once"
+            f"{path}: {unique[counts > 1][0]:g} is listed twice; list each of the {what} only once"
         )
     return values.astype(np.int64)

@@ -1,8 +1,7 @@
-"""Measures of single rows, and of all rows together, as plain functions of tensors.
+"""Functional forms of the metrics.
 
-Functions that score rows return one value per row, so that the caller can average them, count
-them, or look at the worst. Entropies and log-likelihoods are in nats. The metrics of
-`bqnn.inference.metrics` are built from these functions.
+Functions that score rows return one value per row. Entropies and log-likelihoods are in nats. The
+classes in `bqnn.inference.metrics` use these functions.
 """
 
 import math
@@ -41,7 +40,7 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 
 def mutual_information(mean: Tensor, mean_entropy: Tensor) -> Tensor:
-    """Compute how much the draws of a classifier disagree.
+    """Compute the mutual information of label and weights, the disagreement of the draws.
 
     I[y; w] = H[E_s p_s] - E_s H[p_s] is the epistemic part of the predictive entropy (Depeweg et
     al. 2018). It is 0 for one draw. Rounding errors below zero are clipped.

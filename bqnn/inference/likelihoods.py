@@ -1,4 +1,4 @@
-"""Likelihoods: how outputs meet targets, in training and in evaluation."""
+"""Likelihoods: the loss, the predictive distribution and the metrics of a kind of target."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,11 +34,11 @@ from bqnn.inference.mixtures import (
 
 
 class Likelihood(ABC):
-    """p(target | output): the loss of one draw, and the predictive distribution of many.
+    """Base class of likelihoods p(target | output).
 
-    Draws are [S, N, num_outputs]; S may be 1. Everything but `loss` is computed in float64, on the
-    draws' device. Methods that take draws also take their mixture, and raise a ValueError where a
-    draw is not finite.
+    Draws are [S, N, num_outputs]; S may be 1. All methods except `loss` compute in float64, on the
+    device of the draws. Methods that take draws also take their mixture, and raise a ValueError if
+    a draw is not finite.
 
     Attributes:
         heads: The number of outputs of each output layer.
@@ -66,7 +66,7 @@ class Likelihood(ABC):
 
         Args:
             draws: Draws of the output [S, N, num_outputs].
-            targets: Targets [N], where they are known.
+            targets: Targets [N], or None.
         """
 
     @abstractmethod
@@ -83,7 +83,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def uncertainty(self, **options: Any) -> MixtureMetrics:
-        """Collect the metrics that say how uncertain draws are; they need no targets.
+        """Collect the metrics of the uncertainty of draws, which need no targets.
 
         Args:
             options: Options of `torchmetrics.Metric`, such as `sync_on_compute`.
@@ -91,20 +91,20 @@ class Likelihood(ABC):
 
     @abstractmethod
     def summary(self, draws: Tensor | Mixture) -> dict[str, Tensor]:
-        """Describe the predictive distribution of each row, in the units that a reader wants."""
+        """Summarize the predictive distribution of each row, in original units."""
 
     @abstractmethod
     def scores(self, summary: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute scores that are higher for doubtful rows, each [N]; the usual one comes first."""
+        """Compute scores that are higher for uncertain rows, each [N]; the default comes first."""
 
     @abstractmethod
     def losses(self, summary: Mapping[str, Tensor], targets: Tensor) -> Tensor:
-        """Compute what it costs to rely on each prediction [N]."""
+        """Compute the loss of each prediction [N], for the risk-coverage curve."""
 
     def convergence(self, draws: Tensor, targets: Tensor) -> list[dict[str, float]]:
         """Compute the metrics of the first draw, of the first two, and so on to all of them.
 
-        Metrics of finite draws that are not finite are given as they are.
+        A metric of finite draws that is infinite or NaN raises no error.
 
         Args:
             draws: Draws of the output [S, N, num_outputs].
@@ -171,7 +171,7 @@ class Classification(Likelihood):
         )
 
     def uncertainty(self, **options: Any) -> MixtureMetrics:
-        """Collect ape, and the two parts that it is the sum of: aleatoric and mi."""
+        """Collect ape and its two parts, aleatoric and mi, which sum to it."""
         return MixtureMetrics(
             self.mixture,
             {
@@ -264,7 +264,7 @@ class Regression(Likelihood):
         )
 
     def uncertainty(self, **options: Any) -> MixtureMetrics:
-        """Collect the root mean square of std and of its parts, so that their squares add up."""
+        """Collect the root mean squares of std and of its two parts; their squares sum to std's."""
         parts = {"std": "variance", "aleatoric_std": "aleatoric", "epistemic_std": "epistemic"}
         return MixtureMetrics(
             self.mixture,

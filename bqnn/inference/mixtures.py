@@ -1,7 +1,7 @@
-"""Mixtures: the predictive distribution of each row that the draws of a network make together.
+"""Mixtures of draws: the predictive distribution of each row.
 
-Draws lie on the first axis and rows follow: [S, N, num_outputs]. All S draws have equal weight. A
-mixture keeps what metrics and summaries need, in float64 and on the draws' device.
+Draws have the shape [S, N, num_outputs], and all S draws have equal weight. A mixture stores the
+moments that metrics and summaries need, in float64 and on the device of the draws.
 """
 
 import math
@@ -139,11 +139,14 @@ class GaussianMixture:
 
 
 def require_one_target_per_row(output: Tensor, targets: Tensor) -> None:
-    """Refuse shapes that would broadcast [B] against [B, 1] to [B, B] in silence.
+    """Raise an error unless there is one target per row; [B, 1] would silently broadcast to [B, B].
 
     Args:
         output: One draw [B, num_outputs].
-        targets: Targets, which have to be [B].
+        targets: Targets, which must be [B].
+
+    Raises:
+        ValueError: The shapes do not fit.
     """
     if targets.shape != output.shape[:-1]:
         raise ValueError(
@@ -153,7 +156,7 @@ def require_one_target_per_row(output: Tensor, targets: Tensor) -> None:
 
 
 def require_draws(samples: Tensor, num_outputs: int | None = None) -> None:
-    """Refuse samples that are not [S, N, num_outputs], or [S, N, any number]."""
+    """Raise a ValueError unless samples are [S, N, num_outputs], or [S, N, C] for None."""
     fits = samples.dim() == 3 and (num_outputs is None or samples.shape[-1] == num_outputs)
     if not fits or samples.numel() == 0:
         raise ValueError(
@@ -163,7 +166,7 @@ def require_draws(samples: Tensor, num_outputs: int | None = None) -> None:
 
 
 def _checked(samples: Tensor, targets: Tensor | None, num_outputs: int | None = None) -> Tensor:
-    """The samples in float64, once their shape and their values are known to be sound."""
+    """Check shapes and values, and convert the samples to float64."""
     require_draws(samples, num_outputs)
     if bad := int((~samples.isfinite()).any(-1).any(0).sum()):
         raise ValueError(
@@ -176,6 +179,6 @@ def _checked(samples: Tensor, targets: Tensor | None, num_outputs: int | None = 
 
 
 def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(logits [..., N, C]) of the classes [N]: [..., N]."""
+    """Compute log softmax(logits)[targets] for logits [..., N, C] and targets [N]: [..., N]."""
     index = targets.expand(logits.shape[:-1]).unsqueeze(-1)
     return logits.gather(-1, index).squeeze(-1) - logits.logsumexp(-1)

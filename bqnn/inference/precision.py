@@ -1,4 +1,4 @@
-"""Float32 arithmetic in full precision, while a result is to be exact."""
+"""Context manager for full float32 precision."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-_backends: Any = torch.backends  # its types lack some of these
-# What can round float32 has an `fp32_precision` of its own.
+_backends: Any = torch.backends  # some attributes are missing in its type stubs
+# The operations that can round float32; each has an attribute `fp32_precision`.
 PLACES = (
     _backends.cuda.matmul,
     _backends.cudnn.conv,
@@ -19,7 +19,7 @@ PLACES = (
 
 
 class _Older(NamedTuple):
-    """A setting of torch's older interface, which is refused once it contradicts the newer one."""
+    """A setting of torch's older interface, which raises an error if it contradicts the newer."""
 
     get: Callable[[], Any]
     set: Callable[[Any], None]
@@ -42,10 +42,15 @@ _before: tuple[list[Any], list[str]] = ([], [])  # of the older interface and th
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Keep torch from rounding float32 to TF32 or bfloat16 in products and convolutions.
+    """Prevent torch from rounding float32 to TF32 or bfloat16 in matrix products and convolutions.
 
-    torch has one such setting for the whole process. The first of several threads changes it and
-    the last one puts it back, so a thread that trains meanwhile is slower on a GPU, and not wrong.
+    The setting is process-wide. Of several threads, the first one changes it and the last one
+    restores it. A thread that trains at the same time becomes slower on a GPU, but stays correct.
+
+    Example:
+        >>> with full_precision():
+        ...     torch.get_float32_matmul_precision()
+        'highest'
     """
     global _users, _before
     with _lock:
@@ -66,7 +71,7 @@ def full_precision() -> Iterator[None]:
 def _read(older: _Older) -> Any:
     try:
         return older.get()
-    except RuntimeError:  # the program uses the newer interface alone, or both
+    except RuntimeError:  # the program uses the newer interface, alone or with the older one
         return None
 
 

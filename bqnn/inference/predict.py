@@ -14,20 +14,36 @@ from bqnn.layers.finite import refuse_non_finite
 from bqnn.seeds import Stream, stream_seed
 
 BATCH_SIZE = 256
-MAX_KEPT_BYTES = 512 * 2**20  # of what comes before the first random layer
+MAX_KEPT_BYTES = 512 * 2**20  # for the activations before the first random layer
 
 
 def predictive(
     net: nn.Module, x: Tensor, num_samples: int, *, seed: int = 0, batch_size: int = BATCH_SIZE
 ) -> Tensor:
-    """Stack independent draws of the network's output: [S, B, ...].
+    """Stack independent draws of a network's output.
 
-    Equal seeds give equal draws (of dropout masks, for equal rows and `batch_size`), on every
-    device. The global random state is neither used nor changed, and threads may predict with one
-    network at the same time: each gets what it would get alone.
+    Equal seeds give equal draws on every device; dropout masks also depend on the rows and on
+    `batch_size`. The function neither uses nor changes the global random state. Several threads
+    can predict with one network; each gets the same result as alone.
 
-    ValueError: the network is in training mode, where batch norm would learn from what it predicts,
-    or inputs are not finite.
+    Args:
+        net: The network, in evaluation mode.
+        x: Inputs [B, ...].
+        num_samples: The number of draws S.
+        seed: The seed of the run.
+        batch_size: The number of rows in a forward pass.
+
+    Returns:
+        Draws of the output [S, B, ...].
+
+    Raises:
+        ValueError: The network is in training mode, or inputs are not finite.
+
+    Example:
+        >>> from bqnn.layers.bayes import to_bayes
+        >>> net = to_bayes(nn.Sequential(nn.Linear(3, 2)), prior_std=1.0, init_rho=-5.0).eval()
+        >>> predictive(net, torch.zeros(4, 3), num_samples=10).shape
+        torch.Size([10, 4, 2])
     """
     (samples,) = predictive_sets(net, [x], num_samples, seed=seed, batch_size=batch_size)
     return samples
@@ -45,22 +61,35 @@ def predictive_sets(
     batch_size: int = BATCH_SIZE,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
-    """The draws that `predictive` makes for each set of inputs alone, bit for bit: [S, B, ...].
+    """Predict several sets of inputs, each bit-equal to `predictive`.
 
-    Each draw of random weights passes over all sets, `batch_size` rows at a time, before the next
-    is made, so that what a draw costs does not grow with the number of rows. What comes before
-    the first random layer of nested Sequentials is computed once, where there is room for it.
-    `prepare` makes inputs of the rows of a batch, so that sets can wait in a smaller form.
-    `progress` is called with the index of a set and of the draw that was made for it.
+    Each draw of the weights is made once, and processes all sets. In nested Sequentials, the
+    activations before the first random layer are computed once, if there is memory for them.
+
+    Args:
+        net: The network, in evaluation mode.
+        sets: Sets of inputs [B, ...].
+        num_samples: The number of draws S.
+        prepare: Converts the rows of a batch to inputs, so that sets can be stored in a smaller
+            format; None for the identity.
+        seed: The seed of the run.
+        batch_size: The number of rows in a forward pass.
+        progress: Called with the index of a set and of a draw, after each draw of a set.
+
+    Returns:
+        Draws of the output [S, B, ...] for each set.
+
+    Raises:
+        ValueError: The network is in training mode, or inputs are not finite.
     """
     if net.training:
         raise ValueError("predictive: the network is in training mode; call eval() on it first")
     num_samples = whole_number("num_samples", num_samples, "at least one draw is needed", 1)
     for index, x in enumerate(sets):
         refuse_non_finite(x, f"inputs of set {index}" if len(sets) > 1 else "inputs")
-    # Where a draw costs nothing to begin, each set gets all the room for itself.
+    # Without random weights, sets are processed one by one, and each can use all the memory.
     is_drawn = any(isinstance(module, Drawn) for module in net.modules())
-    posterior = JointPosterior(net)  # one for all draws
+    posterior = JointPosterior(net)  # all draws share it
     samples: list[Tensor] = []
     for group in [list(sets)] if is_drawn else [[x] for x in sets]:
         room = MAX_KEPT_BYTES // len(group) if num_samples > 1 else 0
@@ -72,7 +101,7 @@ def predictive_sets(
             with posterior, held_draw(net, index, generator):
                 mask_seed = stream_seed(seed, Stream.EVALUATION_MASKS, index)
                 for place, (one_pass, outputs) in enumerate(zip(passes, draws, strict=True)):
-                    generator.manual_seed(mask_seed)  # as if there were no other set
+                    generator.manual_seed(mask_seed)  # masks do not depend on the other sets
                     outputs.append(one_pass())
                     if progress is not None:
                         progress(len(samples) + place, index)
@@ -86,9 +115,9 @@ def _one_pass(
     prepare: Callable[[Tensor], Tensor] | None,
     room: int,
 ) -> Callable[[], Tensor]:
-    """What computes one draw of the output for all batches.
+    """Return a function that computes one draw of the output for all batches.
 
-    room: bytes that may be kept from one draw to the next.
+    It may keep up to `room` bytes of activations for the next draw.
     """
 
     def prepared(rows: Tensor) -> Tensor:
@@ -104,7 +133,7 @@ def _one_pass(
 
 
 def _split_at_first_random(net: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
-    """What nested Sequentials call before their first random module, and the rest of it."""
+    """Split nested Sequentials before their first random module."""
     steps = list(_steps(net))
     for index, step in enumerate(steps):
         if any(isinstance(module, Stochastic) for module in step.modules()):

@@ -1,4 +1,4 @@
-"""Predictions of a set of rows, and the one way to score them."""
+"""Predictions of a set of rows, and their scores."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from bqnn.inference.metrics import Mixture, MixtureMetrics, NotFiniteError
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """Draws of a network's output for a set of rows, as the network gives and reads them.
+    """Draws of a network's output for a set of rows, in the units of the network.
 
     Attributes:
-        likelihood: What the draws mean.
+        likelihood: The likelihood of the outputs.
         samples: Logits, or means and log variances in standardized units [S, N, num_outputs].
-        targets: Class indices or standardized targets [N], where they are known.
+        targets: Class indices or standardized targets [N], or None.
 
     Example:
         >>> import torch
@@ -39,21 +39,24 @@ class Prediction:
 
     @cached_property
     def summary(self) -> dict[str, Tensor]:
-        """What `Likelihood.summary` says of each row."""
+        """The result of `Likelihood.summary` for each row."""
         return self.likelihood.summary(self.mixture)
 
 
 def score(*batches: Prediction, metrics: MixtureMetrics | None = None) -> dict[str, float]:
-    """Compute every metric of predictions whose targets are known, over all of their rows.
+    """Compute every metric of predictions with targets, over all rows.
 
-    Each process scores the rows that it has itself.
+    Processes are not synchronized: each scores its own rows.
 
     Args:
         batches: Predictions of one likelihood.
-        metrics: Its metrics, to be used again; making them anew takes a millisecond.
+        metrics: The metrics of the likelihood, for reuse; creating them takes a millisecond.
+
+    Returns:
+        The metrics by name.
 
     Raises:
-        NotFiniteError: A metric is infinite or NaN; it has all of them.
+        NotFiniteError: A metric is infinite or NaN. The error contains all metrics.
         ValueError: A draw is not finite, or there are no targets.
     """
     if metrics is None:
@@ -65,11 +68,24 @@ def score(*batches: Prediction, metrics: MixtureMetrics | None = None) -> dict[s
 
 
 def score_uncertainty(prediction: Prediction) -> dict[str, float]:
-    """Compute how uncertain predictions are on average; no targets are needed.
+    """Compute the average uncertainty of predictions, which needs no targets.
+
+    Args:
+        prediction: The predictions of a set of rows.
+
+    Returns:
+        The metrics of `Likelihood.uncertainty` by name.
 
     Raises:
-        NotFiniteError: A metric is infinite or NaN; it has all of them.
+        NotFiniteError: A metric is infinite or NaN. The error contains all metrics.
         ValueError: A draw is not finite.
+
+    Example:
+        >>> import torch
+        >>> from bqnn.inference.likelihoods import Classification
+        >>> prediction = Prediction(Classification(["cat", "dog"]), torch.zeros(3, 4, 2))
+        >>> round(score_uncertainty(prediction)["ape"], 4)
+        0.6931
     """
     metrics = prediction.likelihood.uncertainty(sync_on_compute=False)
     metrics.update(prediction.mixture)
@@ -79,7 +95,7 @@ def score_uncertainty(prediction: Prediction) -> dict[str, float]:
 def as_they_are(
     measure: Callable[[Prediction], dict[str, float]], prediction: Prediction
 ) -> dict[str, float]:
-    """Return what `measure(prediction)` returns, or all metrics where some are not finite."""
+    """Return `measure(prediction)`, also if some metrics are not finite."""
     try:
         return measure(prediction)
     except NotFiniteError as error:

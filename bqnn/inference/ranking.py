@@ -1,6 +1,6 @@
-"""torchmetrics classes that judge how a score of doubt orders rows.
+"""torchmetrics classes for the ranking of rows by an uncertainty score.
 
-All rows count at once, so the states keep the score of every row, in float64.
+A ranking depends on all rows at once, so the states keep the score of every row, in float64.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ from bqnn.inference.functional import risk_coverage
 
 
 class Detection(Metric):
-    """Base class of metrics that tell unfamiliar rows from familiar ones by a score.
+    """Base class of metrics for the detection of unfamiliar rows by a score.
 
     The unfamiliar rows are the positive class (Hendrycks et al. 2019), and their scores should be
-    higher. Only the order of scores counts; infinite ones have an order, too.
+    higher. Only the order of the scores matters, so they may be infinite.
 
     Args:
         options: Options of `torchmetrics.Metric`.
@@ -53,7 +53,7 @@ class Detection(Metric):
         import numpy as np
 
         scores, unfamiliar = dim_zero_cat(self.scores), dim_zero_cat(self.unfamiliar)
-        # Ranks in place of scores, because scikit-learn refuses infinite ones.
+        # scikit-learn rejects infinite scores, so it gets ranks.
         _, ranks = np.unique(scores.cpu().numpy(), return_inverse=True)
         value = self._compute(unfamiliar.cpu().numpy(), ranks)
         return torch.tensor(value, dtype=torch.float64, device=scores.device)
@@ -83,7 +83,7 @@ class AUROC(Detection):
 
 
 class AUPR(Detection):
-    """Average precision of the unfamiliar rows; their share of all rows is chance.
+    """Average precision of the unfamiliar rows; chance level is their share of all rows.
 
     Example:
         >>> metric = AUPR()
@@ -101,7 +101,7 @@ class AUPR(Detection):
 
 
 class FPR95(Detection):
-    """Share of familiar rows that are flagged where at least 95 % of the unfamiliar ones are.
+    """Share of familiar rows that are flagged at a threshold that flags 95 % of unfamiliar rows.
 
     Example:
         >>> metric = FPR95()
@@ -150,7 +150,7 @@ class AURC(Metric):
         """Add rows.
 
         Args:
-            scores: Values that are higher for doubtful rows [B].
+            scores: Scores that are higher for uncertain rows [B].
             losses: The loss of each row [B].
         """
         if scores.dim() != 1 or scores.shape != losses.shape:

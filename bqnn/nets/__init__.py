@@ -1,4 +1,4 @@
-"""Network architectures, each written once, in plain torch.nn and markers."""
+"""Network architectures in plain torch.nn, with markers for conversions."""
 
 from collections.abc import Callable
 

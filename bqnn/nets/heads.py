@@ -1,4 +1,4 @@
-"""The output layer of every network."""
+"""Heads: the output layer of all networks."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -10,10 +10,19 @@ from bqnn.layers.markers import Leave
 
 
 class Heads(nn.Module):
-    """One linear layer per head, side by side: [B, in_features] -> [B, sum(heads)].
+    """Parallel linear layers, one per head: [B, in_features] -> [B, sum(heads)].
 
-    A classifier has one head with an output per class; a regressor has two with one output
-    each, the mean and the log variance, which quantization gives a range of their own.
+    A classifier has one head with one output per class. A regression network has two heads with
+    one output each, mean and log variance, so that quantization gives each its own range.
+
+    Args:
+        in_features: The number of inputs.
+        heads: The number of outputs of each head.
+        bias: Whether the linear layers have a bias.
+
+    Example:
+        >>> Heads(100, heads=[1, 1], bias=True)(torch.zeros(4, 100)).shape
+        torch.Size([4, 2])
     """
 
     def __init__(self, in_features: int, heads: Sequence[int], bias: bool) -> None:

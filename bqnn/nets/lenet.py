@@ -11,11 +11,25 @@ from bqnn.nets.pictures import image_shape
 
 
 class LeNet(nn.Sequential):
-    """Two 5x5 convolutions with max-pooling, one hidden layer: [B, C, H, W] -> [B, sum(heads)].
+    """Two 5x5 convolutions with max-pooling and a hidden layer: [B, C, H, W] -> [B, sum(heads)].
 
-    At 1x28x28 this is the MNIST network of Ferianc et al. (2021); smaller pictures keep its
-    layers and get a smaller hidden layer's input. No biases. Dropout takes whole channels before
-    the second convolution and single features before the linear layers.
+    With 1x28x28 inputs it is the MNIST network of Ferianc et al. (2021). Layers have no biases. MC
+    dropout drops channels before the second convolution, and features before the linear layers.
+
+    Args:
+        input_shape: Channels, height and width, with at least 4x4 pixels.
+        heads: The number of outputs of each head.
+        channels: The numbers of channels of the two convolutions.
+        hidden_features: The size of the hidden layer.
+
+    Raises:
+        ValueError: The input shape is not that of an image, or too small.
+
+    Example:
+        >>> import torch
+        >>> net = LeNet([1, 28, 28], heads=[10])
+        >>> net(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(

@@ -11,10 +11,23 @@ from bqnn.nets.heads import Heads
 
 
 class MLP(nn.Sequential):
-    """Inputs -> hidden layers with ReLU -> heads: [B, ...] -> [B, sum(heads)].
+    """Multi-layer perceptron with ReLU: [B, ...] -> [B, sum(heads)].
 
-    Three hidden layers of 100 and two heads are the regression network of Ferianc et al.
-    (2021).
+    The default hidden layers, with two heads, are the regression network of Ferianc et al. (2021).
+
+    Args:
+        input_shape: Shape of a row; inputs are flattened.
+        heads: The number of outputs of each head.
+        hidden_features: The sizes of the hidden layers.
+
+    Raises:
+        ValueError: There is no hidden layer.
+
+    Example:
+        >>> import torch
+        >>> net = MLP([13], heads=[1, 1])
+        >>> net(torch.zeros(4, 13)).shape
+        torch.Size([4, 2])
     """
 
     def __init__(
@@ -26,7 +39,8 @@ class MLP(nn.Sequential):
     ) -> None:
         if not hidden_features:
             raise ArgumentError(
-                "hidden_features is empty: give at least one hidden layer", "hidden_features"
+                "hidden_features=[]: an MLP needs a hidden layer; give at least one size",
+                "hidden_features",
             )
         in_features = 1
         for size in input_shape:

@@ -1,19 +1,34 @@
-"""Checks of the input shape of image networks."""
+"""Check of the input shape of image networks."""
 
 from collections.abc import Sequence
 
 
 def image_shape(input_shape: Sequence[int], smallest: int) -> tuple[int, int, int]:
-    """Return channels, height and width. ValueError: not an image of at least this size."""
+    """Check the input shape of an image network.
+
+    Args:
+        input_shape: Channels, height and width.
+        smallest: The smallest height and width that the network supports, in pixels.
+
+    Returns:
+        Channels, height and width.
+
+    Raises:
+        ValueError: The shape is not that of an image, or the image is too small.
+
+    Example:
+        >>> image_shape([3, 32, 32], smallest=8)
+        (3, 32, 32)
+    """
     if len(input_shape) != 3:
         raise ValueError(
-            f"inputs of shape {tuple(input_shape)} are not pictures (channels, height, width); "
+            f"inputs of shape {tuple(input_shape)} are not images (channels, height, width); "
             "use net=mlp"
         )
     channels, height, width = input_shape
     if min(height, width) < smallest:
         raise ValueError(
-            f"pictures of {height}x{width} are too small for this network; it takes at least "
-            f"{smallest}x{smallest}, net=mlp takes any size"
+            f"images of {height}x{width} are too small for this network, which needs at least "
+            f"{smallest}x{smallest}; use net=mlp, which supports any size"
         )
     return channels, height, width

@@ -11,10 +11,25 @@ from bqnn.nets.pictures import image_shape
 
 
 class ResNet(nn.Sequential):
-    """Four stages of basic blocks on small images: [B, C, H, W] -> [B, sum(heads)].
+    """ResNet for small images, with four stages of basic blocks: [B, C, H, W] -> [B, sum(heads)].
 
-    `width` is the number of channels of the first stage; each stage doubles it. 24 is the
-    CIFAR-10 network of Ferianc et al. (2021), 64 the standard ResNet-18 (He et al., 2016).
+    Width 24 is the CIFAR-10 network of Ferianc et al. (2021), and width 64 the standard ResNet-18
+    (He et al. 2016).
+
+    Args:
+        input_shape: Channels, height and width, with at least 8x8 pixels.
+        heads: The number of outputs of each head.
+        width: The number of channels of the first stage; each stage doubles it.
+        blocks_per_stage: The number of blocks in each stage.
+
+    Raises:
+        ValueError: The input shape is not that of an image, or too small.
+
+    Example:
+        >>> import torch
+        >>> net = ResNet([3, 32, 32], heads=[10], width=4)
+        >>> net(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
@@ -52,7 +67,15 @@ class ResNet(nn.Sequential):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut around them, a 1x1 convolution where shapes differ."""
+    """Two 3x3 convolutions with a shortcut: [B, C, H, W] -> [B, C', H / stride, W / stride].
+
+    The shortcut is a 1x1 convolution if the shapes of inputs and outputs differ.
+
+    Args:
+        in_channels: The number of input channels C.
+        out_channels: The number of output channels C'.
+        stride: The stride of the first convolution.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()

@@ -292,7 +292,7 @@ FAILING = [
     (["task=yacht", "data_dir=empty"], "no network in tests"),
     (["trainer.save_best=true", "task.validation_share=0"], "trainer.save_best=true"),
     (["task=images", "task.root=empty"], "empty"),
-    (["net=resnet", "task=synthetic"], "are not pictures"),
+    (["net=resnet", "task=synthetic"], "are not images"),
 ]
 
 

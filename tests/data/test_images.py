@@ -151,11 +151,11 @@ def idx(shape: list[int], values: bytes = b"", kind: int = 8) -> bytes:
     [
         ("train-labels-idx1-ubyte", idx([20], bytes([*range(10), 200, *range(9)])), "label 10 .*"),
         ("train-labels-idx1-ubyte", idx([19], bytes(19)), "19 labels for 20 images"),
-        ("train-labels-idx1-ubyte", idx([20], bytes(80), kind=12), "does not begin"),
-        ("train-labels-idx1-ubyte", b"", "does not begin"),
-        ("t10k-images-idx3-ubyte", idx([2**32 - 1] * 3), "do not hold"),
-        ("t10k-images-idx3-ubyte", idx([0, 28, 28]), "do not hold"),
-        ("t10k-images-idx3-ubyte", idx([5, 28, 28], bytes(5 * 784 + 1)), "do not hold"),
+        ("train-labels-idx1-ubyte", idx([20], bytes(80), kind=12), "header is not that of bytes"),
+        ("train-labels-idx1-ubyte", b"", "header is not that of bytes"),
+        ("t10k-images-idx3-ubyte", idx([2**32 - 1] * 3), "do not fit the shape"),
+        ("t10k-images-idx3-ubyte", idx([0, 28, 28]), "do not fit the shape"),
+        ("t10k-images-idx3-ubyte", idx([5, 28, 28], bytes(5 * 784 + 1)), "do not fit the shape"),
         ("t10k-images-idx3-ubyte", idx([5, 8, 8], bytes(320)), "8x8 pixels"),
     ],
 )
@@ -359,8 +359,8 @@ REFUSED_PICTURES = {
     "transparent WebP": (
         *(".webp", lambda path: Image.new("RGBA", (4, 4), (9, 9, 9, 0)).save(path), "mode RGBA"),
     ),
-    "animated PNG": (".png", animated(".png"), "holds 3 pictures"),
-    "animated WebP": (".webp", animated(".webp"), "holds 3 pictures"),
+    "animated PNG": (".png", animated(".png"), "has 3 frames"),
+    "animated WebP": (".webp", animated(".webp"), "has 3 frames"),
     "CMYK": (".jpg", lambda path: arrow("CMYK").save(path), "mode CMYK"),
     "linear gamma": (".png", written(png(RGB8, GAMMA_1)), "gamma"),
     "other primaries": (".png", written(png(RGB8, PRIMARIES)), "primary colors"),
@@ -439,7 +439,7 @@ def test_a_corrupt_image_is_named(tmp_path, keep):
 def test_classes_must_be_the_same_in_both_parts(tmp_path):
     write_images(tmp_path)
     (tmp_path / "test" / "emu").mkdir()
-    with pytest.raises(ValueError, match="'emu' is in one of train and test only"):
+    with pytest.raises(ValueError, match="'emu' is in only one of train and test"):
         ready(ImageFolderData(str(tmp_path)))
 
 
@@ -448,11 +448,11 @@ def test_empty_and_missing_folders_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no folder {tmp_path}/images/train"):
         ready(data)
     (tmp_path / "images" / "train").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds no class folders"):
+    with pytest.raises(ValueError, match="has no class folders"):
         ready(data)
     for part in ("train", "test"):
         (tmp_path / "images" / part / "cat").mkdir(parents=True)
-    with pytest.raises(ValueError, match=f"{tmp_path}/images/train/cat holds no images"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/images/train/cat has no images"):
         ready(data)
 
 
@@ -489,7 +489,7 @@ def test_a_file_that_is_no_picture_is_named_once(tmp_path):
     write_images(tmp_path)
     path = tmp_path / "train" / "cat" / "0.png"
     path.write_text("no picture")
-    with pytest.raises(ValueError, match="it is no BMP, JPEG, PNG or WEBP file") as caught:
+    with pytest.raises(ValueError, match="it is not a BMP, JPEG, PNG or WEBP file") as caught:
         ready(ImageFolderData(str(tmp_path)))
     assert str(caught.value).count(str(path)) == 1
 

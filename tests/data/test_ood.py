@@ -55,7 +55,7 @@ def test_equal_sets_each_time_and_none_that_the_task_lacks():
     data = ready("digits")
     first, second = (unfamiliar_sets(data, ["uniform"])["uniform"][0] for _ in range(2))
     assert torch.equal(first, second)
-    with pytest.raises(ValueError, match="no set 'svhn' for this task; there are uniform, inv"):
+    with pytest.raises(ValueError, match="no set 'svhn' for this task; choose from uniform, inv"):
         unfamiliar_sets(data, ["svhn"])
     assert unfamiliar_sets(data, []) == {}
 
@@ -79,7 +79,9 @@ def test_data_that_cannot_be_had_is_named_with_a_remedy(
         raise OSError("no network in tests")
 
     monkeypatch.setattr(download, "urlopen", no_network)
-    with pytest.raises(FileNotFoundError, match=r"https://.*test_32x32.mat .*no network.*; put it"):
+    with pytest.raises(
+        FileNotFoundError, match=r"https://.*test_32x32.mat .*no network.*; copy it"
+    ):
         svhn(CIFAR10Data(data_dir=str(tmp_path)))
     with pytest.raises(FileNotFoundError, match=r"https://.*no network.*FashionMNIST/raw"):
         fashion_mnist(MNISTData(data_dir=str(tmp_path)))

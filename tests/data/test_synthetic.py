@@ -111,7 +111,7 @@ def test_an_impossible_validation_share_is_refused(share):
 
 
 def test_a_share_that_leaves_nothing_to_train_on_is_refused():
-    with pytest.raises(ValueError, match="all 1 training rows"):
+    with pytest.raises(ValueError, match="none of the 1 rows"):
         read(num_train=1, validation_share=0.5)
 
 
@@ -216,9 +216,9 @@ def test_data_sets_are_built_by_name():
     ("dataset", "options", "message"),
     [
         ("svhn", {}, "dataset='svhn'.*synthetic, uci"),
-        ("synthetic", {"rows": 3}, "rows: no option of data set synthetic.*num_train"),
-        ("uci", {"seed": 3, "table": "yacht"}, "seed: no option"),
-        ("uci", {}, "table: data set uci needs"),
+        ("synthetic", {"rows": 3}, "rows: unknown option of the data set synthetic.*num_train"),
+        ("uci", {"seed": 3, "table": "yacht"}, "seed: unknown option"),
+        ("uci", {}, "table: required by the data set uci"),
     ],
 )
 def test_unknown_names_and_options_are_refused(dataset, options, message):

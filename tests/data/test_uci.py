@@ -116,7 +116,7 @@ NUMBERS = "\n".join(" ".join(map(str, row)) for row in TABLE)
         ("index_train_0", "1 2 3 4 6 7 8 8.5", "entry 7 .* is 8.5"),
         ("index_train_0", "1 2 3 4 6 7 8 nan", "entry 7 .* is nan"),
         ("index_test_0", "0 5 6", "row 6 is also listed in index_train_0.txt"),
-        ("n_splits", "0", "one whole number"),
+        ("n_splits", "0", "the number of splits"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, file, text, message):
@@ -230,7 +230,9 @@ def test_a_known_table_is_downloaded_once(tmp_path, served, monkeypatch):
 def test_a_wrong_hash_leaves_nothing_behind(tmp_path, served):
     served["index_test_1.txt"] = b"0 1\n"
     home = tmp_path / "home"
-    with pytest.raises(ValueError, match=r"yacht/data/index_test_1.txt is not the file") as error:
+    with pytest.raises(
+        ValueError, match=r"yacht/data/index_test_1.txt has changed or is damaged"
+    ) as error:
         read(home, table="yacht")
     assert f"{home}/uci/yacht/data" in str(error.value)
     assert "data_dir" in str(error.value)

@@ -111,12 +111,12 @@ def test_one_way_into_the_integer_region_and_one_out_of_it_per_head(net):
 @pytest.mark.parametrize(("net", "smallest"), [(LeNet, 4), (ResNet, 8)])
 def test_pictures_that_are_too_small_and_tables_are_refused(net, smallest):
     net([1, smallest, smallest], [2])
-    with pytest.raises(ValueError, match=rf"pictures of {smallest}x{smallest - 1} are too small"):
+    with pytest.raises(ValueError, match=rf"images of {smallest}x{smallest - 1} are too small"):
         net([1, smallest, smallest - 1], [2])
-    with pytest.raises(ValueError, match=r"inputs of shape \(13,\) are not pictures"):
+    with pytest.raises(ValueError, match=r"inputs of shape \(13,\) are not images"):
         net([13], [2])
 
 
 def test_an_mlp_without_hidden_layers_is_refused():
-    with pytest.raises(ValueError, match="hidden_features is empty"):
+    with pytest.raises(ValueError, match=r"hidden_features=\[\]"):
         MLP([3], [1], hidden_features=[])

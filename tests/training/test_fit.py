@@ -58,7 +58,7 @@ def test_what_starts_at_a_run_needs_it_once(script_here: ScriptHere, tmp_path: P
         ),
         (
             ["task.num_train=1", "task.validation_share=0.9"],
-            "task.validation_share=0.9: it would hold out all 1 training rows",
+            "task.validation_share=0.9: it leaves none of the 1 rows",
         ),
     ],
 )
