@@ -58,7 +58,12 @@ def distort(images: Tensor, distortion: Distortion, level: int, white: int) -> T
 
 
 def rotate(images: Tensor, degrees: float) -> Tensor:
-    """Rotate counter-clockwise about the center, bilinearly, with black corners."""
+    """Rotate images counter-clockwise about the center, bilinearly, with black corners.
+
+    Args:
+        images: Images [N, C, H, W].
+        degrees: The angle.
+    """
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2.functional import rotate
 
@@ -66,24 +71,48 @@ def rotate(images: Tensor, degrees: float) -> Tensor:
 
 
 def shift(images: Tensor, share: float) -> Tensor:
-    """Shift right by a share of the width, rounded to whole pixels, and fill with black."""
+    """Shift images right, and fill with black.
+
+    Args:
+        images: Images [N, C, H, W].
+        share: The shift as a share of the width, rounded to whole pixels.
+
+    Example:
+        >>> shift(torch.tensor([[[[1.0, 2.0, 3.0]]]]), share=1 / 3)
+        tensor([[[[0., 1., 2.]]]])
+    """
     width = images.shape[-1]
     pixels = round(share * width)
     return F.pad(images, (pixels, 0))[..., :width]
 
 
 def brighten(images: Tensor, factor: float) -> Tensor:
-    """Multiply, and clip at white."""
+    """Multiply images by a factor, and clip them at 1.
+
+    Args:
+        images: Images [N, C, H, W] in [0, 1].
+        factor: The factor, 1 or more.
+    """
     return (factor * images).clamp(max=1)
 
 
 def add_noise(images: Tensor, std: float) -> Tensor:
-    """Add Gaussian noise to every pixel, from torch's global generator."""
+    """Add Gaussian noise to every pixel, from torch's global generator.
+
+    Args:
+        images: Images [N, C, H, W] in [0, 1].
+        std: The standard deviation of the noise.
+    """
     return images + std * torch.randn_like(images)
 
 
 def blur(images: Tensor, sigma: float) -> Tensor:
-    """Blur with a Gaussian of `sigma` pixels, cut off at three sigma or the image size."""
+    """Blur images with a Gaussian kernel, truncated at three sigma or the image size.
+
+    Args:
+        images: Images [N, C, H, W].
+        sigma: The standard deviation of the kernel, in pixels.
+    """
     from torchvision.transforms.v2.functional import gaussian_blur
 
     reach = min(math.ceil(3 * sigma), *(size - 1 for size in images.shape[-2:]))

@@ -88,7 +88,7 @@ class _HttpsRedirects(HTTPRedirectHandler):
 
 
 def urlopen(url: str, timeout: float) -> Any:
-    """Open an https address. `timeout` is in seconds without any data."""
+    """Open an address, following redirects only to https; `timeout` is in seconds without data."""
     return build_opener(_HttpsRedirects).open(url, timeout=timeout)
 
 

@@ -52,9 +52,10 @@ class ImageFolderData(ImageData):
             channels, or whose pixels are not sRGB. The message names the first such file.
 
     Example:
-        >>> from tempfile import mkdtemp
+        >>> from tempfile import TemporaryDirectory
         >>> from PIL import Image
-        >>> root = Path(mkdtemp())
+        >>> folder = TemporaryDirectory()
+        >>> root = Path(folder.name)
         >>> for part in ("train", "test"):
         ...     for name in ("cat", "dog"):
         ...         (root / part / name).mkdir(parents=True)
@@ -63,6 +64,7 @@ class ImageFolderData(ImageData):
         >>> data.setup()
         >>> data.train.inputs.shape, data.class_names
         (torch.Size([2, 3, 4, 4]), ['cat', 'dog'])
+        >>> folder.cleanup()
     """
 
     def __init__(

@@ -128,6 +128,11 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
 
 
 def random_flip(images: Tensor) -> Tensor:
-    """Mirror each image [B, C, H, W] horizontally with probability 1/2."""
+    """Mirror each image [B, C, H, W] horizontally with probability 1/2.
+
+    Example:
+        >>> random_flip(torch.ones(2, 3, 8, 8)).shape
+        torch.Size([2, 3, 8, 8])
+    """
     coins = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(coins, images.flip(-1), images)

@@ -47,8 +47,8 @@ class MNISTData(ImageData):
         ValueError: A file is damaged.
 
     Example:
-        >>> MNISTData(data_dir="data").folder
-        PosixPath('data/MNIST/raw')
+        >>> MNISTData(data_dir="data").folder.as_posix()
+        'data/MNIST/raw'
     """
 
     def __init__(

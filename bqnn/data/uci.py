@@ -21,7 +21,7 @@ _TABLE_FILES = ("data.txt", "index_features.txt", "index_target.txt", "n_splits.
 
 
 class UCIData(TableData):
-    """One split of a UCI table (the splits of Gal & Ghahramani 2016).
+    """One split of a UCI table, as published by Gal & Ghahramani (2016).
 
     The folder `<data_dir>/uci/<table>/data` contains data.txt, index_features.txt,
     index_target.txt, n_splits.txt and, for each split k, index_train_k.txt and index_test_k.txt
@@ -41,8 +41,8 @@ class UCIData(TableData):
         ValueError: A file is not a table of finite numbers. The message names the file and the row.
 
     Example:
-        >>> UCIData("bostonHousing", split=3, data_dir="data").folder
-        PosixPath('data/uci/bostonHousing/data')
+        >>> UCIData("bostonHousing", split=3, data_dir="data").folder.as_posix()
+        'data/uci/bostonHousing/data'
     """
 
     def __init__(

@@ -112,6 +112,14 @@ def calibration_sums(confidences: Tensor, correct: Tensor, num_bins: int) -> Ten
     Returns:
         The number of rows, the sum of confidences and the number of correct rows of each bin,
         [B, 3] in float64.
+
+    Raises:
+        ValueError: There is no bin.
+
+    Example:
+        >>> calibration_sums(torch.tensor([0.25, 1.0]), torch.tensor([False, True]), num_bins=2)
+        tensor([[1.0000, 0.2500, 0.0000],
+                [1.0000, 1.0000, 1.0000]], dtype=torch.float64)
     """
     if num_bins < 1:
         raise ValueError(f"num_bins={num_bins}: calibration needs at least one bin")
@@ -149,6 +157,11 @@ def gaussian_nll(mean: Tensor, log_variance: Tensor, targets: Tensor) -> Tensor:
 
     The constant 0.5 log(2 pi) is included.
 
+    Args:
+        mean: Predicted means [...].
+        log_variance: Logarithms of the predicted variances [...].
+        targets: Targets [...].
+
     Example:
         >>> gaussian_nll(torch.zeros(1), torch.zeros(1), torch.tensor([1.0]))
         tensor([1.4189])
@@ -169,6 +182,14 @@ def inside_interval(mean: Tensor, std: Tensor, targets: Tensor, levels: Sequence
 
     Returns:
         A boolean for each level and row [L, N].
+
+    Raises:
+        ValueError: A level is not between 0 and 1.
+
+    Example:
+        >>> targets = torch.tensor([0.0, 1.0, 2.0])
+        >>> inside_interval(torch.zeros(3), torch.ones(3), targets, [0.95])
+        tensor([[ True,  True, False]])
     """
     if not all(0 < level < 1 for level in levels):
         raise ValueError(f"levels={list(levels)}: a central interval needs a level in (0, 1)")

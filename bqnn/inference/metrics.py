@@ -69,7 +69,7 @@ class MixtureMetrics(MetricCollection):
         super().update(self.mix(draws, targets))
 
     def forward(self, draws: Tensor | Mixture, targets: Tensor | None = None) -> dict[str, Any]:
-        """Update every metric, and compute the metrics of this batch alone."""
+        """Update every metric, and compute the metrics of this batch only."""
         computed: dict[str, Any] = super().forward(self.mix(draws, targets))
         return computed
 
@@ -102,7 +102,7 @@ class RowMean(Metric, ABC):
     Subclasses name the mixture that they score, and compute the value of each row from it.
 
     Args:
-        variant: Tells metrics of one class apart whose rows have different values.
+        variant: Distinguishes metrics of one class whose rows have different values.
         options: Options of `torchmetrics.Metric`, such as `sync_on_compute`.
     """
 
@@ -130,7 +130,7 @@ class RowMean(Metric, ABC):
 
         Args:
             draws: Draws of the output [S, B, num_outputs], or their mixture with its targets.
-            targets: Targets [B]; metrics of uncertainty alone need none.
+            targets: Targets [B]; None for metrics of uncertainty.
 
         Raises:
             ValueError: A draw is not finite, the shapes do not fit, or targets are missing.
@@ -248,8 +248,8 @@ class MutualInformation(RowMean):
 class CalibrationError(Metric):
     """Expected calibration error over equal-width bins ((b-1)/B, b/B], from 0 to 1.
 
-    torchmetrics' class gives a confidence of exactly 1.0 a bin of its own. Here it belongs to the
-    last one.
+    torchmetrics' class puts a confidence of exactly 1.0 in an additional bin. Here it belongs to
+    the last bin.
 
     Args:
         num_bins: The number of bins B. Compare only errors with equal numbers of bins.
@@ -292,7 +292,7 @@ class GaussianRowMean(RowMean):
     """Base class of metrics of a Gaussian mixture in original units, y = mean + target_std * t.
 
     Args:
-        target_std: The unit of the draws and targets. With 1, the metric is in their own unit.
+        target_std: The unit of the draws and targets. With 1, the metric has the same unit.
         options: Options of `torchmetrics.Metric`.
     """
 
@@ -301,7 +301,9 @@ class GaussianRowMean(RowMean):
     def __init__(self, target_std: float = 1.0, **options: Any) -> None:
         super().__init__(**options)
         if not target_std > 0:
-            raise ValueError(f"target_std={target_std}: a standard deviation is positive")
+            raise ValueError(
+                f"target_std={target_std}: a standard deviation must be positive; choose above 0"
+            )
         self.target_std = target_std
 
 
@@ -412,7 +414,7 @@ class RootMeanVariance(GaussianRowMean):
 
     def rows(self, mixture: GaussianMixture) -> Tensor:
         std = self.target_std * getattr(mixture, self.part).sqrt()
-        # The square in original units may be no float64.
+        # The square in original units may exceed float64.
         return (std / self.target_std).square()
 
     def compute(self) -> Tensor:

@@ -81,6 +81,12 @@ def predictive_sets(
 
     Raises:
         ValueError: The network is in training mode, or inputs are not finite.
+
+    Example:
+        >>> net = nn.Linear(3, 2).eval()
+        >>> sets = [torch.zeros(4, 3), torch.zeros(5, 3)]
+        >>> [draws.shape for draws in predictive_sets(net, sets, num_samples=1)]
+        [torch.Size([1, 4, 2]), torch.Size([1, 5, 2])]
     """
     if net.training:
         raise ValueError("predictive: the network is in training mode; call eval() on it first")

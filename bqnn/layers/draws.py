@@ -123,6 +123,10 @@ def evaluation_coins(like: Tensor, probability: float) -> Tensor:
     """Sample booleans that are True with a probability, with the shape and device of a tensor.
 
     The generator is that of `evaluation_noise`.
+
+    Args:
+        like: A tensor with the shape and device of the result.
+        probability: Probability of True, from 0 to 1.
     """
     draw = None if torch.compiler.is_exporting() else _held.get()
     if draw is not None:

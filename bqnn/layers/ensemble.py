@@ -115,7 +115,7 @@ def _make_room(module: nn.Module, state: dict[str, Any], prefix: str, *_: object
         # Only parameters are compared: observers' buffers change shape with their first data.
         if found is None or found.shape != shapes.get(name, found.shape):
             raise RuntimeError(
-                f"{prefix}collected={count} members, but the state has not all of their tensors; "
+                f"{prefix}collected={count} members, but the state lacks some of their tensors; "
                 "the file is damaged, save it again"
             )
     while len(module.members) < count:

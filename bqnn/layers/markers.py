@@ -10,6 +10,11 @@ class DropoutSite(nn.Identity):
 
     Args:
         before_output: Marks the site before the output layer, which has its own option.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), DropoutSite(), nn.Linear(4, 2))
+        >>> net(torch.zeros(5, 3)).shape
+        torch.Size([5, 2])
     """
 
     def __init__(self, before_output: bool = False) -> None:

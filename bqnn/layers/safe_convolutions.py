@@ -23,19 +23,19 @@ def corrupts_memory(
     For 1x1 kernels with a stride above 1 and channels_last inputs, oneDNN copies the pixels that
     the stride selects. When it processes this copy in several parts, it assumes as many channels
     per pixel as a register holds numbers (8 with AVX2, 16 with AVX-512). With fewer channels it
-    leaves the buffer. Measured with guard pages around every buffer, in torch 2.9.1 and 2.14.1,
-    with strides from 1 to 4 (also 2x1 and 1x2):
+    leaves the buffer. Measurements with guards around every buffer, in torch 2.9.1 and 2.14.1,
+    with strides from 1 to 4 (also 2x1 and 1x2), found such writes with
 
-    - AVX2, float32: 1 to 7 input channels, for outputs of 4x11 and larger;
-    - AVX-512, float32 and bfloat16: 1 to 15 input channels, for outputs of 56x56 but not of
-      32x32; never for 16 and more channels;
+    - AVX2, float32: for 1 to 7 input channels, with outputs of 4x11 and larger;
+    - AVX-512, float32 and bfloat16: for 1 to 15 input channels, with outputs of 56x56 but not of
+      32x32; never for 16 or more channels;
     - AMX, bfloat16: never.
 
-    conv1d is affected, too. So are transposed convolutions, with inputs and outputs exchanged:
-    their output channels (also dimension 1 of the weight) count. Never affected: the forward
-    pass, the gradient of the inputs, padding, groups, conv3d, larger kernels, and strides that do
-    not divide the input size. Such a write crashes the process at once or later, makes it hang,
-    or, with several threads, corrupts gradients.
+    They also found them for conv1d, and for transposed convolutions with inputs and outputs
+    exchanged: there the output channels (also dimension 1 of the weight) count. They found none in
+    the forward pass, in the gradient of the inputs, and with padding, groups, conv3d, larger
+    kernels, or strides that do not divide the input size. Such a write crashes the process at once
+    or later, makes it hang, or, with several threads, corrupts gradients.
 
     The answer does not depend on the CPU, so that a network computes the same on every CPU.
 
@@ -75,6 +75,14 @@ def pixels_read(
 
     If the convolution `corrupts_memory`, these are the pixels that the stride selects, and a
     stride of 1. Otherwise inputs and stride are returned unchanged.
+
+    Args:
+        x: Inputs [B, C, H, W].
+        weight: Weights [C', C / groups, kH, kW].
+        stride: Stride of each dimension.
+        padding: Padding of each dimension.
+        dilation: Dilation of each dimension.
+        groups: Number of groups.
 
     Example:
         >>> x, weight = torch.zeros(1, 4, 8, 8), torch.zeros(8, 4, 1, 1)

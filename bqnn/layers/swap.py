@@ -158,6 +158,10 @@ def check_unshared(net: nn.Module, kinds: Collection[type[nn.Module]]) -> None:
     """Raise a TypeError if a layer of these types shares memory with another tensor.
 
     A conversion would break the sharing.
+
+    Args:
+        net: The network.
+        kinds: Types of the layers that a conversion replaces; subclasses do not match.
     """
     for first, second in shared(net):
         if type(first.module) in kinds or type(second.module) in kinds:

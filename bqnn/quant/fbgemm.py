@@ -245,6 +245,10 @@ def has_vnni() -> bool:
 def can_saturate(weight_bits: int, activation_bits: int) -> bool:
     """Return whether the sum of two products can exceed 16 bits, which some kernels use.
 
+    Args:
+        weight_bits: Bit width of the weights.
+        activation_bits: Bit width of the activations.
+
     Example:
         >>> can_saturate(8, 7), can_saturate(8, 8)
         (False, True)

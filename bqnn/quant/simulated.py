@@ -415,14 +415,24 @@ def is_prepared(net: nn.Module) -> bool:
 
 
 def freeze(net: nn.Module, frozen: bool = True) -> None:
-    """Freeze all ranges and batch norm statistics, or unfreeze them."""
+    """Freeze all ranges and batch norm statistics, or unfreeze them.
+
+    Args:
+        net: A prepared network.
+        frozen: False unfreezes.
+    """
     for module in net.modules():
         if isinstance(module, FakeQuant | SimulatedLayer):
             module.frozen = frozen
 
 
 def enable(net: nn.Module, enabled: bool = True) -> None:
-    """Enable or disable rounding. Without rounding, a prepared network computes as in float."""
+    """Enable or disable rounding. Without rounding, a prepared network computes as in float.
+
+    Args:
+        net: A prepared network.
+        enabled: False disables rounding.
+    """
     for module in net.modules():
         if isinstance(module, FakeQuant):
             module.enabled = enabled

@@ -132,6 +132,16 @@ def sizes(net: nn.Module) -> dict[str, int]:
     Returns:
         Bytes in float32 (`float_bytes`), in 8-bit containers (`int8_bytes`), and packed at the
         bit widths of the spec (`packed_bytes`).
+
+    Example:
+        >>> from bqnn.layers.markers import Enter, Leave
+        >>> from bqnn.quant.fuse import fuse
+        >>> from bqnn.quant.simulated import calibrate, prepare
+        >>> from bqnn.quant.spec import QuantSpec
+        >>> net = nn.Sequential(Enter(), nn.Linear(100, 10), Leave())
+        >>> net = calibrate(prepare(fuse(net), QuantSpec(weight_bits=4)), [torch.randn(8, 100)])
+        >>> sizes(net)  # 1000 weights and 10 biases
+        {'float_bytes': 4040, 'int8_bytes': 1120, 'packed_bytes': 620}
     """
     total = {"float_bytes": 0, "int8_bytes": 0, "packed_bytes": 0}
     for _, layer in simulated_layers(net):

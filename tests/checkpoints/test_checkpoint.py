@@ -348,14 +348,12 @@ def test_members_are_counted_before_any_is_made(
             load(path)
     state = {**model.state_dict(), "net.collected": torch.tensor(10_000)}
     state["net.members.9999.output.heads.0.linear.bias"] = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"net.collected=10000 members, but the state has not all"):
+    with pytest.raises(ValueError, match=r"net.collected=10000 members, but the state lacks some"):
         load(saved(tmp_path / "a.ckpt", recipe=model.recipe, state_dict=state))
     names = model.net.current.state_dict()  # empty tensors take no room in a file
     state |= {f"net.members.{i}.{n}": torch.zeros(0) for i in range(20) for n in names}
     state["net.collected"] = torch.tensor(20)
-    with pytest.raises(
-        ValueError, match=r"net.collected=[0-9]+ members, but the state has not all"
-    ):
+    with pytest.raises(ValueError, match=r"net.collected=[0-9]+ members, but the state lacks some"):
         load(saved(tmp_path / "a.ckpt", recipe=model.recipe, state_dict=state))
 
 

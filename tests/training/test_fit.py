@@ -51,7 +51,7 @@ def test_what_starts_at_a_run_needs_it_once(script_here: ScriptHere, tmp_path: P
             "trainer.gradient_clip_val=1: clipped gradients are not those of the posterior that "
             "sghmc samples; leave it out, and choose a smaller method.optimizer.lr",
         ),
-        (["quant=default", "trainer.precision=bf16-mixed"], "trainer.precision=bf16-mixed: fake"),
+        (["quant=default", "trainer.precision=bf16-mixed"], "trainer.precision=bf16-mixed: ranges"),
         (
             ["quant=default", "quant.overrides=[{layer: a, weight_bits: 8}]"],
             "quant.overrides: layer='a' matches no layer",
