@@ -1,1 +1,1 @@
-"""A job: its folder, its record, its place in a sweep, and what it may print."""
+"""Run Jobs and sweeps, record them in folders, and print without secrets."""

@@ -13,13 +13,20 @@ CHANGED_LOGGERS = ("pytorch_lightning",)
 
 
 def leave_as_found(job: Job) -> None:
-    """Restore process-wide state and free memory at the end of a job."""
+    """Restore process-wide state and free memory when a Job ends.
+
+    The state is the warning filters, torch's threads, default type, quantization engine and random
+    state, the rank of Lightning's logging, and the levels of `CHANGED_LOGGERS`.
+
+    Args:
+        job: The Job. The state is saved now and restored at its end.
+    """
     kept_filters = warnings.catch_warnings()
     kept_filters.__enter__()
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     engine, random_state = torch.backends.quantized.engine, torch.get_rng_state()
     rank = rank_zero_only.rank  # type: ignore[attr-defined]
-    # Lightning read the environment when it was imported.
+    # Lightning read the rank from the environment at import.
     rank_zero_only.rank = job.rank  # type: ignore[attr-defined]
     levels = {name: logging.getLogger(name).level for name in CHANGED_LOGGERS}
 
@@ -32,6 +39,6 @@ def leave_as_found(job: Job) -> None:
         rank_zero_only.rank = rank  # type: ignore[attr-defined]
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-        gc.collect()  # a Trainer and its model hold each other
+        gc.collect()  # a Trainer and its model reference each other
 
     job.at_end(restore)

@@ -1,4 +1,4 @@
-"""A running job: its folder, its status.json, and how it ends."""
+"""Run a Job in its folder, record its status, and handle its end."""
 
 import _thread
 import contextlib
@@ -41,9 +41,9 @@ from bqnn.jobs.terminal import say
 from bqnn.text import one_line, short, valid_name
 
 log = logging.getLogger(__name__)
-traceback_log = logging.getLogger("bqnn.traceback")  # conf/hydra sends it to the log file alone
+traceback_log = logging.getLogger("bqnn.traceback")  # conf/hydra sends it to the log file only
 
-# What jobs write, and would take from another owner.
+# The files that Jobs write. A Job refuses a folder that holds one of another owner.
 WRITTEN = (
     *("config.yaml", "checkpoint.ckpt", "best.ckpt", "predictions.npz", "uncertainty.npz"),
     *("metrics.csv", "metrics.json", "size.json", "quantization.csv", "risk_coverage.csv"),
@@ -52,23 +52,29 @@ WRITTEN = (
 )
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-core")
 PROCESS_STARTED = time.perf_counter()
-INSIST_SECONDS = 10.0  # after which an interruption that something swallowed is repeated
+INSIST_SECONDS = 10.0  # until a swallowed interruption is repeated
 
 
 class Job:
-    """A context in which one job runs, in a folder of its own.
+    """A context manager that runs one Job in its own folder.
 
-    The folder gets config.yaml and status.json, whose state is RUNNING, then DONE, FAILED or
-    INTERRUPTED, and is locked as long as the process lives. An exception ends here: its traceback
-    goes to the log, one line of it to the terminal and to status.json; only an interruption goes
-    on, as SystemExit(130). `sweep` names the multirun that the job is part of, `resume_command` is
-    what an interrupted one tells its user to type.
+    The Job writes config.yaml and status.json. The state in status.json is RUNNING, then DONE,
+    FAILED or INTERRUPTED. The folder is locked while the Job runs; the lock ends with its process.
 
-    However it ends, its status is written, then the actions of `at_end` are done, then the folder
-    is unlocked, and what there is to say is said last: none of these keeps the next from happening.
+    The context does not propagate exceptions. It writes the traceback to the log, and one line to
+    the terminal and to status.json. Only an interruption propagates, as SystemExit(130).
 
-    Where several processes train one model, the first writes. Of the others only a failure is
-    recorded, because Lightning kills the first process when another one fails.
+    At the end, the Job writes its status, runs the actions of `at_end`, unlocks the folder and
+    prints its messages, in this order. A failure of one step does not prevent the next.
+
+    If several processes train one model, the first process writes. The others record only a
+    failure, because Lightning kills the first process when another one fails.
+
+    Args:
+        folder: The folder of the Job.
+        verb: The name of the program, such as "train".
+        sweep: The name of the multirun that the Job is part of, or None.
+        resume_command: The command that an interrupted Job prints for the user, or None.
     """
 
     def __init__(
@@ -80,13 +86,13 @@ class Job:
         self.rank, self.launcher = ALONE
         self.sweep = sweep
         self.resume_command = resume_command
-        self.id = uuid.uuid4().hex[:8]  # stays when the job is resumed
+        self.id = uuid.uuid4().hex[:8]  # unchanged when the Job is resumed
         self.state = "RUNNING"
         self.error: str | None = None
         self.started = datetime.now().astimezone()
         self.parts: list[str] = []
         self.is_resumed = False
-        self.is_prolonged = False  # a resumed training that now has more epochs
+        self.is_prolonged = False  # a training resumed with more epochs
         self._hash: str | None = None
         self._input_digest: str | None = None
         self._resumed_from_epoch: int | None = None
@@ -101,7 +107,13 @@ class Job:
         _num_jobs += 1
 
     def claim(self) -> None:
-        """Take the folder; FileExistsError, and nothing is touched, where a job has it already."""
+        """Lock the folder and write the first status.
+
+        Raises:
+            FileExistsError: The folder holds an earlier Job, or a file that the Job would
+                overwrite. The folder is unchanged.
+            BlockingIOError: Another process runs in the folder.
+        """
         self._lock()
         if (self.folder / "status.json").exists():
             self._unlock()
@@ -119,13 +131,17 @@ class Job:
         self._write_status()
 
     def configure(self, config: dict[str, Any]) -> None:
-        """Give the job its resolved configuration, and record it in config.yaml.
+        """Set the configuration and write it to config.yaml.
 
-        ValueError: It holds a secret of the environment.
+        Args:
+            config: The resolved configuration.
+
+        Raises:
+            ValueError: The configuration holds a secret of the environment.
         """
         refuse_secrets(config)
         self.config = config
-        if self._hash is None:  # what it was started with, by which it will be recognized
+        if self._hash is None:  # the first configuration identifies the Run
             self._hash, self._input_digest = config_hash(config), input_digest(config)
         if self.rank > 0:
             return
@@ -134,13 +150,23 @@ class Job:
             self._write_status()
 
     def take(self, config: dict[str, Any], resume: bool) -> bool:
-        """Claim and configure, or go on where an earlier process ended; False: it was DONE.
+        """Claim the folder and set the configuration, or resume an earlier process.
 
-        FileExistsError: the folder holds another job, or one that cannot be told. BlockingIOError:
-        a process runs it.
+        Args:
+            config: The resolved configuration.
+            resume: Whether to continue the Job in the folder, if there is one.
+
+        Returns:
+            Whether there is work to do: False if the Job is DONE.
+
+        Raises:
+            FileExistsError: The folder holds another Job, or one with an unreadable status.
+            BlockingIOError: Another process runs in the folder.
+            ValueError: The configuration holds a secret of the environment, or the number of
+                processes differs from the number of devices.
         """
         self._find_place(config)
-        if self.rank > 0:  # the first process has taken it
+        if self.rank > 0:  # the first process has claimed the folder
             self.is_resumed = resume
             self._take_id(read_status(self.folder) or {})
             self.configure(config)
@@ -155,7 +181,7 @@ class Job:
             return False
         self._lock()
         before = read_status(self.folder) or {}
-        if is_finished(before, key):  # it has just ended
+        if is_finished(before, key):  # it ended before this process got the lock
             self._unlock()
             return False
         self.is_prolonged = self.verb == "train" and is_prolonged(self.folder, config)
@@ -165,7 +191,7 @@ class Job:
         self._claimed = True
         self.is_resumed = self.is_prolonged or is_same(before.get("config_hash"), key)
         self._take_id(before)
-        for part in self.folder.glob(".*.part"):  # a killed process was writing it
+        for part in self.folder.glob(".*.part"):  # left behind by a killed process
             part.unlink()
         self.configure(config)
         if self.is_resumed and (changes := _changes_since(before)):
@@ -177,25 +203,33 @@ class Job:
         return True
 
     def record_epoch(self, epoch: int) -> None:
-        """Record the epoch (from 0) from which a resumed training continues."""
+        """Record where a resumed training continues.
+
+        Args:
+            epoch: The first epoch to train, from 0.
+        """
         self._resumed_from_epoch = epoch
         if self.rank == 0:
             self._write_status()
 
     def at_end(self, action: Callable[[int], None]) -> None:
-        """Call `action(exit_code)` at the end of the job, in reverse order of registration."""
+        """Register an action for the end of the Job. Actions run in reverse order.
+
+        Args:
+            action: Called with the exit code, 0 if the Job is DONE and 1 otherwise.
+        """
         self._at_end.insert(0, action)
 
     def seconds(self) -> float:
-        """Seconds since the job started; for the first job since the process did."""
+        """Return the seconds since the Job started; for the first Job, since the process did."""
         return time.perf_counter() - self._clock
 
     def __enter__(self) -> "Job":
-        # SIGTERM is treated like Ctrl-C. Handlers are a matter of the main thread.
+        # Treat SIGTERM like Ctrl-C. Only the main thread can set handlers.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._interrupt)
-        # A log on a full disk would say so in fifty lines a record.
+        # With a full disk, logging would print fifty lines per record.
         self._raises_in_logs, logging.raiseExceptions = logging.raiseExceptions, False
         return self
 
@@ -206,7 +240,7 @@ class Job:
         trace: TracebackType | None,
     ) -> bool:
         self._ended.set()
-        # Lightning may have left other handlers behind.
+        # Lightning may have installed other handlers.
         for number in self._handlers:
             signal.signal(number, self._interrupt)
         lines = self._conclude(error)
@@ -216,14 +250,14 @@ class Job:
             try:
                 action(0 if self.state == "DONE" else 1)
             except (Exception, KeyboardInterrupt, SystemExit) as failure:
-                # The job has ended as its status says; the rest must still be done.
+                # The status is already written. Run the remaining actions.
                 self._is_interrupted |= _is_interruption(failure)
                 _log_traceback("after the end of the job", failure)
                 lines.append(f"{self.verb}.py: after the end of the job: {describe(failure)}")
         if self._claimed and self.rank == 0:
             self._unlock()
         elif self.rank > 0:
-            with contextlib.suppress(OSError):  # it holds something, or is the first process's
+            with contextlib.suppress(OSError):  # not empty, or the folder of the first process
                 self.folder.rmdir()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -235,7 +269,7 @@ class Job:
         return isinstance(error, Exception)
 
     def _conclude(self, error: BaseException | None) -> list[str]:
-        """Write down how the job ended, and what there is to say about it."""
+        """Set the final state, write the status, and return the lines to print."""
         lines = []
         if error is None:
             self.state, self.error = "DONE", None
@@ -253,7 +287,7 @@ class Job:
         try:
             if self._claimed:
                 self._write_status()
-        except Exception as unwritable:  # status.json stays as it was; what failed first is said
+        except Exception as unwritable:  # status.json is unchanged; report the first failure
             if self.state != "FAILED":
                 lines.append(f"{self.verb}.py: {describe(unwritable)}")
             if self.state == "DONE":
@@ -261,42 +295,42 @@ class Job:
         return lines
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        """End the job as soon as Python gets to it, and the second time at once."""
+        """Raise SystemExit at the first signal, and end the process at the second."""
         if self._insists:
             self._insists = False
         elif self._is_interrupted:
             os._exit(130)
         else:
             self._is_interrupted = True
-            if self._claimed and self.state == "RUNNING":  # said now: there may be no later
+            if self._claimed and self.state == "RUNNING":  # the process may be killed soon
                 self.state, self.error = "INTERRUPTED", "interrupted"
-                # Any exception of its own would be taken for a failure of what was interrupted.
+                # An exception here would look like a failure of the interrupted code.
                 with contextlib.suppress(Exception):
                     self._write_status()
             threading.Thread(target=self._insist, daemon=True).start()
-        # Not KeyboardInterrupt: Lightning would ignore a second Ctrl-C from then on.
+        # Do not raise KeyboardInterrupt: Lightning would then ignore a second Ctrl-C.
         if not self._ended.is_set():
             raise SystemExit(130)
 
     def _insist(self) -> None:
-        """Interrupt again until the job ends: libraries swallow exceptions, in callbacks say."""
+        """Repeat the interruption until the Job ends, as libraries can swallow exceptions."""
         while not self._ended.wait(INSIST_SECONDS):
             self._insists = True
             _thread.interrupt_main(signal.SIGTERM)
 
     def _find_place(self, config: dict[str, Any]) -> None:
-        """Learn whether this is one of several processes; one that is none shall look so."""
+        """Find the rank; hide the variables of ranks if this process is not one of several."""
         if self.verb == "train" and self.sweep is None:
             self.rank, self.launcher = find_place(config.get("trainer", {}))
         if self.launcher is None:
             hidden = hide_launcher()
             self.at_end(lambda _: os.environ.update(hidden))
         if self.rank > 0:
-            logging.disable(logging.WARNING)  # the first process says it, too
+            logging.disable(logging.WARNING)  # the first process logs the same
             self.at_end(lambda _: logging.disable(logging.NOTSET))
 
     def _take_id(self, status: dict[str, Any]) -> None:
-        """Keep the name that the job has for Weights & Biases, where it is one."""
+        """Keep the recorded id, which names the Run in Weights & Biases, if it is valid."""
         name = status.get("id", "")
         if name == valid_name(name):
             self.id = name
@@ -309,8 +343,8 @@ class Job:
             raise BlockingIOError(f"{self.folder} is being run by another process") from None
 
     def _unlock(self) -> None:
-        # Removed while it is held: who opened it meanwhile sees that the file is gone.
-        with contextlib.suppress(OSError):  # the folder may be gone as well
+        # Remove the file before releasing the lock, so that a waiting process sees it is gone.
+        with contextlib.suppress(OSError):  # the folder may have been removed
             (self.folder / ".lock").unlink(missing_ok=True)
         self._folder_lock.release()
 
@@ -336,11 +370,18 @@ class Job:
 
 
 def run_parts(job: Job, configs: Sequence[dict[str, Any]], task: Callable[[Job], None]) -> None:
-    """Run `task` for the checkpoint of a path, or for each match of a pattern.
+    """Run a task for one checkpoint, or for each match of a pattern.
 
-    The one runs as the job itself. The others have a configuration each and run as parts, in
-    folders with a number and a name below the job's. In a resumed job, parts that are DONE stay
-    as they are. RuntimeError, once all have run: some failed.
+    A single checkpoint runs as the Job itself. Each match of a pattern runs as a part, in a
+    numbered and named folder below the folder of the Job. A resumed Job skips parts that are DONE.
+
+    Args:
+        job: The Job, whose configuration has the path or the pattern as `checkpoint`.
+        configs: One resolved configuration per checkpoint.
+        task: Called with the Job, or with the Job of each part.
+
+    Raises:
+        RuntimeError: Some parts failed. All parts run first.
     """
     if Path(job.config["checkpoint"]).exists():
         job.configure(configs[0])
@@ -362,18 +403,25 @@ def run_parts(job: Job, configs: Sequence[dict[str, Any]], task: Callable[[Job],
 
 
 def end_with(parent: int) -> None:
-    """Ask Linux to kill this process when its parent dies."""
+    """Ask Linux to kill this process when its parent dies. Other systems ignore the call.
+
+    Args:
+        parent: The process ID of the parent.
+
+    Raises:
+        SystemExit: The parent has already died (code 130).
+    """
     prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
     if prctl is not None:
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl.h
         prctl(set_parent_death_signal, signal.SIGKILL)
-        if os.getppid() != parent:  # it is dead already
+        if os.getppid() != parent:  # the parent has already died
             raise SystemExit(130)
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Return the versions of bqnn, Python and the packages that results depend on."""
+    """Return the versions of bqnn, Python and the packages that affect results, by name."""
     return {
         "bqnn": version("bqnn"),
         "python": platform.python_version(),
@@ -382,20 +430,28 @@ def versions() -> dict[str, str]:
 
 
 def describe(error: BaseException) -> str:
-    """Describe an exception in one line without secrets, with its type if it is unexpected."""
+    """Describe an exception in one line, without secrets.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        Its message. The name of its type comes first if the type is unexpected or the message is
+        empty.
+    """
     text = one_line(mask(str(error)))
     expected = (ValueError, TypeError, FloatingPointError, OSError)
     return text if text and isinstance(error, expected) else f"{type(error).__name__}: {text}"
 
 
 def _log_traceback(message: str, error: BaseException) -> None:
-    """The log file has the traceback; the terminal is told in one line."""
-    with contextlib.suppress(OSError):  # the folder is gone, and a file in it cannot be opened
+    """Write the traceback to the log file; the terminal gets one line elsewhere."""
+    with contextlib.suppress(OSError):  # the folder was removed
         traceback_log.error(message, exc_info=error)
 
 
 def _other_job(status: dict[str, Any], key: str) -> str | None:
-    """Why a folder with this status is not one in which to go on; None: it is."""
+    """Return why a Job cannot resume in a folder with this status, or None if it can."""
     if is_same(status.get("config_hash"), key):
         return None
     if status.get("is_unreadable"):
@@ -403,7 +459,7 @@ def _other_job(status: dict[str, Any], key: str) -> str | None:
             f"holds a job that cannot be told ({status['error']}); remove its status.json to start "
             "anew there, or give another hydra.run.dir, or none"
         )
-    if status.get("config_hash") is None:  # killed before it was configured
+    if status.get("config_hash") is None:  # killed before its configuration was set
         return None
     return (
         "holds a job with another configuration, or of a checkpoint that has changed since, which "
@@ -412,7 +468,7 @@ def _other_job(status: dict[str, Any], key: str) -> str | None:
 
 
 def _changes_since(status: dict[str, Any]) -> str:
-    """Which versions results may depend on are others than those of a job's earlier process."""
+    """Describe the versions that differ from those of the earlier process of the Run."""
     before = {**status.get("versions", {}), "commit": status.get("git_commit")}
     now = {**versions(), "commit": _git_commit()}
     return ", ".join(
@@ -423,15 +479,15 @@ def _changes_since(status: dict[str, Any]) -> str:
 
 
 def _part_folder(job: Job, config: dict[str, Any]) -> Path:
-    """Where this configuration was run before, or a new name."""
+    """Return the folder of an earlier part with this configuration, or a new folder."""
     key = config_hash(config)
     taken = [path for path in job.folder.iterdir() if (path / "status.json").exists()]
     for path in taken:
         if is_same((read_status(path) or {}).get("config_hash"), key):
             return path
-    is_known = "method" in config  # a checkpoint that cannot be read tells none
+    is_known = "method" in config  # unknown if the checkpoint is unreadable
     name = f"{config['method']['name']}_{config['task']['name']}" if is_known else "unreadable"
-    name = valid_name(name)  # of a stranger's checkpoint: 200 letters can be 800 bytes
+    name = valid_name(name)  # an untrusted name; 200 letters can take 800 bytes
     numbers = itertools.count(len(taken))
     folders = (job.folder / f"{number}_{name}" for number in numbers)
     return next(folder for folder in folders if not folder.exists())
@@ -444,11 +500,11 @@ def _is_interruption(error: BaseException) -> bool:
 
 
 def _hardware() -> dict[str, str | bool | None]:
-    """The GPU, if one is used, and what torch finds in the CPU.
+    """Return the GPU, if one is used, and the CPU features that torch detects.
 
-    VNNI: it multiplies 8-bit integers without saturating.
+    A CPU with VNNI multiplies 8-bit integers without saturation.
     """
-    # Asked only where torch is there already: importing it takes seconds.
+    # Query torch only if it is imported already: the import takes seconds.
     torch = sys.modules.get("torch")
     if torch is None:
         return {"cpu_capability": None, "cpu_vnni": None, "gpu": None}
@@ -462,7 +518,7 @@ def _hardware() -> dict[str, str | bool | None]:
 
 @functools.cache
 def _git_commit() -> str | None:
-    """The commit of the code, where it runs from a checkout and git is installed."""
+    """Return the commit of the code, or None without a checkout or git."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

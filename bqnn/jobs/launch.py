@@ -1,4 +1,4 @@
-"""The command line. Only this module uses Hydra and OmegaConf; jobs get plain dictionaries."""
+"""The command line. Only this module uses Hydra and OmegaConf; Jobs get plain dictionaries."""
 
 import argparse
 import contextlib
@@ -54,26 +54,30 @@ from bqnn.text import one_line, valid_name
 OUTPUTS = Path("outputs")
 
 
-Check = Callable[[dict[str, Any], bool], None]  # the configuration, and whether it is a sweep
+Check = Callable[[dict[str, Any], bool], None]  # configuration, whether it is a sweep
 
 
 def launch(task: Callable[[Job], None], verb: str, check: Check | None = None) -> None:
-    """Run `task(job)` once, or for every job of a multirun, and exit.
+    """Run a task once, or for every Job of a multirun, and exit.
 
-    A command line that is wrong is answered in one line and leaves nothing behind. A job that fails
-    says so in one line and in its status.json; a multirun goes on with the next job, and ends with
-    a table and sweep.json. The exit code is 0 when every job is done, and 2 where the program has
-    no such option.
+    An invalid command line gives an error of one line and leaves no files. A failed Job prints one
+    line and records it in its status.json. A multirun continues with the next Job, and ends with a
+    table and sweep.json.
 
     Args:
-        task: What a job does.
-        verb: The configuration is conf/<verb>.yaml.
-        check: Raises a ValueError for a configuration that is wrong in a way that cannot be told
-            here. It is called before anything is written.
+        task: Called with each Job.
+        verb: The name of the program. The configuration is conf/<verb>.yaml.
+        check: Raises ValueError for an invalid configuration. It is called, before any file is
+            written, with the configuration and whether it is a multirun.
+
+    Raises:
+        SystemExit: With code 1 if the command line is invalid or a Job is not done, 2 for an
+            unknown option, and 130 for an interruption. If all Jobs are done, the function
+            returns, and the exit code is 0.
     """
     protect_output()
     say_once.cache_clear()
-    # Hydra then hands its errors to us, and we say them in one line.
+    # Hydra then raises its errors, and `launch` prints them in one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     states = []
     SweepCallback.sweep, SweepCallback.check = None, check
@@ -81,7 +85,7 @@ def launch(task: Callable[[Job], None], verb: str, check: Check | None = None) -
     def run(cfg: DictConfig) -> float | None:
         state = run_job(cfg, task, verb)
         states.append(state)
-        # Hydra would not launch the rest of a multirun after an exception.
+        # Return NaN instead of raising: Hydra would not launch the remaining Jobs.
         return None if state == "DONE" else float("nan")
 
     error: Exception | None = None
@@ -101,7 +105,7 @@ def launch(task: Callable[[Job], None], verb: str, check: Check | None = None) -
             if SweepCallback.sweep is not None:
                 SweepCallback.finish("interrupted")
             sys.exit(130)
-        except Exception as raised:  # of Hydra or a launcher: a job keeps its own to itself
+        except Exception as raised:  # from Hydra or a launcher; a Job handles its own
             error = raised
         if error is not None:
             message = _explain(error, verb)
@@ -114,8 +118,17 @@ def launch(task: Callable[[Job], None], verb: str, check: Check | None = None) -
 
 
 def run_job(cfg: DictConfig, task: Callable[[Job], None], verb: str) -> str:
-    """Run one job in Hydra's folder, or in that of the run that it resumes; return its state."""
-    protect_output()  # it may be a process of a launcher
+    """Run one Job in the folder that Hydra chose, or in the folder of the Run that it resumes.
+
+    Args:
+        cfg: The composed configuration.
+        task: Called with the Job.
+        verb: The name of the program.
+
+    Returns:
+        The state of the Job, one of `bqnn.jobs.status.STATES`.
+    """
+    protect_output()  # this may be a process of a launcher
     hydra_config = HydraConfig.get()
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
     resume = bool(OmegaConf.select(cfg, "resume"))
@@ -126,7 +139,7 @@ def run_job(cfg: DictConfig, task: Callable[[Job], None], verb: str) -> str:
         try:
             config = checked(cfg)
         except (ValueError, OSError):
-            if is_sweep:  # its table has this job, too
+            if is_sweep:  # the table of the sweep lists this Job, too
                 with contextlib.suppress(FileExistsError):
                     job.claim()
             raise
@@ -143,11 +156,11 @@ def run_job(cfg: DictConfig, task: Callable[[Job], None], verb: str) -> str:
 
 
 class _UsageError(Exception):
-    """The command line has options that the program has not, or in another order."""
+    """The command line has unknown options, or options in the wrong order."""
 
 
 class _StoppedError(SystemExit):
-    """Ends Hydra from within a callback, where it would only warn of other exceptions."""
+    """End Hydra from within a callback; Hydra would only warn of other exceptions."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(describe(error))
@@ -155,7 +168,7 @@ class _StoppedError(SystemExit):
 
 
 def _final(hook: Callable[..., None]) -> Callable[..., None]:
-    """Have an exception in a callback end the process."""
+    """Decorate a callback so that an exception in it ends the process."""
 
     @functools.wraps(hook)
     def guarded(self: Callback, config: DictConfig, **options: Any) -> None:
@@ -168,11 +181,11 @@ def _final(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 class SweepCallback(Callback):
-    """Refuses invalid configurations before anything is written, and records a sweep."""
+    """Refuse invalid configurations before any file is written, and record a sweep."""
 
-    check: Check | None = None  # what `launch` was given
-    sweep: Sweep | None = None  # of this process, while it is launching one
-    launched_from: int | None = None  # the process
+    check: Check | None = None  # the `check` of `launch`
+    sweep: Sweep | None = None  # the sweep that this process is launching
+    launched_from: int | None = None  # the ID of the launching process
 
     @_final
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
@@ -202,8 +215,8 @@ class SweepCallback(Callback):
             name = config.hydra.sweep.dir
             folder = Path(name if given else fresh_folder(name))
         folder = folder.absolute()
-        # Jobs compose their configuration anew, perhaps in another working folder. `++` is our
-        # own: `_is_given` still tells what the user said.
+        # Jobs compose their configuration again, possibly in another working directory. The prefix
+        # `++` marks this override, so that `_is_given` reports only overrides of the user.
         escaped = str(folder).replace("'", "\\'")
         hydra_overrides.append(f"{'' if given else '++'}hydra.sweep.dir='{escaped}'")
         config.hydra.sweep.dir = str(folder)
@@ -214,7 +227,7 @@ class SweepCallback(Callback):
 
     @_final
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        # A job may be in another process. Those of joblib would go on alone after a kill -9.
+        # A Job may run in another process. Those of joblib would continue after a kill -9.
         is_joblib = config.hydra.launcher._target_.endswith(".JoblibLauncher")
         if is_joblib and self.launched_from not in (None, os.getpid()):
             end_with(parent=self.launched_from)
@@ -226,7 +239,14 @@ class SweepCallback(Callback):
 
     @classmethod
     def finish(cls, error: str | None = None) -> bool:
-        """Print the result of the sweep and how to complete it; return whether all is done."""
+        """Print the results of the sweep and the command that completes it.
+
+        Args:
+            error: Why the sweep ended early, or None.
+
+        Returns:
+            Whether all Jobs are done.
+        """
         assert cls.sweep is not None
         all_done = cls.sweep.finish(error)
         if not all_done and cls.sweep.jobs:
@@ -236,10 +256,16 @@ class SweepCallback(Callback):
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """Return the resolved configuration in plain types.
+    """Resolve a configuration and convert it to plain types.
+
+    Args:
+        cfg: The composed configuration.
+
+    Returns:
+        Nested dictionaries and lists.
 
     Raises:
-        ValueError: A value is missing, holds a secret, or is none that its key may have.
+        ValueError: A value is missing, holds a secret, or is not allowed for its key.
     """
     try:
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -253,11 +279,17 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def checked(cfg: DictConfig) -> dict[str, Any]:
-    """Return `plain(cfg)` with the paths of checkpoints resolved by `bqnn.jobs.locate`.
+    """Return `plain(cfg)` with canonical paths of checkpoints (see `bqnn.jobs.locate`).
+
+    Args:
+        cfg: The composed configuration.
+
+    Returns:
+        Nested dictionaries and lists.
 
     Raises:
-        ValueError: As `plain`.
-        FileNotFoundError: There is no such checkpoint. A job that is resumed may have outlived it.
+        ValueError: See `plain`.
+        FileNotFoundError: A checkpoint does not exist. A resumed Job may lack it.
     """
     config = plain(cfg)
     for key, node, name in (
@@ -274,7 +306,14 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
 
 
 def fresh_folder(name: str) -> str:
-    """Create a new folder with this name, or `name_2` and so on if it exists."""
+    """Create a new folder.
+
+    Args:
+        name: The path of the folder.
+
+    Returns:
+        The path, with the suffix `_2`, `_3` and so on if it exists.
+    """
     number = 1
     while True:
         folder = Path(name if number == 1 else f"{name}_{number}")
@@ -286,18 +325,17 @@ def fresh_folder(name: str) -> str:
             return str(folder)
 
 
-# All here, so that they are known to every process that unpickles the callback.
+# Registered at import, so that each process that unpickles the callback has them.
 OmegaConf.register_new_resolver("valid_name", lambda text: valid_name(str(text)), replace=True)
-warnings.filterwarnings(  # conf/hydra/launcher names what its plugins name, on purpose
+warnings.filterwarnings(  # conf/hydra/launcher reuses the names of the plugins on purpose
     "ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema"
 )
 
 
 def _folder_to_resume(config: dict[str, Any]) -> Path:
-    """The folder that a resumed job runs in: of the newest run like it, or Hydra's own.
+    """Return the folder of the newest Run of a resumed Job, or the folder that Hydra chose.
 
-    A `hydra.run.dir` or `hydra.sweep.dir` on the command line is taken at its word: nothing outside
-    of it is looked at.
+    With `hydra.run.dir` or `hydra.sweep.dir` on the command line, only that folder is searched.
     """
     hydra_config, key = HydraConfig.get(), config_hash(config)
     own = Path(hydra_config.runtime.output_dir)
@@ -311,7 +349,7 @@ def _folder_to_resume(config: dict[str, Any]) -> Path:
         if found is not None:
             own.rmdir()
         return found or own
-    if status is not None:  # another job's; the sweep has changed
+    if status is not None:  # the folder of another Job: the sweep has changed
         own = Path(fresh_folder(str(own)))
     found = find_run(Path(hydra_config.sweep.dir), key)
     if found is not None:
@@ -324,15 +362,15 @@ def _folder_to_resume(config: dict[str, Any]) -> Path:
 
 
 def _log_into(folder: Path) -> None:
-    """Have Hydra's log file in this folder from now on."""
+    """Move the log file of Hydra to this folder."""
     config: Any = HydraConfig.instance().cfg
     if Path(config.hydra.runtime.output_dir) == folder:
         return
     with read_write(config.hydra):
         config.hydra.runtime.output_dir = str(folder)
-        config.hydra.run.dir = str(folder)  # Lightning hands it to the processes it starts
-    # A copy: Hydra's own refers to the configuration that this one was taken from, and in a sweep
-    # it has resolved the name of the file.
+        config.hydra.run.dir = str(folder)  # Lightning passes it to its processes
+    # Copy the configuration: the one of Hydra refers to its parent, and in a sweep it has already
+    # resolved the name of the file.
     copy = OmegaConf.create({"hydra": OmegaConf.to_container(config.hydra)})
     file = OmegaConf.select(copy, "hydra.job_logging.handlers.file")
     if file is not None:
@@ -341,27 +379,27 @@ def _log_into(folder: Path) -> None:
 
 
 def _jobs(config: DictConfig) -> list[list[str]] | None:
-    """The overrides of each job of a multirun, where Hydra's own sweeper makes them."""
+    """Return the overrides of each Job of a multirun, or None with a sweeper other than Basic."""
     if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
         return None
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(config_loader=_loader())
-    values: dict[str, list[str]] = {}  # of several that set the same key, the last counts
+    values: dict[str, list[str]] = {}  # the last override of a key wins
     for override in parser.parse_overrides([*params, *config.hydra.overrides.task]):
         key = override.get_key_element()
         if not override.is_sweep_override():
             values[key] = [f"{key}={override.get_value_element_as_str()}"]
         elif override.is_discrete_sweep():
             values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-        else:  # the sweeper refuses it
+        else:  # the sweeper will refuse it
             return None
     return [list(job) for job in itertools.product(*values.values())]
 
 
 def _refuse_invalid_sweep(config: DictConfig, jobs: list[list[str]]) -> None:
-    """Refuse a sweep one of whose choices cannot be composed, or all of whose jobs are invalid.
+    """Refuse a sweep if a choice cannot be composed or all Jobs are invalid.
 
-    A job that is invalid among others that are not fails alone, as one that fails later does.
+    An invalid Job among valid ones fails on its own, like a Job that fails later.
     """
 
     def refusal(job: list[str]) -> Exception | None:
@@ -372,7 +410,7 @@ def _refuse_invalid_sweep(config: DictConfig, jobs: list[list[str]]) -> None:
             return error
         return None
 
-    # Values do not matter to whether a job can be composed, so one job for all choices will do.
+    # Only choices determine whether a Job can be composed: check one Job per set of choices.
     of_choices: dict[tuple[str, ...], int] = {}
     for number, job in enumerate(jobs):
         of_choices.setdefault(tuple(filter(_is_choice, job)), number)
@@ -380,7 +418,7 @@ def _refuse_invalid_sweep(config: DictConfig, jobs: list[list[str]]) -> None:
     refusals = [refusal(jobs[number]) for number in [*firsts, len(jobs) - 1]]
     if None in refusals:
         return
-    if len(set(map(str, refusals))) > 1:  # or it does not depend on what is swept
+    if len(set(map(str, refusals))) > 1:  # equal refusals do not depend on the sweep
         rest = (job for number, job in enumerate(jobs[:-1]) if number not in firsts)
         if any(refusal(job) is None for job in rest):
             return
@@ -389,14 +427,14 @@ def _refuse_invalid_sweep(config: DictConfig, jobs: list[list[str]]) -> None:
 
 
 def _refuse_composed(config: DictConfig) -> None:
-    """ValueError or FileNotFoundError for a configuration, Hydra's part included, that is wrong."""
+    """Raise ValueError or FileNotFoundError if a configuration or its Hydra part is invalid."""
     _refuse_added_keys(config)
     _refuse_folders(config)
     _refuse_hydra_secrets(config)
     values = checked(OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]))
     if SweepCallback.check is None:
         return
-    # It imports Lightning, which takes stray variables of a cluster for its own.
+    # `check` imports Lightning, which would use unrelated variables of a cluster.
     alone = find_place(values.get("trainer", {})).launcher is None
     hidden = hide_launcher() if alone else {}
     try:
@@ -406,7 +444,7 @@ def _refuse_composed(config: DictConfig) -> None:
 
 
 def _refuse_folders(config: DictConfig) -> None:
-    """ValueError for a folder or log file without a name of its own, which would be the current."""
+    """Raise ValueError for an empty or invalid name of a folder or of the log file."""
     for key, name in (
         ("hydra.run.dir", config.hydra.run.dir),
         ("hydra.sweep.dir", config.hydra.sweep.dir),
@@ -425,7 +463,7 @@ def _refuse_folders(config: DictConfig) -> None:
 
 
 def _refuse_shared_folder(config: DictConfig, num_jobs: int) -> None:
-    """ValueError for jobs that would all have the same folder."""
+    """Raise ValueError if all Jobs of a sweep would share a folder."""
     name = str(_unresolved(config)["hydra"]["sweep"]["subdir"])
     if num_jobs > 1 and "${" not in name:
         raise ValueError(
@@ -435,7 +473,7 @@ def _refuse_shared_folder(config: DictConfig, num_jobs: int) -> None:
 
 
 def _refuse_hydra_secrets(config: DictConfig) -> None:
-    """The same for a secret in what Hydra writes: folders, multirun.yaml, .hydra/hydra.yaml."""
+    """Raise ValueError for a secret that Hydra would write to its files or folder names."""
     for name in config.hydra.job.env_set:
         if is_secret_name(name):
             raise ValueError(
@@ -444,14 +482,14 @@ def _refuse_hydra_secrets(config: DictConfig) -> None:
             )
     unresolved: Any = OmegaConf.to_container(config, resolve=False)
     known = unresolved["hydra"]
-    # Where things are on this machine, and the command line, which was looked at.
+    # Skip the paths of this machine, and the command line, which was checked before.
     del known["runtime"], known["overrides"], known["job"]["override_dirname"]
     refuse_secrets({"hydra": known})
     refuse_secrets({"hydra.run.dir": config.hydra.run.dir})
 
 
 def _refuse_added_keys(config: DictConfig) -> None:
-    """ValueError for a key that `+` made and that no part of the program knows, or `~` removed."""
+    """Raise ValueError for an unknown key added with `+`, or a required key removed with `~`."""
     overrides = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
     rest = [o for o in overrides if not o.startswith("~") and (o[:1] != "+" or _is_choice(o))]
     if rest == overrides:
@@ -470,7 +508,7 @@ def _refuse_added_keys(config: DictConfig) -> None:
 def _refuse_added_key(key: str, known: dict[str, Any], verb: str) -> None:
     group = key.partition(".")[0]
     if group in ("method", "net", "task") and verb == "train":
-        return  # `check` compares them with what the classes take
+        return  # `check` compares them with the arguments of the classes
     if key.startswith(OPEN):
         return
     names = set(known)
@@ -482,12 +520,12 @@ def _refuse_added_key(key: str, known: dict[str, Any], verb: str) -> None:
         raise ValueError(_unknown_key(key, names, verb))
 
 
-# Parts of Hydra's configuration that may have any key.
+# Parts of the Hydra configuration that accept any key.
 OPEN = ("hydra.callbacks.", "hydra.hydra_logging.", "hydra.job_logging.")
 
 
 def _unresolved(config: DictConfig) -> dict[str, Any]:
-    """The configuration in plain types, but for what differs from one call to the next."""
+    """Return the unresolved configuration in plain types, without parts that vary per call."""
     values: Any = OmegaConf.to_container(config, resolve=False)
     for key in ("runtime", "overrides"):
         values["hydra"].pop(key, None)
@@ -499,7 +537,7 @@ def _loader() -> Any:
 
 
 def _is_choice(override: str) -> bool:
-    """Whether an override chooses a file of a group, and is no value."""
+    """Return whether an override selects a file of a group rather than a value."""
     key = override.lstrip("+~").partition("=")[0].partition("@")[0]
     return bool(_loader().get_group_options(key))
 
@@ -509,7 +547,7 @@ def _is_given(key: str, hydra_config: Any) -> bool:
 
 
 def _resume_command(key: str, folder: Path) -> str:
-    """The command line of this process, resuming what is in the folder."""
+    """Return the command line of this process with options to resume in a folder."""
     arguments = [a for a in sys.argv[1:] if not a.startswith(("resume=", f"{key}="))]
     given = f"{key}={folder}"
     try:
@@ -527,7 +565,7 @@ def _quoted(key: str, value: str) -> str:
 
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """Between jobs SIGTERM is like Ctrl-C; within one the job sees to it."""
+    """Treat SIGTERM like Ctrl-C between Jobs; a Job handles it itself."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -539,7 +577,7 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 def _arguments() -> argparse.Namespace:
-    """The command line as Hydra reads it."""
+    """Parse the command line with the parser of Hydra."""
 
     def refuse(message: str) -> NoReturn:
         _, options, rest = message.rpartition("unrecognized arguments: ")
@@ -553,12 +591,12 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# What Hydra takes for the key of an override, of a value or of a group, with its prefix.
+# The key of an override, of a value or of a group, with its prefix, as Hydra accepts it.
 _KEY = re.compile(r"(\+\+?|~)?[\w$][\w$./@:-]*")
 
 
 def _refuse_malformed(arguments: argparse.Namespace, verb: str) -> None:
-    """ValueError for what Hydra would answer in words of its parser, or would do unchecked."""
+    """Raise ValueError for arguments that Hydra would report unclearly, or not check."""
     if arguments.experimental_rerun is not None:
         raise ValueError(
             "--experimental-rerun: it would unpickle a file, which can run any code; write the "
@@ -582,12 +620,12 @@ def _refuse_malformed(arguments: argparse.Namespace, verb: str) -> None:
 
 
 def _choices(key: str) -> list[str]:
-    """The files of the group in conf/ that an override with this key chooses from."""
+    """Return the sorted choices of the group in conf/ with this key."""
     return sorted(path.stem for path in (CONF / key.lstrip("+~")).glob("*.yaml"))
 
 
 def _explain(error: Exception, verb: str) -> str:
-    """What is wrong with a command line, in one line, and how to write it."""
+    """Explain an error of the command line in one line, with a correction if there is one."""
     if isinstance(error, OverrideParseException):
         return _in_quotes(error.override) or one_line(mask(str(error)))
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
@@ -597,7 +635,7 @@ def _explain(error: Exception, verb: str) -> str:
         there = f"there are {', '.join(error.options)}"
         return one_line(mask(f"Could not find '{group}/{choice}'{hint} ({there})"))
     text = str(error)
-    if "defaults list" in text:  # the group is there, and + adds it
+    if "defaults list" in text:  # the group exists; + adds it
         return one_line(mask(text))
     if match := re.match(r"Could not override '([^']+)'", text):
         hint = _hint_for_sweep(match[1]) if {"-m", "--multirun"} & set(sys.argv) else ""
@@ -612,14 +650,14 @@ def _explain(error: Exception, verb: str) -> str:
         return _in_quotes(match[1]) or one_line(mask(text))
     if not isinstance(error, HydraException):
         return describe(error)
-    text = text.partition("Config search path")[0]  # without the list of where it looked
+    text = text.partition("Config search path")[0]  # omit the list of searched paths
     if error.__cause__ is not None:
         text += " " + str(error.__cause__).partition("\n")[0]
     return one_line(mask(text))
 
 
 def _no_choice() -> str | None:
-    """What to write in place of a number or null that was given for a group, or of its removal."""
+    """Return the correction of an override that removes a group or sets it to a non-choice."""
     for override in _arguments().overrides:
         group, equals, value = override.partition("=")
         choices = _choices(group)
@@ -630,9 +668,9 @@ def _no_choice() -> str | None:
 
 
 def _in_quotes(override: str) -> str | None:
-    """How to write an override whose value has characters that Hydra reads as its own.
+    """Return how to quote an override whose value has characters that are syntax in Hydra.
 
-    None: Quotes would not help.
+    It is None if quotes would not help.
     """
     key, _, value = override.partition("=")
     cure = _quoted(key, value.strip("'\""))
@@ -647,7 +685,7 @@ def _in_quotes(override: str) -> str | None:
 
 
 def _unknown_key(key: str, known: Iterable[str], verb: str) -> str:
-    """That there is no such key, what was probably meant, and which choice would have it."""
+    """Report an unknown key, the most similar key, and the choices that have the key."""
     known = {key[:end] for key in known for end in [*_dots(key), None]}
     group, _, rest = key.partition(".")
     having = [
@@ -667,7 +705,7 @@ def _dots(key: str) -> Iterator[int]:
 
 
 def _known_keys(verb: str) -> list[str]:
-    """The keys of the configuration that the command line's choices make, without its values."""
+    """Return the configuration keys for the choices on the command line, ignoring its values."""
     arguments = _arguments()
     folder = arguments.config_dir
     own = [] if folder is None else [f"hydra.searchpath=[{json.dumps(f'file://{folder}')}]"]
@@ -681,5 +719,5 @@ def _known_keys(verb: str) -> list[str]:
 
 
 def _hint_for_sweep(key: str) -> str:
-    """What helps where Hydra missed a key: it composes a sweep without the choices it sweeps."""
+    """Return a hint for a missing key: Hydra composes a sweep without the swept choices."""
     return f"; if the choices that are swept have this key, write {key}=choice(<value>)"

@@ -1,4 +1,4 @@
-"""Find the checkpoint files of a path or a pattern, without opening them."""
+"""Find the checkpoint files of a path or a pattern without opening them."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -10,14 +10,17 @@ CHECKPOINT = "checkpoint.ckpt"
 
 
 def locate(key: str, path: str) -> Path:
-    """Return the file at a path. `~` is expanded; a run's folder stands for its checkpoint.
+    """Return the checkpoint file at a path.
 
     Args:
-        key: The key of the configuration that holds the path, for the message.
-        path: As it was given.
+        key: The configuration key of the path, for the error message.
+        path: A file, or the folder of a Run, which stands for its checkpoint. `~` is expanded.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: There is no such file, or the folder has no checkpoint.
     """
     found = Path(path).expanduser()
     if os.path.isdir(found):
@@ -27,19 +30,26 @@ def locate(key: str, path: str) -> Path:
                 f"or a file, or a pattern as in '{key}={path}/**/{CHECKPOINT}'"
             )
         return found / CHECKPOINT
-    if not os.path.exists(found):  # not Path.exists, which raises for too long a name
+    if not os.path.exists(found):  # Path.exists raises if the name is too long
         raise _missing(key, path)
     return found
 
 
 def locate_all(key: str, pattern: str) -> list[Path]:
-    """Return the file at a path, or all matches of a pattern; `**` matches any folders.
+    """Return the checkpoint file at a path, or all matches of a pattern.
 
-    Of a pattern that also matches folders, only their checkpoints and files named *.ckpt count,
-    those that cannot be read included: each fails alone then, with its reason.
+    If a pattern also matches folders, the matches are their checkpoints and files named *.ckpt.
+    Unreadable matches are included, so that each fails on its own, with its reason.
+
+    Args:
+        key: The configuration key of the pattern, for the error message.
+        pattern: A path, or a pattern in which `**` matches any number of folders.
+
+    Returns:
+        The sorted paths of the files.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: There is no such file, or nothing matches.
     """
     if not is_pattern(pattern):
         return [locate(key, pattern)]
@@ -49,7 +59,7 @@ def locate_all(key: str, pattern: str) -> list[Path]:
     if folders:
         files = {path for path in files if path.suffix == ".ckpt"}
     files |= {path / CHECKPOINT for path in folders if _may_hold(path)}
-    # A folder in the place of a file is one of the matches that cannot be read.
+    # A folder in the place of a file is an unreadable match.
     files |= {path for path in folders if path.suffix == ".ckpt" and path / CHECKPOINT not in files}
     if not files:
         raise _missing(key, pattern)
@@ -57,16 +67,27 @@ def locate_all(key: str, pattern: str) -> list[Path]:
 
 
 def is_pattern(path: str) -> bool:
-    """Return whether a path is a pattern. An existing file with such a name is not."""
+    """Return whether a path has one of the characters `*?[` and does not exist.
+
+    Args:
+        path: The path; `~` is expanded.
+    """
     is_there = os.path.exists(Path(path).expanduser())
     return not is_there and any(character in path for character in "*?[")
 
 
 def canonical(key: str, path: str) -> str:
-    """Return the canonical form of a path, which identifies a run; a pattern is unchanged.
+    """Return the canonical form of a path, which is part of the identity of a Run.
+
+    Args:
+        key: The configuration key of the path, for the error message.
+        path: A path or a pattern.
+
+    Returns:
+        The path of the checkpoint file. In a pattern, only `~` is expanded.
 
     Raises:
-        FileNotFoundError: There is no such file, or nothing that the pattern matches.
+        FileNotFoundError: There is no such file, or nothing matches.
     """
     if is_pattern(path):
         locate_all(key, path)
@@ -75,7 +96,7 @@ def canonical(key: str, path: str) -> str:
 
 
 def _may_hold(folder: Path) -> bool:
-    """Whether a folder has a checkpoint, be it a link to nowhere, or nobody can tell."""
+    """Return whether a folder has a checkpoint, including a broken link, or is unreadable."""
     try:
         os.lstat(folder / CHECKPOINT)
     except FileNotFoundError:
@@ -86,10 +107,10 @@ def _may_hold(folder: Path) -> bool:
 
 
 def _matches(pattern: Path) -> list[Path]:
-    """What a pattern matches; `**` enters each folder once, whatever links lead to it again.
+    """Return the matches of a pattern; `**` enters each folder once, even through links.
 
-    `glob` follows a link to a folder above as often as the system lets it: a folder with two such
-    links takes exponential time.
+    `glob` follows a link to a parent folder as often as the system allows, so a folder with two
+    such links takes exponential time.
     """
     heads: Iterable[Path] = [Path(pattern.anchor)]
     parts: list[str] = []
@@ -104,24 +125,24 @@ def _matches(pattern: Path) -> list[Path]:
 
 
 def _below(heads: Iterable[Path], parts: list[str]) -> Iterator[Path]:
-    """What the parts of a pattern match below each of some folders."""
+    """Yield the matches of the parts of a pattern below each folder."""
     for head in heads:
         if parts:
             pattern = str(Path(*parts))
-            with suppress(OSError):  # no file has a name that long
+            with suppress(OSError):  # the name is too long for a file
                 yield from (head / match for match in glob(pattern, root_dir=head))
         else:
             yield head
 
 
 def _folders(tops: Iterable[Path]) -> Iterator[Path]:
-    """Folders and all visible ones below them, each once."""
+    """Yield each folder and each visible folder below it once."""
     seen: set[tuple[int, int]] = set()
     for top in tops:
         for name, below, _ in os.walk(top, followlinks=True):
             try:
                 found = os.stat(name)
-            except OSError:  # removed meanwhile
+            except OSError:  # the folder was removed in the meantime
                 continue
             if (found.st_dev, found.st_ino) in seen:
                 below.clear()

@@ -1,19 +1,19 @@
-"""The rank of this process among those that train one model."""
+"""Find the rank of this process among those that train one model."""
 
 import os
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-# What starts several processes, as Lightning tells it: the variables that mark it, that hold the
-# number of a process, and how many there are. A parent is Lightning itself, or a user by hand.
+# The launchers that Lightning recognizes, and for each the environment variables that mark it,
+# hold the rank, and hold the number of processes. A parent is Lightning itself, or a user.
 LAUNCHERS = {
     "torchrun": ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"),
     "srun": ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_NTASKS"),
     "jsrun": ("LSB_DJOB_RANKFILE", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
     "parent": ("MASTER_PORT", "LOCAL_RANK", "WORLD_SIZE"),
 }
-# All by which Lightning, or torch, would take a process for one of several.
+# The variables from which Lightning or torch infers that a process is one of several.
 VARIABLES = [
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE"),
     *("SLURM_PROCID", "JSM_NAMESPACE_RANK"),
@@ -21,7 +21,12 @@ VARIABLES = [
 
 
 class Place(NamedTuple):
-    """The rank of a process, and what launched it (None: nothing outside of bqnn)."""
+    """The rank of a process and its launcher.
+
+    Args:
+        rank: The rank, from 0.
+        launcher: A key of `LAUNCHERS`, or None if nothing outside of bqnn started the process.
+    """
 
     rank: int
     launcher: str | None
@@ -33,15 +38,18 @@ ALONE = Place(0, None)
 def find_place(trainer: Mapping[str, Any]) -> Place:
     """Read the rank from the environment, if the trainer uses several devices.
 
-    Clusters set the same variables for processes that have nothing to do with each other, so where
-    it has one, they do not count.
+    Clusters set the same variables for unrelated processes, so a trainer with one device ignores
+    them.
 
     Args:
         trainer: The group `trainer` of the configuration.
 
+    Returns:
+        The rank and the launcher.
+
     Raises:
-        ValueError: There are more, or fewer, processes than the trainer has devices, or it has
-            several machines and nothing tells which one this is.
+        ValueError: The number of processes differs from the number of devices, or there are
+            several machines and the environment does not identify this one.
     """
     devices, nodes = _num_devices(trainer.get("devices", 1)), _whole(trainer.get("num_nodes")) or 1
     if devices == 1 and nodes == 1:
@@ -52,7 +60,7 @@ def find_place(trainer: Mapping[str, Any]) -> Place:
         if mark not in os.environ or rank is None or size is None or not 0 <= rank < size > 1:
             continue
         if launcher == "srun" and os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
-            continue  # Slurm lends the machine, and has started one process
+            continue  # an interactive Slurm session starts one process
         if devices is not None and size != devices * nodes:
             raise ValueError(
                 f"trainer.devices={trainer.get('devices')}: {size_key}={size} processes were "
@@ -70,12 +78,16 @@ def find_place(trainer: Mapping[str, Any]) -> Place:
 
 
 def hide_launcher() -> dict[str, str]:
-    """Remove all ranks from the environment of a single process, and return them."""
+    """Remove the variables of ranks from the environment of a single process.
+
+    Returns:
+        The removed variables and their values.
+    """
     return {key: os.environ.pop(key) for key in VARIABLES if key in os.environ}
 
 
 def _num_devices(devices: object) -> int | None:
-    """How many `trainer.devices` stands for, as Lightning reads it; None: all that it finds."""
+    """Return the number of devices as Lightning reads it, or None for all available devices."""
     if isinstance(devices, list | tuple):
         return len(devices)
     if isinstance(devices, str) and "," in devices:

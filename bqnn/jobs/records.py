@@ -11,7 +11,7 @@ import yaml
 from bqnn.files import open_regular
 from bqnn.text import one_line
 
-LARGEST_JSON, LARGEST_YAML = 16 * 2**20, 2**20  # bytes; YAML takes two seconds per MiB
+LARGEST_JSON, LARGEST_YAML = 16 * 2**20, 2**20  # bytes; parsing YAML takes two seconds per MiB
 LONGEST_NUMBER = 1000  # characters
 TWICE = "a name is there twice in it"
 
@@ -20,14 +20,20 @@ _NUMBER = rf"[-+.:_xXa-fA-F0-9]{{{LONGEST_NUMBER + 1},}}"
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read the object of a JSON file, or the mapping of a YAML file (`.yaml`).
+    """Read a JSON object, or a YAML mapping if the suffix of the file is `.yaml`.
+
+    Args:
+        path: The file, at most 16 MiB of JSON or 1 MiB of YAML.
+
+    Returns:
+        The object, with strings as keys.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: In one line: it is no regular file, is not readable, is too large, is not
-            UTF-8, is not JSON (YAML), is nested too deeply, uses aliases or tags of YAML, has a
-            name twice or a number of more than 1000 characters, or holds anything but an object
-            with texts as keys.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not a regular file, is not readable, is too large, is not UTF-8, is
+            not JSON or YAML, is nested too deeply, uses YAML aliases or tags, repeats a key, has a
+            number of more than 1000 characters, or does not hold an object with strings as keys.
+            The message is one line.
     """
     try:
         is_yaml = path.suffix == ".yaml"
@@ -47,16 +53,21 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def instant(value: object) -> datetime | None:
-    """Parse an ISO 8601 timestamp; return None for anything else.
+    """Parse an ISO 8601 timestamp.
 
-    Instants of different UTC offsets compare correctly, their texts do not. A text without an
-    offset is taken as UTC.
+    Unlike their texts, times of different UTC offsets compare correctly.
+
+    Args:
+        value: The timestamp. A timestamp without an offset is in UTC.
+
+    Returns:
+        The time in UTC, or None if the value is not a timestamp.
     """
     if type(value) is not str:
         return None
     try:
         time = datetime.fromisoformat(value)
-        # Compared in UTC later; near the years 1 and 9999 that does not exist.
+        # Convert to UTC here: the conversion overflows near the years 1 and 9999.
         return (time if time.tzinfo else time.replace(tzinfo=UTC)).astimezone(UTC)
     except (ValueError, OverflowError):
         return None
@@ -89,12 +100,12 @@ def _whole(digits: str) -> int:
 
 def _yaml(text: str) -> Any:
     for event in yaml.parse(text, Loader=_SafeLoader):
-        # An alias can make a mapping hold itself, or ten lines stand for 10^10 entries.
+        # An alias can make a mapping contain itself, or expand ten lines to 10^10 entries.
         if isinstance(event, yaml.AliasEvent):
             raise ValueError("it uses aliases (*name), which are not read here")
-        if getattr(event, "tag", None) is not None:  # of a text that it does not suit
+        if getattr(event, "tag", None) is not None:  # a tag can be invalid for its text
             raise ValueError("it uses tags (!name), which are not read here")
-        # Some take quadratic time to become a number, as 1:59:59:59... does.
+        # Parsing some numbers, such as 1:59:59:59..., takes quadratic time.
         if isinstance(event, yaml.ScalarEvent) and re.fullmatch(_NUMBER, event.value):
             raise ValueError(f"it has a number of {len(event.value)} characters")
     loader = _SafeLoader(text)

@@ -9,24 +9,30 @@ from urllib.parse import quote
 
 from bqnn.settings.conf import published
 
-# Variables that are named like this hold a secret. The second half are ends of words, so that
-# KEYBOARD and PATH are none.
+# Variables with a matching name hold a secret. The second half matches the ends of words only, so
+# that KEYBOARD and PATH do not match.
 SECRET = re.compile(
     r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTHORIZATION"
     r"|(KEYS?|PASS|PWD|AUTH|CREDS?|JWT|COOKIE|DSN|(?<![A-Z])PAT)(?![A-Z])",
     re.IGNORECASE,
 )
 WORKING_FOLDERS = ("PWD", "OLDPWD")
-WHERE = re.compile("(SOCK|SOCKET|FILE|PATH|DIR|HOME)$", re.IGNORECASE)  # holds a path, no secret
+WHERE = re.compile("(SOCK|SOCKET|FILE|PATH|DIR|HOME)$", re.IGNORECASE)  # holds a path, not a secret
 PASSWORD_IN_URL = re.compile(r"://[^/\s:@]*:([^/\s@]+)@")
-LEAST_LENGTH = 8  # anything shorter turns up by chance
+LEAST_LENGTH = 8  # characters; shorter values occur by chance
 
 
 def mask(text: str) -> str:
-    """Replace each secret of the environment variable NAME by `<NAME>`.
+    """Replace each secret of an environment variable NAME by `<NAME>`.
 
-    A secret is also found where it is part of a longer word, percent-encoded as in an address, or
-    escaped as in JSON and Python.
+    Secrets are also replaced inside longer words, if they are percent-encoded as in an address,
+    and if they are escaped as in JSON or Python.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        The text without secrets.
     """
     for name, pattern in _secrets():
         text = pattern.sub(f"<{name}>", text)
@@ -36,16 +42,18 @@ def mask(text: str) -> str:
 def refuse_secrets(config: object, references: bool = True) -> None:
     """Refuse a configuration that holds one of the environment's secrets.
 
-    config.yaml, multirun.yaml, checkpoints and Weights & Biases would keep it. Secret is the value
-    of a variable with such a name (`SECRET`), if it has eight characters or more and stands in none
-    of the files in conf/, and the password in any variable's address (https://me:password@host).
+    config.yaml, multirun.yaml, checkpoints and Weights & Biases would store it. Secrets are the
+    values of variables whose names match `SECRET`, and the passwords in addresses
+    (https://me:password@host) in any variable. A secret has at least eight characters and does not
+    occur in the files of conf/.
 
     Args:
-        config: Nested dictionaries and lists; keys, texts and numbers are looked at.
-        references: Whether a reference to a variable, `${oc.env:NAME}`, counts as its value.
+        config: Nested dictionaries and lists. Keys, strings and numbers are checked.
+        references: Whether to refuse a reference `${oc.env:NAME}` to a secret, too.
 
     Raises:
-        ValueError: It holds one; the message has the key and the variable, not the value.
+        ValueError: The configuration holds a secret. The message names the key and the variable,
+            not the value.
     """
     secrets = list(_secrets())
     for key, text in _texts(config, ""):
@@ -59,7 +67,11 @@ def refuse_secrets(config: object, references: bool = True) -> None:
 
 
 def is_secret_name(name: str) -> bool:
-    """Return whether an environment variable with this name is treated as a secret."""
+    """Return whether a variable holds a secret, by its name.
+
+    Args:
+        name: The name of the environment variable.
+    """
     return SECRET.search(name) is not None and name not in WORKING_FOLDERS
 
 
@@ -71,7 +83,7 @@ def _secrets() -> Iterator[tuple[str, re.Pattern[str]]]:
 
 @functools.cache
 def _secret_parts(name: str, value: str) -> list[str]:
-    """What is secret in a variable: each line of a secret one, or the password in an address."""
+    """Return the secrets in a variable: each line of a secret, or the password in an address."""
     parts = PASSWORD_IN_URL.findall(value)
     is_path = os.path.isabs(value) and (WHERE.search(name) or os.path.exists(value))
     if is_secret_name(name) and not is_path:
@@ -82,7 +94,7 @@ def _secret_parts(name: str, value: str) -> list[str]:
 
 @functools.cache
 def _pattern(secret: str) -> re.Pattern[str]:
-    """Matches a secret in any mixture of the ways in which its characters may be written."""
+    """Compile a pattern that matches a secret in any mixture of encodings of its characters."""
     return re.compile("".join(map(_spellings, secret)))
 
 

@@ -1,4 +1,4 @@
-"""status.json: the record of a job, and finding earlier runs by it."""
+"""Read status.json, the record of a Run, and find earlier Runs."""
 
 import functools
 import hashlib
@@ -16,15 +16,15 @@ from bqnn.jobs.records import instant, read_record
 from bqnn.jobs.terminal import say_once
 from bqnn.text import printable, short
 
-# What results do not depend on: runs that differ in nothing else are the same run.
+# Keys that do not affect results: Runs that differ only in these keys are the same Run.
 WITHOUT_EFFECT = (
     *("resume", "trust", "logger", "data_dir", "trainer.threads", "trainer.progress_bar"),
 )
-LENGTH = ("trainer.max_epochs", "task.max_epochs")  # of a training, which can be prolonged
-ELSEWHERE = "elsewhere.json"  # in a sweep, in place of a job that an older folder holds
+LENGTH = ("trainer.max_epochs", "task.max_epochs")  # a training can be resumed with more epochs
+ELSEWHERE = "elsewhere.json"  # in a sweep, links to the older folder that holds the Job
 
 STATES = ("RUNNING", "DONE", "FAILED", "INTERRUPTED")
-# What else a status.json holds that is relied on. Anything of another type is taken for missing.
+# The types of the other entries that are used. An entry of another type counts as missing.
 TYPES: dict[str, type] = {
     **dict.fromkeys(("start", "end", "error", "id", "config_hash", "git_commit"), str),
     "versions": dict,
@@ -35,8 +35,16 @@ TYPES: dict[str, type] = {
 def config_hash(config: dict[str, Any], without: Iterable[str] = WITHOUT_EFFECT) -> str:
     """Hash a resolved configuration. Equal hashes mean equal results.
 
-    `without` are keys that do not count. Where a job starts from a checkpoint, its SHA-256 follows
-    after a dash: one that was trained anew gives other results. `is_same` compares.
+    If the Job starts from a checkpoint, the hash includes the SHA-256 of the checkpoint, since a
+    retrained checkpoint gives other results. Compare hashes with `is_same`.
+
+    Args:
+        config: The resolved configuration.
+        without: Dotted keys to ignore.
+
+    Returns:
+        16 hexadecimal digits; with a checkpoint, a dash and the first 16 digits of its SHA-256
+        follow.
     """
     kept = deepcopy(config)
     for key in without:
@@ -48,10 +56,14 @@ def config_hash(config: dict[str, Any], without: Iterable[str] = WITHOUT_EFFECT)
 
 
 def input_digest(config: dict[str, Any]) -> str | None:
-    """Return the SHA-256 of the checkpoint that a job starts from.
+    """Return the SHA-256 of the checkpoint that a Job starts from.
 
-    None where it starts from none, where it is gone, and for a pattern: each of the files that it
-    stands for is the input of a job of its own.
+    Args:
+        config: The resolved configuration.
+
+    Returns:
+        The hexadecimal digest. None if the Job starts from no checkpoint, if the checkpoint no
+        longer exists, or for a pattern, since each of its matches is the input of its own Job.
     """
     node, last = _node(config, "checkpoint" if "checkpoint" in config else "method.init_from")
     named = node.get(last)
@@ -61,38 +73,54 @@ def input_digest(config: dict[str, Any]) -> str | None:
         path = Path(named)
         path = path / "checkpoint.ckpt" if path.is_dir() else path
         found = path.stat()
-        if not path.is_file():  # a FIFO would be waited for
+        if not path.is_file():  # opening a FIFO would block
             return None
         return _digest(path.absolute(), found.st_mtime_ns, found.st_size, found.st_ino)
-    except (OSError, ValueError):  # what is no path is refused where it is opened
+    except (OSError, ValueError):  # an invalid path is refused when it is opened
         return None
 
 
 def is_same(recorded: str | None, config_hash: str) -> bool:
-    """Return whether a recorded hash is this one, except for a checkpoint that is gone."""
+    """Return whether two hashes of `config_hash` describe the same Run.
+
+    Args:
+        recorded: The recorded hash, or None if there is none.
+        config_hash: The current hash. If it lacks the part of the checkpoint, because the
+            checkpoint no longer exists, that part of `recorded` is ignored.
+    """
     return recorded == config_hash or (
         recorded is not None and recorded.partition("-")[0] == config_hash
     )
 
 
 def is_prolonged(folder: Path, config: dict[str, Any]) -> bool:
-    """Return whether a folder holds a shorter training of this configuration."""
+    """Return whether a folder holds a Run of this configuration with fewer epochs.
+
+    Args:
+        folder: The folder of the Run.
+        config: The resolved configuration of the training.
+    """
     try:
         before = read_record(folder / "config.yaml")
         shorter = before["trainer"]["max_epochs"] < config["trainer"]["max_epochs"]
         keys = (*WITHOUT_EFFECT, *LENGTH)
         return shorter and config_hash(before, keys) == config_hash(config, keys)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False  # evaluate.py trains nothing; and the file may be anything
+        return False  # not a training, or a file with other content
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """Read a job's status.json, or return None if there is no job.
+    """Read the status.json of a Run.
 
-    Its `state` is one of STATES, and what it holds of TYPES has that type. A file that is no
-    status reads as that of a job that FAILED, with the reason as its `error`, and the reason is
-    said once: one such file must not stop all that look around here. Its job is then recognized
-    by config.yaml.
+    An unreadable file must not stop a search through many folders. It reads as a Run that FAILED,
+    with the reason as its `error` and the hash of its config.yaml; the reason is printed once.
+
+    Args:
+        folder: The folder of the Run.
+
+    Returns:
+        The status, or None if there is no Run. Its `state` is one of `STATES`, and its entries
+        have the types in `TYPES`.
     """
     path = folder / "status.json"
     try:
@@ -102,7 +130,7 @@ def read_status(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        if not os.path.lexists(path):  # the folder is none
+        if not os.path.lexists(path):  # the path is not a folder
             return None
         tell_unreadable(folder, error)
         return {"state": "FAILED", "error": str(error), "is_unreadable": True} | _recorded(folder)
@@ -113,29 +141,56 @@ def read_status(folder: Path) -> dict[str, Any] | None:
 
 
 def tell_unreadable(folder: Path, error: ValueError) -> None:
-    """Print once per process that a record cannot be read."""
+    """Print once per process that a record cannot be read.
+
+    Args:
+        folder: The folder of the record.
+        error: The reason.
+    """
     say_once(printable(f"{folder}: {error}"))
 
 
 def is_finished(status: dict[str, Any], config_hash: str) -> bool:
-    """Return whether the record is of this job, DONE, and without parts."""
+    """Return whether a Run of this configuration is DONE and has no parts.
+
+    Args:
+        status: The status of the Run.
+        config_hash: The hash of the configuration.
+    """
     same = is_same(status.get("config_hash"), config_hash)
     return same and status["state"] == "DONE" and not status.get("parts")
 
 
 def job_folders(root: Path) -> Iterator[Path]:
-    """Return the folders of jobs at and below `root`, sorted, without those inside of others."""
+    """Yield the folders of Runs at and below a folder.
+
+    Folders inside the folder of another Run are skipped.
+
+    Args:
+        root: The folder to search.
+
+    Yields:
+        The folders, sorted at each level.
+    """
     for folder, below, files in os.walk(root):
         below.sort()
         if {"status.json", ELSEWHERE} & {*files, *below}:
             path = Path(folder)
             yield path
-            if not (read_status(path) or {}).get("is_unreadable"):  # or it may be no job's
+            if not (read_status(path) or {}).get("is_unreadable"):  # else it may not be a Run
                 below.clear()
 
 
 def find_run(root: Path, config_hash: str) -> Path | None:
-    """Return the newest run of this configuration below `root`; a DONE run wins."""
+    """Return the newest Run of this configuration; a DONE Run wins.
+
+    Args:
+        root: The folder to search.
+        config_hash: The hash of the configuration.
+
+    Returns:
+        The folder of the Run, or None if there is none.
+    """
     found = []
     for folder in job_folders(root):
         status = read_status(folder)
@@ -145,17 +200,32 @@ def find_run(root: Path, config_hash: str) -> Path | None:
 
 
 def start_of(record: dict[str, Any]) -> datetime:
-    """Return when a job or a sweep started, or the earliest time if unknown."""
+    """Return the start of a Run or a sweep.
+
+    Args:
+        record: The content of status.json or sweep.json.
+
+    Returns:
+        The time in UTC; the earliest possible time if the start is unknown.
+    """
     return instant(record.get("start")) or datetime.min.replace(tzinfo=UTC)
 
 
 def folder_lock(folder: Path) -> FileLock:
-    """Return the lock on a job's folder. It ends with the process that holds it."""
+    """Return the lock of the folder of a Job. The system releases it when its process ends.
+
+    Args:
+        folder: The folder of the Job.
+    """
     return FileLock(folder / ".lock")
 
 
 def is_running(folder: Path) -> bool:
-    """Return whether a process runs in this folder, possibly on another machine."""
+    """Return whether a process runs in a folder, possibly on another machine.
+
+    Args:
+        folder: The folder of the Job.
+    """
     if not (folder / ".lock").exists():
         return False
     lock = folder_lock(folder)
@@ -163,7 +233,7 @@ def is_running(folder: Path) -> bool:
         lock.acquire(timeout=0)
     except Timeout:
         return True
-    except OSError:  # .lock is no file, or this file system is read-only
+    except OSError:  # .lock is not a file, or the file system is read-only
         return False
     lock.release()
     return False
@@ -177,7 +247,7 @@ def _recorded(folder: Path) -> dict[str, str]:
 
 
 def _node(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
-    """The group that holds a dotted key, and the key in it; an empty one where there is none."""
+    """Return the group of a dotted key, or an empty group if it is missing, and the last part."""
     *groups, last = key.split(".")
     for group in groups:
         found = config.get(group)

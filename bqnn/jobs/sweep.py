@@ -1,4 +1,4 @@
-"""sweep.json, the record of a sweep, and the table of its jobs."""
+"""Record a sweep in sweep.json and print the table of its Jobs."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -22,10 +22,14 @@ from bqnn.text import one_line, printable, short
 
 @dataclass(frozen=True)
 class JobRecord:
-    """The record of a job in its sweep.
+    """The record of a Job in its sweep.
 
-    state: done, skipped (it was done before), refused (its folder was another job's), failed,
-    interrupted, or running (elsewhere).
+    Args:
+        folder: The folder of the Job, relative to the sweep if it is below it.
+        state: "done", "skipped" (done before), "refused" (the folder holds an earlier Job),
+            "failed", "interrupted" or "running" (in another process).
+        seconds: The duration in seconds, or None if it is unknown.
+        error: The reason if the Job is not done, or None.
     """
 
     folder: str
@@ -35,11 +39,17 @@ class JobRecord:
 
 
 class Sweep:
-    """The record of a multirun, whose jobs may run in other processes and on other machines.
+    """The record of a multirun.
 
-    All that is known of them is read from their folders. `overrides` is the command, by which the
-    same one is recognized; `num_jobs` is how many jobs it stands for, None where a sweeper decides
-    that as it goes.
+    The Jobs may run in other processes and on other machines. Their states are read from their
+    folders.
+
+    Args:
+        folder: The folder of the sweep.
+        verb: The name of the program, such as "train".
+        overrides: The command line, which identifies the sweep when it is resumed.
+        num_jobs: The number of Jobs, or None if the sweeper decides it during the sweep.
+        resume: Whether Jobs that were done before are skipped.
     """
 
     def __init__(
@@ -50,23 +60,27 @@ class Sweep:
         self.overrides = overrides
         self.num_jobs = num_jobs
         self.resume = resume
-        self.jobs: list[JobRecord] = []  # once it is finished
+        self.jobs: list[JobRecord] = []  # filled by `finish`
         self.started = datetime.now().astimezone()
         self._done_before = {f for f in _jobs_of(folder) if _state(f) == "done"}
         folder.mkdir(parents=True, exist_ok=True)
         self._write("RUNNING", None)
 
     def finish(self, error: str | None = None) -> bool:
-        """Record and print the results of all jobs; return whether all are done.
+        """Record and print the results of all Jobs.
 
-        A sweep whose record cannot be written is not done, and says so.
+        Args:
+            error: Why the sweep ended early, or None.
+
+        Returns:
+            Whether all Jobs are done and the record could be written.
         """
         self.jobs = [self._record(folder) for folder in _jobs_of(self.folder)]
         finished = sum(job.state in ("done", "skipped") for job in self.jobs)
         all_done = error is None and finished == max(len(self.jobs), self.num_jobs or 0)
         try:
             self._write("DONE" if all_done else "FAILED", error)
-        except OSError as unwritable:  # the disk is full, or the folder gone
+        except OSError as unwritable:  # the disk is full, or the folder was removed
             all_done = False
             say(f"{self.verb}.py: {one_line(str(unwritable))}", error=True)
         say(self._table())
@@ -117,14 +131,23 @@ class Sweep:
 
 
 def find_sweep(root: Path, verb: str, overrides: list[str]) -> Path | None:
-    """Return the newest sweep of this command directly below `root`."""
+    """Return the newest sweep of a command.
+
+    Args:
+        root: The folder whose subfolders are searched.
+        verb: The name of the program.
+        overrides: The command line of the sweep.
+
+    Returns:
+        The folder of the sweep, or None if there is none.
+    """
     found = []
     for path in root.glob("*/sweep.json"):
         try:
             record = read_record(path)
             if record.get("state") not in STATES:
                 raise ValueError(f"sweep.json has the state {short(record.get('state'))}")
-        except FileNotFoundError:  # removed meanwhile
+        except FileNotFoundError:  # the folder was removed in the meantime
             continue
         except ValueError as error:
             tell_unreadable(path.parent, error)
@@ -135,7 +158,7 @@ def find_sweep(root: Path, verb: str, overrides: list[str]) -> Path | None:
 
 
 def _jobs_of(sweep: Path) -> list[Path]:
-    """The folders of a sweep's jobs, in the order of their numbers, wherever they are."""
+    """Return the folders of the Jobs of a sweep, sorted by number, after following links."""
 
     def number(folder: Path) -> tuple[int, str]:
         first = folder.name.partition("_")[0]
@@ -146,7 +169,7 @@ def _jobs_of(sweep: Path) -> list[Path]:
 
 
 def _elsewhere(folder: Path) -> Path:
-    """Where the job is that this folder of a sweep stands for; ValueError: nobody can tell."""
+    """Follow the link in a folder of a sweep; raise ValueError if the link is invalid."""
     if (folder / "status.json").exists():
         return folder
     try:
@@ -159,7 +182,7 @@ def _elsewhere(folder: Path) -> Path:
 
 
 def _odd_link(folder: Path) -> str | None:
-    """Why nobody can tell where the job of a folder is, which is said; None where one can."""
+    """Print and return why the link in a folder is invalid; return None if it is valid."""
     try:
         _elsewhere(folder)
     except ValueError as error:
@@ -171,7 +194,7 @@ def _odd_link(folder: Path) -> str | None:
 def _state(folder: Path) -> str:
     status = read_status(folder)
     if status is None:
-        return "interrupted"  # it was removed
+        return "interrupted"  # the folder was removed
     if status["state"] == "RUNNING":
         return "running" if is_running(folder) else "interrupted"
     return str(status["state"]).lower()

@@ -1,4 +1,4 @@
-"""Printing and logging without secrets or escape sequences; a broken stream never fails a job."""
+"""Print and log without secrets or escape sequences; a broken stream never fails a Job."""
 
 import contextlib
 import functools
@@ -17,25 +17,37 @@ if TYPE_CHECKING:
 
 
 def presentable(text: str) -> str:
-    """Mask secrets and escape unprintable characters in a text of any number of lines."""
+    """Mask secrets and escape unprintable characters.
+
+    Args:
+        text: A text of any number of lines.
+
+    Returns:
+        The masked text, with the same lines.
+    """
     return "\n".join(map(printable, mask(text).split("\n")))
 
 
 class PresentableFormatter(logging.Formatter):
-    """Formats a log record, its traceback too, as `presentable` text."""
+    """Format log records and their tracebacks as `presentable` text."""
 
     def format(self, record: logging.LogRecord) -> str:
         return presentable(super().format(record))
 
 
 def say(text: str, error: bool = False, end: str = "\n") -> None:
-    """Print a text on standard output or standard error; a broken stream is ignored.
+    """Print a `presentable` text on standard output or standard error.
 
-    The text is made `presentable`; characters that the stream's encoding lacks are escaped, too.
-    Nothing happens where the stream is closed, its reader is gone (``| head``) or its disk is full.
+    Characters that the encoding of the stream lacks are escaped. The function does nothing if the
+    stream is closed, its reader has ended (``| head``), or its disk is full.
+
+    Args:
+        text: The text to print.
+        error: Whether to print on standard error.
+        end: Printed after the text.
     """
     stream = sys.stderr if error else sys.stdout
-    # OSError: a broken pipe, a full disk; ValueError: the stream was closed; None: never opened.
+    # OSError: broken pipe or full disk. ValueError: closed stream. None: never opened.
     if stream is not None:
         with contextlib.suppress(OSError, ValueError):
             encoding = stream.encoding or "utf-8"
@@ -45,15 +57,19 @@ def say(text: str, error: bool = False, end: str = "\n") -> None:
 
 @functools.cache
 def say_once(text: str) -> None:
-    """Print a text on standard error, unless this process has done so before."""
+    """Print a text on standard error once per process.
+
+    Args:
+        text: The text to print.
+    """
     say(text, error=True)
 
 
 def protect_output() -> None:
-    """Make all later printing, by any library, ignore broken streams as `say` does.
+    """Make all later output, from any library, ignore broken streams as `say` does.
 
-    A training is worth more than its progress bar: it goes on when its terminal is gone, and its
-    results are in its folder. Streams that were replaced, as pytest and notebooks do, stay.
+    A training continues without its terminal, because its results are in its folder. Streams that
+    were replaced, for example by pytest or a notebook, are unchanged.
     """
     _occupy_closed_descriptors()
     sys.stdout = _protected(sys.stdout, sys.__stdout__, 1)
@@ -61,11 +77,11 @@ def protect_output() -> None:
 
 
 class _Forgiving(io.FileIO):
-    """Drops what cannot be written."""
+    """A file that discards what it cannot write."""
 
     def write(self, data: "ReadableBuffer", /) -> int:
         with contextlib.suppress(OSError):
-            while (written := super().write(data)) is None:  # it does not block, and is full
+            while (written := super().write(data)) is None:  # a non-blocking stream is full
                 select.select([], [self], [])
             return written
         return len(memoryview(data).cast("B"))
@@ -75,7 +91,7 @@ def _protected(stream: TextIO | None, original: TextIO | None, descriptor: int) 
     if stream is None:
         encoding, is_flushed = None, True
     elif stream is original and isinstance(_raw(stream), io.FileIO):
-        say("", error=descriptor == 2, end="")  # what it still holds
+        say("", error=descriptor == 2, end="")  # flush the stream
         assert isinstance(stream, io.TextIOWrapper)
         encoding, is_flushed = stream.encoding, stream.line_buffering or stream.write_through
     else:
@@ -89,18 +105,18 @@ def _protected(stream: TextIO | None, original: TextIO | None, descriptor: int) 
 
 
 def _raw(stream: TextIO) -> object:
-    buffer = getattr(stream, "buffer", None)  # with python -u it is the file itself
+    buffer = getattr(stream, "buffer", None)  # with python -u, the buffer is the file itself
     return getattr(buffer, "raw", buffer)
 
 
 def _occupy_closed_descriptors() -> None:
-    """Open /dev/null in place of standard streams that are closed (``>&-``).
+    """Open /dev/null in place of closed standard streams (``>&-``).
 
-    The next file to be opened would get the number, and whatever is printed.
+    Otherwise the next opened file would get the descriptor, and all printed text.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The lowest free number is taken, which is this one.
+            # os.open takes the lowest free descriptor, which is this one.
             os.open(os.devnull, os.O_RDONLY if descriptor == 0 else os.O_WRONLY)
