@@ -14,7 +14,7 @@ from bqnn.data.distortions import DISTORTIONS
 from bqnn.data.synthetic import _FUNCTIONS
 from bqnn.jobs.launch import CONF, plain
 from bqnn.methods import METHODS
-from bqnn.methods.base import SCHEDULES
+from bqnn.methods.schedules import SCHEDULES
 from bqnn.nets import NETS
 from bqnn.quant.callback import fine_tuning_optimizer
 from bqnn.report.settings import flatten, tell_apart
