@@ -64,7 +64,6 @@ def check(config: dict[str, Any], is_sweep: bool) -> None:
 
 def run(job: Job) -> None:
     """Quantize the checkpoint of a path, or all checkpoints of a pattern."""
-    QuantSpec.from_config(job.config["quant"])  # a sweep's job may not have been checked
     configs = []
     found = find_checkpoints(job.config["checkpoint"], "float", job.config["select"])
     for path, recipe in found.items():

@@ -47,9 +47,7 @@ class Provenance:
             cpu_capability = torch.backends.cpu.get_cpu_capability()
             cpu_vnni = torch.cpu._is_vnni_supported()
             gpu = torch.cuda.get_device_name() if torch.cuda.is_initialized() else None
-        return cls(
-            socket.gethostname(), versions(), cpu_capability, cpu_vnni, gpu, git_commit()
-        )
+        return cls(socket.gethostname(), versions(), cpu_capability, cpu_vnni, gpu, git_commit())
 
 
 @functools.cache

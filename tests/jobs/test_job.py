@@ -19,9 +19,12 @@ from typing import Any
 import pytest
 import torch
 
-from bqnn.jobs.job import Job, run_parts
-from bqnn.jobs.launch import fresh_folder
-from bqnn.jobs.status import config_hash, find_run, is_running, read_status
+from bqnn.jobs.folder import fresh_folder, is_running
+from bqnn.jobs.identity import config_hash
+from bqnn.jobs.job import Job
+from bqnn.jobs.parts import run_parts
+from bqnn.jobs.runs import find_run
+from bqnn.jobs.status import read_status
 from bqnn.training.process import prepare_torch
 
 
@@ -67,7 +70,7 @@ def test_a_status_that_cannot_be_written_fails_the_job_in_one_line(
         with Job(folder, "train") as job:
             job.claim()
             job.at_end(codes.append)
-            monkeypatch.setattr("bqnn.jobs.job.write_json", full)
+            monkeypatch.setattr("bqnn.jobs.status.write_json", full)
             if error is not None:
                 raise error
         monkeypatch.undo()
@@ -167,7 +170,7 @@ def test_a_signal_ends_a_job_whose_folder_is_gone(
 def test_a_signal_that_a_library_swallowed_ends_the_job_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bqnn.jobs.job.INSIST_SECONDS", 0.05)
+    monkeypatch.setattr("bqnn.jobs.interruption.INSIST_SECONDS", 0.05)
     with pytest.raises(SystemExit) as stop, Job(tmp_path, "train") as job:
         job.claim()
         with contextlib.suppress(BaseException):
@@ -440,7 +443,9 @@ def test_a_status_with_odd_values_is_that_of_its_job(odd: object, tmp_path: Path
         assert again.take({"seed": 0}, resume=True)
     assert again.is_resumed
     assert re.fullmatch("[0-9a-f]{8}", status(tmp_path)["id"])
-    assert (read_status(tmp_path) or {})["state"] == "DONE"
+    found = read_status(tmp_path)
+    assert found is not None
+    assert found.state == "DONE"
 
 
 def test_the_newest_run_is_found_across_a_change_of_utc_offset(tmp_path: Path) -> None:

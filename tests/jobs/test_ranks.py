@@ -17,13 +17,14 @@ from hydra import compose, initialize_config_dir
 from pytorch_lightning.utilities import rank_zero_only
 
 from bqnn.checkpoints.recipe import load
+from bqnn.jobs.command_line.configuration import plain
 from bqnn.jobs.isolation import leave_as_found
 from bqnn.jobs.job import Job
-from bqnn.jobs.launch import CONF, plain
 from bqnn.jobs.ranks import ALONE, Place, find_place
 from bqnn.methods import METHODS
 from bqnn.quant.callback import QuantizationCallback
 from bqnn.quant.spec import QuantSpec
+from bqnn.settings.conf import CONF
 from bqnn.training.trainer import make_trainer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from bqnn.files import write_json
+from bqnn.jobs.folder import FolderLock
 from bqnn.jobs.job import Job
-from bqnn.jobs.launch import CONF
-from bqnn.jobs.status import ELSEWHERE, folder_lock
+from bqnn.jobs.runs import ELSEWHERE
 from bqnn.jobs.sweep import Sweep, find_sweep
+from bqnn.settings.conf import CONF
 
 ROOT = Path(__file__).resolve().parents[2]
 ScriptHere = Callable[..., tuple[int, str]]
@@ -71,7 +72,7 @@ def test_a_resumed_sweep_does_what_is_not_done(
     assert script_here("train", *arguments, "seed=0,1,2")[0] == 0
     change_status(sweep / "1_pointwise_synthetic_s1", state="RUNNING", end=None)  # it was killed
     change_status(sweep / "2_pointwise_synthetic_s2", state="RUNNING", end=None)
-    with folder_lock(sweep / "2_pointwise_synthetic_s2"):  # it still runs
+    with FolderLock(sweep / "2_pointwise_synthetic_s2"):  # it still runs
         code, errors = script_here("train", *arguments, "seed=0,1,2", "resume=true")
     assert code == 1
     assert "being run by another process" in errors
