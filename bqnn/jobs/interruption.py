@@ -38,8 +38,8 @@ class Interruption:
         """
         self._record = record
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._handle)
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[signum] = signal.signal(signum, self._handle)
         try:
             yield
         finally:
@@ -47,7 +47,7 @@ class Interruption:
                 signal.signal(number, handler)
 
     def settle(self) -> None:
-        """Raise no more exceptions, because the Job ends. A second signal still ends the process."""
+        """Raise no more exceptions, since the Job ends. A second signal still ends the process."""
         self._settled.set()
         for number in self._handlers:  # Lightning may have installed others
             signal.signal(number, self._handle)

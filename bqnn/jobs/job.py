@@ -72,19 +72,9 @@ class Job:
         self._started = next(_STARTS)
 
     @property
-    def id(self) -> str:
-        """The name of the Run in Weights & Biases."""
-        return self.status.id
-
-    @property
     def state(self) -> str:
         """One of `bqnn.jobs.status.STATES`."""
         return self.status.state
-
-    @property
-    def error(self) -> str | None:
-        """Why the Job is not done, in one line, or None."""
-        return self.status.error
 
     @property
     def is_claimed(self) -> bool:

@@ -220,7 +220,7 @@ def test_the_trainer_has_the_rank_of_its_job(
         trainer = make_trainer(job, [], [], validate=False)
         assert (job.rank, trainer.global_rank) == ((3, 3) if launcher else (0, 0))
         assert rank_zero_only.rank == job.rank  # type: ignore[attr-defined]
-    assert job.state == "DONE", job.error
+    assert job.state == "DONE", job.status.error
     assert (tmp_path / "status.json").exists() == (launcher is None)
     changed = {"MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"}
     kept = before.keys() - (changed if launcher else set())

@@ -81,8 +81,8 @@ def group_choices(group: str) -> list[str]:
         group: The key of the group, with or without a prefix.
 
     Example:
-        >>> group_choices("+trainer")
-        ['ddp', 'default', 'smoke']
+        >>> "smoke" in group_choices("+trainer")
+        True
     """
     return sorted(path.stem for path in (config_dir() / group.lstrip("+~")).glob("*.yaml"))
 

@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -81,7 +81,7 @@ def _line(text: str) -> str:
     return one_line(mask(text))
 
 
-def _unknown_choice(path: str, options: list[str]) -> str:
+def _unknown_choice(path: str, options: Sequence[str]) -> str:
     group, _, choice = path.rpartition("/")
     near = nearest(choice, options)
     hint = "" if near is None else f"; did you mean {group}={near}?"
