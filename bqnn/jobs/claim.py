@@ -1,5 +1,6 @@
 """Claim a folder for a Job: an unused folder, or the folder of an earlier process of the Job."""
 
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,11 @@ from typing import Any
 
 from bqnn.jobs.folder import FolderLock
 from bqnn.jobs.identity import config_hash, is_prolonged, is_same
+from bqnn.jobs.provenance import changes_since
 from bqnn.jobs.runs import is_finished
 from bqnn.jobs.status import RunStatus, read_status
+
+log = logging.getLogger(__name__)
 
 # The files that Jobs write. A Job refuses a folder that holds one of another owner.
 WRITTEN = (
@@ -92,6 +96,10 @@ def claim_again(folder: Path, config: dict[str, Any], may_be_prolonged: bool) ->
         same = earlier is not None and is_same(earlier.config_hash, key)
         if earlier is not None and not (prolonged or same):
             _require_unconfigured(folder, earlier)
+        for part in folder.glob(".*.part"):  # left behind by a killed process
+            part.unlink()
+        if earlier is not None and (prolonged or same):
+            _warn_of_changes(earlier)
         return Claim(lock.pop_all(), earlier, prolonged or same, prolonged)
 
 
@@ -106,4 +114,13 @@ def _require_unconfigured(folder: Path, status: RunStatus) -> None:
         raise FileExistsError(
             f"{folder} holds a job with another configuration, or of a checkpoint that has changed "
             "since, which resume=true does not go on with; give another hydra.run.dir, or none"
+        )
+
+
+def _warn_of_changes(status: RunStatus) -> None:
+    if changes := changes_since(status.versions, status.git_commit):
+        log.warning(
+            "resumed with %s: the results may differ in their last bits from those of a run that "
+            "was never interrupted",
+            changes,
         )

@@ -15,14 +15,9 @@ import yaml
 from bqnn.files import write_text
 from bqnn.jobs.claim import Claim, claim_again, claim_unused
 from bqnn.jobs.ending import Ending
-from bqnn.jobs.identity import config_hash, input_digest
-from bqnn.jobs.provenance import changes_since
 from bqnn.jobs.ranks import ALONE, find_place, hide_launcher
 from bqnn.jobs.secrets import refuse_secrets
-from bqnn.jobs.status import JobStatus, RunStatus, read_status
-from bqnn.text import valid_name
-
-log = logging.getLogger(__name__)
+from bqnn.jobs.status import JobStatus, read_status
 
 # The starts of the Jobs of this process. The first one starts with the process and its imports.
 _STARTS = itertools.chain([time.perf_counter()], iter(time.perf_counter, None))
@@ -123,7 +118,7 @@ class Job:
         self._find_place(config)
         if self.rank > 0:  # the first process has claimed the folder
             self.is_resumed = resume
-            self._keep_id(read_status(self.folder))
+            self.status.keep_id(read_status(self.folder))
             self.configure(config)
             return True
         if not resume:
@@ -131,9 +126,13 @@ class Job:
             self.configure(config)
             return True
         claim = claim_again(self.folder, config, may_be_prolonged=self.verb == "train")
-        if claim is not None:
-            self._go_on(claim, config)
-        return claim is not None
+        if claim is None:
+            return False
+        self._claim = claim
+        self.is_resumed, self.is_prolonged = claim.is_resumed, claim.is_prolonged
+        self.status.keep_id(claim.earlier)
+        self.configure(config)
+        return True
 
     def configure(self, config: dict[str, Any]) -> None:
         """Set the configuration and write it to config.yaml.
@@ -146,9 +145,7 @@ class Job:
         """
         refuse_secrets(config)
         self.config = config
-        if self.status.config_hash is None:  # the first configuration identifies the Run
-            self.status.config_hash = config_hash(config)
-            self.status.input_sha256 = input_digest(config)
+        self.status.identify(config)
         if self.rank == 0:
             write_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
             self._write_status()
@@ -185,22 +182,6 @@ class Job:
         finally:
             del self._ending  # it refers to the Job: without the cycle, memory is freed at once
 
-    def _go_on(self, claim: Claim, config: dict[str, Any]) -> None:
-        self._claim = claim
-        self.is_resumed, self.is_prolonged = claim.is_resumed, claim.is_prolonged
-        self._keep_id(claim.earlier)
-        for part in self.folder.glob(".*.part"):  # left behind by a killed process
-            part.unlink()
-        self.configure(config)
-        if not self.is_resumed or claim.earlier is None:
-            return
-        if changes := changes_since(claim.earlier.versions, claim.earlier.git_commit):
-            log.warning(
-                "resumed with %s: the results may differ in their last bits from those of a run "
-                "that was never interrupted",
-                changes,
-            )
-
     def _find_place(self, config: dict[str, Any]) -> None:
         """Find the rank; hide the variables of ranks if this process is not one of several."""
         if self.verb == "train" and self.sweep is None:
@@ -211,11 +192,6 @@ class Job:
         if self.rank > 0:
             logging.disable(logging.WARNING)  # the first process logs the same
             self.at_end(lambda _: logging.disable(logging.NOTSET))
-
-    def _keep_id(self, earlier: RunStatus | None) -> None:
-        """Keep the recorded id, which names the Run in Weights & Biases, if it is valid."""
-        if earlier is not None and earlier.id and earlier.id == valid_name(earlier.id):
-            self.status.id = earlier.id
 
     def _write_status(self) -> None:
         if self.is_claimed:

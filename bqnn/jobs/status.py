@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bqnn.files import write_json
-from bqnn.jobs.identity import config_hash
+from bqnn.jobs.identity import config_hash, input_digest
 from bqnn.jobs.provenance import Provenance
 from bqnn.jobs.records import instant, read_record
 from bqnn.jobs.terminal import say_once
-from bqnn.text import printable, short
+from bqnn.text import printable, short, valid_name
 
 STATES = ("RUNNING", "DONE", "FAILED", "INTERRUPTED")
 LONG_AGO = datetime.min.replace(tzinfo=UTC)  # orders Runs of unknown start before all others
@@ -43,6 +43,24 @@ class JobStatus:
     input_sha256: str | None = None
     resumed_from_epoch: int | None = None
     parts: list[str] = field(default_factory=list)
+
+    def identify(self, config: dict[str, Any]) -> None:
+        """Set the hashes of the configuration, unless an earlier configuration has set them.
+
+        Args:
+            config: The resolved configuration.
+        """
+        if self.config_hash is None:
+            self.config_hash, self.input_sha256 = config_hash(config), input_digest(config)
+
+    def keep_id(self, earlier: "RunStatus | None") -> None:
+        """Keep the id of an earlier process of the Job, if there is one and it is valid.
+
+        Args:
+            earlier: What that process recorded, or None.
+        """
+        if earlier is not None and earlier.id and earlier.id == valid_name(earlier.id):
+            self.id = earlier.id
 
     def write(self, folder: Path) -> None:
         """Write status.json, with the provenance of this process.
