@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -115,7 +116,8 @@ def run_job(
     return job.state
 
 
-def _fail(error: Exception, verb: str, launched: Launch) -> None:
+def _fail(error: Exception, verb: str, launched: Launch) -> NoReturn:
+    """Print why the launch ended early, and exit."""
     message = explain(error, verb)
     launched.finish(message)
     say(f"{verb}.py: {message}", error=True)
