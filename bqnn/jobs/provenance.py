@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from bqnn.text import short
@@ -53,17 +53,17 @@ class Provenance:
 @functools.cache
 def versions() -> dict[str, str]:
     """Return the versions of bqnn, Python and the packages that affect results, by name."""
-    return {
-        "bqnn": version("bqnn"),
-        "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
-    }
+    installed = {package: _version(package) for package in ("bqnn", *PACKAGES)}
+    return {**installed, "python": platform.python_version()}
 
 
 @functools.cache
 def git_commit() -> str | None:
     """Return the commit of the code, or None without a checkout or git."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # an installed package may be inside another repository
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -91,3 +91,10 @@ def changes_since(earlier_versions: Mapping[str, object], earlier_commit: str | 
         for name in now
         if before.get(name) not in (None, now[name])
     )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a script may run from a checkout that is not installed
+        return "not installed"
