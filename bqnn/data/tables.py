@@ -1,4 +1,4 @@
-"""TableData: base class of regression tables, standardized with the training rows."""
+"""TableData: base class of tables, standardized with the training rows."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from bqnn.data.base import Rows, TensorData
 
 
 class TableData(TensorData):
-    """Base class for regression, with standardized float32 inputs [N, F] and targets [N].
+    """Base class for tables, with standardized float32 inputs [N, F] and targets [N].
 
-    Means and (population) standard deviations are computed in float64, from the training rows
+    Targets are standardized numbers, or int64 class indices if there are `class_names`. Means and (population) standard deviations are computed in float64, from the training rows
     without validation rows. A constant column or target gets the standard deviation 1.
 
     Raises:
         ValueError: A standardized number, or a moment, leaves the range of floats.
     """
 
+    class_names: list[str] | None = None  # None for regression
+    input_names: list[str] | None = None  # for error messages
     input_mean: Tensor  # [F]
     input_std: Tensor  # [F]
     target_mean: Tensor  # []

@@ -1,0 +1,52 @@
+"""Draw test rows for data without a split of their own."""
+
+import torch
+from torch import Tensor
+
+from bqnn.arguments import ArgumentError
+from bqnn.data.loader import permutation
+from bqnn.seeds import Stream, stream_seed
+
+
+def draw_test_rows(labels: Tensor, share: float, seed: int) -> Tensor:
+    """Draw the same share of the rows of each label, at least one if there are two or more.
+
+    Args:
+        labels: Class indices [N], or zeros [N] for rows without classes.
+        share: The share of test rows.
+        seed: The seed of the run.
+
+    Returns:
+        A mask [N], True for test rows.
+
+    Raises:
+        ValueError: The share is not above 0 and below 1, or no row is left for the test or for
+            the training.
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2])
+        >>> labels[draw_test_rows(labels, 0.25, seed=0)]
+        tensor([0, 1])
+    """
+    if not 0 < share < 1:
+        raise ArgumentError(
+            f"test_share={share}: it is the share of rows for the test; choose a number above 0 "
+            "and below 1",
+            "test_share",
+        )
+    # Sorting by label keeps the random order of the rows of a label.
+    order = permutation(len(labels), stream_seed(seed, Stream.TEST_SPLIT))
+    by_label = order[labels[order].sort(stable=True).indices]
+    is_test = torch.zeros(len(labels), dtype=torch.bool)
+    start = 0
+    for count in labels.unique(return_counts=True)[1].tolist():
+        num_test = min(max(1, round(share * count)), count - 1)
+        is_test[by_label[start : start + num_test]] = True
+        start += count
+    if not is_test.any():
+        raise ArgumentError(
+            f"test_share={share}: {len(labels)} rows have no row for the test beside one for the "
+            "training; add rows",
+            "test_share",
+        )
+    return is_test
