@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from bqnn.files import open_regular
 from bqnn.text import one_line, printable, short
+
+log = logging.getLogger(__name__)
 
 _SEPARATORS = ",;\t|"
 _LONGEST_NAME = 200  # characters
@@ -105,6 +108,8 @@ def read_csv(path: Path) -> CSVFile:
             "before it"
         )
     _check_names(names, f"{where}: line {lines[0]}")
+    if num_unnamed := names.count(""):
+        log.warning("%s: columns without a name are left out (%d)", where, num_unnamed)
     for row, line in zip(rows[1:], lines[1:], strict=True):
         if len(row) != len(names):
             raise ValueError(

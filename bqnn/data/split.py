@@ -1,11 +1,15 @@
 """Draw test rows for data without a split of their own."""
 
+import logging
+
 import torch
 from torch import Tensor
 
 from bqnn.arguments import ArgumentError
 from bqnn.data.loader import permutation
 from bqnn.seeds import Stream, stream_seed
+
+log = logging.getLogger(__name__)
 
 
 def draw_test_rows(labels: Tensor, share: float, seed: int) -> Tensor:
@@ -38,8 +42,8 @@ def draw_test_rows(labels: Tensor, share: float, seed: int) -> Tensor:
     order = permutation(len(labels), stream_seed(seed, Stream.TEST_SPLIT))
     by_label = order[labels[order].sort(stable=True).indices]
     is_test = torch.zeros(len(labels), dtype=torch.bool)
-    start = 0
-    for count in labels.unique(return_counts=True)[1].tolist():
+    counts, start = labels.unique(return_counts=True)[1], 0
+    for count in counts.tolist():
         num_test = min(max(1, round(share * count)), count - 1)
         is_test[by_label[start : start + num_test]] = True
         start += count
@@ -48,5 +52,11 @@ def draw_test_rows(labels: Tensor, share: float, seed: int) -> Tensor:
             f"test_share={share}: {len(labels)} rows have no row for the test beside one for the "
             "training; add rows",
             "test_share",
+        )
+    if (num_single := int((counts == 1).sum())) and len(counts) > 1:
+        log.warning(
+            "%d of %d classes have one row only, which is a training row: the test has none of "
+            "them; add rows",
+            *(num_single, len(counts)),
         )
     return is_test
