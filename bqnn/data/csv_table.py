@@ -223,11 +223,11 @@ class CSVData(TableData):
             what = "regression"
         else:
             what = f"classification with {len(self.class_names)} classes"
+        how = " (kind=auto)" if self.kind == "auto" else ""
         numbers = [column for column in self.columns if column.categories is None]
         log.info(
-            "%s: %d rows; %s of column %s (task.kind); %d columns of numbers; columns of "
-            "categories: %s",
-            *(file.where, len(file.lines), what, short(self.target_name), len(numbers)),
+            "%s: %d rows; %s%s of column %s; %d columns of numbers; columns of categories: %s",
+            *(file.where, len(file.lines), what, how, short(self.target_name), len(numbers)),
             ", ".join(
                 f"{printable(column.name)} ({len(column.categories)})"
                 for column in self.columns

@@ -51,6 +51,7 @@ def decode(path: Path, size: int | None = None, channels: int | None = None) -> 
     """
     from PIL import Image, ImageOps
 
+    where = printable(str(path))
     try:
         with open_regular(path) as file:
             chunks = _chunks(file)
@@ -67,9 +68,9 @@ def decode(path: Path, size: int | None = None, channels: int | None = None) -> 
                     return pixels.reshape(*pixels.shape[:2], -1)
     except Exception as error:  # PIL can raise anything for a damaged file
         raise ValueError(
-            f"{printable(str(path))} cannot be read as an image ({_reason(error)}); replace or remove it"
+            f"{where} cannot be read as an image ({_reason(error)}); replace or remove it"
         ) from error
-    raise ValueError(f"{printable(str(path))} {refusal}: convert it")
+    raise ValueError(f"{where} {refusal}: convert it")
 
 
 def _refusal(image: Image.Image, chunks: dict[bytes, bytes]) -> str | None:

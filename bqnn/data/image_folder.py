@@ -113,8 +113,8 @@ class ImageFolderData(ImageData):
         self.class_names = _class_names(self.root)
         if {"train", "test"} <= set(self.class_names):
             raise ArgumentError(
-                f"test_share={self.test_share}: {_shown(self.root)} has the folders train and test, "
-                "so no test images are drawn; set test_share=null, or move the folders",
+                f"test_share={self.test_share}: {_shown(self.root)} has folders train and test, so "
+                "no test images are drawn; set test_share=null, or move the folders",
                 "test_share",
             )
         files = _image_files(self.root, self.class_names)
@@ -159,8 +159,8 @@ def _class_names(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise FileNotFoundError(
             f"no folder {_shown(folder)}: images must be in <root>/train/<class>/ and "
-            "<root>/test/<class>/; copy them there, or set root (task=images task.test_share=0.2 "
-            "draws test images from <root>/<class>/)"
+            "<root>/test/<class>/; copy them there, or set root (with the option test_share "
+            "of task=images, test images are drawn from <root>/<class>/)"
         )
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and _is_visible(path))
     if not names:
@@ -226,7 +226,7 @@ def _read_part(
             raise ValueError(
                 f"{_shown(path)} is {_describe(image.shape)}, but {_shown(first)} is "
                 f"{_describe(shape)}; all images of a data set need the same size and channels: "
-                "convert it, or convert all with task.size and task.channels of task=images"
+                "convert it, or set the options size and channels of task=images"
             )
         pixels[row] = image
     return Rows(images, torch.tensor([label for _, label in files]))

@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import Tensor
 
-from bqnn.arguments import ArgumentError
+from bqnn.arguments import ArgumentError, real_number
 from bqnn.data.loader import permutation
 from bqnn.seeds import Stream, stream_seed
 
@@ -32,12 +32,8 @@ def draw_test_rows(labels: Tensor, share: float, seed: int) -> Tensor:
         >>> labels[draw_test_rows(labels, 0.25, seed=0)]
         tensor([0, 1])
     """
-    if not 0 < share < 1:
-        raise ArgumentError(
-            f"test_share={share}: it is the share of rows for the test; choose a number above 0 "
-            "and below 1",
-            "test_share",
-        )
+    reason = "it is the share of rows for the test; choose a number above 0 and below 1"
+    share = real_number("test_share", share, reason, 0, 1, without=(0, 1))
     # Sorting by label keeps the random order of the rows of a label.
     order = permutation(len(labels), stream_seed(seed, Stream.TEST_SPLIT))
     by_label = order[labels[order].sort(stable=True).indices]

@@ -77,7 +77,7 @@ TASK: Table = {
     "std": maybe(many(POSITIVE, 256)),
     "crop_padding": whole(0, 1024),
     "flip": flag(),
-    "size": maybe(whole(1, 4096)),
+    "size": maybe(whole(1, 1024)),
     "channels": maybe(one_of(1, 3)),
     "file": PATH,
     "target": Rule(

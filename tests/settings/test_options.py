@@ -29,7 +29,11 @@ def group(name: str) -> list[str]:
 
 
 FACTS = {"likelihood": "regression", "input_shape": [3], "num_train": 1}
-REQUIRED = {"uci": ["task.table=yacht"], "images": ["task.root=pictures"]}
+REQUIRED = {
+    "uci": ["task.table=yacht"],
+    "images": ["task.root=pictures"],
+    "table": ["task.file=flats.csv", "task.target=price"],
+}
 
 
 def composed(*overrides: str, verb: str = "train") -> dict:
