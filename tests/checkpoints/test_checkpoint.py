@@ -220,6 +220,11 @@ REFUSED = [
     ("facts.target_std", 10**400, "recipe.facts.target_std=a number of 1329 bits: expected a fin"),
     ("facts.input_mean", [0.0, 10**400], "recipe.facts.input_mean=a list of 2"),
     ("task.name", "é" * 200, "recipe.task.name='é"),
+    ("task.file", 3, "recipe.task.file=3: expected a path"),
+    ("task.size", 10**6, "recipe.task.size=1000000: expected null, or a whole number"),
+    ("facts.feature_names", ["a", "b"], "2 feature_names and 0 feature_categories"),
+    ("facts.source_sha256", "../x", "recipe.facts.source_sha256='../x': expected 64 hexadecimal"),
+    ("facts.feature_categories", [["a"] * 20_000], "recipe.facts.feature_categories=a list of 1"),
     ("task.root", "\ud800", r"recipe.task.root='\ud800': expected null, or a path"),
     ("net", {"name": "mlp", "hidden_features": 3}, "cannot be built from these options"),
 ]

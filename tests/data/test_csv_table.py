@@ -178,9 +178,6 @@ def changed(column: int, *values: object) -> list[list[object]]:
     return table
 
 
-MANY = [f"F{i}" for i in range(150)]
-
-
 @pytest.mark.parametrize(
     ("table", "message"),
     [
@@ -193,7 +190,6 @@ MANY = [f"F{i}" for i in range(150)]
         (changed(2, "7"), r"line 2, column 'city' has 'Ghent', but line 5 has the number '7'"),
         (changed(2, "x" * 500), r"line 5, column 'city' has text of 500 characters"),
         (changed(4, "dear"), r"line 5, column 'price' has 'dear', but .*\(kind=classification\)"),
-        (changed(4, "1e39"), None),
         (
             [[f"F{i}", f"2024-{i % 9 + 1}-01", "a", "b", i] for i in range(9)],
             r"'2024-1-01', a date",
@@ -205,9 +201,6 @@ MANY = [f"F{i}" for i in range(150)]
 )
 def test_a_value_that_cannot_be_used_is_named(tmp_path, table, message):
     path = write(tmp_path, table)
-    if message is None:
-        assert read(path).target_std > 1e30
-        return
     with pytest.raises(ValueError, match=message) as error:
         read(path)
     assert str(error.value).startswith(f"{path}")
@@ -244,7 +237,7 @@ def test_a_target_needs_two_classes_and_not_too_many(tmp_path):
     path = write(tmp_path, [[i, "a", f"c{i}"] for i in range(1001)], "a,b,c")
     for target, count in (("b", 1), ("c", 1001)):
         with pytest.raises(ValueError, match=f"has {count} different values, but a classification"):
-            read(path, target, features=["a"])
+            read(path, target, features=["a"], ignore=[])
 
 
 def test_a_constant_column_and_one_class_with_one_row_are_fine(tmp_path, caplog):

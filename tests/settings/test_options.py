@@ -132,6 +132,9 @@ NULL = {
     "quant.fine_tuning.optimizer.lr": "lr_at_8_bits and its rule",
     "task.mean": "one number per channel",
     "task.std": "one number per channel",
+    "task.size": "a number crops images",
+    "task.channels": "null: all have the same already",
+    "task.features": "null: all but the target",
 }
 
 
