@@ -27,7 +27,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from bqnn.files import write_json
 from bqnn.jobs.job import Job, describe, end_with
@@ -271,6 +271,8 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         reason = str(error).partition("\n")[0]
+        if isinstance(error, MissingMandatoryValue):
+            reason = f"{error.full_key} is missing"
         raise ValueError(f"{reason}; give it on the command line") from error
     assert isinstance(config, dict)
     refuse_secrets(config)
