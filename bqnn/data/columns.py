@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,6 +117,38 @@ def columns_from(facts: Mapping[str, Any]) -> list[Column]:
     return [Column(name, tuple(categories) or None) for name, categories in both]
 
 
+def encode_rows(rows: Mapping[str, Sequence[object]], facts: Mapping[str, Any]) -> Tensor:
+    """Convert new rows of a table to inputs, in original units.
+
+    Args:
+        rows: The values of each column by its name, such as a pandas DataFrame. Columns that the
+            network does not read are ignored.
+        facts: The facts of a checkpoint, with `feature_names` and `feature_categories`.
+
+    Returns:
+        Inputs [N, F] in float64, before standardization.
+
+    Raises:
+        ValueError: A column is not there, or a value is missing or not a number. The message has
+            the row, from 0, and the column.
+
+    Example:
+        >>> facts = {"feature_names": ["area", "city"], "feature_categories": [[], ["a", "b"]]}
+        >>> encode_rows({"city": ["b", "a"], "area": [70, 62.5]}, facts)
+        tensor([[70.0000,  0.0000,  1.0000],
+                [62.5000,  1.0000,  0.0000]], dtype=torch.float64)
+    """
+    columns = columns_from(facts)
+    cells = {
+        column.name: [_cell(value) for value in rows[column.name]]
+        for column in columns
+        if column.name in rows
+    }
+    lines = list(range(max(map(len, cells.values()), default=0)))
+    file = CSVFile(Path("rows"), cells, lines, sha256="", counted="row")
+    return torch.cat([column.encode(file) for column in columns], dim=1)
+
+
 def is_missing(cell: str) -> bool:
     """Whether a cell has no value: it is empty, NA, N/A, NaN, null or a question mark.
 
@@ -154,3 +187,9 @@ def category_of(cell: str, decimal: str = "point") -> str:
     if value is not None and abs(value) <= _LARGEST_WHOLE and value.is_integer():
         return str(int(value))
     return cell.casefold() if cell.casefold() in ("true", "false") else cell
+
+
+def _cell(value: object) -> str:
+    """Return a value of Python, NumPy or pandas as a cell."""
+    text = str(value).strip()
+    return "" if not isinstance(value, str) and text in ("None", "<NA>", "NaT") else text

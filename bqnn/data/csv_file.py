@@ -37,12 +37,14 @@ class CSVFile:
         columns: The cells of each column, without surrounding white space, by the column's name.
         lines: The line of each row in the file, from 1.
         sha256: The hash of the file.
+        counted: What `lines` counts, for error messages.
     """
 
     path: Path
     columns: dict[str, list[str]]
     lines: list[int]
     sha256: str
+    counted: str = "line"
 
     @property
     def where(self) -> str:
@@ -55,7 +57,7 @@ class CSVFile:
 
     def row(self, row: int) -> str:
         """Describe a row for an error message: its file and line."""
-        return f"{self.where}: line {self.lines[row]}"
+        return f"{self.where}: {self.counted} {self.lines[row]}"
 
     def take(self, rows: list[int]) -> CSVFile:
         """Return the rows with these indices."""

@@ -305,6 +305,13 @@ def test_a_checkpoint_does_not_choose_what_is_read_here(
     for near in ({"data_dir": str(tmp_path)}, {"task": {**task, "root": "there"}}):
         with pytest.raises(FileNotFoundError, match=r"no folder .*there/train"):
             make_data({**config, **near})
+    table = {"name": "t", "dataset": "table", "file": str(tmp_path / "there.csv"), "target": "y"}
+    (here / "link.csv").symlink_to(tmp_path / "there.csv")
+    for file in (table["file"], "../there.csv", "link.csv"):
+        with pytest.raises(ValueError, match=r"neither below the working directory nor below data"):
+            make_data({**config, "task": {**table, "file": file}})
+        with pytest.raises(FileNotFoundError, match=r"no file "):
+            make_data({**config, "task": {**table, "file": file}, "trust": True})
 
 
 # ---- shapes

@@ -5,10 +5,11 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from bqnn.data.columns import Column, columns_from
+from bqnn.data.columns import Column, columns_from, encode_rows
 from bqnn.data.csv_file import CSVFile
 from bqnn.data.csv_table import CSVData
 
@@ -290,3 +291,27 @@ def test_new_rows_need_every_value(cells, message):
     with pytest.raises(ValueError, match=message):
         for column in COLUMNS:
             column.encode(file)
+
+
+def test_a_data_frame_of_new_rows_is_encoded_as_the_file_was(tmp_path):
+    path = write(tmp_path)
+    data = read(path, validation_share=0.0, test_share=0.5)
+    encoded = encode_rows(pd.read_csv(path), data.facts())
+    assert encoded.shape == (30, 6)
+    inputs = torch.cat([data.train.inputs, data.test.inputs])
+    expected = sorted(data.standardize(encoded).tolist())
+    np.testing.assert_allclose(sorted(inputs.tolist()), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), pd.NA, pd.NaT, "", np.nan])
+@pytest.mark.parametrize("name", ["area", "city", "garden"])
+def test_a_data_frame_needs_every_value(tmp_path, name, value):
+    facts = read(write(tmp_path)).facts()
+    frame = {"area": [70, 80], "city": ["Ghent", "Ypres"], "garden": [True, np.False_]}
+    assert encode_rows(pd.DataFrame(frame), facts).tolist() == [
+        [70, 0, 1, 0, 0, 1],
+        [80, 0, 0, 1, 1, 0],
+    ]
+    frame[name] = [frame[name][0], value]
+    with pytest.raises(ValueError, match=f"rows: row 1, column '{name}' has "):
+        encode_rows(pd.DataFrame(frame, dtype=object), facts)
