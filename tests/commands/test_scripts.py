@@ -523,7 +523,6 @@ def test_a_csv_file_of_ones_own_goes_all_the_way(
     common = ["logger=none", "plots=false"]
     options = ["checkpoint=run", "quant.mode=ptq", "quant.weight_bits=4", "hydra.run.dir=quantized"]
     assert script_here("quantize", *common, *options)[0] == 0
-    assert metric in _keys(tmp_path / "quantized", "int8/test")
     options = ["checkpoint=quantized", "numeric=int8", "hydra.run.dir=evaluated"]
     assert script_here("evaluate", *common, *options)[0] == 0
     assert _quality(tmp_path / "evaluated")[f"int8/test/{metric}"] == pytest.approx(
