@@ -90,16 +90,7 @@ def read_csv(path: Path) -> CSVFile:
         ({'area': ['70,5', '62'], 'city': ['Ghent', 'Aalst']}, [2, 4])
     """
     where = printable(str(path))
-    try:
-        with open_regular(path) as file:
-            content = file.read()
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"no file {where}: give the path of a CSV file, from the working directory"
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or one_line(str(error))
-        raise ValueError(f"{where} cannot be read ({reason}); give a CSV file") from error
+    content = _content(path, where)
     rows, lines = _rows(_text(content, where), where)
     if not rows:
         raise ValueError(f"{where} is empty; give a CSV file with a line of names and rows")
@@ -121,6 +112,19 @@ def read_csv(path: Path) -> CSVFile:
     cells = zip(*rows[1:], strict=True) if len(rows) > 1 else iter([()] * len(names))
     columns = {name: list(column) for name, column in zip(names, cells, strict=True) if name}
     return CSVFile(path, columns, lines[1:], hashlib.sha256(content).hexdigest())
+
+
+def _content(path: Path, where: str) -> bytes:
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no file {where}: give the path of a CSV file, from the working directory"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or one_line(str(error))
+        raise ValueError(f"{where} cannot be read ({reason}); give a CSV file") from error
 
 
 def _text(content: bytes, where: str) -> str:

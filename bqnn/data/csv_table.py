@@ -228,10 +228,11 @@ class CSVData(TableData):
         log.info(
             "%s: %d rows; %s%s of column %s; %d columns of numbers; columns of categories: %s",
             *(file.where, len(file.lines), what, how, short(self.target_name), len(numbers)),
-            ", ".join(
-                f"{printable(column.name)} ({len(column.categories)})"
-                for column in self.columns
-                if column.categories is not None
-            )
-            or "none",
+            _shown([column for column in self.columns if column.categories is not None]),
         )
+
+
+def _shown(columns: Sequence[Column]) -> str:
+    """List columns of categories with the number of inputs of each."""
+    shown = (f"{printable(column.name)} ({len(column.input_names)})" for column in columns)
+    return ", ".join(shown) or "none"
