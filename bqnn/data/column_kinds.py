@@ -11,6 +11,7 @@ from bqnn.text import printable, short
 
 MOST_CATEGORIES = 100  # of a column that is not listed as one of categories
 MOST_CLASSES = 1000
+_MOST_LISTED = 10_000
 _LARGEST = 1e150  # its square is in the range of float64
 _LONGEST = 200  # characters of a category
 _DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}(\D.*)?")
@@ -133,7 +134,7 @@ def categories_of(file: CSVFile, name: str, decimal: str) -> list[str]:
     """Return the different categories of a column, numbers first.
 
     Raises:
-        ValueError: A cell is too long for a category.
+        ValueError: A cell is too long for a category, or there are too many.
     """
     cells = file.columns[name]
     for row, cell in enumerate(cells):
@@ -144,6 +145,12 @@ def categories_of(file: CSVFile, name: str, decimal: str) -> list[str]:
                 "ignore",
             )
     numbers = {each: number(each, decimal) for each in {category_of(c, decimal) for c in cells}}
+    if len(numbers) > _MOST_LISTED:
+        raise ArgumentError(
+            f"{file.where}: column {short(name)} has {len(numbers)} different values, but at most "
+            f"{_MOST_LISTED} can be inputs; leave out the column (ignore=[{_quoted(name)}])",
+            "ignore",
+        )
     return sorted(numbers, key=lambda each: (numbers[each] is None, numbers[each] or 0.0, each))
 
 

@@ -128,6 +128,12 @@ def test_numbers_can_be_categories(tmp_path):
     assert data.columns == [Column("zip", ("5", "1005", "2005")), Column("a")]
 
 
+def test_categories_have_a_limit(tmp_path):
+    path = write(tmp_path, [[i, i, 2 * i] for i in range(10_001)], "zip,a,y")
+    with pytest.raises(ValueError, match=r"'zip' has 10001 different values, .*ignore=\[zip\]"):
+        read(path, "y", ignore=[], categories=["zip"])
+
+
 def test_a_category_of_a_test_row_alone_is_none(tmp_path, caplog):
     table = [[i, f"c{i}", i] for i in range(10)]
     data = read(write(tmp_path, table, "a,b,y"), "y", ignore=[])
