@@ -38,6 +38,7 @@ from bqnn.jobs.status import (
     read_status,
 )
 from bqnn.jobs.terminal import say
+from bqnn.jobs.typed import program
 from bqnn.text import one_line, short, valid_name
 
 log = logging.getLogger(__name__)
@@ -253,7 +254,7 @@ class Job:
                 # The status is already written. Run the remaining actions.
                 self._is_interrupted |= _is_interruption(failure)
                 _log_traceback("after the end of the job", failure)
-                lines.append(f"{self.verb}.py: after the end of the job: {describe(failure)}")
+                lines.append(f"{program(self.verb)}: after the end of the job: {describe(failure)}")
         if self._claimed and self.rank == 0:
             self._unlock()
         elif self.rank > 0:
@@ -276,20 +277,20 @@ class Job:
         elif self._is_interrupted or _is_interruption(error):
             self.state, self.error = "INTERRUPTED", "interrupted"
             if self.resume_command is not None and self.rank == 0:
-                lines = [f"{self.verb}.py: interrupted; go on with", f"  {self.resume_command}"]
+                lines = [f"{program(self.verb)}: interrupted; go on with", f"  {self.resume_command}"]
         else:
             self.state, self.error = "FAILED", describe(error)
             if self.rank > 0:
                 first = read_status(self.folder) or {}
                 self._claimed = first.get("state") == "RUNNING"
             who = f" (process {self.rank})" if self.rank > 0 else ""
-            lines = [f"{self.verb}.py{who}: {self.error} [{one_line(str(self.folder))}]"]
+            lines = [f"{program(self.verb)}{who}: {self.error} [{one_line(str(self.folder))}]"]
         try:
             if self._claimed:
                 self._write_status()
         except Exception as unwritable:  # status.json is unchanged; report the first failure
             if self.state != "FAILED":
-                lines.append(f"{self.verb}.py: {describe(unwritable)}")
+                lines.append(f"{program(self.verb)}: {describe(unwritable)}")
             if self.state == "DONE":
                 self.state = "FAILED"
         return lines
@@ -519,7 +520,10 @@ def _hardware() -> dict[str, str | bool | None]:
 @functools.cache
 def _git_commit() -> str | None:
     """Return the commit of the code, or None without a checkout or git."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # a wheel, maybe inside of another repository
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -46,6 +46,7 @@ from bqnn.jobs.status import (
 )
 from bqnn.jobs.sweep import Sweep, find_sweep
 from bqnn.jobs.terminal import protect_output, say, say_once
+from bqnn.jobs.typed import command, command_line, program
 from bqnn.settings.conf import CONF, leaves
 from bqnn.settings.options import LEFT_OUT, OPTIMIZER, RULES, check_options
 from bqnn.settings.suggest import did_you_mean, nearest
@@ -95,7 +96,7 @@ def launch(task: Callable[[Job], None], verb: str, check: Check | None = None) -
             _refuse_malformed(_arguments(), verb)
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)(run)()
         except _UsageError as usage:
-            say(f"{verb}.py: {usage}", error=True)
+            say(f"{program(verb)}: {usage}", error=True)
             sys.exit(2)
         except _StoppedError as stop:
             error = stop.error
@@ -111,7 +112,7 @@ def launch(task: Callable[[Job], None], verb: str, check: Check | None = None) -
             message = _explain(error, verb)
             if SweepCallback.sweep is not None:
                 SweepCallback.finish(message)
-            say(f"{verb}.py: {message}", error=True)
+            say(f"{program(verb)}: {message}", error=True)
             sys.exit(1)
     if any(state != "DONE" for state in states):
         sys.exit(1)
@@ -147,7 +148,7 @@ def run_job(cfg: DictConfig, task: Callable[[Job], None], verb: str) -> str:
             job.folder = _folder_to_resume(config)
             _log_into(job.folder)
         if not is_sweep:
-            job.resume_command = _resume_command("hydra.run.dir", job.folder)
+            job.resume_command = _resume_command(verb, "hydra.run.dir", job.folder)
         if job.take(config, resume):
             task(job)
         else:
@@ -195,7 +196,7 @@ class SweepCallback(Callback):
 
     @_final
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        verb, hydra_overrides = config.hydra.job.name, config.hydra.overrides.hydra
+        verb, hydra_overrides = config.hydra.job.config_name, config.hydra.overrides.hydra
         overrides = [
             override
             for override in config.hydra.overrides.task
@@ -250,7 +251,7 @@ class SweepCallback(Callback):
         assert cls.sweep is not None
         all_done = cls.sweep.finish(error)
         if not all_done and cls.sweep.jobs:
-            command = _resume_command("hydra.sweep.dir", cls.sweep.folder)
+            command = _resume_command(cls.sweep.verb, "hydra.sweep.dir", cls.sweep.folder)
             say(f"\nfor what is missing:\n  {command}")
         return all_done
 
@@ -546,7 +547,7 @@ def _is_given(key: str, hydra_config: Any) -> bool:
     return any(override.startswith(f"{key}=") for override in hydra_config.overrides.hydra)
 
 
-def _resume_command(key: str, folder: Path) -> str:
+def _resume_command(verb: str, key: str, folder: Path) -> str:
     """Return the command line of this process with options to resume in a folder."""
     arguments = [a for a in sys.argv[1:] if not a.startswith(("resume=", f"{key}="))]
     given = f"{key}={folder}"
@@ -555,7 +556,7 @@ def _resume_command(key: str, folder: Path) -> str:
     except HydraException:
         is_plain = False
     given = given if is_plain else _quoted(key, str(folder))
-    return shlex.join(["python", sys.argv[0], *arguments, "resume=true", given])
+    return shlex.join([*command(verb), *arguments, "resume=true", given])
 
 
 def _quoted(key: str, value: str) -> str:
@@ -604,16 +605,16 @@ def _refuse_malformed(arguments: argparse.Namespace, verb: str) -> None:
         )
     if arguments.config_name is not None or arguments.config_path is not None:
         raise ValueError(
-            f"--config-name, --config-path: {verb}.py reads conf/{verb}.yaml; leave them out, and "
-            "add choices of your own with --config-dir"
+            f"--config-name, --config-path: {program(verb)} reads conf/{verb}.yaml; leave them out, "
+            "and add choices of your own with --config-dir"
         )
     for override in arguments.overrides:
         key, equals, value = override.partition("=")
         shown = one_line(mask(override)) or "''"
         if not _KEY.fullmatch(key) or not (equals or key.startswith("~")):
             raise ValueError(
-                f"{shown}: write it as key=value, with a key of letters (python {verb}.py --cfg "
-                "job shows all)"
+                f"{shown}: write it as key=value, with a key of letters ({command_line(verb)} "
+                "--cfg job shows all)"
             )
         if equals and not value and (choices := _choices(key)):
             raise ValueError(f"{shown}: choose one of {', '.join(choices)}")
@@ -697,7 +698,7 @@ def _unknown_key(key: str, known: Iterable[str], verb: str) -> str:
     if rest and having:
         hint = f"; {' and '.join(f'{group}={choice}' for choice in having)} would have it"
     part = "hydra" if group == "hydra" else "job"
-    return f"{key}: there is no such key{hint} (python {verb}.py --cfg {part} shows all)"
+    return f"{key}: there is no such key{hint} ({command_line(verb)} --cfg {part} shows all)"
 
 
 def _dots(key: str) -> Iterator[int]:

@@ -17,6 +17,7 @@ from bqnn.jobs.status import (
     tell_unreadable,
 )
 from bqnn.jobs.terminal import say
+from bqnn.jobs.typed import program
 from bqnn.text import one_line, printable, short
 
 
@@ -82,7 +83,7 @@ class Sweep:
             self._write("DONE" if all_done else "FAILED", error)
         except OSError as unwritable:  # the disk is full, or the folder was removed
             all_done = False
-            say(f"{self.verb}.py: {one_line(str(unwritable))}", error=True)
+            say(f"{program(self.verb)}: {one_line(str(unwritable))}", error=True)
         say(self._table())
         return all_done
 
