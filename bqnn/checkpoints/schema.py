@@ -1,12 +1,14 @@
 """The schema of recipes: their keys, and the type and range of each value."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from bqnn.arguments import prefixed
 from bqnn.quant.spec import QuantSpec
 from bqnn.settings.options import METHOD, NET, OPTIMIZER, TASK
 from bqnn.settings.rules import (
     OPTION,
+    POSITIVE,
     Rule,
     is_option,
     many,
@@ -39,6 +41,7 @@ def check_recipe(recipe: object) -> None:
     """
     _check("recipe", recipe, RECIPE)
     assert isinstance(recipe, dict)
+    _check_normalization(recipe["facts"])
     if recipe["stage"] != "float" and "quant" not in recipe:
         raise ValueError(f"recipe: has no quant, but its stage is {recipe['stage']}")
     if "quant" in recipe:
@@ -67,13 +70,25 @@ def _check(where: str, value: object, rule: Rule | Schema) -> None:
         _check(f"{where}.{key}", entry, rule.get(key, OPTION))
 
 
+def _check_normalization(facts: Mapping[str, Any]) -> None:
+    """Check that there is a mean and a standard deviation for each feature or channel."""
+    lengths = {key: len(facts[key]) for key in ("input_mean", "input_std") if key in facts}
+    num_features = facts["input_shape"][0] if facts["input_shape"] else 0
+    if (lengths or "input_scale" in facts) and [*lengths.values()] != [num_features] * 2:
+        raise ValueError(
+            f"recipe.facts: its input_shape has {num_features} features or channels; expected as "
+            "many numbers in input_mean and in input_std"
+        )
+
+
 FACTS: Schema = {
     "likelihood": name(),
     "input_shape": many(whole(1, 1_000_000), 3),
     "num_train": whole(1),
     "class_names": many(text(), 100_000),
     "input_mean": many(number(), 1_000_000),
-    "input_std": many(number(), 1_000_000),
+    "input_std": many(POSITIVE, 1_000_000),
+    "input_scale": POSITIVE,
     "target_mean": number(),
     "target_std": number(),
 }

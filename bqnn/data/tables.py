@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bqnn.data.base import Rows, TensorData
+from bqnn.data.normalization import standardize
 
 
 class TableData(TensorData):
@@ -25,7 +26,7 @@ class TableData(TensorData):
 
     def standardize(self, inputs: Tensor) -> Tensor:
         """Standardize inputs [N, F] given in original units; the result is float32."""
-        return ((inputs - self.input_mean) / self.input_std).float()
+        return standardize(inputs, self.input_mean, self.input_std)
 
     def facts(self) -> dict[str, object]:
         return {

@@ -277,7 +277,10 @@ class Job:
         elif self._is_interrupted or _is_interruption(error):
             self.state, self.error = "INTERRUPTED", "interrupted"
             if self.resume_command is not None and self.rank == 0:
-                lines = [f"{program(self.verb)}: interrupted; go on with", f"  {self.resume_command}"]
+                lines = [
+                    f"{program(self.verb)}: interrupted; go on with",
+                    f"  {self.resume_command}",
+                ]
         else:
             self.state, self.error = "FAILED", describe(error)
             if self.rank > 0:

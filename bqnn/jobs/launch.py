@@ -605,8 +605,8 @@ def _refuse_malformed(arguments: argparse.Namespace, verb: str) -> None:
         )
     if arguments.config_name is not None or arguments.config_path is not None:
         raise ValueError(
-            f"--config-name, --config-path: {program(verb)} reads conf/{verb}.yaml; leave them out, "
-            "and add choices of your own with --config-dir"
+            f"--config-name, --config-path: {program(verb)} reads conf/{verb}.yaml; leave them "
+            "out, and add choices of your own with --config-dir"
         )
     for override in arguments.overrides:
         key, equals, value = override.partition("=")

@@ -280,7 +280,10 @@ REFUSED = [
     (["method.init_from=missing.ckpt"], "no checkpoint at missing.ckpt"),
     (["method.init_from=empty"], "there is no checkpoint.ckpt in this folder"),
     (["method.init_from=a=b"], "write 'method.init_from=\"a=b\"'"),
-    (["quant=default", "quant.mode=ptq"], "to calibrate a trained network, quantize its checkpoint"),
+    (
+        ["quant=default", "quant.mode=ptq"],
+        "to calibrate a trained network, quantize its checkpoint",
+    ),
     (["quant=default", "quant.weight_bits=9"], "quant.weight_bits=9"),
     (["seed"], "seed: write it as key=value"),
     (["task=uci", 'task.table="\x1b[2J/"'], "task.table=\\x1b[2J/"),
