@@ -5,7 +5,7 @@ The names below are the public interface. Each is imported when it is first used
 """
 
 from importlib import import_module, metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bqnn.checkpoints.model import load as load
@@ -36,14 +36,16 @@ _MODULES = {
 __all__ = list(_MODULES)
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return metadata.version("bqnn")
-    if name not in _MODULES:
-        raise AttributeError(f"module 'bqnn' has no attribute {name!r}")
-    value = getattr(import_module(_MODULES[name]), name)
-    globals()[name] = value  # the next access does not come here
-    return value
+if not TYPE_CHECKING:  # type checkers would accept any name
+
+    def __getattr__(name: str) -> object:
+        if name == "__version__":
+            return metadata.version("bqnn")
+        if name not in _MODULES:
+            raise AttributeError(f"module 'bqnn' has no attribute {name!r}")
+        value = getattr(import_module(_MODULES[name]), name)
+        globals()[name] = value  # the next access does not come here
+        return value
 
 
 def __dir__() -> list[str]:
