@@ -208,7 +208,7 @@ class SweepCallback(Callback):
         if jobs is not None:
             _refuse_invalid_sweep(config, jobs)
             _refuse_shared_folder(config, len(jobs))
-        given = _is_given("hydra.sweep.dir", config.hydra)
+        given = _has_fixed_sweep_folder(config)
         folder, resume = None, bool(OmegaConf.select(config, "resume"))
         if resume and not given:
             folder = find_sweep(OUTPUTS / verb, verb, overrides)
@@ -547,6 +547,12 @@ def _is_given(key: str, hydra_config: Any) -> bool:
     return any(override.startswith(f"{key}=") for override in hydra_config.overrides.hydra)
 
 
+def _has_fixed_sweep_folder(config: DictConfig) -> bool:
+    """Return whether the command line or a preset names the folder of a sweep, without a time."""
+    named = str(_unresolved(config)["hydra"]["sweep"]["dir"])
+    return _is_given("hydra.sweep.dir", config.hydra) or "${now:" not in named
+
+
 def _resume_command(verb: str, key: str, folder: Path) -> str:
     """Return the command line of this process with options to resume in a folder."""
     arguments = [a for a in sys.argv[1:] if not a.startswith(("resume=", f"{key}="))]
@@ -637,7 +643,9 @@ def _explain(error: Exception, verb: str) -> str:
         return one_line(mask(f"Could not find '{group}/{choice}'{hint} ({there})"))
     text = str(error)
     if "defaults list" in text:  # the group exists; + adds it
-        return one_line(mask(text))
+        preset = next((o for o in _arguments().overrides if o.startswith("experiment=")), None)
+        hint = "" if preset is None else f" ({preset} may be a preset of another verb)"
+        return one_line(mask(text + hint))
     if match := re.match(r"Could not override '([^']+)'", text):
         hint = _hint_for_sweep(match[1]) if {"-m", "--multirun"} & set(sys.argv) else ""
         return one_line(mask(_unknown_key(match[1], _known_keys(verb), verb) + hint))
