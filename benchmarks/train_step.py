@@ -30,12 +30,14 @@ from torch import Tensor
 
 from bqnn.checkpoints.recipe import build, make_recipe
 from bqnn.data import TensorData, TensorLoader
-from bqnn.jobs.job import Job, versions
-from bqnn.jobs.launch import CONF, plain
+from bqnn.jobs.command_line.configuration import plain
+from bqnn.jobs.job import Job
+from bqnn.jobs.provenance import versions
 from bqnn.methods import METHODS, MemberTuning, Method
 from bqnn.optim import make_optimizer
 from bqnn.quant.callback import quantize_module
 from bqnn.quant.spec import QuantSpec
+from bqnn.settings.conf import CONF
 from bqnn.training.process import keep_freed_memory
 from bqnn.training.trainer import make_trainer
 

@@ -99,8 +99,9 @@ def _stage(recipe: dict[str, Any]) -> str:
 
 def _of_finished_runs(pattern: str, paths: list[Path]) -> list[Path]:
     """Drop checkpoints with a status.json beside them that is not DONE."""
+    statuses = {path: read_status(path.parent) for path in paths}
     finished = [
-        path for path in paths if (read_status(path.parent) or {"state": "DONE"})["state"] == "DONE"
+        path for path, status in statuses.items() if status is None or status.state == "DONE"
     ]
     if not finished:
         raise ValueError(

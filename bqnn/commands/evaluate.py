@@ -22,7 +22,8 @@ from bqnn.evaluation.results import (
 from bqnn.evaluation.suite import Findings, judge, make_sets
 from bqnn.evaluation.tables import suite_table
 from bqnn.jobs.isolation import leave_as_found
-from bqnn.jobs.job import Job, run_parts
+from bqnn.jobs.job import Job
+from bqnn.jobs.parts import run_parts
 from bqnn.jobs.terminal import say
 from bqnn.methods import Method
 from bqnn.training.loggers import log_final, log_pictures, log_uncertain, make_loggers

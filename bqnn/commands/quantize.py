@@ -25,7 +25,8 @@ from bqnn.evaluation.suite import score_sets, split_sets
 from bqnn.evaluation.tables import comparison_table
 from bqnn.inference.predictions import Prediction
 from bqnn.jobs.isolation import leave_as_found
-from bqnn.jobs.job import Job, run_parts
+from bqnn.jobs.job import Job
+from bqnn.jobs.parts import run_parts
 from bqnn.jobs.terminal import say
 from bqnn.methods import Method
 from bqnn.quant.callback import (
@@ -63,7 +64,6 @@ def check(config: dict[str, Any], is_sweep: bool) -> None:
 
 def run(job: Job) -> None:
     """Quantize the checkpoint of a path, or all checkpoints of a pattern."""
-    QuantSpec.from_config(job.config["quant"])  # a sweep's job may not have been checked
     configs = []
     found = find_checkpoints(job.config["checkpoint"], "float", job.config["select"])
     for path, recipe in found.items():

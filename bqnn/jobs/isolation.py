@@ -3,6 +3,7 @@
 import gc
 import logging
 import warnings
+from contextlib import ExitStack
 
 import torch
 from pytorch_lightning.utilities import rank_zero_only
@@ -21,24 +22,18 @@ def leave_as_found(job: Job) -> None:
     Args:
         job: The Job. The state is saved now and restored at its end.
     """
-    kept_filters = warnings.catch_warnings()
-    kept_filters.__enter__()
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    engine, random_state = torch.backends.quantized.engine, torch.get_rng_state()
-    rank = rank_zero_only.rank  # type: ignore[attr-defined]
+    undo = ExitStack()  # closed in reverse order
+    undo.callback(gc.collect)  # a Trainer and its model reference each other
+    for name in CHANGED_LOGGERS:
+        logger = logging.getLogger(name)
+        undo.callback(logger.setLevel, logger.level)
+    engines, rank = torch.backends.quantized, rank_zero_only.rank  # type: ignore[attr-defined]
+    undo.callback(setattr, rank_zero_only, "rank", rank)
+    undo.callback(torch.set_rng_state, torch.get_rng_state())
+    undo.callback(setattr, engines, "engine", engines.engine)
+    undo.callback(torch.set_default_dtype, torch.get_default_dtype())
+    undo.callback(torch.set_num_threads, torch.get_num_threads())
+    undo.enter_context(warnings.catch_warnings())
     # Lightning read the rank from the environment at import.
     rank_zero_only.rank = job.rank  # type: ignore[attr-defined]
-    levels = {name: logging.getLogger(name).level for name in CHANGED_LOGGERS}
-
-    def restore(exit_code: int) -> None:
-        kept_filters.__exit__(None, None, None)
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-        torch.backends.quantized.engine = engine
-        torch.set_rng_state(random_state)
-        rank_zero_only.rank = rank  # type: ignore[attr-defined]
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        gc.collect()  # a Trainer and its model reference each other
-
-    job.at_end(restore)
+    job.at_end(lambda _: undo.close())

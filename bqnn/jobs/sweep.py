@@ -6,16 +6,10 @@ from datetime import datetime
 from pathlib import Path
 
 from bqnn.files import write_json
+from bqnn.jobs.folder import is_running
 from bqnn.jobs.records import instant, read_record
-from bqnn.jobs.status import (
-    ELSEWHERE,
-    STATES,
-    is_running,
-    job_folders,
-    read_status,
-    start_of,
-    tell_unreadable,
-)
+from bqnn.jobs.runs import ELSEWHERE, job_folders
+from bqnn.jobs.status import LONG_AGO, STATES, read_status, tell_unreadable
 from bqnn.jobs.terminal import say
 from bqnn.jobs.typed import program
 from bqnn.text import one_line, printable, short
@@ -88,15 +82,15 @@ class Sweep:
         return all_done
 
     def _record(self, folder: Path) -> JobRecord:
-        status = read_status(folder) or {}
-        state = _state(folder)
+        status, state = read_status(folder), _state(folder)
         if state == "done" and (folder in self._done_before or not _is_below(folder, self.folder)):
             state = "skipped" if self.resume else "refused"
-        seconds, start, end = None, instant(status.get("start")), instant(status.get("end"))
-        if start is not None and end is not None:
-            seconds = round((end - start).total_seconds(), 1)
+        seconds = error = None
+        if status is not None and status.start is not None and status.end is not None:
+            seconds = round((status.end - status.start).total_seconds(), 1)
+        if status is not None and state not in ("done", "skipped", "running"):
+            error = status.error
         shown = folder.relative_to(self.folder) if _is_below(folder, self.folder) else folder
-        error = None if state in ("done", "skipped", "running") else status.get("error")
         return JobRecord(str(shown), state, seconds, error or _odd_link(folder) or _explain(state))
 
     def _table(self) -> str:
@@ -154,7 +148,7 @@ def find_sweep(root: Path, verb: str, overrides: list[str]) -> Path | None:
             tell_unreadable(path.parent, error)
             continue
         if (record.get("verb"), record.get("overrides")) == (verb, overrides):
-            found.append((start_of(record), path.parent))
+            found.append((instant(record.get("start")) or LONG_AGO, path.parent))
     return max(found)[1] if found else None
 
 
@@ -196,9 +190,9 @@ def _state(folder: Path) -> str:
     status = read_status(folder)
     if status is None:
         return "interrupted"  # the folder was removed
-    if status["state"] == "RUNNING":
+    if status.state == "RUNNING":
         return "running" if is_running(folder) else "interrupted"
-    return str(status["state"]).lower()
+    return status.state.lower()
 
 
 def _explain(state: str) -> str | None:

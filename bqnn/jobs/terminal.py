@@ -10,10 +10,12 @@ import sys
 from typing import TYPE_CHECKING, TextIO
 
 from bqnn.jobs.secrets import mask
-from bqnn.text import printable
+from bqnn.text import one_line, printable
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
+
+traceback_log = logging.getLogger("bqnn.traceback")  # conf/hydra sends it to the log file only
 
 
 def presentable(text: str) -> str:
@@ -26,6 +28,38 @@ def presentable(text: str) -> str:
         The masked text, with the same lines.
     """
     return "\n".join(map(printable, mask(text).split("\n")))
+
+
+def describe(error: BaseException) -> str:
+    """Describe an exception in one line, without secrets.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        Its message. The name of its type comes first if the type is unexpected or the message is
+        empty.
+
+    Example:
+        >>> describe(ValueError("rate=2: too high"))
+        'rate=2: too high'
+        >>> describe(KeyError("rate"))
+        "KeyError: 'rate'"
+    """
+    text = one_line(mask(str(error)))
+    expected = (ValueError, TypeError, FloatingPointError, OSError)
+    return text if text and isinstance(error, expected) else f"{type(error).__name__}: {text}"
+
+
+def log_traceback(message: str, error: BaseException) -> None:
+    """Write an exception with its traceback to the log file, and not to the terminal.
+
+    Args:
+        message: The line above the traceback.
+        error: The exception.
+    """
+    with contextlib.suppress(OSError):  # the folder was removed
+        traceback_log.error(message, exc_info=error)
 
 
 class PresentableFormatter(logging.Formatter):

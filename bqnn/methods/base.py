@@ -1,54 +1,55 @@
-"""What every method shares: the training step, evaluation by Monte-Carlo draws, logging."""
+"""Method: the base class of all methods, with training and evaluation by Monte Carlo draws."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from bqnn.arguments import ArgumentError, prefixed, whole_number
 from bqnn.inference.likelihoods import Likelihood
-from bqnn.inference.metrics import MixtureMetrics, NotFiniteError
 from bqnn.inference.predict import predictive_sets
-from bqnn.inference.predictions import Prediction, score
 from bqnn.layers.noise import reseed
 from bqnn.layers.safe_convolutions import guard_backward
 from bqnn.methods.epochs import is_last_epoch
+from bqnn.methods.evaluation import Evaluation, log_in_fit
+from bqnn.methods.schedules import SCHEDULES, with_schedule
 from bqnn.methods.terms import EpochTerms, Terms
 from bqnn.methods.watch import FiniteWatch
 from bqnn.optim import make_optimizer
 from bqnn.seeds import Stream, stream_seed
 
 Batch = tuple[Tensor, Tensor]
-SCHEDULES = ("cosine", "cosine_by_step", "constant")
 
 
 class Method(pl.LightningModule):
-    """A way to learn a distribution over the weights of a network.
+    """Base class for methods that learn a distribution over the weights of a network.
 
-    Subclasses convert the network in `__init__` and may change the loss (`loss_terms`), the
-    optimizer and the number of draws that an evaluation makes. A method trains in any Lightning
-    Trainer; the run stops at the first loss or gradient that is not finite.
+    Subclasses convert the network in `__init__`. They may override the loss (`loss_terms`), the
+    optimizer, and the number of draws per evaluation. A method can be trained by any Lightning
+    Trainer. Training stops at the first loss or gradient that is not finite.
 
     Args:
         net: The network.
-        likelihood: What the network's outputs mean.
-        num_train: Rows in the training set, the N of the loss.
-        seed: Training is reseeded from it at the start of each epoch, and evaluation makes its
-            draws from it.
+        likelihood: The likelihood of the network's outputs.
+        num_train: The number of training rows, N in the loss.
+        seed: Seed of the training, which is reseeded at the start of each epoch, and of the draws
+            in evaluation.
         optimizer: Name and options of the optimizer, for `make_optimizer`.
-        schedule: Of the learning rate: `cosine` lowers it at the end of each epoch,
+        schedule: Schedule of the learning rate: `cosine` lowers it after each epoch,
             `cosine_by_step` after each step, `constant` never.
-        num_samples: Draws in a test, and in a validation outside of a training.
-        val_samples: Draws in the validations of a training.
+        num_samples: The number of draws in a test, and in a validation outside of a training.
+        val_samples: The number of draws in the validations of a training.
 
     Attributes:
         epoch_terms: The terms of the loss in the current epoch.
-        recipe: What checkpoints say of the method, so that it can be built from them.
+        recipe: The description from which a checkpoint's model is rebuilt; None if there is none.
+
+    Raises:
+        ValueError: A number is out of range, or the schedule is unknown.
+        TypeError: The conversion does not support the network.
     """
 
     def __init__(
@@ -79,15 +80,15 @@ class Method(pl.LightningModule):
         self.stream = Stream.TRAINING
         self.recipe: dict[str, Any] | None = None
         self.epoch_terms = EpochTerms()
-        self._predictions: list[Prediction] = []  # of the batches that are being evaluated
+        self._evaluation = Evaluation(likelihood)
 
     def forward(self, x: Tensor) -> Tensor:
-        """One draw of the network's output: logits [B, C], or mean and log variance [B, 2]."""
+        """Compute one draw of the output: logits [B, C], or mean and log variance [B, 2]."""
         out: Tensor = self.net(channels_last(x))
         return out
 
     def predictive(self, x: Tensor, num_samples: int | None = None) -> Tensor:
-        """Stack independent draws of the output for normalized inputs: [S, B, ...]."""
+        """Stack independent draws of the output for normalized inputs: [S, B, num_outputs]."""
         (samples,) = self.predictive_sets([x], lambda rows: rows, num_samples)
         return samples
 
@@ -98,7 +99,17 @@ class Method(pl.LightningModule):
         num_samples: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Tensor]:
-        """The same for many sets of inputs that are not normalized yet, from one set of draws."""
+        """Predict several sets of inputs with the same draws of the network.
+
+        Args:
+            sets: Inputs [N_i, ...] that are not normalized yet.
+            normalize: Normalizes a batch of inputs.
+            num_samples: The number of draws S; the default is `available_samples`.
+            progress: Called with the number of finished and of all batches.
+
+        Returns:
+            Draws of the output [S, N_i, num_outputs] for each set, on the CPU.
+        """
         return predictive_sets(
             self.net,
             sets,
@@ -110,31 +121,38 @@ class Method(pl.LightningModule):
 
     @property
     def available_samples(self) -> int:
-        """How many draws an evaluation makes."""
+        """The number of draws in an evaluation."""
         return self.num_samples
 
     def check_samples(self, num_samples: int | None) -> int:
-        """The number of draws to make where this many are asked for, None for the method's own."""
+        """Return the number of draws in an evaluation.
+
+        Args:
+            num_samples: The requested number; None for the default of the method.
+
+        Raises:
+            ValueError: The method cannot make that many different draws.
+        """
         return self.available_samples if num_samples is None else num_samples
 
     def loss_terms(self, inputs: Tensor, targets: Tensor) -> Terms:
-        """The loss of a training batch under `loss`, and the terms it is made of."""
+        """Return the loss of a training batch as `loss`, and its terms by name."""
         nll = self.likelihood.loss(self(inputs), targets)
         return {"loss": nll, "nll": nll}
 
     def fine_tuning(self, optimizer: dict[str, Any], prior_weight: float) -> "Method":
-        """A method that trains the trained network a little further.
+        """Return a method that continues to train the trained network.
 
-        The learning rate falls to 0 along a cosine, step by step: a fine-tuning may be one epoch
-        long.
+        The learning rate falls to 0 along a cosine, step by step, because a fine-tuning can be
+        as short as one epoch.
 
         Args:
-            optimizer: The optimizer to train with, for `make_optimizer`. Weight decay stays as it
-                was, apart from `prior_weight`, where these options name none.
-            prior_weight: Factor of the part of the loss that comes from the prior.
+            optimizer: Name and options of the optimizer, for `make_optimizer`. Without
+                `weight_decay`, the weight decay of the training applies, times `prior_weight`.
+            prior_weight: Factor of the prior's part of the loss.
 
         Returns:
-            This method, changed, or another one of the same network.
+            This method, modified, or a different method with the same network.
         """
         if "weight_decay" in self.optimizer:
             decay = prior_weight * self.optimizer["weight_decay"]
@@ -154,42 +172,35 @@ class Method(pl.LightningModule):
             raise ArgumentError(
                 f"max_epochs={epochs}: train for a number of epochs, 1 or more", "max_epochs"
             )
-        steps = int(self.trainer.estimated_stepping_batches)  # this loads the data, too
+        steps = int(self.trainer.estimated_stepping_batches)  # also creates the data loaders
         options = self.optimizer_options(self.steps_per_epoch)
         with prefixed("optimizer"):
             optimizer = make_optimizer(self.trained_parameters(), **options)
-        if self.schedule == "constant":
-            return optimizer
-        by_step = self.schedule == "cosine_by_step"
         epochs = min(epochs, math.ceil(steps / self.steps_per_epoch))  # max_steps may end it first
-        schedule = CosineAnnealingLR(optimizer, T_max=steps if by_step else epochs)
-        interval = "step" if by_step else "epoch"
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": interval},
-        }
+        return with_schedule(optimizer, self.schedule, epochs=epochs, steps=steps)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of the optimizer in an epoch; of accumulated batches the last may be fewer."""
+        """The number of optimizer steps per epoch; the last one may accumulate fewer batches."""
         batches = int(self.trainer.num_training_batches)
         return max(1, math.ceil(batches / self.trainer.accumulate_grad_batches))
 
     @property
     def epochs_done(self) -> float:
-        """Epochs trained so far, the part of the current one included."""
+        """The number of epochs trained so far, with the fraction of the current epoch."""
         batches = int(self.trainer.num_training_batches)
         return self.current_epoch + len(self.epoch_terms.rows) / batches
 
     def optimizer_options(self, steps_per_epoch: int) -> dict[str, Any]:
-        """What `make_optimizer` is called with."""
+        """Return the arguments of `make_optimizer`."""
         return self.optimizer
 
     def trained_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the optimizer updates."""
         return [param for param in self.parameters() if param.requires_grad]
 
     def is_logged_epoch(self) -> bool:
-        """Whether this epoch's training terms are logged: with each validation, and at the end."""
+        """Return whether this epoch is logged: with each validation, and at the end."""
         every = self.trainer.check_val_every_n_epoch
         is_due = every is None or (self.current_epoch + 1) % every == 0
         return is_due or is_last_epoch(self.trainer)
@@ -202,11 +213,11 @@ class Method(pl.LightningModule):
                 "them have another posterior; choose limit_train_batches",
                 *("overfit_batches", "limit_train_batches"),
             )
-        self.train()  # a loaded model is in eval mode, and Lightning would leave it there
+        self.train()  # a loaded model is in eval mode, which Lightning does not change
 
     def on_train_epoch_start(self) -> None:
         self.seed_epoch()
-        # Lightning sets the next epoch's rate before this one's metrics are logged.
+        # Lightning sets the rate of the next epoch before the metrics of this epoch are logged.
         self._epoch_lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         self.epoch_terms.clear()
 
@@ -219,14 +230,14 @@ class Method(pl.LightningModule):
         return loss
 
     def seed_epoch(self) -> None:
-        """Start this epoch's draws from (seed, epoch), so that a resumed run repeats them.
+        """Seed the draws of this epoch by (seed, epoch, rank), so that a resumed run repeats them.
 
-        Of several ranks, each has draws of its own for its own rows.
+        Each rank has its own draws for its own rows.
         """
         self.seed_draws(self.global_rank)
 
     def seed_draws(self, rank: int) -> None:
-        """Start this epoch's draws as a rank has them."""
+        """Seed the draws of this epoch as on the given rank."""
         seed = stream_seed(self.seed, self.stream, self.current_epoch, rank)
         reseed(self.device, seed)
 
@@ -238,72 +249,30 @@ class Method(pl.LightningModule):
             means = self.trainer.strategy.reduce(means.to(self.device))
         names = [f"train/{name}" for name in self.epoch_terms.names]
         terms = dict(zip(names, means.tolist(), strict=True))
-        self._log_in_fit({**terms, "train/lr": self._epoch_lr}, torch.float32)
+        log_in_fit(self, {**terms, "train/lr": self._epoch_lr}, torch.float32)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         fitting = self.trainer.state.fn == "fit"
         available = self.available_samples
-        self._predict(batch, min(self.val_samples, available) if fitting else available)
+        self._evaluate(batch, min(self.val_samples, available) if fitting else available)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._predict(batch, self.available_samples)
+        self._evaluate(batch, self.available_samples)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_metrics("val")
+        self._evaluation.finish("val", self)
 
     def on_test_epoch_end(self) -> None:
-        self._log_metrics("test")
+        self._evaluation.finish("test", self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = self.recipe
 
-    def _predict(self, batch: Batch, num_samples: int) -> None:
+    def _evaluate(self, batch: Batch, num_samples: int) -> None:
         inputs, targets = batch
-        samples = self.predictive(inputs, num_samples)
-        self._predictions.append(Prediction(self.likelihood, samples.cpu(), targets.cpu()))
-
-    @cached_property  # which is no submodule: float64 sums stay on the CPU, as the samples do
-    def _metrics(self) -> MixtureMetrics:
-        return self.likelihood.metrics(sync_on_compute=False)
-
-    def _log_metrics(self, split: str) -> None:
-        predictions, self._predictions = self._predictions, []
-        try:
-            metrics = score(*predictions, metrics=self._metrics)
-        except NotFiniteError as error:
-            raise NotFiniteError(f"{split}/{error}", _prefixed(split, error.metrics)) from None
-        named = _prefixed(split, metrics)
-        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            self._log_in_fit(named, torch.float64)
-        else:
-            # Of plain numbers Lightning makes float32, and it weighs by the rows of the batch.
-            self.log_dict(_tensors(named, torch.float64), batch_size=1)
-
-    def _log_in_fit(self, values: dict[str, float], dtype: torch.dtype) -> None:
-        """What `self.log` does for values that need no averaging.
-
-        dtype: what callbacks get; loggers get the numbers as they are.
-
-        It keeps a metric for each, which on a small table took an eighth of the time. Lightning's
-        LearningRateMonitor goes this way, too.
-        """
-        tensors = _tensors(values, dtype)
-        self.trainer.callback_metrics.update(tensors)
-        self.trainer.logged_metrics.update(tensors)
-        for logger in self.loggers:
-            # The step that Lightning gives to what an epoch logs.
-            logger.log_metrics({"epoch": self.current_epoch, **values}, step=self.global_step - 1)
-            logger.save()
-
-
-def _prefixed(split: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    return {f"{split}/{name}": value for name, value in metrics.items()}
-
-
-def _tensors(values: Mapping[str, float], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: torch.tensor(value, dtype=dtype) for name, value in values.items()}
+        self._evaluation.record(self.predictive(inputs, num_samples), targets)
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Pictures in the layout that convolutions are fastest in; anything else as it is."""
+    """Convert images to the fastest layout for convolutions; return other inputs unchanged."""
     return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x

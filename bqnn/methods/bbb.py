@@ -1,4 +1,4 @@
-"""Bayes-by-backprop: a Gaussian per weight, learned by variational inference."""
+"""Bayes by Backprop: variational inference with one Gaussian per weight."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,16 +14,18 @@ from bqnn.methods.terms import Terms
 
 
 class BayesByBackprop(Method):
-    """Blundell et al. (2015): minimizes mean NLL + beta * KL / N, N the rows trained on.
+    """Bayes by Backprop (Blundell et al., 2015).
+
+    The loss is mean NLL + beta * KL / num_train, with the KL in closed form.
 
     Args:
-        net: The network, whose linear layers and convolutions get Gaussian weights.
+        net: The network. Its linear layers and convolutions get Gaussian weights.
         prior_std: Standard deviation of the prior.
         init_rho: Initial rho of each weight; sigma = softplus(rho).
         beta: Factor of the KL; 1 is the ELBO.
-        warmup_epochs: Epochs over which beta grows linearly from 0, batch by batch.
-        init_delta: What `initialize_from` makes sigma, as a share of |mean|.
-        options: For `Method`.
+        warmup_epochs: The number of epochs in which beta grows linearly from 0, batch by batch.
+        init_delta: Sigma after `initialize_from`, as a multiple of |mean|.
+        options: Arguments of `Method`.
 
     Example:
         >>> import torch
@@ -72,23 +74,23 @@ class BayesByBackprop(Method):
         return super().fine_tuning(optimizer, prior_weight)
 
     def current_beta(self) -> float:
-        """beta at this batch of the warm-up."""
+        """Return beta at the current batch of the warm-up."""
         if self.current_epoch >= self.warmup_epochs:
             return self.beta
         return self.beta * self.epochs_done / self.warmup_epochs
 
     @torch.no_grad()
     def initialize_from(self, state: Mapping[str, Tensor]) -> None:
-        """Start at the weights of a pointwise method with the same network.
+        """Initialize from a pointwise method with the same network.
 
-        Its weights become the means, with sigma = init_delta * |mean| but at least 1e-4, so that
-        a weight of zero can still learn its sigma. Its other parameters and its buffers are copied.
+        Its weights become the means, and sigma = max(init_delta * |mean|, 1e-4), so that sigma
+        can be learned for weights of zero. Other parameters and buffers are copied.
 
         Args:
             state: The `state_dict` of the pointwise method.
 
         Raises:
-            ValueError: The state is not one of this network.
+            ValueError: The state does not fit this network.
         """
         given: dict[str, Tensor | None] = dict(state)
         layers = {n: m for n, m in self.named_modules() if isinstance(m, GaussianWeight)}

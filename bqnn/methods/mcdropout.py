@@ -1,4 +1,4 @@
-"""MC dropout: dropout stays on, and each pass is a draw from the posterior."""
+"""MC dropout: dropout stays active, and each forward pass is a draw from the posterior."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from bqnn.methods.base import Method
 
 
 class MCDropoutMethod(Method):
-    """Gal & Ghahramani (2016), with one rate for all sites of the network.
+    """MC dropout (Gal & Ghahramani, 2016), with one rate for all sites of the network.
 
     Args:
-        net: The network, whose `DropoutSite`s begin to drop.
-        rate: The share of values that is dropped.
-        drop_before_output: Whether the site before the output layer drops, too.
-        options: For `Method`.
+        net: The network. Its `DropoutSite`s become dropout layers.
+        rate: The dropout probability.
+        drop_before_output: Whether the site before the output layer drops values, too.
+        options: Arguments of `Method`.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Fine-tune the members of an ensemble, each on its own."""
+"""Fine-tuning of the members of an ensemble, independently of each other."""
 
 from typing import Any
 
@@ -15,24 +15,24 @@ from bqnn.seeds import Stream
 
 
 class MemberTuning(Method):
-    r"""Trains each member of an ensemble towards the mode of the posterior it was drawn from.
+    r"""Train each member of an ensemble towards the mode of its posterior.
 
-    A member's loss is its mean NLL plus `prior_weight * temperature / num_train` times
+    The loss of a member is its mean NLL plus `prior_weight * temperature / num_train` times
 
         -log p(w) = \sum_k precision_k / 2 * |w_k|^2 + const,
 
-    over its tensors w_k. The precision of a tensor is its expectation under the Gamma posterior
-    that `bqnn.optim.SGHMC` draws it from, given the member's weights. All members see the same
-    batches, and the terms that are logged are means over members. The learning rate falls to 0
-    along a cosine, step by step.
+    over its tensors w_k. The precision of a tensor is the mean of the Gamma posterior from which
+    `bqnn.optim.SGHMC` draws it, given the weights. All members see the same batches, and the
+    logged terms are means over members. The learning rate falls to 0 along a cosine, step by
+    step.
 
     Args:
-        net: An ensemble with one member or more.
+        net: An ensemble with at least one member.
         prior_weight: Factor of the prior's part of the loss.
-        temperature: The temperature of the sampler, which scales the prior's part as well.
+        temperature: The temperature of the sampler, which also scales the prior's part.
         prior_shape: Shape of the Gamma prior of the precisions.
         prior_rate: Rate of the Gamma prior of the precisions.
-        options: For `Method`.
+        options: Arguments of `Method`.
     """
 
     net: Ensemble
@@ -54,7 +54,7 @@ class MemberTuning(Method):
         self.prior_shape = prior_shape
         self.prior_rate = prior_rate
         self.stream = Stream.FINE_TUNING
-        self.automatic_optimization = False  # a backward pass per member: memory does not grow
+        self.automatic_optimization = False  # one backward pass per member, to limit memory
         for member in net.members:
             member.requires_grad_(True)
 
@@ -86,14 +86,14 @@ class MemberTuning(Method):
         schedule.step()
 
     def member_terms(self, member: nn.Module, inputs: Tensor, targets: Tensor) -> Terms:
-        """The loss of a member for a batch under `loss`, and the terms it is made of."""
+        """Return the loss of a member for a batch as `loss`, and its terms by name."""
         nll = self.likelihood.loss(member(inputs), targets)
         prior = self.prior_energy(member)
         scale = self.prior_weight * self.temperature / self.num_train
         return {"loss": nll + scale * prior, "nll": nll, "prior": prior}
 
     def prior_energy(self, member: nn.Module) -> Tensor:
-        """-log p(w) of a member's weights up to a constant, in nats."""
+        """Return -log p(w) of a member up to a constant, in nats."""
         energies = []
         for param in member.parameters():
             square = param.square().sum()

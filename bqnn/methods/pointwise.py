@@ -1,4 +1,4 @@
-"""Pointwise: one value per weight, the baseline."""
+"""Pointwise: one value per weight, as a baseline."""
 
 from bqnn.methods.base import Method
 

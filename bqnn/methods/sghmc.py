@@ -1,4 +1,4 @@
-"""SGHMC: an ensemble of networks sampled from the posterior by one Markov chain."""
+"""SGHMC: an ensemble of networks that one Markov chain samples from the posterior."""
 
 import logging
 import math
@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 
 
 class SGHMCEnsemble(Method):
-    """Samples the weights with `bqnn.optim.SGHMC` and keeps the last networks of the chain.
+    """Sample weights with `bqnn.optim.SGHMC`, and keep the last networks of the chain.
 
     Args:
-        net: The network, which becomes an `Ensemble`.
-        burn_in: Epochs in which the sampler adapts and no member is collected.
-        collect_every: Epochs from one member to the next; the first comes that long after burn-in.
-        num_members: The number of members that are kept.
-        options: For `Method`.
+        net: The network. It is converted to an `Ensemble`.
+        burn_in: The number of epochs in which the sampler adapts, and no member is collected.
+        collect_every: The number of epochs between members, and between burn-in and the first.
+        num_members: The maximum number of members; older ones are dropped.
+        options: Arguments of `Method`.
 
     Example:
         >>> import torch
@@ -64,7 +64,7 @@ class SGHMCEnsemble(Method):
         return min(self.num_samples, max(len(self.net), 1))
 
     def check_samples(self, num_samples: int | None) -> int:
-        """ValueError: the ensemble has fewer members."""
+        """Return the number of draws; ValueError if the ensemble has fewer members."""
         available = max(len(self.net), 1)
         if num_samples is not None and num_samples > available:
             raise ArgumentError(
@@ -79,11 +79,11 @@ class SGHMCEnsemble(Method):
         return [*super().configure_callbacks(), CollectMembers()]
 
     def fine_tuning(self, optimizer: dict[str, Any], prior_weight: float) -> MemberTuning:
-        """A method that trains the members. An empty ensemble gets the current network first."""
+        """Return a method that trains the members; an empty ensemble gets the current network."""
         if len(self.net) == 0:
             self._say_if_empty()
             self.net.collect()
-        # Options that are not given have the sampler's defaults.
+        # Missing options have the defaults of the sampler.
         sampler = make_optimizer(
             self.net.current.parameters(), **self.optimizer, num_train=1, num_burn_in_steps=0
         )
@@ -104,7 +104,7 @@ class SGHMCEnsemble(Method):
         return tuning
 
     def seed_epoch(self) -> None:
-        # The sampler's noise and its Gibbs draws have to be the same on every rank.
+        # The noise and the Gibbs draws of the sampler must be equal on all ranks.
         self.seed_draws(rank=0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -113,10 +113,10 @@ class SGHMCEnsemble(Method):
         return loss * self._weight_of(len(batch[1]))
 
     def _weight_of(self, num_rows: int) -> float:
-        """A batch's rows as a multiple of the mean number in a batch, or in a step's batches."""
+        """Return the rows of a batch divided by the mean number of rows per batch or step."""
         batches, largest = int(self.trainer.num_training_batches), self.epoch_terms.rows[0]
         rows = min(math.ceil(self.num_train / self.trainer.world_size), batches * largest)
-        # Lightning divides by the first of these, also where the last step has fewer batches.
+        # Lightning divides by accumulate_grad_batches, even if the last step has fewer batches.
         return num_rows * self.trainer.accumulate_grad_batches * self.steps_per_epoch / rows
 
     def optimizer_options(self, steps_per_epoch: int) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class SGHMCEnsemble(Method):
 
 
 class CollectMembers(pl.Callback):
-    """Adds the network to the ensemble every `collect_every` epochs after `burn_in` epochs."""
+    """Add the network to the ensemble every `collect_every` epochs after `burn_in` epochs."""
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, SGHMCEnsemble)

@@ -1,4 +1,4 @@
-"""The terms of the loss, batch by batch, and their means over an epoch."""
+"""The terms of the loss of each batch, and their means over an epoch."""
 
 from collections import defaultdict
 
@@ -27,18 +27,19 @@ class EpochTerms:
         self._values: defaultdict[str, list[Tensor]] = defaultdict(list)
 
     def clear(self) -> None:
-        """Begin a new epoch."""
+        """Start a new epoch."""
         self.rows.clear()
         self._values.clear()
 
     def record(self, terms: Terms, num_rows: int) -> None:
-        """Add a batch. Values stay on their device, so that nothing waits for it."""
+        """Add the terms of a batch. Values stay on their device, to avoid a synchronization."""
         for name, value in terms.items():
             self._values[name].append(torch.as_tensor(value).detach())
         self.rows.append(num_rows)
 
     @property
     def names(self) -> list[str]:
+        """The names of the terms."""
         return list(self._values)
 
     @property

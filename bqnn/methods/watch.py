@@ -1,4 +1,4 @@
-"""Stop a training at the first loss or gradient that is not finite, and say where it was."""
+"""FiniteWatch: stop a training at the first loss or gradient that is not finite."""
 
 import math
 from bisect import bisect_right
@@ -19,20 +19,20 @@ class DivergedError(NamesArguments, FloatingPointError):
 
 
 class FiniteWatch(pl.Callback):
-    """Raises `DivergedError` where a loss or a gradient is not finite.
+    """Raises a `DivergedError` if a loss or a gradient is not finite.
 
     The check synchronizes the device. On the CPU, where that is free, it runs before each step of
     the optimizer; on a GPU before every 50th, before each validation and at the end of each epoch.
 
     Args:
-        terms: Where the module that is trained records the loss of each batch.
+        terms: The record of the losses, which the trained module updates with each batch.
     """
 
     def __init__(self, terms: EpochTerms) -> None:
         self.terms = terms
         self._first_step = 0
-        self._norms: list[Tensor] = []  # of each parameter's gradient, for each step of this epoch
-        self._step_ends: list[int] = []  # batches of this epoch up to each step, its own included
+        self._norms: list[Tensor] = []  # per step of this epoch: the norm of each gradient
+        self._step_ends: list[int] = []  # per step: the number of batches so far
         self._num_checked = 0  # steps
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -44,7 +44,7 @@ class FiniteWatch(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        # Gradients are those of all ranks by now: what is wrong on one rank stops all of them.
+        # Gradients are averaged over ranks here, so that an error on one rank stops all ranks.
         gradients = [param.grad for param in _with_gradient(optimizer)]
         self._norms.append(torch.stack(torch._foreach_norm(gradients)).detach())  # type: ignore[arg-type]
         self._step_ends.append(len(self.terms.rows))
@@ -59,7 +59,7 @@ class FiniteWatch(pl.Callback):
         self._check(trainer, pl_module)
 
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at what was recorded since the last check."""
+        """Check the steps since the last check."""
         first, self._num_checked = self._num_checked, len(self._norms)
         first_batch = self._step_ends[first - 1] if first else 0
         new = self._norms[first:] + [loss.reshape(1) for loss in self.terms.losses[first_batch:]]
@@ -67,7 +67,7 @@ class FiniteWatch(pl.Callback):
             self._stop(trainer, pl_module)
 
     def _stop(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise the error of the first step that is wrong."""
+        """Raise the error of the first invalid step."""
         bad_steps = [step for step, norm in enumerate(self._norms) if not norm.isfinite().all()]
         losses = self.terms.losses
         bad_batches = [batch for batch, loss in enumerate(losses) if not loss.isfinite()]
@@ -78,7 +78,7 @@ class FiniteWatch(pl.Callback):
 
     def _loss_error(self, module: pl.LightningModule, step: int, batch: int) -> DivergedError:
         spoilt = [n for n, param in module.named_parameters() if not param.isfinite().all()]
-        # Of earlier steps the parameters are no longer known.
+        # The parameters of earlier steps are no longer known.
         seen = f"; {spoilt[0]} is not finite" if spoilt and step + 1 >= len(self._norms) else ""
         return DivergedError(
             f"the loss is {self.terms.losses[batch].item()} {self._place(module, step, batch)}; "
@@ -112,6 +112,6 @@ class FiniteWatch(pl.Callback):
 
 
 def _with_gradient(optimizer: Optimizer) -> list[Tensor]:
-    """The parameters that a step changes."""
+    """Return the parameters that a step updates."""
     groups = optimizer.param_groups
     return [param for group in groups for param in group["params"] if param.grad is not None]

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bqnn.jobs.status import WITHOUT_EFFECT
+from bqnn.jobs.identity import WITHOUT_EFFECT
 from bqnn.text import printable
 
 # Options with their own column, or without an effect on the numbers.

@@ -137,7 +137,7 @@ def start_history(job: Job) -> WandbHistory:
     run = start_run(
         job.folder,
         has_artifacts=bool(options["artifacts"]),
-        id=job.id,  # a resumed job goes on in its run
+        id=job.status.id,  # a resumed job goes on in its run
         resume="allow",
         name=_run_name(config, _bits(config)),
         project=valid_name(str(options["project"] or "bqnn")),

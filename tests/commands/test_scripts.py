@@ -21,7 +21,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from bqnn.checkpoints.file import read_checkpoint
 from bqnn.checkpoints.recipe import load
 from bqnn.data.task import make_data
-from bqnn.jobs.job import WRITTEN
+from bqnn.jobs.claim import WRITTEN
 from bqnn.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]

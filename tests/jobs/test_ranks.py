@@ -17,13 +17,14 @@ from hydra import compose, initialize_config_dir
 from pytorch_lightning.utilities import rank_zero_only
 
 from bqnn.checkpoints.recipe import load
+from bqnn.jobs.command_line.configuration import plain
 from bqnn.jobs.isolation import leave_as_found
 from bqnn.jobs.job import Job
-from bqnn.jobs.launch import CONF, plain
 from bqnn.jobs.ranks import ALONE, Place, find_place
 from bqnn.methods import METHODS
 from bqnn.quant.callback import QuantizationCallback
 from bqnn.quant.spec import QuantSpec
+from bqnn.settings.conf import CONF
 from bqnn.training.trainer import make_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -219,7 +220,7 @@ def test_the_trainer_has_the_rank_of_its_job(
         trainer = make_trainer(job, [], [], validate=False)
         assert (job.rank, trainer.global_rank) == ((3, 3) if launcher else (0, 0))
         assert rank_zero_only.rank == job.rank  # type: ignore[attr-defined]
-    assert job.state == "DONE", job.error
+    assert job.state == "DONE", job.status.error
     assert (tmp_path / "status.json").exists() == (launcher is None)
     changed = {"MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"}
     kept = before.keys() - (changed if launcher else set())

@@ -113,7 +113,7 @@ def test_what_fails_with_a_secret_in_its_words_is_recorded_without_it(
     with Job(tmp_path / "run", "train") as job:
         job.claim()
         raise ValueError(f"https://host/?key={ENCODED}&db=with+space%2F%22quote {KEY}")
-    assert job.error == ("https://host/?key=<WANDB_API_KEY>&db=<DB_PASS> <WANDB_API_KEY>")
+    assert job.status.error == "https://host/?key=<WANDB_API_KEY>&db=<DB_PASS> <WANDB_API_KEY>"
     assert "<WANDB_API_KEY>" in capsys.readouterr().err
     assert files_with(tmp_path, "5ec12e7") == []
 

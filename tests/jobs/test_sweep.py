@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 from bqnn.files import write_json
+from bqnn.jobs.folder import FolderLock
 from bqnn.jobs.job import Job
-from bqnn.jobs.launch import CONF
-from bqnn.jobs.status import ELSEWHERE, folder_lock
+from bqnn.jobs.runs import ELSEWHERE
 from bqnn.jobs.sweep import Sweep, find_sweep
+from bqnn.settings.conf import CONF
+from tests.jobs.status_file import change_status
 
 ROOT = Path(__file__).resolve().parents[2]
 ScriptHere = Callable[..., tuple[int, str]]
@@ -30,11 +32,6 @@ def record(sweep: Path) -> dict[str, Any]:
 
 def states(sweep: Path) -> dict[str, str]:
     return {Path(job["folder"]).name: job["state"] for job in record(sweep)["jobs"]}
-
-
-def change_status(folder: Path, **changes: object) -> None:
-    status = json.loads((folder / "status.json").read_text())
-    (folder / "status.json").write_text(json.dumps({**status, **changes}))
 
 
 def test_what_failed_is_said_and_the_rest_runs_also_in_later_batches(
@@ -50,6 +47,25 @@ def test_what_failed_is_said_and_the_rest_runs_also_in_later_batches(
     assert "method.rate=7" in record(tmp_path / "s")["jobs"][0]["error"]
     assert "Traceback" in (tmp_path / "s" / name(0) / "train.log").read_text()
     assert len(list((tmp_path / "s").rglob("status.json"))) == 3
+
+
+def test_each_job_of_a_sweep_is_checked_before_it_starts(
+    script_here: ScriptHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    def refuse_seed_1(config: dict[str, Any], is_sweep: bool) -> None:
+        if config["seed"] == 1:
+            raise ValueError("seed=1: refused")
+
+    monkeypatch.setattr("bqnn.commands.train.check", refuse_seed_1)
+    monkeypatch.setattr("bqnn.commands.train.run", lambda job: started.append(job.config["seed"]))
+    arguments = ["-m", *QUICK, "method=pointwise", "seed=0,1,2", "hydra.sweep.dir=s"]
+    code, errors = script_here("train", *arguments)
+    assert code == 1
+    assert "seed=1: refused" in errors
+    assert started == [0, 2]
+    assert list(states(tmp_path / "s").values()) == ["done", "failed", "done"]
 
 
 def test_a_key_that_only_swept_choices_have_is_refused_with_a_way_to_write_it(
@@ -71,7 +87,7 @@ def test_a_resumed_sweep_does_what_is_not_done(
     assert script_here("train", *arguments, "seed=0,1,2")[0] == 0
     change_status(sweep / "1_pointwise_synthetic_s1", state="RUNNING", end=None)  # it was killed
     change_status(sweep / "2_pointwise_synthetic_s2", state="RUNNING", end=None)
-    with folder_lock(sweep / "2_pointwise_synthetic_s2"):  # it still runs
+    with FolderLock(sweep / "2_pointwise_synthetic_s2"):  # it still runs
         code, errors = script_here("train", *arguments, "seed=0,1,2", "resume=true")
     assert code == 1
     assert "being run by another process" in errors

@@ -12,13 +12,13 @@ from bqnn.checkpoints.recipe import NUMERICS, make_recipe
 from bqnn.data import DATASETS
 from bqnn.data.distortions import DISTORTIONS
 from bqnn.data.synthetic import _FUNCTIONS
-from bqnn.jobs.launch import CONF, plain
+from bqnn.jobs.command_line.configuration import plain
 from bqnn.methods import METHODS
-from bqnn.methods.base import SCHEDULES
+from bqnn.methods.schedules import SCHEDULES
 from bqnn.nets import NETS
 from bqnn.quant.callback import fine_tuning_optimizer
 from bqnn.report.settings import flatten, tell_apart
-from bqnn.settings.conf import leaves, published
+from bqnn.settings.conf import CONF, leaves, published
 from bqnn.settings.options import LEFT_OUT, RULES, UNFAMILIAR
 from bqnn.settings.suggest import nearest
 from bqnn.text import valid_name

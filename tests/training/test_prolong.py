@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from bqnn.jobs.status import is_prolonged
+from bqnn.jobs.identity import is_prolonged
 
 ScriptHere = Callable[..., tuple[int, str]]
 COMMON = ["task=synthetic", "task.num_train=200", "logger=none", "plots=false"]
