@@ -27,7 +27,8 @@ class NamesArguments(Exception):
         if not self.names:
             return
         words = "|".join(map(re.escape, self.names))
-        pattern = rf"(?<![\w.])({words})(?![\w.'])"
+        # Not a part of a path, nor text in quotes.
+        pattern = rf"(?<![\w./-])({words})(?![\w./'-])"
         self.args = (re.sub(pattern, lambda match: key(match[0]), str(self)),)
         self.names = tuple(map(key, self.names))
 

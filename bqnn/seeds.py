@@ -19,6 +19,7 @@ class Stream(IntEnum):
     FINE_TUNING = 7  # like TRAINING
     FINE_TUNING_ORDER = 8  # like ORDER
     COMPARISON = 9  # comparison of an int8 network with its simulation
+    TEST_SPLIT = 10
 
 
 def stream_seed(seed: int, stream: Stream, number: int = 0, rank: int = 0) -> int:

@@ -1,13 +1,15 @@
 """Read rows that a user gives to a model, in the units of the data."""
 
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bqnn.arguments import ArgumentError, ArgumentTypeError
+from bqnn.data.columns import encode_rows
 from bqnn.layers.finite import refuse_non_finite
 from bqnn.text import short
 
@@ -18,7 +20,8 @@ def read_rows(rows: object, facts: Mapping[str, Any]) -> Tensor:
     Args:
         rows: Features [N, F], or images [N, C, H, W] with pixels from 0 to `input_scale`: a NumPy
             array, a tensor, nested lists or a pandas DataFrame. If the facts have names of
-            features, the columns of a DataFrame are taken by name.
+            features, as those of a CSV file, the columns of a DataFrame or of a dictionary are
+            taken by name, and categories are encoded.
         facts: The facts in the recipe of a model.
 
     Returns:
@@ -34,7 +37,12 @@ def read_rows(rows: object, facts: Mapping[str, Any]) -> Tensor:
         >>> read_rows([[1, 2], [3, 4], [5, 6]], facts).shape
         torch.Size([3, 2])
     """
-    values = _from_tensor(rows) if isinstance(rows, Tensor) else _from_array(_as_array(rows))
+    if "feature_names" in facts and _has_columns(rows):
+        values = _from_columns(rows, facts)
+    elif isinstance(rows, Tensor):
+        values = _from_tensor(rows)
+    else:
+        values = _from_array(_as_array(rows))
     _check_shape(values, facts["input_shape"])
     try:
         refuse_non_finite(values, "the input")
@@ -43,6 +51,33 @@ def read_rows(rows: object, facts: Mapping[str, Any]) -> Tensor:
     if "input_scale" in facts:
         _check_pixels(values, facts["input_scale"])
     return values
+
+
+def _has_columns(rows: object) -> TypeGuard[Mapping[str, Any]]:
+    """Return whether rows are a DataFrame or a dictionary, without importing pandas."""
+    pandas = sys.modules.get("pandas")
+    return isinstance(rows, Mapping) or (pandas is not None and isinstance(rows, pandas.DataFrame))
+
+
+def _from_columns(rows: Mapping[str, Any], facts: Mapping[str, Any]) -> Tensor:
+    lengths = [_length(name, rows[name]) for name in facts["feature_names"] if name in rows]
+    if len(set(lengths)) > 1:
+        raise ArgumentError(
+            f"rows: the columns have {min(lengths)} to {max(lengths)} values; give one value per "
+            "row in each column",
+            "rows",
+        )
+    return encode_rows(rows, facts)
+
+
+def _length(name: str, column: object) -> int:
+    values = np.asarray(column, dtype=object)
+    if values.ndim != 1:
+        raise ArgumentError(
+            f"rows: column {short(name)} is {short(column)}; give a list with one value per row",
+            "rows",
+        )
+    return len(values)
 
 
 def _as_array(rows: object) -> np.ndarray:

@@ -1,6 +1,8 @@
 """The schema of recipes: their keys, and the type and range of each value."""
 
+import re
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from bqnn.arguments import prefixed
@@ -42,6 +44,7 @@ def check_recipe(recipe: object) -> None:
     _check("recipe", recipe, RECIPE)
     assert isinstance(recipe, dict)
     _check_normalization(recipe["facts"])
+    _check_columns(recipe["facts"])
     if recipe["stage"] != "float" and "quant" not in recipe:
         raise ValueError(f"recipe: has no quant, but its stage is {recipe['stage']}")
     if "quant" in recipe:
@@ -81,6 +84,24 @@ def _check_normalization(facts: Mapping[str, Any]) -> None:
         )
 
 
+def _check_columns(facts: Mapping[str, Any]) -> None:
+    """Check that the columns of a table are as many as the network's inputs."""
+    if "feature_names" not in facts and "feature_categories" not in facts:
+        return
+    names, categories = (facts.get(key, []) for key in ("feature_names", "feature_categories"))
+    if len(names) != len(categories) or len(set(names)) != len(names):
+        raise ValueError(
+            f"recipe.facts: {len(names)} feature_names and {len(categories)} feature_categories; "
+            "expected one entry per column, and each name once"
+        )
+    num_inputs = sum(max(1, len(each)) for each in categories)
+    if num_inputs != prod(facts["input_shape"]):
+        raise ValueError(
+            f"recipe.facts: its columns are {num_inputs} inputs; expected as many as input_shape "
+            "says"
+        )
+
+
 FACTS: Schema = {
     "likelihood": name(),
     "input_shape": many(whole(1, 1_000_000), 3),
@@ -91,6 +112,14 @@ FACTS: Schema = {
     "input_scale": POSITIVE,
     "target_mean": number(),
     "target_std": number(),
+    # Of a table with a line of names; columns of numbers have no categories.
+    "feature_names": many(text(), 100_000),
+    "feature_categories": many(many(text(), 10_000), 100_000),
+    "target_name": text(),
+    "source_sha256": Rule(
+        "64 hexadecimal digits",
+        lambda value: type(value) is str and re.fullmatch("[0-9a-f]{64}", value) is not None,
+    ),
 }
 
 RECIPE: Schema = {

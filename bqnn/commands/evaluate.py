@@ -59,7 +59,7 @@ def evaluate(job: Job) -> None:
     leave_as_found(job)
     model = load_model(job)
     num_samples = model.check_samples(job.config["num_samples"])
-    data = make_data(job.config)
+    data = make_data(job.config, model.recipe)
     sets = make_sets(data, job.config["suite"])
     loggers = make_loggers(job)
     numeric = job.config["numeric"]

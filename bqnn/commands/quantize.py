@@ -75,7 +75,7 @@ def quantize(job: Job) -> None:
     """Quantize one network and write its results."""
     leave_as_found(job)
     model = load(job.config["checkpoint"])
-    data = make_data(job.config)
+    data = make_data(job.config, model.recipe)
     loggers, timer = make_loggers(job), EpochTimer(job)
     num_samples = model.check_samples(job.config["num_samples"])
     test_set = split_sets(data, ["test"])

@@ -8,6 +8,7 @@ from inspect import signature
 from bqnn.arguments import ArgumentError
 from bqnn.data.base import Rows, TensorData
 from bqnn.data.cifar10 import CIFAR10Data
+from bqnn.data.csv_table import CSVData
 from bqnn.data.digits import DigitsData
 from bqnn.data.image_folder import ImageFolderData
 from bqnn.data.loader import TensorLoader
@@ -21,6 +22,7 @@ __all__ = ["DATASETS", "Rows", "TensorData", "TensorLoader", "build_data"]
 DATASETS: dict[str, Callable[..., TensorData]] = {
     "synthetic": SyntheticData,
     "uci": UCIData,
+    "table": CSVData,
     "digits": DigitsData,
     "mnist": MNISTData,
     "cifar10": CIFAR10Data,

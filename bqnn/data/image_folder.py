@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Sequence
-from functools import lru_cache
-from io import SEEK_CUR, BytesIO
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
 
+from bqnn.arguments import ArgumentError
 from bqnn.data.base import Rows
+from bqnn.data.image_file import decode
 from bqnn.data.images import ImageData
-from bqnn.files import open_regular
-from bqnn.text import one_line, printable, short
+from bqnn.data.split import draw_test_rows
+from bqnn.text import printable, short
 
-if TYPE_CHECKING:
-    from PIL import Image
+ImageFile = tuple[Path, int]  # and its class index
 
 _EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
-_MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}  # PIL's mode, and the converted mode
-_SRGB = {
-    b"gAMA": (0.45455,),
-    b"cHRM": (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06),  # white, red, green, blue: x, y
-}
 
 
 class ImageFolderData(ImageData):
-    """Images of one size in `<root>/train/<class>/*` and `<root>/test/<class>/*`.
+    """Images in `<root>/train/<class>/*` and `<root>/test/<class>/*`, or in `<root>/<class>/*`.
 
+    Images of different sizes are cropped to their central square and resized if `size` is given.
     Classes are the sorted folder names. Files other than BMP, JPEG, PNG and WebP are ignored.
     Images are rotated as their EXIF data say, so that pixels are those that a screen shows.
 
     Args:
         root: The folder; the default is `<data_dir>/images`.
+        size: The side of the square images, in pixels; None if all files have one size.
+        channels: 1 converts to gray, 3 to RGB; None if all files have the same channels.
+        test_share: The share of the images of each class that the seed draws for the test from
+            `<root>/<class>/*`; None if there are folders train and test.
         mean: Mean of each channel, for pixels in [0, 1].
         std: Standard deviation of each channel.
         crop_padding: Black pixels added on each side before a random crop.
@@ -71,6 +70,9 @@ class ImageFolderData(ImageData):
         self,
         root: str | None = None,
         *,
+        size: int | None = None,
+        channels: int | None = None,
+        test_share: float | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         crop_padding: int = 0,
@@ -90,18 +92,50 @@ class ImageFolderData(ImageData):
             crop_padding=crop_padding,
             flip=flip,
         )
+        if size is not None and size < 1:
+            raise ArgumentError(f"size={size}: a number of pixels; choose 1 or more", "size")
+        if channels not in (None, 1, 3):
+            raise ArgumentError(f"channels={channels}: choose 1 (gray) or 3 (RGB)", "channels")
         self.root = self.data_dir / "images" if root is None else Path(root).expanduser()
+        self.size = size
+        self.channels = channels
+        self.test_share = test_share
+        self.sha256: str | None = None  # of the files from which test rows are drawn
+
+    def facts(self) -> dict[str, object]:
+        facts = super().facts()
+        return facts if self.sha256 is None else {**facts, "source_sha256": self.sha256}
 
     def _read(self) -> tuple[Rows, Rows]:
-        train, test, self.class_names = read_image_folder(self.root)
-        return train, test
+        if self.test_share is None:
+            train, test, self.class_names = read_image_folder(self.root, self.size, self.channels)
+            return train, test
+        self.class_names = _class_names(self.root)
+        if {"train", "test"} <= set(self.class_names):
+            raise ArgumentError(
+                f"test_share={self.test_share}: {_shown(self.root)} has folders train and test, so "
+                "no test images are drawn; set test_share=null, or move the folders",
+                "test_share",
+            )
+        files = _image_files(self.root, self.class_names)
+        names = "\n".join(str(path.relative_to(self.root)) for path, _ in files)
+        self.sha256 = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+        labels = torch.tensor([label for _, label in files])
+        is_test = draw_test_rows(labels, self.test_share, self.seed).tolist()
+        train_files = [file for file, drawn in zip(files, is_test, strict=True) if not drawn]
+        test_files = [file for file, drawn in zip(files, is_test, strict=True) if drawn]
+        return _read_parts(train_files, test_files, self.size, self.channels)
 
 
-def read_image_folder(root: Path) -> tuple[Rows, Rows, list[str]]:
+def read_image_folder(
+    root: Path, size: int | None = None, channels: int | None = None
+) -> tuple[Rows, Rows, list[str]]:
     """Read the training rows, the test rows and the class names of a folder of images.
 
     Args:
         root: The folder with `train/<class>/*` and `test/<class>/*`.
+        size: The side of the square images, or None if all have one size.
+        channels: 1 or 3, or None if all have the same channels.
 
     Returns:
         Rows with images [N, C, H, W] in uint8 and class indices [N], and the names of the classes.
@@ -110,8 +144,6 @@ def read_image_folder(root: Path) -> tuple[Rows, Rows, list[str]]:
         FileNotFoundError: A folder is missing.
         ValueError: An image is not supported.
     """
-    from PIL import Image
-
     class_names = _class_names(root / "train")
     if _class_names(root / "test") != class_names:
         differ = sorted(set(class_names) ^ set(_class_names(root / "test")))
@@ -119,23 +151,16 @@ def read_image_folder(root: Path) -> tuple[Rows, Rows, list[str]]:
             f"{_shown(root)}: class {short(differ[0])} is in only one of train and test; add its "
             "folder to the other one"
         )
-    files = {part: _image_files(root / part, class_names) for part in ("train", "test")}
-    first = files["train"][0][0]
-    with warnings.catch_warnings():
-        # Images so large that they may be a decompression bomb are an error.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        # Damaged EXIF data are ignored, as in a browser.
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-        shape = _decode(first).shape
-        train, test = (_read_part(files[part], first, shape) for part in ("train", "test"))
-    return train, test, class_names
+    train, test = (_image_files(root / part, class_names) for part in ("train", "test"))
+    return *_read_parts(train, test, size, channels), class_names
 
 
 def _class_names(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise FileNotFoundError(
             f"no folder {_shown(folder)}: images must be in <root>/train/<class>/ and "
-            "<root>/test/<class>/; copy them there, or set root"
+            "<root>/test/<class>/; copy them there, or set root (with the option test_share "
+            "of task=images, test images are drawn from <root>/<class>/)"
         )
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and _is_visible(path))
     if not names:
@@ -144,7 +169,7 @@ def _class_names(folder: Path) -> list[str]:
     return names
 
 
-def _image_files(folder: Path, class_names: list[str]) -> list[tuple[Path, int]]:
+def _image_files(folder: Path, class_names: list[str]) -> list[ImageFile]:
     files = []
     for label, name in enumerate(class_names):
         images = sorted(
@@ -165,129 +190,46 @@ def _is_visible(path: Path) -> bool:
     return not path.name.startswith(".")
 
 
-def _read_part(files: list[tuple[Path, int]], first: Path, shape: tuple[int, ...]) -> Rows:
+def _read_parts(
+    train: Sequence[ImageFile],
+    test: Sequence[ImageFile],
+    size: int | None,
+    channels: int | None,
+) -> tuple[Rows, Rows]:
+    """Read the training rows and the test rows from their files."""
+    from PIL import Image
+
+    first = train[0][0]
+    with warnings.catch_warnings():
+        # Images so large that they may be a decompression bomb are an error.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        # Damaged EXIF data are ignored, as in a browser.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+        read = partial(decode, size=size, channels=channels)
+        shape = read(first).shape
+        return _read_part(train, read, first, shape), _read_part(test, read, first, shape)
+
+
+def _read_part(
+    files: Sequence[ImageFile],
+    read: Callable[[Path], np.ndarray],
+    first: Path,
+    shape: tuple[int, ...],
+) -> Rows:
     height, width, channels = shape
     images = torch.empty(len(files), channels, height, width, dtype=torch.uint8)
     pixels = images.permute(0, 2, 3, 1).numpy()  # a view [N, H, W, C], the order of files
     # Two threads were slower for small images: they wait for the interpreter's lock.
     for row, (path, _) in enumerate(files):
-        image = _decode(path)
+        image = read(path)
         if image.shape != shape:
             raise ValueError(
                 f"{_shown(path)} is {_describe(image.shape)}, but {_shown(first)} is "
                 f"{_describe(shape)}; all images of a data set need the same size and channels: "
-                "convert it"
+                "convert it, or set the options size and channels of task=images"
             )
         pixels[row] = image
     return Rows(images, torch.tensor([label for _, label in files]))
-
-
-def _decode(path: Path) -> np.ndarray:
-    """Read the pixels [H, W, C] of an image as displayed, with one or three channels."""
-    from PIL import Image
-
-    try:
-        with open_regular(path) as file:
-            chunks = _chunks(file)
-            with Image.open(file, formats=_FORMATS) as image:
-                refusal = _refusal(image, chunks)
-                if refusal is None:
-                    pixels = np.asarray(_upright(image).convert(_MODES[image.mode]))
-                    return pixels.reshape(*pixels.shape[:2], -1)
-    except Exception as error:  # PIL can raise anything for a damaged file
-        raise ValueError(
-            f"{_shown(path)} cannot be read as an image ({_reason(error)}); replace or remove it"
-        ) from error
-    raise ValueError(f"{_shown(path)} {refusal}: convert it")
-
-
-def _refusal(image: Image.Image, chunks: dict[bytes, bytes]) -> str | None:
-    """Return why an image is displayed with other colors than its pixels have, or None."""
-    if image.mode not in _MODES:
-        return f"has pixels of mode {image.mode}; only 8-bit gray and RGB images are supported"
-    if chunks.get(b"IHDR", bytes(9))[8] > 8:
-        return "has 16 bits per channel; only 8-bit gray and RGB images are supported"
-    if "transparency" in image.info or (image.palette and "A" in image.palette.mode):
-        return "has transparent pixels, whose color depends on the background"
-    if getattr(image, "n_frames", 1) > 1:
-        return f"has {getattr(image, 'n_frames', 1)} frames; only single images are supported"
-    if b"BMP profile" in chunks:
-        return "has a color profile"
-    if b"cICP" in chunks:
-        return "has a custom color space (cICP)"
-    if profile := image.info.get("icc_profile"):
-        return None if _is_srgb(profile) else "has a color profile that is not sRGB"
-    if b"sRGB" not in chunks and not _is_usual(chunks):
-        return "has a gamma or primary colors other than sRGB"
-    return None
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Rotate and mirror an image as its EXIF data say."""
-    from PIL import ImageOps
-
-    try:
-        orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # unreadable EXIF data are ignored, as in a browser
-        return image
-    return image if orientation == 1 else ImageOps.exif_transpose(image)
-
-
-def _chunks(file: BinaryIO) -> dict[bytes, bytes]:
-    """Read the first bytes of each PNG chunk before the pixels, or the color profile of a BMP.
-
-    PIL truncates 16 bits to 8, ignores the gamma, and does not expose the other chunks.
-    """
-    chunks = {}
-    start = file.read(74)
-    if start[:2] == b"BM" and start[14:15] == b"\x7c" and start[70:] in (b"DEBM", b"KNIL"):
-        chunks[b"BMP profile"] = start[70:]  # embedded or linked
-    file.seek(0)
-    if file.read(8) == b"\x89PNG\r\n\x1a\n":
-        while len(head := file.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
-            length = int.from_bytes(head[:4], "big")
-            chunks[head[4:]] = file.read(min(length, 32))
-            file.seek(max(length - 32, 0) + 4, SEEK_CUR)  # skip the rest and the checksum
-    file.seek(0)
-    return chunks
-
-
-def _is_usual(chunks: dict[bytes, bytes]) -> bool:
-    """Return whether gAMA and cHRM are missing or equal to those of sRGB within 0.01."""
-    for name, usual in _SRGB.items():
-        data = chunks.get(name, b"")
-        values = [int.from_bytes(data[i : i + 4], "big") / 1e5 for i in range(0, len(data), 4)]
-        if any(abs(value - known) > 0.01 for value, known in zip(values, usual, strict=False)):
-            return False
-    return True
-
-
-@lru_cache(maxsize=16)
-def _is_srgb(profile: bytes) -> bool:
-    """Return whether a color profile changes every color by at most 2 of 255 levels in sRGB."""
-    from PIL import Image, ImageCms
-
-    try:
-        source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        is_grey = source.profile.xcolor_space.strip() == "GRAY"
-        levels = np.linspace(0, 255, 18).astype(np.uint8)
-        colors = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(18, -1, 3)
-        probe = Image.fromarray(colors).convert("L" if is_grey else "RGB")
-        screen = ImageCms.createProfile("sRGB")
-        shown = ImageCms.profileToProfile(probe, source, screen, outputMode="RGB")
-        assert shown is not None
-    except (OSError, ValueError, ImageCms.PyCMSError):  # the profile cannot be applied
-        return False
-    difference = np.asarray(shown).astype(int) - np.asarray(probe.convert("RGB"))
-    return bool(abs(difference).max() <= 2)
-
-
-def _reason(error: Exception) -> str:
-    from PIL import UnidentifiedImageError
-
-    if isinstance(error, UnidentifiedImageError):  # its text contains only the path
-        return f"it is not a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file, or is damaged"
-    return one_line(str(error))[:300]
 
 
 def _shown(path: Path) -> str:

@@ -11,21 +11,29 @@ from bqnn.text import short
 # The keys of a task that configure training; all others are options of its data set.
 TRAINING_KEYS = ("name", "dataset", "max_epochs", "check_val_every_n_epoch", "save_every")
 
+# The facts of data that are the same in every job with one checkpoint.
+IDENTITY = (
+    *("source_sha256", "likelihood", "input_shape", "class_names"),
+    *("feature_names", "feature_categories", "target_name"),
+)
 
-def make_data(config: Mapping[str, Any]) -> TensorData:
+
+def make_data(config: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> TensorData:
     """Download, read and split the data set of a job's task.
 
-    If the task comes from a checkpoint, its folder must be below the working directory or
+    If the task comes from a checkpoint, its file or folder must be below the working directory or
     `data_dir`, unless `trust` is set: an untrusted checkpoint cannot choose the files that are
     read.
 
     Args:
         config: The configuration of a job, with the keys `task`, `data_dir` and `seed`.
+        recipe: The recipe of the checkpoint, or None if there is none. The data must be those of
+            its training.
 
     Raises:
         FileNotFoundError: Files are missing and cannot be downloaded.
-        ValueError: An option is invalid (the message names its key), data are damaged, or the
-            folder is not allowed.
+        ValueError: An option is invalid (the message names its key), data are damaged or have
+            changed since the training, or the file or folder is not allowed.
 
     Example:
         >>> task = {"name": "toy", "dataset": "synthetic", "max_epochs": 3, "num_test": 10}
@@ -33,8 +41,10 @@ def make_data(config: Mapping[str, Any]) -> TensorData:
         10
     """
     task = config["task"]
-    if "checkpoint" in config and task.get("root") is not None and not config.get("trust"):
-        _require_near(Path(task["root"]), [Path.cwd(), Path(config["data_dir"])])
+    if "checkpoint" in config and not config.get("trust"):
+        for key in ("root", "file"):
+            if task.get(key) is not None:
+                _require_near(Path(task[key]), [Path.cwd(), Path(config["data_dir"])])
     options = {key: value for key, value in task.items() if key not in TRAINING_KEYS}
     with prefixed("task"):
         data = build_data(
@@ -42,14 +52,26 @@ def make_data(config: Mapping[str, Any]) -> TensorData:
         )
         data.prepare_data()
         data.setup()
+    if recipe is not None:
+        _require_same(data.facts(), recipe["facts"], task["name"])
     return data
+
+
+def _require_same(facts: Mapping[str, Any], before: Mapping[str, Any], name: str) -> None:
+    """Refuse other data than those of the training: its test rows could be training rows."""
+    for key in IDENTITY:
+        if key in facts and key in before and facts[key] != before[key]:
+            raise ValueError(
+                f"the data of task {short(name)} have changed since the training of the checkpoint "
+                f"({key} differs); restore them, or train again"
+            )
 
 
 def _require_near(root: Path, folders: list[Path]) -> None:
     where = root.expanduser().resolve()
     if not any(where.is_relative_to(folder.expanduser().resolve()) for folder in folders):
         raise ValueError(
-            f"the task of the checkpoint reads the folder {short(str(root), 200)}, which is "
-            "neither below the working directory nor below data_dir; if you trust the checkpoint, "
+            f"the task of the checkpoint reads {short(str(root), 200)}, which is neither "
+            "below the working directory nor below data_dir; if you trust the checkpoint, "
             "add trust=true"
         )

@@ -34,6 +34,7 @@ from bqnn.settings.rules import (
     name,
     one_of,
     real,
+    text,
     whole,
 )
 from bqnn.text import short
@@ -42,6 +43,9 @@ DISTORTIONS = ("rotation", "shift", "brightness", "noise", "blur")
 UNFAMILIAR = ("fashion_mnist", "svhn", "uniform", "inverted", "out_of_range")
 
 Table = Mapping[str, Rule]
+
+COLUMN = either(whole(-10_000_000, 10_000_000), text())
+COLUMNS = Rule("a list of names or indices of columns, as in [a,b]", many(COLUMN, 100_000).holds)
 
 JOB: Table = {
     "seed": SEED,
@@ -73,6 +77,21 @@ TASK: Table = {
     "std": maybe(many(POSITIVE, 256)),
     "crop_padding": whole(0, 1024),
     "flip": flag(),
+    "size": maybe(whole(1, 1024)),
+    "channels": maybe(one_of(1, 3)),
+    "file": PATH,
+    "target": Rule(
+        "the name of a column, in quotes if it looks like a number, or its index from 0 (-1 is the "
+        "last one)",
+        COLUMN.holds,
+    ),
+    "kind": one_of("auto", "regression", "classification"),
+    "features": maybe(COLUMNS),
+    "ignore": COLUMNS,
+    "categories": COLUMNS,
+    "missing": one_of("refuse", "drop"),
+    "decimal": one_of("point", "comma"),
+    "test_share": maybe(real(0, 1, without=(0, 1))),
     "function": one_of("gap", "linear"),
     "num_train": DRAWN,
     "num_test": DRAWN,

@@ -229,6 +229,11 @@ REFUSED = [
     ("facts.input_scale", 0.0, "recipe.facts.input_scale=0.0: expected a finite number above 0"),
     ("facts", FACTS | {"input_mean": [0.0] * 2, "input_std": [1.0] * 2}, "has 3 features"),
     ("task.name", "é" * 200, "recipe.task.name='é"),
+    ("task.file", 3, "recipe.task.file=3: expected a path"),
+    ("task.size", 10**6, "recipe.task.size=1000000: expected null, or a whole number"),
+    ("facts.feature_names", ["a", "b"], "2 feature_names and 0 feature_categories"),
+    ("facts.source_sha256", "../x", "recipe.facts.source_sha256='../x': expected 64 hexadecimal"),
+    ("facts.feature_categories", [["a"] * 20_000], "recipe.facts.feature_categories=a list of 1"),
     ("task.root", "\ud800", r"recipe.task.root='\ud800': expected null, or a path"),
     ("net", {"name": "mlp", "hidden_features": 3}, "cannot be built from these options"),
 ]
@@ -309,6 +314,13 @@ def test_a_checkpoint_does_not_choose_what_is_read_here(
     for near in ({"data_dir": str(tmp_path)}, {"task": {**task, "root": "there"}}):
         with pytest.raises(FileNotFoundError, match=r"no folder .*there/train"):
             make_data({**config, **near})
+    table = {"name": "t", "dataset": "table", "file": str(tmp_path / "there.csv"), "target": "y"}
+    (here / "link.csv").symlink_to(tmp_path / "there.csv")
+    for file in (table["file"], "../there.csv", "link.csv"):
+        with pytest.raises(ValueError, match=r"neither below the working directory nor below data"):
+            make_data({**config, "task": {**table, "file": file}})
+        with pytest.raises(FileNotFoundError, match=r"no file "):
+            make_data({**config, "task": {**table, "file": file}, "trust": True})
 
 
 # ---- shapes

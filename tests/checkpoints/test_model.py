@@ -162,6 +162,44 @@ def test_a_data_frame_is_a_table() -> None:
     assert equal(model.predict(frame), model.predict(rows))
 
 
+COLUMNS = {
+    **TABLE,
+    "input_shape": [3],
+    "input_mean": [80.0, 0.0, 0.0],
+    "input_std": [20.0, 1.0, 1.0],
+    "feature_names": ["area", "city"],
+    "feature_categories": [[], ["Aalst", "Ghent"]],
+    "target_name": "price",
+}
+
+
+def test_the_columns_of_a_csv_file_are_found_by_name_and_encoded() -> None:
+    model = model_of(COLUMNS)
+    encoded = model.predict([[70, 0, 1], [90.5, 1, 0]])
+    frame = pd.DataFrame({"city": ["Ghent", "Aalst"], "price": [0, 0], "area": [70, 90.5]})
+    assert equal(model.predict(frame), encoded)
+    assert equal(model.predict({"area": [70, 90.5], "city": ("Ghent", "Aalst")}), encoded)
+    assert equal(model.predict(dict(frame)), encoded)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"area": [70.0]}, "no column 'city'"),
+        ({"area": [70, 80], "city": ["Ghent"]}, "the columns have 1 to 2 values"),
+        ({"area": 70, "city": "Ghent"}, "column 'area' is 70; give a list"),
+        ({"area": [70], "city": "Ghent"}, "column 'city' is 'Ghent'; give a list"),
+        ({"area": ["large"], "city": ["Ghent"]}, "row 0.*column 'area'.*give a number"),
+        ({"area": [None], "city": ["Ghent"]}, "row 0.*column 'area'"),
+        ({"area": [], "city": []}, "give at least one row"),
+    ],
+)
+def test_wrong_columns_are_refused_with_a_remedy(rows: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        model_of(COLUMNS).predict(rows)
+    assert "\n" not in str(caught.value)
+
+
 def test_equal_calls_give_equal_answers_and_seeds_other_draws() -> None:
     model, rows = model_of(TABLE), flats()
     assert equal(model.predict(rows), model.predict(rows, seed=3))  # the seed of the training

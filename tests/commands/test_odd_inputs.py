@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from bqnn.checkpoints.recipe import make_recipe
 from bqnn.data.base import Rows
+from bqnn.data.csv_table import CSVData
 from bqnn.data.image_folder import read_image_folder
 from bqnn.data.tables import TableData
 from bqnn.data.uci import UCIData
@@ -245,6 +246,64 @@ def test_a_sample_that_is_not_finite_is_never_scored(
     samples[1, row, 1] = value
     with pytest.raises(ValueError, match="1 of 6 rows have a non-finite sample"):
         score(Prediction(likelihood, samples, targets))
+
+
+# ---- CSV files
+
+CELLS = st.one_of(
+    st.text(max_size=5),
+    st.floats().map(repr),
+    st.integers().map(str),
+    st.sampled_from(["a", "b", "1,5", "NA", '"x"', "true", "2024-01-01", "-nan", "1e999", "\x00"]),
+)
+OPTIONS_OF_TABLES = st.fixed_dictionaries(
+    {
+        "kind": st.sampled_from(["auto", "regression", "classification"]),
+        "missing": st.sampled_from(["refuse", "drop"]),
+        "decimal": st.sampled_from(["point", "comma"]),
+        "target": st.sampled_from([-1, 0, "b"]),
+        "categories": st.sampled_from([[], [1]]),
+    }
+)
+
+
+def read_csv_table(content: bytes, options: dict[str, Any]) -> CSVData:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.csv")
+        path.write_bytes(content)
+        data = CSVData(str(path), **options, validation_share=0.0)
+        data.setup()
+    return data
+
+
+def check_csv_table(content: bytes, options: dict[str, Any]) -> None:
+    data, refusal = attempt(read_csv_table, content, options)
+    if data is None:
+        assert refusal.isprintable()
+        return
+    for part in (data.train, data.test):
+        assert part.inputs.isfinite().all()
+        assert part.targets.isfinite().all()
+    task = {"name": "t", "dataset": "table"}
+    make_recipe({"seed": 0, **CONFIG, "task": task}, data.facts())
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=100), OPTIONS_OF_TABLES)
+@example(b"a,b\n1,2\n", {"target": -1})
+@example(b",,,\n1,2\n", {"target": -1})
+@example(b"a\n1\n2\n", {"target": 0})
+def test_bytes_of_a_csv_file_are_a_table_or_refused(content: bytes, options: dict) -> None:
+    check_csv_table(content, options)
+
+
+@settings(max_examples=300)
+@given(st.lists(st.lists(CELLS, min_size=3, max_size=3), max_size=8), OPTIONS_OF_TABLES)
+@example([["1", "a", "2"]] * 5, {"target": -1})
+@example([["1", "a", "2"], ["1e150", "b", "-1e150"]] * 5, {"target": -1})
+def test_cells_of_a_csv_file_are_used_or_refused(cells: list[list[str]], options: dict) -> None:
+    lines = ["a,b,c", *(",".join(row) for row in cells)]
+    check_csv_table("\n".join(lines).encode(errors="surrogatepass"), options)
 
 
 # ---- pictures

@@ -210,6 +210,8 @@ REFUSED = [
     (["logger.name=nope"], "logger.name=nope: choose wandb or csv or none"),
     (["logger=wandb", "logger.tags=abc"], "logger.tags=abc: choose a list of words"),
     (["task=uci"], "task.table is missing; give it on the command line"),
+    (["task=table", "task.file=a.csv"], "task.target is missing; give it on the command line"),
+    (["task=images"], "task.root is missing; give it on the command line"),
     (["task=uci", "task.table=/home/me/my.csv"], "task.table=/home/me/my.csv"),
     (["task=uci", "task.table=.."], "task.table=.."),
     (["method=mcdropout", "method.rate=1.5"], "method.rate=1.5"),
@@ -510,6 +512,55 @@ def test_a_table_of_ones_own_trains(script_here: ScriptHere, tmp_path: Path) -> 
     arguments = [*short("bbb"), "task=uci", "task.table=mine", f"data_dir={tmp_path}"]
     assert script_here("train", *arguments, "hydra.run.dir=run")[0] == 0
     assert "rmse" in _keys(tmp_path / "run", "test")
+
+
+@pytest.mark.parametrize(
+    ("target", "metric"), [("price", "rmse"), ("city", "error"), ("sold", "error")]
+)
+def test_a_csv_file_of_ones_own_goes_all_the_way(
+    target: str, metric: str, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    cities = ("Ghent", "Aalst", "Ypres")
+    rows = [f"{i},{cities[i % 3]},{2 * i + 0.5},{i % 2}" for i in range(40)]
+    (tmp_path / "flats.csv").write_text("\n".join(["area,city,price,sold", *rows]))
+    task = ["task=table", "task.file=flats.csv", f"task.target={target}"]
+    assert script_here("train", *short("bbb"), *task, "hydra.run.dir=run")[0] == 0
+    assert metric in _keys(tmp_path / "run", "test")
+    common = ["logger=none", "plots=false"]
+    options = ["checkpoint=run", "quant.mode=ptq", "quant.weight_bits=4", "hydra.run.dir=quantized"]
+    assert script_here("quantize", *common, *options)[0] == 0
+    options = ["checkpoint=quantized", "numeric=int8", "hydra.run.dir=evaluated"]
+    assert script_here("evaluate", *common, *options)[0] == 0
+    assert _quality(tmp_path / "evaluated")[f"int8/test/{metric}"] == pytest.approx(
+        _quality(tmp_path / "quantized")[f"int8/test/{metric}"]
+    )
+    (tmp_path / "flats.csv").write_text("\n".join(["area,city,price,sold", *rows[1:]]))
+    for verb in ("evaluate", "quantize"):
+        code, errors = script_here(verb, *common, "checkpoint=run")
+        assert code == 1
+        assert "the data of task 'flats.csv' have changed since the training" in errors
+
+
+def test_pictures_of_any_size_in_folders_of_classes_go_all_the_way(
+    script_here: ScriptHere, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    for name, width in (("cat", 9), ("dog", 12)):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (width + i, 10), (20 * i, 0, 0)).save(
+                tmp_path / "pictures" / name / f"{i}.png"
+            )
+    task = ["task=images", "task.root=pictures", "task.size=8", "task.channels=1"]
+    task += ["task.test_share=0.2", "net=lenet", "method=pointwise", "trainer=smoke"]
+    common = ["logger=none", "plots=false"]
+    assert script_here("train", *task, *common, "hydra.run.dir=run")[0] == 0
+    recipe = read_checkpoint(tmp_path / "run" / "checkpoint.ckpt")["recipe"]
+    assert recipe["facts"]["input_shape"] == [1, 8, 8]
+    options = ["checkpoint=run", "quant.mode=ptq", "hydra.run.dir=quantized"]
+    assert script_here("quantize", *common, *options)[0] == 0
+    assert np.load(tmp_path / "quantized" / "predictions.npz")["targets"].tolist() == [0, 0, 1, 1]
 
 
 def test_pictures_of_ones_own_train(script_here: ScriptHere, tmp_path: Path) -> None:

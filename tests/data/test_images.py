@@ -240,6 +240,92 @@ def test_missing_cifar10_says_where_to_put_it(tmp_path, monkeypatch):
         assert part in str(error.value)
 
 
+def test_images_of_any_size_are_cropped_to_their_center_and_resized(tmp_path):
+    write_images(tmp_path)
+    wide = np.zeros((4, 12, 3), np.uint8)
+    wide[:, 6:8] = 100  # the central square is columns 4 to 7: dark, light
+    Image.fromarray(wide).save(tmp_path / "train" / "cat" / "0.png")
+    tall = Image.fromarray(np.ascontiguousarray(wide.transpose(1, 0, 2)))
+    tall.save(tmp_path / "train" / "cat" / "1.png")
+    data = ready(ImageFolderData(str(tmp_path), size=2, validation_share=0.0))
+    assert data.train.inputs.shape == (6, 3, 2, 2)
+    dark, light = data.train.inputs[0, 0, 0].tolist()
+    assert (data.train.inputs[0, :, :, 0] == dark).all()
+    assert dark < 20  # bilinear weights reach into the other half
+    assert light > 60
+    assert torch.equal(data.train.inputs[1], data.train.inputs[0].transpose(1, 2))
+    assert (data.train.inputs[3, 0] == 100).all()
+    large = ready(ImageFolderData(str(tmp_path), size=9, validation_share=0.0))
+    assert large.train.inputs.shape == (6, 3, 9, 9)
+    assert large.facts()["input_shape"] == [3, 9, 9]
+
+
+def test_a_smaller_image_is_the_mean_of_its_pixels(tmp_path):
+    write_images(tmp_path)
+    fine = (np.indices((64, 64)).sum(0) % 2 * 200).astype(np.uint8)  # a checkerboard
+    Image.fromarray(fine).convert("RGB").save(tmp_path / "train" / "cat" / "0.png")
+    data = ready(ImageFolderData(str(tmp_path), size=4, validation_share=0.0))
+    assert (data.train.inputs[0].int() - 100).abs().max() <= 2
+
+
+def test_channels_are_converted(tmp_path):
+    write_images(tmp_path)
+    Image.new("L", (4, 3), 60).save(tmp_path / "train" / "cat" / "0.png")
+    color = ready(ImageFolderData(str(tmp_path), channels=3, validation_share=0.0))
+    assert color.train.inputs[0, :, 0, 0].tolist() == [60, 60, 60]
+    assert color.train.inputs[3, :, 0, 0].tolist() == [100, 7, 9]
+    gray = ready(ImageFolderData(str(tmp_path), channels=1, validation_share=0.0))
+    assert gray.train.inputs[0].unique().tolist() == [60]
+    luma = round(0.299 * 100 + 0.587 * 7 + 0.114 * 9)
+    assert gray.train.inputs[3].unique().tolist() == [luma]
+
+
+def write_classes(root: Path, counts: dict[str, int]) -> None:
+    """Images of 4x3 pixels in `<root>/<class>/*`; red tells class and number."""
+    for label, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (4, 3), (100 * label + i, 7, 9)).save(root / name / f"{i:03}.png")
+
+
+def test_test_images_are_drawn_from_each_class(tmp_path):
+    write_classes(tmp_path, {"cat": 20, "dog": 10})
+    options = {"test_share": 0.2, "validation_share": 0.0}
+    data = ready(ImageFolderData(str(tmp_path), **options))
+    assert data.train.targets.bincount().tolist() == [16, 8]
+    assert data.test.targets.bincount().tolist() == [4, 2]
+    reds = torch.cat([data.train.inputs, data.test.inputs])[:, 0, 0, 0].tolist()
+    assert sorted(reds) == [*range(20), *range(100, 110)]
+    assert torch.equal(data.test.inputs[:, 0, 0, 0] // 100, data.test.targets)
+    again, other = (ready(ImageFolderData(str(tmp_path), seed=s, **options)) for s in (0, 1))
+    assert torch.equal(data.test.inputs, again.test.inputs)
+    assert not torch.equal(data.test.inputs, other.test.inputs)
+    before = data.facts()["source_sha256"]
+    assert before == other.facts()["source_sha256"]
+    (tmp_path / "cat" / "000.png").rename(tmp_path / "cat" / "900.png")
+    assert ready(ImageFolderData(str(tmp_path), **options)).facts()["source_sha256"] != before
+
+
+def test_drawing_test_images_needs_class_folders(tmp_path):
+    write_classes(tmp_path / "flat", {"cat": 2})
+    with pytest.raises(FileNotFoundError, match=r"no folder .*/train: .*option test_share of task"):
+        ready(ImageFolderData(str(tmp_path / "flat")))
+    write_images(tmp_path / "split")
+    with pytest.raises(ValueError, match=r"test_share=0.2: .* has folders train and test"):
+        ready(ImageFolderData(str(tmp_path / "split"), test_share=0.2))
+    write_classes(tmp_path / "one", {"cat": 1, "dog": 1})
+    with pytest.raises(ValueError, match=r"test_share=0.2: 2 rows have no row for the test"):
+        ready(ImageFolderData(str(tmp_path / "one"), test_share=0.2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"size": 0}, "size=0: "), ({"channels": 2}, "channels=2: choose 1")]
+)
+def test_options_of_images_are_checked(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        ImageFolderData(str(tmp_path), **options)
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [

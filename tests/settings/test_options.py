@@ -29,7 +29,11 @@ def group(name: str) -> list[str]:
 
 
 FACTS = {"likelihood": "regression", "input_shape": [3], "num_train": 1}
-REQUIRED = {"uci": ["task.table=yacht"], "images": ["task.root=pictures"]}
+REQUIRED = {
+    "uci": ["task.table=yacht"],
+    "images": ["task.root=pictures"],
+    "table": ["task.file=flats.csv", "task.target=price"],
+}
 
 
 def composed(*overrides: str, verb: str = "train") -> dict:
@@ -128,6 +132,9 @@ NULL = {
     "quant.fine_tuning.optimizer.lr": "lr_at_8_bits and its rule",
     "task.mean": "one number per channel",
     "task.std": "one number per channel",
+    "task.size": "a number crops images",
+    "task.channels": "null: all have the same already",
+    "task.features": "null: all but the target",
 }
 
 

@@ -44,6 +44,7 @@ CODE = [
     (DATASETS["mnist"], CONF / "task" / "mnist.yaml", None),
     (DATASETS["cifar10"], CONF / "task" / "cifar10.yaml", None),
     (DATASETS["images"], CONF / "task" / "images.yaml", None),
+    (DATASETS["table"], CONF / "task" / "table.yaml", None),
     (QuantSpec, CONF / "quant" / "default.yaml", None),
     (QuantizationCallback, CONF / "quant" / "default.yaml", None),
     (SGHMC, CONF / "method" / "sghmc.yaml", "optimizer"),

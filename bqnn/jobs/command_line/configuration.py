@@ -8,7 +8,7 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from bqnn.jobs.locate import canonical
 from bqnn.jobs.secrets import refuse_secrets
@@ -44,6 +44,8 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         reason = str(error).partition("\n")[0]
+        if isinstance(error, MissingMandatoryValue):
+            reason = f"{error.full_key} is missing"
         raise ValueError(f"{reason}; give it on the command line") from error
     assert isinstance(config, dict)
     refuse_secrets(config)

@@ -1,0 +1,168 @@
+"""Find columns in a CSV file, and decide whether they have numbers or categories."""
+
+from __future__ import annotations
+
+import re
+
+from bqnn.arguments import ArgumentError
+from bqnn.data.columns import category_of, is_missing, number
+from bqnn.data.csv_file import CSVFile
+from bqnn.text import printable, short
+
+MOST_CATEGORIES = 100  # of a column that is not listed as one of categories
+MOST_CLASSES = 1000
+_LARGEST = 1e150  # its square is in the range of float64
+_LONGEST = 200  # characters of a category
+_DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}(\D.*)?")
+_DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+([eE][-+]?\d+)?")
+
+
+def find_column(file: CSVFile, wanted: str | int, argument: str) -> str:
+    """Find a column by its name, or by its index from 0, where -1 is the last column.
+
+    Args:
+        file: The table.
+        wanted: The name or the index. A name wins.
+        argument: The argument that has the name, for the error message.
+
+    Raises:
+        ValueError: There is no such column.
+    """
+    names = list(file.columns)
+    if str(wanted) in names:
+        return str(wanted)
+    if isinstance(wanted, int) and -len(names) <= wanted < len(names):
+        return names[wanted]
+    shown = ", ".join(map(short, names[:20])) + (", ..." if len(names) > 20 else "")
+    raise ArgumentError(
+        f"{argument}={short(wanted)}: {file.where} has no such column; choose one of {shown} "
+        "(commas, semicolons, tabs or | separate columns)",
+        argument,
+    )
+
+
+def missing_cells(file: CSVFile, name: str) -> list[int]:
+    """Return the rows in which a column has no value."""
+    return [row for row, cell in enumerate(file.columns[name]) if is_missing(cell)]
+
+
+def has_categories(file: CSVFile, name: str, decimal: str) -> bool:
+    """Whether a column of inputs has text, which means categories.
+
+    Args:
+        file: The table, without missing cells.
+        name: The name of the column.
+        decimal: The decimal separator of numbers, `point` or `comma`.
+
+    Raises:
+        ValueError: The column has numbers and text, dates, numbers that are too large or have
+            another decimal separator, or too many categories.
+    """
+    remedy = f"take each value as a category (categories=[{_quoted(name)}])"
+    if has_numbers(file, name, decimal, remedy, "categories"):
+        return False
+    categories = categories_of(file, name, decimal)
+    if all(_DATE.fullmatch(each) for each in categories):
+        raise ArgumentError(
+            f"{file.place(0, name)}, a date; convert dates to numbers, such as the month or the "
+            f"days since the first one, or leave out the column (ignore=[{_quoted(name)}])",
+            "ignore",
+        )
+    if decimal == "point" and all(_DECIMAL_COMMA.fullmatch(each) for each in categories):
+        raise ArgumentError(
+            f"{file.place(0, name)}, which has no decimal point; set decimal=comma", "decimal"
+        )
+    if len(categories) > MOST_CATEGORIES:
+        raise ArgumentError(
+            f"{file.place(0, name)}, and the column has {len(categories)} different texts, each of "
+            "which would be an input of the network; leave out the column "
+            f"(ignore=[{_quoted(name)}]), or keep them all (categories=[{_quoted(name)}])",
+            *("ignore", "categories"),
+        )
+    return True
+
+
+def has_classes(file: CSVFile, name: str, decimal: str) -> bool:
+    """Whether a column of targets has text or exactly two values, which means classes.
+
+    Args:
+        file: The table, without missing cells.
+        name: The name of the column.
+        decimal: The decimal separator of numbers, `point` or `comma`.
+
+    Raises:
+        ValueError: The column has numbers and text, or a number is too large.
+    """
+    remedy = "take each value as a class (kind=classification)"
+    is_number = has_numbers(file, name, decimal, remedy, "kind")
+    return not is_number or len(set(file.columns[name])) == 2
+
+
+def has_numbers(file: CSVFile, name: str, decimal: str, remedy: str, argument: str) -> bool:
+    """Whether all cells of a column are numbers, rather than none.
+
+    Args:
+        file: The table, without missing cells.
+        name: The name of the column.
+        decimal: The decimal separator of numbers, `point` or `comma`.
+        remedy: What to do if some cells are numbers and some are text, for the error message.
+        argument: The argument that the remedy names.
+
+    Raises:
+        ValueError: Some cells are numbers and some are text, or a number is too large.
+    """
+    numbers = [number(cell, decimal) for cell in file.columns[name]]
+    text = next((row for row, value in enumerate(numbers) if value is None), None)
+    first = next((row for row, value in enumerate(numbers) if value is not None), None)
+    if text is not None and first is not None:
+        raise ArgumentError(
+            f"{file.place(text, name)}, but line {file.lines[first]} has the number "
+            f"{short(file.columns[name][first])}; correct one of them, or {remedy}",
+            argument,
+        )
+    for row, value in enumerate(numbers):
+        if value is not None and not abs(value) <= _LARGEST:
+            raise ValueError(
+                f"{file.place(row, name)}, but numbers must be finite and at most {_LARGEST:g}; "
+                "correct it, or convert the column to another unit"
+            )
+    return text is None
+
+
+def categories_of(file: CSVFile, name: str, decimal: str) -> list[str]:
+    """Return the different categories of a column, numbers first.
+
+    Raises:
+        ValueError: A cell is too long for a category.
+    """
+    cells = file.columns[name]
+    for row, cell in enumerate(cells):
+        if len(cell) > _LONGEST:
+            raise ArgumentError(
+                f"{file.row(row)}, column {short(name)} has text of {len(cell)} characters, which "
+                f"is no category; leave out the column (ignore=[{_quoted(name)}])",
+                "ignore",
+            )
+    numbers = {each: number(each, decimal) for each in {category_of(c, decimal) for c in cells}}
+    return sorted(numbers, key=lambda each: (numbers[each] is None, numbers[each] or 0.0, each))
+
+
+def refuse_missing(file: CSVFile, name: str, is_target: bool) -> None:
+    """Refuse a column with a missing cell.
+
+    Raises:
+        ValueError: The column has a missing cell. The message has its line.
+    """
+    rows = missing_cells(file, name)
+    if rows:
+        remedy = "" if is_target else f", leave out the column (ignore=[{_quoted(name)}])"
+        raise ArgumentError(
+            f"{file.place(rows[0], name)}, and {len(rows)} of its {len(file.lines)} cells have no "
+            f"value; fill them in{remedy}, or leave out such rows (missing=drop)",
+            *("ignore", "missing"),
+        )
+
+
+def _quoted(name: str) -> str:
+    """Return the name of a column as a command line takes it."""
+    return name if re.fullmatch(r"[A-Za-z_][\w-]*", name, re.ASCII) else f'"{printable(name)}"'
