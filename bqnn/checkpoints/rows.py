@@ -42,8 +42,8 @@ def read_rows(rows: object, facts: Mapping[str, Any]) -> Tensor:
     elif isinstance(rows, Tensor):
         values = _from_tensor(rows)
     else:
-        values = _from_array(_as_array(rows))
-    _check_shape(values, facts["input_shape"])
+        values = _from_array(_as_array(rows, facts))
+    _check_shape(values, facts)
     try:
         refuse_non_finite(values, "the input")
     except ValueError as error:
@@ -80,7 +80,7 @@ def _length(name: str, column: object) -> int:
     return len(values)
 
 
-def _as_array(rows: object) -> np.ndarray:
+def _as_array(rows: object, facts: Mapping[str, Any]) -> np.ndarray:
     if np.ma.is_masked(rows):  # np.asarray would take the values below the mask
         raise ArgumentError("rows: some values are masked; remove these rows, or fill them", "rows")
     try:
@@ -91,8 +91,8 @@ def _as_array(rows: object) -> np.ndarray:
         ) from error
     if array.dtype.kind not in "iuf":
         raise ArgumentTypeError(
-            f"rows of {_kind(rows, array)}: expected numbers; convert or encode the columns that "
-            "are something else",
+            f"rows of {_kind(rows, array)}: expected numbers; convert what is something else"
+            f"{_or_columns(facts)}",
             "rows",
         )
     return array
@@ -127,7 +127,15 @@ def _from_tensor(rows: Tensor) -> Tensor:
     return rows if rows.dtype == torch.uint8 else rows.long()
 
 
-def _check_shape(values: Tensor, shape: Sequence[int]) -> None:
+def _or_columns(facts: Mapping[str, Any]) -> str:
+    """Return how to give a table by the names of its columns, if they have names."""
+    names = facts.get("feature_names", [])
+    shown = [short(name, 30) for name in names[:8]] + ["..."] * (len(names) > 8)
+    return f", or give a DataFrame with the columns {', '.join(shown)}" if names else ""
+
+
+def _check_shape(values: Tensor, facts: Mapping[str, Any]) -> None:
+    shape: Sequence[int] = facts["input_shape"]
     given = list(values.shape)
     if given[1:] == list(shape) and len(values) > 0:
         return
@@ -143,7 +151,9 @@ def _check_shape(values: Tensor, shape: Sequence[int]) -> None:
     else:
         kind = f"the {shape[0]} features" if len(shape) == 1 else "images of the size"
         remedy = f"give {kind} of the training"
-    raise ArgumentError(f"rows of shape {given}: expected {expected}; {remedy}", "rows")
+    raise ArgumentError(
+        f"rows of shape {given}: expected {expected}; {remedy}{_or_columns(facts)}", "rows"
+    )
 
 
 def _check_pixels(values: Tensor, scale: float) -> None:

@@ -192,6 +192,7 @@ def test_the_columns_of_a_csv_file_are_found_by_name_and_encoded() -> None:
         ({"area": ["large"], "city": ["Ghent"]}, "row 0.*column 'area'.*give a number"),
         ({"area": [None], "city": ["Ghent"]}, "row 0.*column 'area'"),
         ({"area": [], "city": []}, "give at least one row"),
+        ([[70, 1]], "or give a DataFrame with the columns 'area', 'city'"),
     ],
 )
 def test_wrong_columns_are_refused_with_a_remedy(rows: Any, message: str) -> None:
@@ -228,7 +229,7 @@ BAD_PICTURES = [
     (lambda x: np.where(x > 200, np.nan, x), r"rows of the input contain NaN .*first row 0"),
     (lambda x: np.ma.masked_array(x, x > 3), "some values are masked"),
 ]
-BAD_TYPES = [
+BAD_TYPES: list[tuple[Any, str]] = [
     (lambda x: x.astype(str), "rows of strings: expected numbers"),
     (lambda x: x.astype(bool), "rows of booleans"),
     (lambda x: x.astype(complex), "rows of complex numbers"),
