@@ -15,6 +15,7 @@ from bqnn.files import open_regular
 from bqnn.jobs.locate import is_pattern, locate_all
 from bqnn.jobs.records import read_record
 from bqnn.jobs.status import read_status
+from bqnn.jobs.typed import command_line
 from bqnn.settings.rules import is_finite
 from bqnn.text import printable, short
 
@@ -67,7 +68,8 @@ def find_checkpoints(
     if not found:
         raise ValueError(
             f"checkpoint={pattern}: not quantized, so float is its only numeric; leave numeric "
-            f"out, or quantize the checkpoint first (python quantize.py checkpoint={pattern})"
+            "out, or quantize the checkpoint first "
+            f"({command_line('quantize')} checkpoint={pattern})"
         )
     if len(found) < len(paths):
         log.info("skipped %d checkpoints that are not %s", len(paths) - len(found), stage)

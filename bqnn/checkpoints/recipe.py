@@ -15,6 +15,7 @@ from bqnn.arguments import prefixed
 from bqnn.checkpoints.file import read_checkpoint
 from bqnn.checkpoints.schema import check_recipe
 from bqnn.inference.likelihoods import likelihood_from
+from bqnn.jobs.typed import command_line
 from bqnn.layers.noise import reseed
 from bqnn.methods import METHODS, BayesByBackprop, Method
 from bqnn.methods.base import channels_last
@@ -162,7 +163,7 @@ def load(path: str | Path, numeric: str | None = None, *, allow_saturation: bool
     if numeric is not None and recipe["stage"] == "float":
         raise ValueError(
             f"numeric={numeric}: {where} is a float checkpoint; quantize it first "
-            f"(python quantize.py checkpoint={where})"
+            f"({command_line('quantize')} checkpoint={where})"
         )
     state = checkpoint["state_dict"]
     _check_fit(recipe, state, where)

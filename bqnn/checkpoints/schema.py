@@ -10,6 +10,7 @@ from bqnn.quant.spec import QuantSpec
 from bqnn.settings.options import METHOD, NET, OPTIMIZER, TASK
 from bqnn.settings.rules import (
     OPTION,
+    POSITIVE,
     Rule,
     is_option,
     many,
@@ -42,6 +43,7 @@ def check_recipe(recipe: object) -> None:
     """
     _check("recipe", recipe, RECIPE)
     assert isinstance(recipe, dict)
+    _check_normalization(recipe["facts"])
     _check_columns(recipe["facts"])
     if recipe["stage"] != "float" and "quant" not in recipe:
         raise ValueError(f"recipe: has no quant, but its stage is {recipe['stage']}")
@@ -71,6 +73,17 @@ def _check(where: str, value: object, rule: Rule | Schema) -> None:
         _check(f"{where}.{key}", entry, rule.get(key, OPTION))
 
 
+def _check_normalization(facts: Mapping[str, Any]) -> None:
+    """Check that there is a mean and a standard deviation for each feature or channel."""
+    lengths = {key: len(facts[key]) for key in ("input_mean", "input_std") if key in facts}
+    num_features = facts["input_shape"][0] if facts["input_shape"] else 0
+    if (lengths or "input_scale" in facts) and [*lengths.values()] != [num_features] * 2:
+        raise ValueError(
+            f"recipe.facts: its input_shape has {num_features} features or channels; expected as "
+            "many numbers in input_mean and in input_std"
+        )
+
+
 def _check_columns(facts: Mapping[str, Any]) -> None:
     """Check that the columns of a table are as many as the network's inputs."""
     if "feature_names" not in facts and "feature_categories" not in facts:
@@ -95,7 +108,8 @@ FACTS: Schema = {
     "num_train": whole(1),
     "class_names": many(text(), 100_000),
     "input_mean": many(number(), 1_000_000),
-    "input_std": many(number(), 1_000_000),
+    "input_std": many(POSITIVE, 1_000_000),
+    "input_scale": POSITIVE,
     "target_mean": number(),
     "target_std": number(),
     # Of a table with a line of names; columns of numbers have no categories.

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from bqnn.arguments import ArgumentError
 from bqnn.data.base import TensorData
+from bqnn.data.normalization import Normalization, normalize_channels
 
 
 class ImageData(TensorData):
@@ -77,9 +78,13 @@ class ImageData(TensorData):
             )
 
     def facts(self) -> dict[str, object]:
+        channels = self.train.inputs.shape[1]
         return {
             "likelihood": "classification",
             "class_names": list(self.class_names),
+            **Normalization(
+                self.mean or [0.0] * channels, self.std or [1.0] * channels, self.white
+            ).facts(),
             "input_shape": list(self.train.inputs.shape[1:]),
             "num_train": len(self.train),
         }
@@ -96,9 +101,7 @@ class ImageData(TensorData):
         images = inputs if inputs.is_floating_point() else inputs.float() / self.white
         if self.mean is None or self.std is None:
             return images
-        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
-        return (images - mean) / std
+        return normalize_channels(images, self.mean, self.std)
 
     def augment(self, inputs: Tensor) -> Tensor:
         if self.crop_padding:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bqnn.data.base import Rows, TensorData
+from bqnn.data.normalization import standardize
 from bqnn.text import short
 
 
@@ -31,7 +32,7 @@ class TableData(TensorData):
 
     def standardize(self, inputs: Tensor) -> Tensor:
         """Standardize inputs [N, F] given in original units; the result is float32."""
-        return ((inputs - self.input_mean) / self.input_std).float()
+        return standardize(inputs, self.input_mean, self.input_std)
 
     def facts(self) -> dict[str, object]:
         return {

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bqnn.arguments import real_number
+from bqnn.inference.answers import ClassificationAnswer, RegressionAnswer
 from bqnn.inference.functional import entropy, gaussian_nll, mutual_information
 from bqnn.inference.metrics import (
     BrierScore,
@@ -28,6 +29,7 @@ from bqnn.inference.metrics import (
 from bqnn.inference.mixtures import (
     CategoricalMixture,
     GaussianMixture,
+    one_draw_per_row,
     require_draws,
     require_one_target_per_row,
 )
@@ -92,6 +94,10 @@ class Likelihood(ABC):
     @abstractmethod
     def summary(self, draws: Tensor | Mixture) -> dict[str, Tensor]:
         """Summarize the predictive distribution of each row, in original units."""
+
+    @abstractmethod
+    def answer(self, draws: Tensor) -> ClassificationAnswer | RegressionAnswer:
+        """Return the summary of draws [S, N, num_outputs], and the prediction of each draw."""
 
     @abstractmethod
     def scores(self, summary: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -196,6 +202,15 @@ class Classification(Likelihood):
             ),
         }
 
+    def answer(self, draws: Tensor) -> ClassificationAnswer:
+        summary, each = self.summary(draws), self.summary(one_draw_per_row(draws))
+        return ClassificationAnswer(
+            samples=each["probabilities"].reshape(draws.shape),
+            labels=summary["probabilities"].argmax(-1),
+            class_names=self.class_names,
+            **summary,
+        )
+
     def scores(self, summary: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute entropy, mutual information, and 1 - the largest probability."""
         return {
@@ -283,6 +298,16 @@ class Regression(Likelihood):
             "epistemic_std": self.target_std * mixture.epistemic.sqrt(),
             "std": self.target_std * mixture.variance.sqrt(),
         }
+
+    def answer(self, draws: Tensor) -> RegressionAnswer:
+        summary, each = self.summary(draws), self.summary(one_draw_per_row(draws))
+        return RegressionAnswer(
+            samples=each["mean"].reshape(draws.shape[:2]),
+            mean=summary["mean"],
+            std=summary["std"],
+            aleatoric=summary["aleatoric_std"],
+            epistemic=summary["epistemic_std"],
+        )
 
     def scores(self, summary: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute the predictive standard deviation, and its epistemic part."""

@@ -165,6 +165,11 @@ def require_draws(samples: Tensor, num_outputs: int | None = None) -> None:
         )
 
 
+def one_draw_per_row(draws: Tensor) -> Tensor:
+    """Arrange draws [S, N, num_outputs] as one draw of S * N rows, so that they are not mixed."""
+    return draws.flatten(0, 1).unsqueeze(0)
+
+
 def _checked(samples: Tensor, targets: Tensor | None, num_outputs: int | None = None) -> Tensor:
     """Check shapes and values, and convert the samples to float64."""
     require_draws(samples, num_outputs)

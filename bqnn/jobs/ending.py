@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from bqnn.jobs.interruption import Interruption, is_interruption
 from bqnn.jobs.status import read_status
 from bqnn.jobs.terminal import describe, log_traceback, say
+from bqnn.jobs.typed import program
 from bqnn.text import one_line
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class Ending:
             job.status.write(job.folder)
 
     def _tell(self, message: str, process: str = "") -> None:
-        self._messages.append(f"{self._job.verb}.py{process}: {message}")
+        self._messages.append(f"{program(self._job.verb)}{process}: {message}")
 
     def _say_messages(self) -> None:
         for line in self._messages:

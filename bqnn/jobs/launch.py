@@ -22,6 +22,7 @@ from bqnn.jobs.interruption import sigterm_as_interrupt
 from bqnn.jobs.job import Job
 from bqnn.jobs.secrets import refuse_secrets
 from bqnn.jobs.terminal import protect_output, say, say_once
+from bqnn.jobs.typed import program
 
 
 def launch(task: Callable[[Job], None], verb: str, check: Check | None = None) -> None:
@@ -60,7 +61,7 @@ def launch(task: Callable[[Job], None], verb: str, check: Check | None = None) -
             refuse_malformed(read_arguments(), verb)
             hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=verb)(run)()
         except UsageError as error:
-            say(f"{verb}.py: {error}", error=True)
+            say(f"{program(verb)}: {error}", error=True)
             sys.exit(2)
         except StoppedError as stop:
             _fail(stop.error, verb, launched)
@@ -106,7 +107,7 @@ def run_job(
             job.folder = folder_to_resume(config)
             log_into(job.folder)
         if not is_sweep:
-            job.resume_command = resume_command("hydra.run.dir", job.folder)
+            job.resume_command = resume_command(verb, "hydra.run.dir", job.folder)
         if job.take(config, resume):
             if is_sweep and check is not None:
                 check(config, is_sweep)
@@ -120,5 +121,5 @@ def _fail(error: Exception, verb: str, launched: Launch) -> NoReturn:
     """Print why the launch ended early, and exit."""
     message = explain(error, verb)
     launched.finish(message)
-    say(f"{verb}.py: {message}", error=True)
+    say(f"{program(verb)}: {message}", error=True)
     sys.exit(1)

@@ -6,6 +6,8 @@ from contextlib import suppress
 from glob import glob
 from pathlib import Path
 
+from bqnn.jobs.typed import command_line
+
 CHECKPOINT = "checkpoint.ckpt"
 
 
@@ -155,6 +157,7 @@ def _folders(tops: Iterable[Path]) -> Iterator[Path]:
 
 def _missing(key: str, path: str) -> FileNotFoundError:
     return FileNotFoundError(
-        f"{key}: no checkpoint at {path}: no such file; train one (python train.py), or give the "
-        f"path of a .ckpt file, the folder of a run or a pattern, '{key}=outputs/**/{CHECKPOINT}'"
+        f"{key}: no checkpoint at {path}: no such file; train one ({command_line('train')}), or "
+        "give the path of a .ckpt file, the folder of a run or a pattern, "
+        f"'{key}=outputs/**/{CHECKPOINT}'"
     )

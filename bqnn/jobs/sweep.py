@@ -11,6 +11,7 @@ from bqnn.jobs.records import instant, read_record
 from bqnn.jobs.runs import ELSEWHERE, job_folders
 from bqnn.jobs.status import LONG_AGO, STATES, read_status, tell_unreadable
 from bqnn.jobs.terminal import say
+from bqnn.jobs.typed import program
 from bqnn.text import one_line, printable, short
 
 
@@ -76,7 +77,7 @@ class Sweep:
             self._write("DONE" if all_done else "FAILED", error)
         except OSError as unwritable:  # the disk is full, or the folder was removed
             all_done = False
-            say(f"{self.verb}.py: {one_line(str(unwritable))}", error=True)
+            say(f"{program(self.verb)}: {one_line(str(unwritable))}", error=True)
         say(self._table())
         return all_done
 

@@ -134,7 +134,7 @@ def quantization_callbacks(options: Mapping[str, Any]) -> list[pl.Callback]:
         if options["mode"] != "qat":
             raise ArgumentError(
                 f"mode={options['mode']}: training supports only qat (quantization-aware "
-                "training); calibrate the trained network with quantize.py",
+                "training); to calibrate a trained network, quantize its checkpoint",
                 "mode",
             )
         return [QuantizationCallback(spec, options["freeze_epochs"])]

@@ -1,7 +1,8 @@
-"""python -m bqnn.report <folders...> [--out FOLDER]: report on all runs below the folders."""
+"""Report on all runs below folders: bqnn report, or python -m bqnn.report."""
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,16 +15,17 @@ if TYPE_CHECKING:
     from bqnn.report.page import Section
 
 
-def main(arguments: list[str]) -> str | None:
+def main(arguments: Sequence[str], program: str = "python -m bqnn.report") -> str | None:
     """Write the report.
 
     Args:
         arguments: The command line, without the name of the program.
+        program: The name of the program, for its help.
 
     Returns:
         None, or an error message of one line.
     """
-    parser = argparse.ArgumentParser("python -m bqnn.report", description=__doc__)
+    parser = argparse.ArgumentParser(program, description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="folders with runs at any depth")
     parser.add_argument("--out", type=Path, default=Path("outputs/report"), help="%(default)s")
     options = parser.parse_args(arguments)

@@ -17,7 +17,7 @@ Every key of the configuration with its default, the values that it accepts, and
 files in `conf/`, accepted values from `bqnn/settings/options.py`.
 `python -m bqnn.settings.reference > docs/configuration.md` makes this page.
 """
-NOT_DEFAULTS = ("hydra", "tuned", "bits")  # folders of conf/ that override others
+NOT_DEFAULTS = ("hydra", "tuned", "bits", "experiment")  # folders of conf/ that override others
 LINE = re.compile(
     r"^(?P<indent> *)(?P<key>[a-z_0-9]+):(?: (?P<value>[^#]*?))? *(?:# (?P<meaning>.*))?$"
 )

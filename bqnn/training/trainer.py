@@ -134,8 +134,8 @@ def refuse_devices(options: Mapping[str, Any], may_be_several: bool) -> None:
 
 def _single(devices: object) -> str:
     return (
-        f"trainer.devices={devices}: several devices train one model in a single run of "
-        "train.py; leave trainer=ddp away from quantize.py and from sweeps"
+        f"trainer.devices={devices}: several devices train one model, in a single "
+        "training; leave trainer=ddp away from quantizations, evaluations and sweeps"
     )
 
 

@@ -21,6 +21,13 @@ from bqnn.layers.ensemble import Ensemble
 from bqnn.quant.callback import quantize_module
 from bqnn.quant.spec import QuantSpec
 
+FACTS: dict[str, Any] = {
+    "likelihood": "regression",
+    "target_mean": 0.0,
+    "target_std": 1.0,
+    "input_shape": [3],
+    "num_train": 10,
+}
 RECIPE: dict[str, Any] = {
     "version": 1,
     "stage": "float",
@@ -28,13 +35,7 @@ RECIPE: dict[str, Any] = {
     "method": {"name": "pointwise", "num_samples": 1, "optimizer": {"name": "adam", "lr": 0.1}},
     "net": {"name": "mlp", "hidden_features": [4]},
     "task": {"name": "yacht", "dataset": "uci"},
-    "facts": {
-        "likelihood": "regression",
-        "target_mean": 0.0,
-        "target_std": 1.0,
-        "input_shape": [3],
-        "num_train": 10,
-    },
+    "facts": FACTS,
 }
 ENSEMBLE = {"burn_in": 0, "collect_every": 1, "num_members": 10_000}
 
@@ -219,6 +220,14 @@ REFUSED = [
     ("facts", "regression", "recipe.facts='regression': expected a dictionary"),
     ("facts.target_std", 10**400, "recipe.facts.target_std=a number of 1329 bits: expected a fin"),
     ("facts.input_mean", [0.0, 10**400], "recipe.facts.input_mean=a list of 2"),
+    ("facts.input_mean", [0.0] * 3, "as many numbers in input_mean and in input_std"),
+    ("facts.input_std", [1.0] * 3, "as many numbers in input_mean and in input_std"),
+    ("facts.input_std", [1.0, 0.0, 1.0], "recipe.facts.input_std=a list of 3: expected at most"),
+    ("facts.input_std", [1.0, float("nan"), 1.0], "recipe.facts.input_std=a list of 3"),
+    ("facts.input_std", "111", "recipe.facts.input_std='111'"),
+    ("facts.input_scale", 255.0, "as many numbers in input_mean and in input_std"),
+    ("facts.input_scale", 0.0, "recipe.facts.input_scale=0.0: expected a finite number above 0"),
+    ("facts", FACTS | {"input_mean": [0.0] * 2, "input_std": [1.0] * 2}, "has 3 features"),
     ("task.name", "é" * 200, "recipe.task.name='é"),
     ("task.file", 3, "recipe.task.file=3: expected a path"),
     ("task.size", 10**6, "recipe.task.size=1000000: expected null, or a whole number"),

@@ -197,7 +197,10 @@ REFUSED = [
     (["a==b"], "write 'a=\"=b\"'"),
     (["hydra.foo=1"], "hydra.foo: there is no such key"),
     (["+hydra.foo=1"], "hydra.foo: there is no such key"),
-    (["hydra.rnu.dir=x"], "did you mean hydra.run.dir? (python train.py --cfg hydra shows all)"),
+    (
+        ["hydra.rnu.dir=x"],
+        f"did you mean hydra.run.dir? (python {ROOT}/train.py --cfg hydra shows all)",
+    ),
     (["++hydra.run.dri=x"], "did you mean hydra.run.dir?"),
     (["hydra.run.dir="], "hydra.run.dir=: name a folder, or leave it out"),
     (["hydra.run.dir=' '"], "name a folder, or leave it out"),
@@ -282,7 +285,10 @@ REFUSED = [
     (["method.init_from=missing.ckpt"], "no checkpoint at missing.ckpt"),
     (["method.init_from=empty"], "there is no checkpoint.ckpt in this folder"),
     (["method.init_from=a=b"], "write 'method.init_from=\"a=b\"'"),
-    (["quant=default", "quant.mode=ptq"], "calibrate the trained network with quantize.py"),
+    (
+        ["quant=default", "quant.mode=ptq"],
+        "to calibrate a trained network, quantize its checkpoint",
+    ),
     (["quant=default", "quant.weight_bits=9"], "quant.weight_bits=9"),
     (["seed"], "seed: write it as key=value"),
     (["task=uci", 'task.table="\x1b[2J/"'], "task.table=\\x1b[2J/"),
@@ -445,12 +451,12 @@ def test_own_groups_and_options_of_a_config_dir_are_taken(
     script_here: ScriptHere, tmp_path: Path
 ) -> None:
     (tmp_path / "own" / "method").mkdir(parents=True)
-    (tmp_path / "own" / "experiment").mkdir()
+    (tmp_path / "own" / "setup").mkdir()
     mine = "defaults: [mcdropout]\nrate: 0.4\n"
     (tmp_path / "own" / "method" / "mine.yaml").write_text(mine)
     preset = "# @package _global_\ntask: {batch_size: 500}\nnotes: {why: any}\n"
-    (tmp_path / "own" / "experiment" / "e.yaml").write_text(preset)
-    arguments = ["--config-dir=own", "method=mine", "+experiment=e", "trainer=smoke", "logger=none"]
+    (tmp_path / "own" / "setup" / "e.yaml").write_text(preset)
+    arguments = ["--config-dir=own", "method=mine", "+setup=e", "trainer=smoke", "logger=none"]
     arguments += ["plots=false", "+trainer.gradient_clip_val=1", "+method.optimizer.eps=1e-7"]
     code, errors = script_here("train", *arguments, "hydra.run.dir=run")
     assert code == 0, errors
@@ -460,8 +466,8 @@ def test_own_groups_and_options_of_a_config_dir_are_taken(
     code, errors = script_here("train", *arguments, "+notes.wy=here", "hydra.run.dir=run2")
     assert code == 1
     assert "notes.wy: there is no such key; did you mean notes.why?" in errors
-    code, errors = script_here("train", "--config-dir=own", "experiment=e")
-    assert "use +experiment=e" in errors
+    code, errors = script_here("train", "--config-dir=own", "setup=e")
+    assert "use +setup=e" in errors
     code, errors = script_here("train", *arguments, "method=min", "hydra.run.dir=run2")
     assert "did you mean method=mine?" in errors
 

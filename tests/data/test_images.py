@@ -97,6 +97,9 @@ def test_digits_are_split_by_class_whatever_the_seed():
     assert facts == {
         "likelihood": "classification",
         "class_names": [str(digit) for digit in range(10)],
+        "input_mean": [0.0],
+        "input_std": [1.0],
+        "input_scale": 16.0,
         "input_shape": [1, 8, 8],
         "num_train": len(other.train),
     }

@@ -30,7 +30,7 @@ def test_a_failure_is_recorded_said_and_kept_inside(
         raise ValueError("rate=2: too high")
     assert status(tmp_path)["state"] == "FAILED"
     assert status(tmp_path)["error"] == "rate=2: too high"
-    assert capsys.readouterr().err.startswith("train.py: rate=2: too high")
+    assert capsys.readouterr().err.startswith("bqnn train: rate=2: too high")
     assert codes == [1]
 
 

@@ -133,7 +133,7 @@ def test_several_processes_are_for_a_single_training(
         config = plain(compose("train", ["trainer=ddp", "trainer.accelerator=cpu"]))
     job = Job(tmp_path, verb, sweep)
     job.config = config
-    with pytest.raises(ValueError, match=r"trainer\.devices=2: .* a single run of train\.py"):
+    with pytest.raises(ValueError, match=r"trainer\.devices=2: .* a single training"):
         make_trainer(job, [], [], validate=False)
 
 

@@ -386,23 +386,56 @@ def test_the_slurm_launcher_asks_for_what_the_configuration_says(tmp_path: Path)
     assert launcher.params["submitit_folder"] == f"{tmp_path}/.submitit/%j"
 
 
-@pytest.mark.slow
+STUDY = ["task=digits", "seed=0", "trainer=smoke", "plots=false", "logger=none"]
+TUNING = ["quant.fine_tuning.seed=0", "num_samples=1", "plots=false", "logger=none"]
+
+
+def test_a_preset_is_a_sweep_that_overrides_change_and_that_goes_on(
+    script_here: ScriptHere, tmp_path: Path
+) -> None:
+    arguments = ["experiment=paper", "method=pointwise", *STUDY]
+    for state in ("done", "skipped"):
+        code, errors = script_here("train", *arguments)
+        assert code == 0, errors
+        (job,) = json.loads((tmp_path / "outputs/study/float/sweep.json").read_text())["jobs"]
+        assert (job["folder"], job["state"]) == ("0_pointwise_digits_s0", state)
+    assert [path.name for path in (tmp_path / "outputs/study").iterdir()] == ["float"]
+
+
+def test_a_preset_of_another_verb_is_named(script_here: ScriptHere, tmp_path: Path) -> None:
+    code, errors = script_here("train", "experiment=paper_bits")
+    assert code == 1
+    assert "experiment=paper_bits may be a preset of another verb" in errors
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_lists_its_targets_and_studies_by_presets() -> None:
+    def make(*arguments: str) -> list[str]:
+        command = ["make", "--no-print-directory", *arguments]
+        made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return made.stdout.splitlines()
+
+    assert {line.split()[0] for line in make()} >= {"help", "demo", "study", "test", "lint"}
+    assert [shlex.split(line)[1:] for line in make("--dry-run", "study")[-3:]] == [
+        ["train", "experiment=paper"],
+        ["quantize", "experiment=paper_bits"],
+        ["report", "outputs/study"],
+    ]
+
+
+@pytest.mark.slow
 def test_the_study_trains_all_and_quantizes_the_best_of_each(
     script_here: ScriptHere, tmp_path: Path
 ) -> None:
-    options = ["TASKS=digits", "SEEDS=0", "BITS=w3a7,w8a4", f"STUDY={tmp_path}/study"]
-    options += ["TRAIN=trainer=smoke plots=false logger=none"]
-    options += ["TUNE=quant.fine_tuning.max_epochs=1 num_samples=1 plots=false logger=none"]
-    command = ["make", "--no-print-directory", "--dry-run", "study", *options]
-    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    train, quantize, report = map(shlex.split, lines.splitlines()[-3:])
-    assert report[1:] == ["-m", "bqnn.report", f"{tmp_path}/study"]
-    for name, arguments in (("train", train), ("quantize", quantize)):
-        assert arguments[1] == f"{name}.py"
-        code, errors = script_here(name, *arguments[2:])
+    tuning = [*TUNING, "bits=w3a7,w8a4", "quant.fine_tuning.max_epochs=1"]
+    for name, preset, options in (
+        ("train", "paper", STUDY),
+        ("quantize", "paper_bits", tuning),
+    ):
+        code, errors = script_here(name, f"experiment={preset}", *options)
         assert code == 0, errors
-    study = tmp_path / "study"
+    study = tmp_path / "outputs" / "study"
     assert len(states(study / "float")) == 4
     parts = list((study / "quantized").glob("*/*/metrics.json"))
     assert len(parts) == 2 * 4

@@ -10,6 +10,7 @@ from hydra.errors import HydraException
 
 from bqnn.jobs.command_line.configuration import config_dir
 from bqnn.jobs.secrets import mask
+from bqnn.jobs.typed import command_line, program
 from bqnn.text import one_line
 
 # The key of an override, of a value or of a group, with its prefix, as Hydra accepts it.
@@ -59,16 +60,16 @@ def refuse_malformed(arguments: argparse.Namespace, verb: str) -> None:
         )
     if arguments.config_name is not None or arguments.config_path is not None:
         raise ValueError(
-            f"--config-name, --config-path: {verb}.py reads conf/{verb}.yaml; leave them out, and "
-            "add choices of your own with --config-dir"
+            f"--config-name, --config-path: {program(verb)} reads conf/{verb}.yaml; leave them "
+            "out, and add choices of your own with --config-dir"
         )
     for override in arguments.overrides:
         key, equals, value = override.partition("=")
         shown = one_line(mask(override)) or "''"
         if not KEY.fullmatch(key) or not (equals or key.startswith("~")):
             raise ValueError(
-                f"{shown}: write it as key=value, with a key of letters (python {verb}.py --cfg "
-                "job shows all)"
+                f"{shown}: write it as key=value, with a key of letters ({command_line(verb)} "
+                "--cfg job shows all)"
             )
         if equals and not value and (choices := group_choices(key)):
             raise ValueError(f"{shown}: choose one of {', '.join(choices)}")

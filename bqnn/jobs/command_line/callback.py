@@ -13,7 +13,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from bqnn.jobs.command_line.configuration import is_given, sweep_jobs
+from bqnn.jobs.command_line.configuration import is_given, names_sweep_folder, sweep_jobs
 from bqnn.jobs.command_line.refusals import Check, refuse_run, refuse_sweep
 from bqnn.jobs.command_line.resuming import resume_command
 from bqnn.jobs.folder import OUTPUTS, fresh_folder
@@ -48,7 +48,7 @@ class Launch:
             return error is None
         all_done = self.sweep.finish(error)
         if not all_done and self.sweep.jobs:
-            command = resume_command("hydra.sweep.dir", self.sweep.folder)
+            command = resume_command(self.sweep.verb, "hydra.sweep.dir", self.sweep.folder)
             say(f"\nfor what is missing:\n  {command}")
         return all_done
 
@@ -113,7 +113,7 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         launch, jobs = _LAUNCH.get(), sweep_jobs(config)
         refuse_sweep(config, jobs, launch.check)
-        verb, resume = config.hydra.job.name, bool(OmegaConf.select(config, "resume"))
+        verb, resume = config.hydra.job.config_name, bool(OmegaConf.select(config, "resume"))
         overrides = [
             override
             for override in config.hydra.overrides.task
@@ -138,9 +138,9 @@ class SweepCallback(Callback):
 
 
 def _sweep_folder(config: DictConfig, verb: str, overrides: list[str], resume: bool) -> Path:
-    """Return the folder of the sweep to resume, the folder on the command line, or a new one."""
+    """Return the folder of the sweep to resume, the folder that the user chose, or a new one."""
     name = config.hydra.sweep.dir
-    if is_given("hydra.sweep.dir", config.hydra):
+    if names_sweep_folder(config):
         return Path(name).absolute()
     found = find_sweep(OUTPUTS / verb, verb, overrides) if resume else None
     return (found or Path(fresh_folder(name))).absolute()
@@ -152,7 +152,7 @@ def _set_sweep_folder(config: DictConfig, folder: Path) -> None:
     They compose their configuration again, possibly in another working directory. The prefix `++`
     marks the override, so that `is_given` reports only overrides of the user.
     """
-    prefix = "" if is_given("hydra.sweep.dir", config.hydra) else "++"
+    prefix = "" if names_sweep_folder(config) else "++"
     escaped = str(folder).replace("'", "\\'")
     config.hydra.overrides.hydra.append(f"{prefix}hydra.sweep.dir='{escaped}'")
     config.hydra.sweep.dir = str(folder)

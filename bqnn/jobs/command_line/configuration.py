@@ -117,6 +117,16 @@ def is_given(key: str, hydra_config: Any) -> bool:
     return any(override.startswith(f"{key}=") for override in hydra_config.overrides.hydra)
 
 
+def names_sweep_folder(config: DictConfig) -> bool:
+    """Return whether the command line or a preset names the folder of a sweep, without the time.
+
+    Args:
+        config: The composed configuration, with its Hydra part.
+    """
+    named = str(unresolved(config)["hydra"]["sweep"]["dir"])
+    return is_given("hydra.sweep.dir", config.hydra) or "${now:" not in named
+
+
 def sweep_jobs(config: DictConfig) -> list[list[str]] | None:
     """Return the overrides of each Job of a multirun.
 

@@ -14,6 +14,7 @@ from bqnn.jobs.command_line.configuration import config_dir, is_choice, unresolv
 from bqnn.jobs.records import read_record
 from bqnn.jobs.secrets import mask
 from bqnn.jobs.terminal import describe
+from bqnn.jobs.typed import command_line
 from bqnn.settings.conf import leaves
 from bqnn.settings.suggest import did_you_mean, nearest
 from bqnn.text import one_line
@@ -35,7 +36,7 @@ def explain(error: Exception, verb: str) -> str:
         return _unknown_choice(error.missing_cfg_file, error.options)
     text = str(error)
     if "defaults list" in text:  # the group exists; + adds it
-        return _line(text)
+        return _line(text + _hint_for_preset())
     if match := re.match(r"Could not override '([^']+)'", text):
         hint = _hint_for_sweep(match[1]) if {"-m", "--multirun"} & set(sys.argv) else ""
         return _line(unknown_key(match[1], _known_keys(verb), verb) + hint)
@@ -74,11 +75,17 @@ def unknown_key(key: str, known: Iterable[str], verb: str) -> str:
     if rest and having:
         hint = f"; {' and '.join(f'{group}={choice}' for choice in having)} would have it"
     part = "hydra" if group == "hydra" else "job"
-    return f"{key}: there is no such key{hint} (python {verb}.py --cfg {part} shows all)"
+    return f"{key}: there is no such key{hint} ({command_line(verb)} --cfg {part} shows all)"
 
 
 def _line(text: str) -> str:
     return one_line(mask(text))
+
+
+def _hint_for_preset() -> str:
+    """Return a hint if a preset overrides a group that its verb does not have."""
+    presets = [o for o in read_arguments().overrides if o.startswith("experiment=")]
+    return f" ({presets[0]} may be a preset of another verb)" if presets else ""
 
 
 def _unknown_choice(path: str, options: Sequence[str]) -> str:

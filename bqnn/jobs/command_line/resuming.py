@@ -19,6 +19,7 @@ from bqnn.jobs.folder import OUTPUTS, fresh_folder
 from bqnn.jobs.identity import config_hash, is_prolonged, is_same
 from bqnn.jobs.runs import ELSEWHERE, find_run
 from bqnn.jobs.status import read_status
+from bqnn.jobs.typed import command
 
 
 def folder_to_resume(config: dict[str, Any]) -> Path:
@@ -76,10 +77,11 @@ def log_into(folder: Path) -> None:
     configure_log(copy.hydra.job_logging, copy.hydra.verbose)
 
 
-def resume_command(key: str, folder: Path) -> str:
+def resume_command(verb: str, key: str, folder: Path) -> str:
     """Return the command line of this process with options to resume in a folder.
 
     Args:
+        verb: The name of the program.
         key: `hydra.run.dir` or `hydra.sweep.dir`.
         folder: The folder.
     """
@@ -90,4 +92,4 @@ def resume_command(key: str, folder: Path) -> str:
     except HydraException:
         is_plain = False
     given = given if is_plain else quoted(key, str(folder))
-    return shlex.join(["python", sys.argv[0], *arguments, "resume=true", given])
+    return shlex.join([*command(verb), *arguments, "resume=true", given])

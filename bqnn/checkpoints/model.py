@@ -1,0 +1,185 @@
+"""A trained model that predicts rows in the units of the data."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from bqnn.arguments import whole_number
+from bqnn.checkpoints.recipe import Recipe
+from bqnn.checkpoints.recipe import load as load_method
+from bqnn.checkpoints.rows import read_rows
+from bqnn.data.normalization import Normalization
+from bqnn.inference.answers import ClassificationAnswer, RegressionAnswer
+from bqnn.inference.predict import BATCH_SIZE, predictive_sets
+from bqnn.jobs.locate import CHECKPOINT
+from bqnn.methods import Method
+from bqnn.methods.base import channels_last
+
+
+def load(
+    path: str | Path, numeric: str | None = None, *, allow_saturation: bool = False
+) -> "Model":
+    """Load the model in a checkpoint, which may come from an untrusted source.
+
+    Args:
+        path: The path of the checkpoint, or the folder of a run.
+        numeric: The arithmetic of a quantized model: `unquantized`, `simulated` (the default) or
+            `int8`. None for a float checkpoint.
+        allow_saturation: Whether integers that would saturate on this CPU are a warning instead of
+            an error.
+
+    Returns:
+        The model, on the CPU.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not a checkpoint of bqnn, is not quantized although `numeric` is
+            given, or would saturate on this CPU.
+
+    Example:
+        >>> import bqnn, tempfile, torch
+        >>> from bqnn.checkpoints.recipe import build
+        >>> recipe = {  # of a network for images of 8x8 pixels
+        ...     "version": 1, "stage": "float", "seed": 0, "net": {"name": "mlp"},
+        ...     "method": {
+        ...         "name": "bbb", "prior_std": 0.3, "init_rho": -5.0, "beta": 1.0,
+        ...         "optimizer": {"name": "adam"},
+        ...     },
+        ...     "task": {"name": "pets", "dataset": "images"},
+        ...     "facts": {
+        ...         "likelihood": "classification", "class_names": ["cat", "dog"],
+        ...         "input_shape": [1, 8, 8], "input_scale": 255.0, "input_mean": [0.0],
+        ...         "input_std": [1.0], "num_train": 100,
+        ...     },
+        ... }
+        >>> content = {"recipe": recipe, "state_dict": build(recipe).state_dict()}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(content, Path(folder, "checkpoint.ckpt"))
+        ...     model = bqnn.load(folder)
+        >>> images = torch.randint(256, (5, 1, 8, 8))
+        >>> answer = model.predict(images)
+        >>> answer.probabilities.shape, answer.mutual_information.shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        file = file / CHECKPOINT
+    return Model(load_method(file, numeric, allow_saturation=allow_saturation))
+
+
+class Model:
+    """A trained model that predicts rows in the units of the data.
+
+    It may be used by many threads.
+
+    Args:
+        method: A trained method in evaluation mode, on the CPU, with its recipe.
+
+    Attributes:
+        method: The method, whose `net` is the network and whose `likelihood` has the meaning of its
+            outputs.
+
+    Example:
+        >>> from bqnn.checkpoints.recipe import build
+        >>> recipe = {
+        ...     "version": 1, "stage": "float", "seed": 0,
+        ...     "method": {
+        ...         "name": "bbb", "prior_std": 0.3, "init_rho": -5.0, "beta": 1.0,
+        ...         "optimizer": {"name": "adam"},
+        ...     },
+        ...     "net": {"name": "mlp", "hidden_features": [4]},
+        ...     "task": {"name": "houses", "dataset": "uci"},
+        ...     "facts": {
+        ...         "likelihood": "regression", "target_mean": 200.0, "target_std": 50.0,
+        ...         "input_shape": [2], "input_mean": [80.0, 3.0], "input_std": [20.0, 1.0],
+        ...         "num_train": 100,
+        ...     },
+        ... }
+        >>> answer = Model(build(recipe).eval()).predict([[70, 2], [120, 5]], num_samples=10)
+        >>> answer.mean.shape, answer.std.shape, answer.samples.shape
+        ((2,), (2,), (10, 2))
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the model, in plain types."""
+        if self.method.recipe is None:
+            raise ValueError(
+                "this method has no recipe, which describes the rows that it predicts; build it "
+                "with bqnn.checkpoints.recipe.build"
+            )
+        return self.method.recipe
+
+    def predict(
+        self,
+        rows: object,
+        num_samples: int | None = None,
+        *,
+        seed: int | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> ClassificationAnswer | RegressionAnswer:
+        """Predict rows in the units of the data, and how uncertain each prediction is.
+
+        Equal calls give equal answers. All rows of a call see the same draws of the weights, so the
+        answer for a row depends on the other rows by rounding only. MC dropout is different: the
+        mask of a row depends on its position in the call and on `batch_size`.
+
+        Args:
+            rows: Features [N, F] in their original units, or images [N, C, H, W] with pixels in
+                their original range (0 to 255; 0 to 16 for digits). A NumPy array, a tensor, nested
+                lists or a pandas DataFrame.
+            num_samples: The number of draws S; None for the method's own. An ensemble has one per
+                member.
+            seed: The seed of the draws; None for that of the training, with which bqnn evaluates.
+            batch_size: The number of rows in a forward pass, which bounds the memory. The answer
+                itself has S numbers per row and class.
+
+        Returns:
+            The answer, with tensors if `rows` is a tensor and NumPy arrays otherwise.
+
+        Raises:
+            TypeError: The rows are not numbers, or an argument has a wrong type.
+            ValueError: The rows have a wrong shape or range or are not finite, or an argument is
+                out of its range, or the checkpoint has no normalization.
+        """
+        if num_samples is not None:
+            num_samples = whole_number("num_samples", num_samples, "choose 1 or more", 1)
+        num_samples = self.method.check_samples(num_samples)
+        batch_size = whole_number("batch_size", batch_size, "choose 1 row or more", 1)
+        seed = self.method.seed if seed is None else seed
+        seed = whole_number("seed", seed, "choose 0 or more", 0, 2**63 - 1)
+        normalization = self._normalization()
+
+        def prepare(batch: Tensor) -> Tensor:
+            inputs = normalization(batch)
+            if not inputs.isfinite().all():
+                raise ValueError(
+                    "rows: a row is so far from the training rows that its normalized values "
+                    "exceed float32; correct or remove it"
+                )
+            return channels_last(inputs)
+
+        (draws,) = predictive_sets(
+            self.method.net,
+            [read_rows(rows, self.recipe["facts"])],
+            num_samples,
+            prepare=prepare,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        answer = self.method.likelihood.answer(draws)
+        return answer if isinstance(rows, Tensor) else answer.numpy()
+
+    def _normalization(self) -> Normalization:
+        found = Normalization.from_facts(self.recipe["facts"])
+        if found is None:
+            raise ValueError(
+                "predict: the checkpoint does not store how its inputs are normalized, because it "
+                "was made by an earlier version, or its data set has no input_mean and input_std "
+                "in its facts; train it again, or normalize the rows and call "
+                "model.method.predictive(inputs)"
+            )
+        return found
