@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from bqnn.arguments import prefixed
 from bqnn.quant.spec import QuantSpec
-from bqnn.settings.options import METHOD, NET, OPTIMIZER, TASK
+from bqnn.settings.options import COMMON, METHOD, NET, OPTIMIZER, PLAIN, TASK, is_plugin
 from bqnn.settings.rules import (
     OPTION,
     Rule,
@@ -53,7 +53,12 @@ def _check(where: str, value: object, rule: Rule | Schema) -> None:
         return
     if type(value) is not dict:
         raise ValueError(f"{where}={short(value)}: expected a dictionary")
-    is_open = where in OPEN
+    is_open, default = where in OPEN, OPTION
+    group = where.removeprefix("recipe.")
+    if group in COMMON and is_plugin(group, value):
+        fixed = (*COMMON[group], *REQUIRED[where])
+        rule = {key: rule[key] for key in fixed}
+        is_open, default = True, PLAIN
     for key in value:
         if key not in rule and not (is_open and is_option(key)):
             raise ValueError(
@@ -64,7 +69,7 @@ def _check(where: str, value: object, rule: Rule | Schema) -> None:
         if key not in value:
             raise ValueError(f"{where}: has no {key}")
     for key, entry in value.items():
-        _check(f"{where}.{key}", entry, rule.get(key, OPTION))
+        _check(f"{where}.{key}", entry, rule.get(key, default))
 
 
 FACTS: Schema = {
@@ -89,8 +94,9 @@ RECIPE: Schema = {
     "quant": Rule("a dictionary", lambda value: type(value) is dict),  # checked by QuantSpec
 }
 
-# Groups that accept further options, for your own methods and networks. Tasks are not among them:
-# their options lead to files and addresses, so each one needs an entry in options.TASK.
+# Groups that accept further options, for methods and networks that are added to bqnn. Tasks are not
+# among them: their options lead to files and addresses, so each one needs an entry in options.TASK.
+# A plug-in, which is imported only if the user trusts the checkpoint, can have any option.
 OPEN = ("recipe.method", "recipe.method.optimizer", "recipe.net")
 
 # Required keys by group. All other keys have defaults.

@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bqnn.files import write_json
 from bqnn.jobs.job import Job, describe, end_with
 from bqnn.jobs.locate import canonical
+from bqnn.jobs.own import choose_own
 from bqnn.jobs.ranks import find_place, hide_launcher
 from bqnn.jobs.records import read_record
 from bqnn.jobs.secrets import is_secret_name, mask, refuse_secrets
@@ -93,6 +94,8 @@ def launch(task: Callable[[Job], None], verb: str, check: Check | None = None) -
         try:
             refuse_secrets({"the command line": sys.argv[1:]}, references=False)
             _refuse_malformed(_arguments(), verb)
+            if verb == "train":
+                sys.argv[1:] = choose_own(sys.argv[1:])
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)(run)()
         except _UsageError as usage:
             say(f"{verb}.py: {usage}", error=True)
@@ -327,6 +330,9 @@ def fresh_folder(name: str) -> str:
 
 # Registered at import, so that each process that unpickles the callback has them.
 OmegaConf.register_new_resolver("valid_name", lambda text: valid_name(str(text)), replace=True)
+OmegaConf.register_new_resolver(
+    "class_name", lambda path: str(path).rpartition(".")[2], replace=True
+)
 warnings.filterwarnings(  # conf/hydra/launcher reuses the names of the plugins on purpose
     "ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema"
 )
