@@ -64,8 +64,8 @@ def find_class(
     except Exception as error:  # a module can raise anything
         reason = one_line(f"{type(error).__name__}: {error}")[:300]
         raise ValueError(
-            f"{named}: cannot be imported ({reason}); check its name, install its "
-            "package, or add its folder to PYTHONPATH"
+            f"{named}: cannot be imported ({reason}); check its name, install its package, or add "
+            "its folder to PYTHONPATH"
         ) from error
     if not _is_kind(found, group, base):
         kind = "a class" if isinstance(found, type) else f"a {type(found).__name__}"
@@ -112,8 +112,8 @@ def refuse_foreign(
     named = [f"{group} is {short(path, 200)}" for group, path in found.items() if path is not None]
     if named:
         raise ValueError(
-            f"{where}: its {', its '.join(named)}, which is not a part of bqnn and would be "
-            "imported and run; if you trust the checkpoint and that code, add trust=true (in "
+            f"{where}: its {', its '.join(named)}; this is code outside of bqnn, which would be "
+            "imported and run; if you trust the checkpoint and this code, add trust=true (in "
             "Python, trust=True)"
         )
 

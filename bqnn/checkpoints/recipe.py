@@ -109,9 +109,11 @@ def build(recipe: Recipe) -> Method:
     """
     facts = recipe["facts"]
     likelihood = likelihood_from(facts)
-    reseed(torch.device("cpu"), stream_seed(recipe["seed"], Stream.INITIAL_WEIGHTS))
-    net = _make_net(recipe["net"], facts["input_shape"], likelihood)
+    # Found before seeding: the import of a plug-in may draw random numbers.
+    net_class = find_class("net", recipe["net"], NETS, nn.Module)
     method = find_class("method", recipe["method"], METHODS, Method)
+    reseed(torch.device("cpu"), stream_seed(recipe["seed"], Stream.INITIAL_WEIGHTS))
+    net = _make_net(net_class, recipe["net"], facts["input_shape"], likelihood)
     no_options = start_keys(method)
     options = {key: value for key, value in recipe["method"].items() if key not in no_options}
     options |= {"num_train": facts["num_train"], "seed": recipe["seed"]}
@@ -291,10 +293,12 @@ def _check_values(model: Method) -> None:
 
 
 def _make_net(
-    options: Mapping[str, Any], input_shape: Sequence[int], likelihood: Likelihood
+    called: Callable[..., Any],
+    options: Mapping[str, Any],
+    input_shape: Sequence[int],
+    likelihood: Likelihood,
 ) -> nn.Module:
     """Build the network of a recipe. It gets those of the shapes for which it has arguments."""
-    called = find_class("net", options, NETS, nn.Module)
     shapes = {"input_shape": tuple(input_shape), "heads": likelihood.heads}
     accepted = {name: shapes[name] for name in shapes.keys() & keywords(called)}
     net: nn.Module = _construct(called, "net", {**options, **accepted})

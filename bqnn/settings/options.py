@@ -223,7 +223,7 @@ COMMON: dict[str, tuple[str, ...]] = {
     "net": ("_target_",),
     "task": (
         *("_target_", "name", "max_epochs", "check_val_every_n_epoch", "save_every"),
-        *("batch_size", "validation_share"),
+        *("batch_size", "validation_share", "split"),
     ),
 }
 PLAIN = plain()
