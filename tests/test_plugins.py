@@ -258,9 +258,9 @@ def test_a_data_set_of_a_checkpoint_is_imported_if_it_is_trusted(imported, decla
             make_data({**config, "task": {"name": "x", **task}})
     assert not imported()
     for given in ({"trust": True}, {"checkpoint": None}):
-        task: dict[str, Any] = {"name": "x", "dataset": "my_data", "num_test": 9}
+        mine: dict[str, Any] = {"name": "x", "dataset": "my_data", "num_test": 9}
         own = {key: value for key, value in {**config, **given}.items() if value is not None}
-        assert len(make_data({**own, "task": task}).test) == 9
+        assert len(make_data({**own, "task": mine}).test) == 9
 
 
 def bomb(levels: int) -> object:
