@@ -64,14 +64,12 @@ def from_bayesian_torch(net: nn.Module, prior_std: float | None = None) -> nn.Mo
         TypeError: A layer returns tuples, has hooks, or is a Bayesian layer of another type.
         ValueError: There is no layer to convert, or a prior has a mean other than 0.
 
-    Example:
-        >>> import bayesian_torch.layers as other  # doctest: +SKIP
-        >>> layer = other.LinearReparameterization(3, 2)  # doctest: +SKIP
-        >>> layer.dnn_to_bnn_flag = True  # doctest: +SKIP
-        >>> from_bayesian_torch(nn.Sequential(layer))  # doctest: +SKIP
-        Sequential(
-          (0): BayesLinear(3, 2, prior_std=1.0)
-        )
+    Example, which requires bayesian-torch:
+
+        net = torchvision.models.resnet18(num_classes=10)
+        dnn_to_bnn(net, parameters)  # of bayesian_torch.models.dnn_to_bnn
+        ...                          # a training
+        net = from_bayesian_torch(net)
     """
     from bayesian_torch import layers
     from bayesian_torch.layers.base_variational_layer import BaseVariationalLayer_
@@ -104,12 +102,9 @@ def from_torch_uncertainty(net: nn.Module, prior_std: float | None = None) -> nn
         TypeError: A layer is frozen, has hooks, or is a Bayesian layer of another type.
         ValueError: There is no layer to convert, or a prior is not a Gaussian.
 
-    Example:
-        >>> from torch_uncertainty.layers.bayesian import BayesLinear  # doctest: +SKIP
-        >>> from_torch_uncertainty(nn.Sequential(BayesLinear(3, 2)))  # doctest: +SKIP
-        Sequential(
-          (0): BayesLinear(3, 2, prior_std=0.1)
-        )
+    Example, which requires torch-uncertainty:
+
+        net = from_torch_uncertainty(nn.Sequential(bayesian.BayesLinear(3, 2)))
     """
     from torch_uncertainty.layers import bayesian
 
