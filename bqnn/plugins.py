@@ -139,7 +139,8 @@ def _is_kind(found: object, group: str, base: type) -> bool:
 def _unknown(group: str, name: str, own: Mapping[str, Callable[..., Any]]) -> str:
     names = [*own, *(entry.name for entry in entry_points(group=ENTRY_POINTS[group]))]
     hint = did_you_mean(name, names)
+    rest = "" if hint else ", or install the package that provides it"
     return (
         f"{group}.{NAME_KEYS[group]}={short(name)}: unknown{hint or ';'} choose one of "
-        f"{', '.join(names)}"
+        f"{', '.join(names)}{rest}"
     )
