@@ -58,15 +58,7 @@ def find_class(
         named, load = f"{group}.{key}={entry.name} ({entry.value})", entry.load
     else:
         raise ValueError(_unknown(group, str(options.get(key)), own))
-    found: Any
-    try:
-        found = load()
-    except Exception as error:  # a module can raise anything
-        reason = one_line(f"{type(error).__name__}: {error}")[:300]
-        raise ValueError(
-            f"{named}: cannot be imported ({reason}); check its name, install its package, or add "
-            "its folder to PYTHONPATH"
-        ) from error
+    found = _loaded(named, load)
     if not _is_kind(found, group, base):
         kind = "a class" if isinstance(found, type) else f"a {type(found).__name__}"
         maker = f", or of a function that returns a {base.__name__}" if group == "net" else ""
@@ -112,10 +104,20 @@ def refuse_foreign(
     named = [f"{group} is {short(path, 200)}" for group, path in found.items() if path is not None]
     if named:
         raise ValueError(
-            f"{where}: its {', its '.join(named)}; this is code outside of bqnn, which would be "
-            "imported and run; if you trust the checkpoint and this code, add trust=true (in "
-            "Python, trust=True)"
+            f"{where}: its {', its '.join(named)}; opening it would import and run this code; if "
+            "you trust the checkpoint and the code, add trust=true (in Python, trust=True)"
         )
+
+
+def _loaded(named: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except Exception as error:  # a module can raise anything
+        reason = one_line(f"{type(error).__name__}: {error}")[:300]
+        raise ValueError(
+            f"{named}: cannot be imported ({reason}); check its name, install its package, or add "
+            "its folder to PYTHONPATH"
+        ) from error
 
 
 def _import(target: str) -> object:

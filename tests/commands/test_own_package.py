@@ -78,7 +78,7 @@ def test_it_trains_quantizes_evaluates_and_reports(
     for verb, options in (("quantize", ["quant.mode=ptq"]), ("evaluate", ["suite=test"])):
         code, errors = script_here(verb, "checkpoint=a", *options, *common, "hydra.run.dir=b")
         assert code == 1
-        assert f"its net is '{label}'; this is code outside of bqnn" in errors
+        assert f"its net is '{label}'; opening it would import and run this code" in errors
         assert "add trust=true" in errors
         shutil.rmtree(tmp_path / "b")
     for mode in ("ptq", "qat"):
