@@ -147,8 +147,7 @@ def _take_over(
         raise ValueError(f"{caller}: the network has no layer to convert; it converts {known}")
     if num_gaussian_biases:
         log.warning(
-            "%s: the Gaussian biases of %d layers became their means; biases have point values in "
-            "bqnn",
+            "%s: %d Gaussian biases became their means, because biases have point values in bqnn",
             caller,
             num_gaussian_biases,
         )

@@ -177,7 +177,7 @@ def test_linear_layers_of_bayesian_torch_keep_their_posterior(kind, bias, bayesi
     net = nn.Sequential(layer, nn.LayerNorm(2)).eval()
     with caplog.at_level("WARNING", logger="bqnn"):
         assert from_bayesian_torch(net) is net
-    assert ("Gaussian biases of 1 layers became their means" in caplog.text) == bias
+    assert ("1 Gaussian biases became their means" in caplog.text) == bias
     assert type(net[0]) is BayesLinear
     assert not net[0].training
     assert net[0].prior_std == 0.5  # the library uses its prior_variance as a standard deviation
@@ -278,7 +278,7 @@ def test_layers_of_torch_uncertainty_keep_their_posterior(bias, torch_uncertaint
     net = nn.ModuleDict({"linear": linear, "norm": nn.LayerNorm(2), "conv": conv})
     with caplog.at_level("WARNING", logger="bqnn"):
         from_torch_uncertainty(net)
-    assert ("Gaussian biases of 2 layers became their means" in caplog.text) == bias
+    assert ("2 Gaussian biases became their means" in caplog.text) == bias
     for made, source in ((net["linear"], linear), (net["conv"], conv)):
         assert torch.equal(made.mean, source.weight_mu)
         torch.testing.assert_close(made.sigma, sigma(source.weight_sigma))
