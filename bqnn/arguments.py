@@ -5,6 +5,8 @@ import numbers
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from inspect import Parameter, signature
+from typing import Any
 
 from bqnn.text import short
 
@@ -61,6 +63,51 @@ def prefixed(group: str) -> AbstractContextManager[None]:
         bqnn.arguments.ArgumentError: method.rate=2: a share is below 1
     """
     return renamed(lambda name: f"{group}.{name}")
+
+
+def keywords(called: Callable[..., Any]) -> set[str]:
+    """Return the names of all arguments of a function, or of a class.
+
+    A class with `**options` also accepts the arguments of its bases.
+
+    Example:
+        >>> class Base:
+        ...     def __init__(self, *, rate: float) -> None: ...
+        >>> class Derived(Base):
+        ...     def __init__(self, *, width: int, **options: float) -> None: ...
+        >>> sorted(keywords(Derived))
+        ['rate', 'width']
+    """
+    takers = called.__mro__ if isinstance(called, type) else [called]
+    names: set[str] = set()
+    for taker in takers:
+        parameters = signature(taker).parameters.values()
+        names |= {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        if not any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
+            break
+    return names
+
+
+def required(called: Callable[..., Any]) -> set[str]:
+    """Return the names of the required arguments of a function or class.
+
+    Example:
+        >>> required(lambda rate, width=3: rate)
+        {'rate'}
+    """
+    parameters = signature(called).parameters.values()
+    kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    return {p.name for p in parameters if p.default is p.empty and p.kind in kinds}
+
+
+def takes_any(called: Callable[..., Any]) -> bool:
+    """Return whether a function or class accepts arguments of any name.
+
+    Example:
+        >>> takes_any(lambda **options: options)
+        True
+    """
+    return any(p.kind is Parameter.VAR_KEYWORD for p in signature(called).parameters.values())
 
 
 def real_number(

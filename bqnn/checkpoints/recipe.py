@@ -2,30 +2,32 @@
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bqnn.arguments import prefixed
+from bqnn.arguments import keywords, prefixed
 from bqnn.checkpoints.file import read_checkpoint
 from bqnn.checkpoints.schema import check_recipe
-from bqnn.inference.likelihoods import likelihood_from
+from bqnn.inference.likelihoods import Likelihood, likelihood_from
 from bqnn.jobs.typed import command_line
 from bqnn.layers.noise import reseed
 from bqnn.methods import METHODS, BayesByBackprop, Method
 from bqnn.methods.base import channels_last
 from bqnn.nets import NETS
+from bqnn.plugins import find_class, refuse_foreign
 from bqnn.quant.callback import quantize_module
 from bqnn.quant.fbgemm import FakeQuant
 from bqnn.quant.integer import convert
 from bqnn.quant.simulated import enable
 from bqnn.quant.spec import QuantSpec
 from bqnn.seeds import Stream, stream_seed
+from bqnn.settings.options import is_plugin
 from bqnn.text import one_line, printable, short
 
 log = logging.getLogger(__name__)
@@ -71,12 +73,13 @@ def described(recipe: Recipe | None) -> dict[str, Any]:
     return {**groups, "quant": {"name": "checkpoint", "mode": recipe["stage"], **recipe["quant"]}}
 
 
-def start_keys(method: str) -> tuple[str, ...]:
+def start_keys(method: Callable[..., Any]) -> tuple[str, ...]:
     """Return the keys of a method's configuration that set the start of the training.
 
     They are not arguments of the method's class, because a model that is loaded does not start.
     """
-    return ("init_from",) if issubclass(METHODS.get(method, Method), BayesByBackprop) else ()
+    is_bayes = isinstance(method, type) and issubclass(method, BayesByBackprop)
+    return ("init_from",) if is_bayes else ()
 
 
 def build(recipe: Recipe) -> Method:
@@ -107,17 +110,26 @@ def build(recipe: Recipe) -> Method:
     """
     facts = recipe["facts"]
     likelihood = likelihood_from(facts)
+    # Found before seeding: the import of a plug-in may draw random numbers.
+    net_class = find_class("net", recipe["net"], NETS, nn.Module)
+    method = find_class("method", recipe["method"], METHODS, Method)
     reseed(torch.device("cpu"), stream_seed(recipe["seed"], Stream.INITIAL_WEIGHTS))
-    net = _construct(NETS, "net", recipe["net"], facts["input_shape"], likelihood.heads)
-    no_options = start_keys(recipe["method"]["name"])
+    net = _make_net(net_class, recipe["net"], facts["input_shape"], likelihood)
+    no_options = start_keys(method)
     options = {key: value for key, value in recipe["method"].items() if key not in no_options}
     options |= {"num_train": facts["num_train"], "seed": recipe["seed"]}
-    model: Method = _construct(METHODS, "method", options, net, likelihood)
+    model: Method = _construct(method, "method", options, net, likelihood)
     model.recipe = recipe
     return model
 
 
-def load(path: str | Path, numeric: str | None = None, *, allow_saturation: bool = False) -> Method:
+def load(
+    path: str | Path,
+    numeric: str | None = None,
+    *,
+    allow_saturation: bool = False,
+    trust: bool = False,
+) -> Method:
     """Load the model in a checkpoint, which may come from an untrusted source.
 
     Args:
@@ -128,6 +140,8 @@ def load(path: str | Path, numeric: str | None = None, *, allow_saturation: bool
             few random inputs. None for a float checkpoint.
         allow_saturation: Whether integers that would saturate on this CPU are a warning instead of
             an error.
+        trust: Whether to import the method or network of another package that the checkpoint
+            names, which runs code.
 
     Returns:
         The model, on the CPU and in evaluation mode. All weights match by name, shape and dtype.
@@ -135,7 +149,7 @@ def load(path: str | Path, numeric: str | None = None, *, allow_saturation: bool
     Raises:
         FileNotFoundError: The file does not exist.
         ValueError: The file is not a checkpoint of bqnn, is not quantized although `numeric` is
-            given, or would saturate on this CPU.
+            given, would saturate on this CPU, or names code of another package without `trust`.
 
     Example:
         >>> import tempfile
@@ -165,6 +179,8 @@ def load(path: str | Path, numeric: str | None = None, *, allow_saturation: bool
             f"numeric={numeric}: {where} is a float checkpoint; quantize it first "
             f"({command_line('quantize')} checkpoint={where})"
         )
+    if not trust:
+        refuse_foreign({"method": (recipe["method"], METHODS), "net": (recipe["net"], NETS)}, where)
     state = checkpoint["state_dict"]
     _check_fit(recipe, state, where)
     model = _assemble(recipe)
@@ -277,16 +293,61 @@ def _check_values(model: Method) -> None:
                 raise ValueError(f"{name} has no valid grid: it must be finite and contain 0")
 
 
-def _construct(table: Mapping[str, Any], group: str, options: Mapping[str, Any], *args: Any) -> Any:
-    """Look up `options["name"]` in a table, and call the entry with the other options."""
-    rest = dict(options)
-    name = rest.pop("name")
-    if name not in table:
-        raise ValueError(f"{group}.name={short(name)}: unknown; choose one of {', '.join(table)}")
+def _make_net(
+    called: Callable[..., Any],
+    options: Mapping[str, Any],
+    input_shape: Sequence[int],
+    likelihood: Likelihood,
+) -> nn.Module:
+    """Build the network of a recipe. It gets those of the shapes for which it has arguments."""
+    shapes = {"input_shape": tuple(input_shape), "heads": likelihood.heads}
+    accepted = {name: shapes[name] for name in shapes.keys() & keywords(called)}
+    net: nn.Module = _construct(called, "net", {**options, **accepted})
+    if not is_plugin("net", options):
+        return net
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"net={options['name']} returned {short(net)}, not a torch.nn.Module")
+    if not any(tensor.is_meta for tensor in net.parameters()):  # else its weights are not there yet
+        _check_outputs(net, str(options["name"]), input_shape, likelihood)
+    return net
+
+
+def _check_outputs(
+    net: nn.Module, name: str, input_shape: Sequence[int], likelihood: Likelihood
+) -> None:
+    """Refuse a network whose outputs are not those that the likelihood needs."""
+    inputs, wanted = torch.zeros(2, *input_shape), (2, likelihood.num_outputs)
+    meaning = "one output per class" if len(likelihood.heads) == 1 else "a mean and a log variance"
+    modes = {module: module.training for module in net.modules()}
+    try:
+        with torch.no_grad():
+            found: object = net.eval()(inputs)
+    except Exception as error:  # a network can raise anything
+        reason = one_line(f"{type(error).__name__}: {error}")[:300]
+        raise ValueError(
+            f"net={name} fails on inputs of shape {tuple(inputs.shape)} ({reason}); set its "
+            "options for this shape, or give it the argument input_shape"
+        ) from error
+    for module, mode in modes.items():
+        module.training = mode
+    shape = tuple(found.shape) if isinstance(found, Tensor) else short(found)
+    if shape != wanted:
+        raise ValueError(
+            f"net={name} has outputs of shape {shape} for inputs of shape {tuple(inputs.shape)}, "
+            f"but the data need {wanted}: {meaning}; set its options (such as num_classes), or "
+            "give it the argument heads"
+        )
+
+
+def _construct(
+    called: Callable[..., Any], group: str, options: Mapping[str, Any], *args: Any
+) -> Any:
+    """Call a class or function with the options in a group of a recipe."""
+    rest = {key: value for key, value in options.items() if key not in ("name", "_target_")}
     try:
         with prefixed(group):
-            return table[name](*args, **rest)
+            return called(*args, **rest)
     except TypeError as error:
         raise ValueError(
-            f"{group}={name} cannot be built from these options: {one_line(str(error))}"
+            f"{group}={options['name']} cannot be built from these options: {one_line(str(error))}"
         ) from error

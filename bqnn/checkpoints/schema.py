@@ -7,7 +7,7 @@ from typing import Any
 
 from bqnn.arguments import prefixed
 from bqnn.quant.spec import QuantSpec
-from bqnn.settings.options import METHOD, NET, OPTIMIZER, TASK
+from bqnn.settings.options import COMMON, METHOD, NET, OPTIMIZER, PLAIN, TASK, is_plugin
 from bqnn.settings.rules import (
     OPTION,
     POSITIVE,
@@ -59,7 +59,12 @@ def _check(where: str, value: object, rule: Rule | Schema) -> None:
         return
     if type(value) is not dict:
         raise ValueError(f"{where}={short(value)}: expected a dictionary")
-    is_open = where in OPEN
+    is_open, default = where in OPEN, OPTION
+    group = where.removeprefix("recipe.")
+    if group in COMMON and is_plugin(group, value):
+        fixed = (*COMMON[group], *REQUIRED[where])
+        rule = {key: rule[key] for key in fixed}
+        is_open, default = True, PLAIN
     for key in value:
         if key not in rule and not (is_open and is_option(key)):
             raise ValueError(
@@ -70,7 +75,7 @@ def _check(where: str, value: object, rule: Rule | Schema) -> None:
         if key not in value:
             raise ValueError(f"{where}: has no {key}")
     for key, entry in value.items():
-        _check(f"{where}.{key}", entry, rule.get(key, OPTION))
+        _check(f"{where}.{key}", entry, rule.get(key, default))
 
 
 def _check_normalization(facts: Mapping[str, Any]) -> None:
@@ -133,8 +138,9 @@ RECIPE: Schema = {
     "quant": Rule("a dictionary", lambda value: type(value) is dict),  # checked by QuantSpec
 }
 
-# Groups that accept further options, for your own methods and networks. Tasks are not among them:
-# their options lead to files and addresses, so each one needs an entry in options.TASK.
+# Groups that accept further options, for methods and networks that are added to bqnn. Tasks are not
+# among them: their options lead to files and addresses, so each one needs an entry in options.TASK.
+# A plug-in, which is imported only if the user trusts the checkpoint, can have any option.
 OPEN = ("recipe.method", "recipe.method.optimizer", "recipe.net")
 
 # Required keys by group. All other keys have defaults.

@@ -19,8 +19,9 @@ def start_from(model: BayesByBackprop, path: str) -> None:
         ValueError: The file is not a checkpoint, not from a pointwise run, or of another network.
     """
     checkpoint, where = read_checkpoint(path), f"init_from={printable(path)}"
-    method = checkpoint["recipe"]["method"]["name"]
-    if method != "pointwise":
-        raise ArgumentError(f"{where}: this is a {method} run; give a pointwise run", "init_from")
+    method = checkpoint["recipe"]["method"]
+    if method["name"] != "pointwise" or "_target_" in method:
+        name = method["name"]
+        raise ArgumentError(f"{where}: this is a {name} run; give a pointwise run", "init_from")
     with renamed({"state": where}.__getitem__):
         model.initialize_from(checkpoint["state_dict"])

@@ -1,19 +1,23 @@
 """Check that the names in a configuration exist, and that their classes accept the options.
 
-The check runs before a job starts, so a mistyped name or option leaves no files behind.
+The check runs before a job starts, so a mistyped name or option leaves no files behind. It imports
+the plug-ins that the configuration names.
 """
 
 from collections.abc import Callable, Mapping
-from inspect import Parameter, signature
 from typing import Any
 
+from torch import nn
+
+from bqnn.arguments import keywords, required, takes_any
 from bqnn.checkpoints.recipe import start_keys
 from bqnn.checkpoints.schema import check_recipe
-from bqnn.data import DATASETS
+from bqnn.data import DATASETS, TensorData
 from bqnn.data.task import TRAINING_KEYS
-from bqnn.methods import METHODS
+from bqnn.methods import METHODS, Method
 from bqnn.nets import NETS
 from bqnn.optim import OPTIMIZERS
+from bqnn.plugins import find_class
 from bqnn.quant.callback import quantization_callbacks
 from bqnn.settings.conf import leaves
 from bqnn.settings.suggest import did_you_mean
@@ -38,10 +42,13 @@ def check_training(config: Mapping[str, Any]) -> None:
         ValueError: A name or an option is unknown, missing or invalid. The message has a suggestion
             if a valid name is similar.
     """
-    more = ("name", *start_keys(str(config["method"].get("name"))))
-    _check_group("method", "name", config["method"], METHODS, more)
-    _check_group("net", "name", config["net"], NETS, more=("name",))
-    _check_group("task", "dataset", config["task"], DATASETS, more=TRAINING_KEYS)
+    method = find_class("method", config["method"], METHODS, Method)
+    net = find_class("net", config["net"], NETS, nn.Module)
+    data = find_class("task", config["task"], DATASETS, TensorData)
+    _check_options("method", config["method"], method, ("name", "_target_", *start_keys(method)))
+    if not takes_any(net):
+        _check_options("net", config["net"], net, ("name", "_target_"))
+    _check_options("task", config["task"], data, TRAINING_KEYS)
     check_optimizer("method.optimizer", config["method"].get("optimizer", {}))
     quantization_callbacks(config["quant"])
     groups = {group: config[group] for group in ("seed", "method", "net", "task")}
@@ -58,48 +65,34 @@ def check_optimizer(key: str, options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: The name or an option is unknown.
     """
-    _check_group(key, "name", options, OPTIMIZERS, more=("name",))
-
-
-def _check_group(
-    group: str,
-    name_key: str,
-    options: Mapping[str, Any],
-    table: Mapping[str, Callable[..., Any]],
-    more: tuple[str, ...],
-) -> None:
-    name = str(options.get(name_key))
-    if name not in table:
-        hint = did_you_mean(name, table)
+    name = str(options.get("name"))
+    if name not in OPTIMIZERS:
+        hint = did_you_mean(name, OPTIMIZERS)
         raise ValueError(
-            f"{group}.{name_key}={short(name)}: unknown{hint or ';'} choose one of "
-            f"{', '.join(table)}"
+            f"{key}.name={short(name)}: unknown{hint or ';'} choose one of {', '.join(OPTIMIZERS)}"
         )
-    accepted = _keywords(table[name]) - set(GIVEN[group.rpartition(".")[2]]) | set(more)
+    _check_options(key, options, OPTIMIZERS[name], ("name",))
+
+
+def _check_options(
+    group: str, options: Mapping[str, Any], called: Callable[..., Any], more: tuple[str, ...]
+) -> None:
+    """Refuse options that a class does not accept, and the lack of those that it requires.
+
+    Args:
+        group: The key of the options in the configuration.
+        options: The options.
+        called: The class or function that gets them.
+        more: Keys of the group that are not passed on.
+    """
+    name = options.get("name", options.get("dataset"))
+    given = set(GIVEN[group.rpartition(".")[2]])
+    accepted = keywords(called) - given | set(more)
     for key in options:
         if key not in accepted:
             there = {path for path, _ in leaves(options)}
             names = sorted(f"{group}.{option}" for option in (accepted | there) - {key})
             hint = did_you_mean(f"{group}.{key}", names)
             raise ValueError(f"{group}.{key}: {group}={name} has no such option{hint}")
-    for key in _required(table[name]) - set(GIVEN[group.rpartition(".")[2]]) - set(options):
+    for key in required(called) - given - set(options):
         raise ValueError(f"{group}.{key} is missing: {group}={name} requires it")
-
-
-def _required(called: Callable[..., Any]) -> set[str]:
-    """Return the names of the required arguments of a function."""
-    parameters = signature(called).parameters.values()
-    kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-    return {p.name for p in parameters if p.default is p.empty and p.kind in kinds}
-
-
-def _keywords(called: Callable[..., Any]) -> set[str]:
-    """Return the names of all arguments of a function, or of a class and its bases."""
-    takers = [called] if not isinstance(called, type) else called.__mro__
-    names: set[str] = set()
-    for taker in takers:
-        parameters = signature(taker).parameters.values()
-        names |= {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-        if not any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
-            break
-    return names

@@ -78,8 +78,8 @@ def evaluate(job: Job) -> None:
 def load_model(job: Job) -> Method:
     """Load the network in the configured numeric. int8 runs on the CPU only."""
     accelerator, numeric = prepare_torch(job), job.config["numeric"]
-    allow_saturation = job.config["allow_saturation"]
-    model = load(job.config["checkpoint"], numeric, allow_saturation=allow_saturation)
+    options = {key: job.config[key] for key in ("allow_saturation", "trust")}
+    model = load(job.config["checkpoint"], numeric, **options)
     return model if accelerator == "cpu" or numeric == "int8" else model.cuda()
 
 

@@ -74,7 +74,7 @@ def run(job: Job) -> None:
 def quantize(job: Job) -> None:
     """Quantize one network and write its results."""
     leave_as_found(job)
-    model = load(job.config["checkpoint"])
+    model = load(job.config["checkpoint"], trust=job.config["trust"])
     data = make_data(job.config, model.recipe)
     loggers, timer = make_loggers(job), EpochTimer(job)
     num_samples = model.check_samples(job.config["num_samples"])
@@ -84,7 +84,8 @@ def quantize(job: Job) -> None:
         start = fine_tune(job, loggers, timer, model, data)
     else:
         start = calibrate(job, loggers, model, data)
-    models = {numeric: load(job.folder / "checkpoint.ckpt", numeric) for numeric in NUMERICS}
+    path, trust = job.folder / "checkpoint.ckpt", job.config["trust"]
+    models = {numeric: load(path, numeric, trust=trust) for numeric in NUMERICS}
     for numeric, quantized in models.items():
         predictions[numeric] = predict(
             job, numeric, quantized, test_set, data.normalize, num_samples

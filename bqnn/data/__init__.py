@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import signature
 
-from bqnn.arguments import ArgumentError
+from bqnn.arguments import ArgumentError, keywords, required
 from bqnn.data.base import Rows, TensorData
 from bqnn.data.cifar10 import CIFAR10Data
 from bqnn.data.csv_table import CSVData
@@ -15,7 +14,7 @@ from bqnn.data.loader import TensorLoader
 from bqnn.data.mnist import MNISTData
 from bqnn.data.synthetic import SyntheticData
 from bqnn.data.uci import UCIData
-from bqnn.text import short
+from bqnn.plugins import find_class
 
 __all__ = ["DATASETS", "Rows", "TensorData", "TensorLoader", "build_data"]
 
@@ -30,14 +29,22 @@ DATASETS: dict[str, Callable[..., TensorData]] = {
 }
 
 
-def build_data(dataset: str, *, data_dir: str, seed: int, options: dict[str, object]) -> TensorData:
+def build_data(
+    dataset: str,
+    *,
+    data_dir: str,
+    seed: int,
+    options: dict[str, object],
+    target: str | None = None,
+) -> TensorData:
     """Create a data set by name, without reading it.
 
     Args:
-        dataset: A key of `DATASETS`.
+        dataset: A key of `DATASETS`, or the name of an entry point of another package.
         data_dir: The folder of data files.
         seed: Seed of the validation split and of the order of training batches.
         options: The other arguments of the data set, by name.
+        target: The path of the class of a data set in another package; `dataset` is then a label.
 
     Raises:
         ValueError: The data set or an option is unknown, or a required option is missing. The
@@ -48,23 +55,20 @@ def build_data(dataset: str, *, data_dir: str, seed: int, options: dict[str, obj
         >>> data.batch_size
         32
     """
-    if dataset not in DATASETS:
-        raise ArgumentError(
-            f"dataset={short(dataset)}: unknown data set; choose one of {', '.join(DATASETS)}",
-            "dataset",
-        )
-    parameters = signature(DATASETS[dataset]).parameters.values()
-    known = {p.name: p for p in parameters if p.name not in ("data_dir", "seed")}
-    unknown = sorted(options.keys() - known.keys())
+    named = {"dataset": dataset} | ({} if target is None else {"_target_": target})
+    made = find_class("task", named, DATASETS, TensorData)
+    known = keywords(made) - {"data_dir", "seed"}
+    unknown = sorted(options.keys() - known)
     if unknown:
         raise ArgumentError(
             f"{', '.join(unknown)}: unknown option of the data set {dataset}; choose from "
-            f"{', '.join(known)}",
+            f"{', '.join(sorted(known))}",
             *unknown,
         )
-    missing = sorted(n for n, p in known.items() if p.default is p.empty and n not in options)
+    missing = sorted(required(made) - {"data_dir", "seed"} - options.keys())
     if missing:
         raise ArgumentError(
             f"{', '.join(missing)}: required by the data set {dataset}; add it", *missing
         )
-    return DATASETS[dataset](data_dir=data_dir, seed=seed, **options)
+    data: TensorData = made(data_dir=data_dir, seed=seed, **options)
+    return data

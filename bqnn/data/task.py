@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from bqnn.arguments import prefixed
-from bqnn.data import TensorData, build_data
-from bqnn.text import short
+from bqnn.data import DATASETS, TensorData, build_data
+from bqnn.plugins import refuse_foreign
+from bqnn.text import printable, short
 
 # The keys of a task that configure training; all others are options of its data set.
-TRAINING_KEYS = ("name", "dataset", "max_epochs", "check_val_every_n_epoch", "save_every")
+TRAINING_KEYS = (
+    *("name", "dataset", "_target_", "max_epochs", "check_val_every_n_epoch", "save_every"),
+)
 
 # The facts of data that are the same in every job with one checkpoint.
 IDENTITY = (
@@ -22,8 +25,8 @@ def make_data(config: Mapping[str, Any], recipe: Mapping[str, Any] | None = None
     """Download, read and split the data set of a job's task.
 
     If the task comes from a checkpoint, its file or folder must be below the working directory or
-    `data_dir`, unless `trust` is set: an untrusted checkpoint cannot choose the files that are
-    read.
+    `data_dir`, and its data set must be one of bqnn, unless `trust` is set: an untrusted checkpoint
+    cannot choose the files that are read, or the code that is run.
 
     Args:
         config: The configuration of a job, with the keys `task`, `data_dir` and `seed`.
@@ -33,7 +36,8 @@ def make_data(config: Mapping[str, Any], recipe: Mapping[str, Any] | None = None
     Raises:
         FileNotFoundError: Files are missing and cannot be downloaded.
         ValueError: An option is invalid (the message names its key), data are damaged or have
-            changed since the training, or the file or folder is not allowed.
+            changed since the training, or the file, the folder or the class of the data set is not
+            allowed.
 
     Example:
         >>> task = {"name": "toy", "dataset": "synthetic", "max_epochs": 3, "num_test": 10}
@@ -42,13 +46,18 @@ def make_data(config: Mapping[str, Any], recipe: Mapping[str, Any] | None = None
     """
     task = config["task"]
     if "checkpoint" in config and not config.get("trust"):
+        refuse_foreign({"task": (task, DATASETS)}, printable(str(config["checkpoint"])))
         for key in ("root", "file"):
             if task.get(key) is not None:
                 _require_near(Path(task[key]), [Path.cwd(), Path(config["data_dir"])])
     options = {key: value for key, value in task.items() if key not in TRAINING_KEYS}
     with prefixed("task"):
         data = build_data(
-            task["dataset"], data_dir=config["data_dir"], seed=config["seed"], options=options
+            task["dataset"],
+            data_dir=config["data_dir"],
+            seed=config["seed"],
+            options=options,
+            target=task.get("_target_"),
         )
         data.prepare_data()
         data.setup()

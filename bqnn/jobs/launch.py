@@ -16,6 +16,7 @@ from bqnn.jobs.command_line.arguments import UsageError, read_arguments, refuse_
 from bqnn.jobs.command_line.callback import Launch, StoppedError, launching
 from bqnn.jobs.command_line.configuration import config_dir, located
 from bqnn.jobs.command_line.messages import explain
+from bqnn.jobs.command_line.own import choose_own
 from bqnn.jobs.command_line.refusals import Check
 from bqnn.jobs.command_line.resuming import folder_to_resume, log_into, resume_command
 from bqnn.jobs.interruption import sigterm_as_interrupt
@@ -59,6 +60,8 @@ def launch(task: Callable[[Job], None], verb: str, check: Check | None = None) -
         try:
             refuse_secrets({"the command line": sys.argv[1:]}, references=False)
             refuse_malformed(read_arguments(), verb)
+            if verb == "train":
+                sys.argv[1:] = choose_own(sys.argv[1:])
             hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=verb)(run)()
         except UsageError as error:
             say(f"{program(verb)}: {error}", error=True)

@@ -1,6 +1,7 @@
 """The files in conf/: defaults and their comments."""
 
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,26 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+# The key of each group that selects a method, a network or a data set by name.
+NAME_KEYS = {"method": "name", "net": "name", "task": "dataset"}
+
+
+@functools.cache
+def built_in(group: str) -> tuple[str, ...]:
+    """Return the names of bqnn's own methods, networks or data sets, from the files in conf/.
+
+    Args:
+        group: method, net or task.
+
+    Example:
+        >>> built_in("net")
+        ('lenet', 'mlp', 'resnet')
+    """
+    pattern = re.compile(rf"^{NAME_KEYS[group]}: (\w+)", re.MULTILINE)
+    texts = (path.read_text(encoding="utf-8") for path in sorted((CONF / group).glob("*.yaml")))
+    return tuple(dict.fromkeys(match[1] for text in texts if (match := pattern.search(text))))
 
 
 @functools.cache

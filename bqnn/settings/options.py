@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from bqnn.settings.conf import leaves
+from bqnn.settings.conf import NAME_KEYS, built_in, leaves
 from bqnn.settings.rules import (
     ANY,
     COUNT,
@@ -33,7 +33,9 @@ from bqnn.settings.rules import (
     maybe,
     name,
     one_of,
+    plain,
     real,
+    target,
     text,
     whole,
 )
@@ -63,6 +65,7 @@ JOB: Table = {
 
 # The options of data sets, and the defaults of a task for its training.
 TASK: Table = {
+    "_target_": target(),
     "table": Rule("the name of a folder in <data_dir>/uci, without slashes", name().holds),
     "name": name(),
     "max_epochs": EVERY,
@@ -99,6 +102,7 @@ TASK: Table = {
 }
 
 NET: Table = {
+    "_target_": target(),
     "hidden_features": either(SIZE, many(SIZE, 256)),
     "channels": many(SIZE, 2),
     "width": SIZE,
@@ -106,6 +110,7 @@ NET: Table = {
 }
 
 METHOD: Table = {
+    "_target_": target(),
     "num_samples": DRAWS,
     "val_samples": DRAWS,
     "schedule": one_of("cosine", "cosine_by_step", "constant"),
@@ -230,6 +235,18 @@ RULES: dict[str, Rule] = {
     for key, rule in table.items()
 }
 
+# The options that a plug-in has in common with bqnn's own classes. Its other options can be any
+# plain values, even if an option of bqnn has the same name.
+COMMON: dict[str, tuple[str, ...]] = {
+    "method": ("_target_", "num_samples", "val_samples", "schedule"),
+    "net": ("_target_",),
+    "task": (
+        *("_target_", "name", "max_epochs", "check_val_every_n_epoch", "save_every"),
+        *("batch_size", "validation_share", "split"),
+    ),
+}
+PLAIN = plain()
+
 # Options of Lightning that would break guarantees of a job, and the alternative to each.
 LEFT_OUT = {
     "trainer.fast_dev_run": "trainer=smoke is a short run",
@@ -250,6 +267,24 @@ ORDERED = (
     ("trainer.min_epochs", "trainer.max_epochs"),
     ("trainer.min_steps", "trainer.max_steps"),
 )
+
+
+def is_plugin(group: str, options: object) -> bool:
+    """Return whether a group of a configuration names a class of another package.
+
+    Args:
+        group: method, net or task.
+        options: The group, which may come from an untrusted source.
+
+    Example:
+        >>> is_plugin("net", {"name": "mlp"})
+        False
+        >>> is_plugin("net", {"name": "MyNet", "_target_": "my_package.MyNet"})
+        True
+    """
+    return isinstance(options, Mapping) and (
+        "_target_" in options or options.get(NAME_KEYS[group]) not in built_in(group)
+    )
 
 
 def check_options(config: Mapping[str, Any]) -> None:
@@ -275,7 +310,7 @@ def check_options(config: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{key}={_shown(values[key])}: it is a group of keys; set them one by one{hint}"
             )
-    for key, rule in RULES.items():
+    for key, rule in {**RULES, **_rules_of_plugins(config)}.items():
         if key in values and not rule.holds(values[key]):
             raise ValueError(f"{key}={_shown(values[key])}: choose {rule.words}")
     for key, instead in LEFT_OUT.items():
@@ -294,6 +329,17 @@ def check_options(config: Mapping[str, Any]) -> None:
             f"trainer.check_val_every_n_epoch={every} and trainer.max_epochs={epochs}; lower the "
             "first"
         )
+
+
+def _rules_of_plugins(config: Mapping[str, Any]) -> dict[str, Rule]:
+    """Return the rules of the options of plug-ins, which replace those of bqnn's own classes."""
+    return {
+        f"{group}.{key}": PLAIN
+        for group, common in COMMON.items()
+        if is_plugin(group, config.get(group))
+        for key, _ in leaves(config[group])
+        if key not in (*common, NAME_KEYS[group]) and not key.startswith("optimizer.")
+    }
 
 
 def _shown(value: object) -> str:

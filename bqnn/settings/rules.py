@@ -1,5 +1,6 @@
 """Rules for the types and ranges of values, each with a description for error messages."""
 
+import keyword
 import math
 import re
 import sys
@@ -101,6 +102,54 @@ def is_option(key: object) -> bool:
     """Whether a key can be a public argument of a constructor."""
     return type(key) is str and key.isidentifier() and len(key) <= 60 and key[0] != "_"
 
+
+def target() -> Rule:
+    """The dotted path of a class or function in a module that may be imported.
+
+    The modules of Python are excluded: none has a network, and some run commands.
+    """
+    return Rule(
+        "the dotted path of a class or function outside of Python's own modules, such as "
+        "my_package.MyNet",
+        lambda value: (
+            type(value) is str
+            and len(value) <= 200
+            and len(parts := value.split(".")) > 1
+            and all(part.isidentifier() and part.isascii() and part[0] != "_" for part in parts)
+            and not any(map(keyword.iskeyword, parts))
+            and parts[0] not in sys.stdlib_module_names
+        ),
+    )
+
+
+def plain() -> Rule:
+    """A value in JSON types, of limited depth and size, whose keys are names of arguments."""
+    return Rule(
+        "null, true, false, a finite number, a string, or lists and dictionaries of these",
+        _is_plain,
+    )
+
+
+def _is_plain(value: object, deepest: int = 8, most: int = 10_000) -> bool:
+    parts = [(value, 0)]
+    while parts:
+        value, depth = parts.pop()
+        most -= 1
+        if type(value) is list or type(value) is dict:
+            if depth == deepest or len(value) > most:
+                return False
+            if type(value) is dict and not all(map(is_option, value)):
+                return False
+            inner = value.values() if type(value) is dict else value
+            parts += [(part, depth + 1) for part in inner]
+        elif not (value is None or type(value) is bool or is_finite(value) or _TEXT.holds(value)):
+            return False
+        if most < len(parts):
+            return False
+    return True
+
+
+_TEXT = text()
 
 # An option of your own method, network or optimizer, whose constructor checks it.
 NUMBER = either(

@@ -90,26 +90,6 @@ def test_validation_rows_are_taken_out_of_the_training_part():
     torch.testing.assert_close(held, whole.sort().values, atol=1e-4, rtol=0)
 
 
-def test_equal_seeds_validate_equal_rows_whatever_the_global_generator_did():
-    first = read(seed=3)
-    torch.manual_seed(99)
-    second = read(seed=3)
-    assert torch.equal(first.val.inputs, second.val.inputs)
-    assert not torch.equal(first.val.inputs, read(seed=4).val.inputs)
-
-
-def test_no_validation_share_means_no_validation_rows():
-    data = read(validation_share=0.0)
-    assert data.val is None
-    assert data.val_dataloader() == []
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.0, 1.5])
-def test_an_impossible_validation_share_is_refused(share):
-    with pytest.raises(ValueError, match=f"validation_share={share}"):
-        SyntheticData(validation_share=share)
-
-
 def test_a_share_that_leaves_nothing_to_train_on_is_refused():
     with pytest.raises(ValueError, match="none of the 1 rows"):
         read(num_train=1, validation_share=0.5)
@@ -124,14 +104,6 @@ def test_an_impossible_option_is_refused(options):
         SyntheticData(**options)
 
 
-def test_setup_twice_reads_once():
-    data = read()
-    train = data.train
-    data.prepare_data()
-    data.setup("test")
-    assert data.train is train
-
-
 def test_facts_survive_json():
     data = read(num_train=50)
     facts = data.facts()
@@ -139,14 +111,6 @@ def test_facts_survive_json():
     assert facts["likelihood"] == "regression"
     assert facts["input_shape"] == [1]
     assert facts["num_train"] == len(data.train) == 40
-
-
-def test_evaluation_is_one_batch():
-    data = read()
-    for loader, rows in ((data.val_dataloader(), data.val), (data.test_dataloader(), data.test)):
-        ((inputs, targets),) = loader
-        assert torch.equal(inputs, rows.inputs)
-        assert torch.equal(targets, rows.targets)
 
 
 class Recorder(LightningModule):

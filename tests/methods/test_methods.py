@@ -57,64 +57,6 @@ def weights_of(net: nn.Module) -> Tensor:
 # ---- every method
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_an_epoch_moves_every_weight_and_ends_with_finite_metrics(name, precision):
-    method = picture_method(name)
-    before = weights_of(method.net)
-    fit = trainer(precision=precision)
-    fit.fit(method, pictures(), pictures())
-    after = weights_of(method.net)[: len(before)]  # what follows are members of an ensemble
-    assert after.isfinite().all()
-    # dropout and dead ReLUs may hold a few weights still
-    assert (after != before).float().mean() > 0.8
-    for metric in ("train/loss", "train/nll", "val/nll", "val/error"):
-        assert torch.isfinite(fit.callback_metrics[metric])
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_checkpoint_loads_strictly_into_a_new_method_and_predicts_the_same(name, tmp_path):
-    method = picture_method(name)
-    method.recipe = {"method": {"name": name}}
-    fit = trainer(max_epochs=2)
-    fit.fit(method, pictures())
-    fit.save_checkpoint(tmp_path / "checkpoint.ckpt")
-
-    checkpoint = torch.load(tmp_path / "checkpoint.ckpt", weights_only=True)
-    assert checkpoint["recipe"] == {"method": {"name": name}}
-    loaded = picture_method(name)
-    loaded.load_state_dict(checkpoint["state_dict"], strict=True)
-    x = pictures().inputs
-    expected = method.eval().predictive(x)
-    assert torch.equal(loaded.eval().predictive(x), expected)
-    assert len(expected) == {"pointwise": 1, "sghmc": 2}.get(name, 20)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_equal_seeds_train_equal_weights_and_other_seeds_do_not(name):
-    trained = []
-    for seed in (0, 0, 1):
-        method = table_method(name, seed=seed)
-        trainer(max_epochs=2).fit(method, table())
-        trained.append(weights_of(method.net))
-    assert torch.equal(trained[0], trained[1])
-    # nothing is drawn in pointwise training
-    assert torch.equal(trained[0], trained[2]) == (name == "pointwise")
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_metrics_are_those_of_the_draws_over_all_rows(name):
-    method = table_method(name)
-    rows = table()
-    (results,) = trainer().test(method, rows, verbose=False)
-    method.eval()
-    samples = torch.cat([method.predictive(inputs) for inputs, _ in rows], dim=1)
-    expected = score(Prediction(method.likelihood, samples, rows.targets))
-    assert results.keys() == {f"test/{key}" for key in expected}
-    for key, value in expected.items():
-        assert results[f"test/{key}"] == pytest.approx(value, rel=1e-6)
-
-
 def test_training_metrics_are_averages_over_rows_not_batches():
     torch.manual_seed(0)
     rows = TensorLoader(torch.randn(5, 3), torch.randn(5), batch_size=4)  # batches of 4 and 1

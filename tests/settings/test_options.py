@@ -19,13 +19,14 @@ from bqnn.nets import NETS
 from bqnn.quant.callback import fine_tuning_optimizer
 from bqnn.report.settings import flatten, tell_apart
 from bqnn.settings.conf import CONF, leaves, published
-from bqnn.settings.options import LEFT_OUT, RULES, UNFAMILIAR
+from bqnn.settings.options import LEFT_OUT, RULES, UNFAMILIAR, check_options
 from bqnn.settings.suggest import nearest
 from bqnn.text import valid_name
 
 
 def group(name: str) -> list[str]:
-    return sorted(path.stem for path in (CONF / name).glob("*.yaml"))
+    """The choices of a group; `own` is completed by a plug-in."""
+    return sorted(path.stem for path in (CONF / name).glob("*.yaml") if path.stem != "own")
 
 
 FACTS = {"likelihood": "regression", "input_shape": [3], "num_train": 1}
@@ -58,6 +59,40 @@ def test_every_cell_composes(method: str, task: str) -> None:
                 for key in ("check_val_every_n_epoch", "save_every"):
                     assert key in config["trainer"]
                 make_recipe(config, FACTS)  # the schema knows every option
+
+
+def test_plug_ins_compose_and_have_free_options() -> None:
+    overrides = ["method=own", "+method._target_=my_package.MyMethod", "+method.rate=[1, null]"]
+    overrides += ["net=own", "+net._target_=my_package.nets.MyNet", "+net.width={a: b, c: 0.5}"]
+    overrides += ["task=own", "+task._target_=my_package.MyData", "+task.root=3"]
+    config = composed(*overrides)
+    names = [config["method"]["name"], config["net"]["name"], config["task"]["name"]]
+    assert names == ["MyMethod", "MyNet", "MyData"]
+    assert config["task"]["dataset"] == "MyData"
+    recipe = make_recipe(config, FACTS)
+    assert recipe["net"] == {
+        "name": "MyNet",
+        "_target_": "my_package.nets.MyNet",
+        "width": {"a": "b", "c": 0.5},
+    }
+    for refused in ("method.num_samples=0", "task.batch_size=0", "method.optimizer.lr=-1"):
+        with pytest.raises(ValueError, match=f"^{refused.replace('.', '[.]')}: choose "):
+            composed(*overrides, refused)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("os.system", "builtins.eval", "subprocess.Popen", "sys.modules", "posix.system"),
+        *("MyNet", "my-package.MyNet", "my_package.", ".MyNet", "my_package..MyNet", "a.b c"),
+        *("a.__globals__", "_a.MyNet", "a.MyNet()", "a:MyNet", "a.lambda", "a/b.MyNet"),
+        "a." + "b" * 200,
+    ],
+)
+def test_what_is_no_path_of_a_class_is_refused(target: str) -> None:
+    for name in ("method", "net", "task"):
+        with pytest.raises(ValueError, match=rf"^{name}\._target_=.*choose the dotted path"):
+            check_options({name: {"name": "x", "_target_": target}})
 
 
 def test_every_method_and_network_has_a_configuration() -> None:

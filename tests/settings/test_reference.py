@@ -1,5 +1,6 @@
 """docs/configuration.md is up to date, and defaults in the code are those of conf/."""
 
+from collections.abc import Mapping
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from bqnn.nets import NETS
 from bqnn.optim import OPTIMIZERS, SGHMC
 from bqnn.quant.callback import QuantizationCallback
 from bqnn.quant.spec import QuantSpec
-from bqnn.settings.conf import CONF
+from bqnn.settings.conf import CONF, built_in
 from bqnn.settings.options import TABLES
 from bqnn.settings.reference import reference
 
@@ -36,8 +37,8 @@ def defaults(called: Any) -> dict[str, Any]:
 
 
 CODE = [
-    *((METHODS[path.stem], path, None) for path in sorted((CONF / "method").glob("*.yaml"))),
-    *((NETS[path.stem], path, None) for path in sorted((CONF / "net").glob("*.yaml"))),
+    *((METHODS[name], CONF / "method" / f"{name}.yaml", None) for name in METHODS),
+    *((NETS[name], CONF / "net" / f"{name}.yaml", None) for name in NETS),
     (DATASETS["uci"], CONF / "task" / "uci.yaml", None),
     (DATASETS["synthetic"], CONF / "task" / "synthetic.yaml", None),
     (DATASETS["digits"], CONF / "task" / "digits.yaml", None),
@@ -66,6 +67,12 @@ def test_a_default_in_the_code_is_that_of_the_configuration(
             continue
         ours = list(own[key]) if isinstance(own[key], tuple) else own[key]
         assert ours == (float(default) if isinstance(ours, float) else default), key
+
+
+def test_the_built_in_names_are_those_of_the_tables() -> None:
+    tables: dict[str, Mapping[str, Any]] = {"method": METHODS, "net": NETS, "task": DATASETS}
+    for group, table in tables.items():
+        assert set(built_in(group)) == set(table)
 
 
 def test_every_table_is_of_the_configuration() -> None:

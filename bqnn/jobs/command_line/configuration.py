@@ -18,6 +18,9 @@ from bqnn.text import valid_name
 
 # Registered at import, so that each process that unpickles the callback has them.
 OmegaConf.register_new_resolver("valid_name", lambda text: valid_name(str(text)), replace=True)
+OmegaConf.register_new_resolver(
+    "class_name", lambda path: str(path).rpartition(".")[2], replace=True
+)
 warnings.filterwarnings(  # conf/hydra/launcher reuses the names of the plugins on purpose
     "ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema"
 )

@@ -1,0 +1,43 @@
+"""The four methods pass the contract of methods."""
+
+from typing import Any
+
+import torch
+
+from bqnn.methods import METHODS
+from bqnn.testing import MethodContract
+from tests.small_methods import OPTIONS
+
+
+class TestPointwise(MethodContract):
+    method = METHODS["pointwise"]
+    options = OPTIONS["pointwise"]
+    trains_at_random = False
+
+
+class TestBayesByBackprop(MethodContract):
+    method = METHODS["bbb"]
+    options = OPTIONS["bbb"]
+
+
+class TestMCDropout(MethodContract):
+    method = METHODS["mcdropout"]
+    options = OPTIONS["mcdropout"]
+
+
+class TestSGHMC(MethodContract):
+    method = METHODS["sghmc"]
+    options = OPTIONS["sghmc"]
+
+
+def test_methods_make_as_many_draws_as_they_say() -> None:
+    contracts: list[type[MethodContract]] = [
+        *(TestPointwise, TestBayesByBackprop, TestMCDropout, TestSGHMC),
+    ]
+    counts = [len(_draws(contract())) for contract in contracts]
+    assert counts == [1, 20, 20, 2]
+
+
+def _draws(contract: Any) -> torch.Tensor:
+    draws: torch.Tensor = contract.trained().predictive(contract.rows().inputs)
+    return draws
