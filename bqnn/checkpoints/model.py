@@ -17,7 +17,11 @@ from bqnn.methods.base import channels_last
 
 
 def load(
-    path: str | Path, numeric: str | None = None, *, allow_saturation: bool = False
+    path: str | Path,
+    numeric: str | None = None,
+    *,
+    allow_saturation: bool = False,
+    trust: bool = False,
 ) -> "Model":
     """Load the model in a checkpoint, which may come from an untrusted source.
 
@@ -27,6 +31,7 @@ def load(
             `int8`. None for a float checkpoint.
         allow_saturation: Whether integers that would saturate on this CPU are a warning instead of
             an error.
+        trust: Whether to import the code of a method or network that is not bqnn's own.
 
     Returns:
         The model, on the CPU.
@@ -34,7 +39,7 @@ def load(
     Raises:
         FileNotFoundError: The file does not exist.
         ValueError: The file is not a checkpoint of bqnn, is not quantized although `numeric` is
-            given, or would saturate on this CPU.
+            given, needs `trust`, or would saturate on this CPU.
 
     Example:
         >>> import bqnn, tempfile, torch
@@ -64,7 +69,7 @@ def load(
     file = Path(path).expanduser()
     if file.is_dir():
         file = file / CHECKPOINT
-    return Model(load_method(file, numeric, allow_saturation=allow_saturation))
+    return Model(load_method(file, numeric, allow_saturation=allow_saturation, trust=trust))
 
 
 class Model:
