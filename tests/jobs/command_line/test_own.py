@@ -1,6 +1,7 @@
 """Overrides that name a plug-in are completed, and all others stay as they are."""
 
 import pytest
+
 from bqnn.jobs.command_line.own import choose_own
 
 TARGET = "net._target_=a.B"
