@@ -18,7 +18,7 @@ def main(steps: int = 20_000) -> None:
 
     slope = torch.zeros(1, requires_grad=True)
     sampler = bqnn.SGHMC(
-        [slope], lr=0.05, num_train=num_train, num_burn_in_steps=1000, resample_prior=0
+        [slope], lr=0.025, num_train=num_train, num_burn_in_steps=1000, resample_prior=0
     )
     draws = []
     for step in range(steps):
