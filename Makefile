@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo study test test-isa test-versions lint format clean
+.PHONY: help demo study test test-isa test-versions lint docs format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)$$/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -43,6 +43,10 @@ lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: export NO_MKDOCS_2_WARNING := 1  # an advertisement of its theme
+docs: $(INSTALLED)  ## build the documentation in outputs/site; a broken link is an error
+	$(BIN)/mkdocs build --strict
 
 format: $(INSTALLED)  ## format the code
 	$(BIN)/ruff check --fix .
