@@ -205,7 +205,7 @@ def refuse_unknown(path: str, module: nn.Module, reason: str) -> None:
 
 def _has(layer: nn.Module, parameter: str) -> bool:
     """Return whether a layer has a parameter. Biases and batch norm parameters may be None."""
-    may_be_none = parameter == "bias" or isinstance(layer, nn.BatchNorm2d)
+    may_be_none = parameter == "bias" or isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)
     return layer._parameters.get(parameter) is not None or (
         may_be_none and parameter in layer._parameters
     )

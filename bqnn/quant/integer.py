@@ -9,19 +9,24 @@ from torch import Tensor, nn
 from bqnn.layers.draws import DrawnWeights, Stochastic, evaluation_noise
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
-from bqnn.layers.markers import Add, Pool
+from bqnn.layers.markers import Add, AvgPool, Cat, Pool
 from bqnn.quant.fbgemm import (
     ActivationGrid,
     FakeQuant,
     PackedWeight,
-    add_relu,
+    add,
+    centered,
+    from_integers,
     keep_scaled,
+    pooled,
     quantized_weight,
 )
 from bqnn.quant.grids import UNTRACED
 from bqnn.quant.saturation import refuse_saturation
 from bqnn.quant.simulated import (
     SimulatedAdd,
+    SimulatedAvgPool,
+    SimulatedCat,
     SimulatedDropout,
     SimulatedEnter,
     SimulatedGaussianLayer,
@@ -126,14 +131,14 @@ class IntegerLeave(nn.Module):
 
 
 class IntegerAdd(Add):
-    """Residual sum with ReLU."""
+    """Residual sum."""
 
     def __init__(self, add: SimulatedAdd) -> None:
-        super().__init__()
+        super().__init__(add.relu)
         self.grid = ActivationGrid(add.output_quant)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return add_relu(x, y, self.grid)
+        return add(x, y, self.grid, self.relu)
 
 
 class IntegerPool(Pool):
@@ -145,6 +150,29 @@ class IntegerPool(Pool):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.grid.quantize(super().forward(x.dequantize()))
+
+
+class IntegerAvgPool(AvgPool):
+    """Average pooling of integers in float, rounded once."""
+
+    def __init__(self, pool: SimulatedAvgPool) -> None:
+        super().__init__(pool.pool)
+        self.grid = ActivationGrid(pool.output_quant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.grid.quantize(pooled(centered(x), x.q_scale(), self.pool))
+
+
+class IntegerCat(Cat):
+    """Concatenation of activations, each requantized to one grid."""
+
+    def __init__(self, cat: SimulatedCat) -> None:
+        super().__init__(cat.dim)
+        self.grid = ActivationGrid(cat.output_quant)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        floats = [from_integers(centered(x), x.q_scale()) for x in inputs]
+        return self.grid.quantize(super().forward(*floats))
 
 
 @torch.no_grad()
@@ -225,6 +253,8 @@ def _replace_by_integers(net: nn.Module, engine: str) -> None:
             SimulatedEnter: lambda _, enter: IntegerEnter(enter),
             SimulatedAdd: lambda _, add: IntegerAdd(add),
             SimulatedPool: lambda _, pool: IntegerPool(pool),
+            SimulatedAvgPool: lambda _, pool: IntegerAvgPool(pool),
+            SimulatedCat: lambda _, cat: IntegerCat(cat),
             SimulatedDropout: lambda _, dropout: IntegerDropout(dropout),
             SimulatedLeave: lambda _, __: IntegerLeave(),
         },

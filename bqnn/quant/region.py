@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from bqnn.layers.dropout import MCDropout
-from bqnn.layers.markers import Add, Enter, Leave, Pool
+from bqnn.layers.markers import Add, AvgPool, Cat, Enter, Leave, Pool
+from bqnn.layers.trace import caller_of, function_of, trace
 from bqnn.quant.fuse import Fused
 from bqnn.quant.grids import ASKING, keeps_grid, refusal
+from bqnn.quant.traced import Traced
 
 # Modules that keep the grid of their input. (fuse() has removed an nn.ReLU after a layer.)
 KEEPING = (
@@ -24,7 +26,7 @@ KEEPING = (
     nn.Unflatten,
     MCDropout,
 )
-COMPUTING = (Fused, Add, Pool)
+COMPUTING = (Fused, Add, Pool, AvgPool, Cat)
 MARKED = (*COMPUTING, Enter, Leave, MCDropout)
 
 
@@ -68,21 +70,14 @@ def _refuse_subclass(name: str, module: nn.Module) -> None:
         )
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, MARKED) or super().is_leaf_module(m, module_qualified_name)
-
-
 def _traced(net: nn.Module) -> fx.Graph | None:
     """Trace `forward` in evaluation mode; None if that needs inputs."""
-    modes = {module: module.training for module in net.modules()}
+    if isinstance(net, Traced):
+        return net.graph
     try:
-        return _Tracer().trace(net.eval())
-    except Exception:  # a user's forward can raise anything when it is called with proxies
+        return trace(net, leaves=[m for m in net.modules() if isinstance(m, MARKED)])
+    except TypeError:
         return None
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _follow(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
@@ -105,7 +100,7 @@ def _follow(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
             args = fx.node.map_arg(node.args, lambda each: each if each in origins else 0)
             kwargs = fx.node.map_arg(node.kwargs, lambda each: each if each in origins else 0)
             first = args[0] if args else None
-            if first not in inputs or not keeps_grid(_function(node), args, kwargs):
+            if first not in inputs or not keeps_grid(function_of(node), args, kwargs):
                 raise TypeError(f"prepare: {refusal(_named(node), origin)}")
             origins[node] = origin
 
@@ -120,7 +115,7 @@ def _is_on_grid_after(name: str, module: nn.Module, origins: list[str], node: fx
                 "remove it, or put a Leave before it"
             )
         return True
-    if isinstance(module, Leave | Fused | Add | Pool):
+    if isinstance(module, (Leave, *COMPUTING)):
         if len(origins) < num_inputs:
             what = type(module.layer).__name__ if isinstance(module, Fused) else kind
             raise TypeError(
@@ -138,18 +133,11 @@ def _is_on_grid_after(name: str, module: nn.Module, origins: list[str], node: fx
 def _only_asks(node: fx.Node) -> bool:
     if node.op == "call_function" and node.target is getattr:
         return getattr(getattr(Tensor, str(node.args[1]), None), "__get__", None) in ASKING
-    return _function(node) in ASKING
-
-
-def _function(node: fx.Node) -> Any:
-    """Return the function that a node calls."""
-    return getattr(Tensor, node.target, None) if isinstance(node.target, str) else node.target
+    return function_of(node) in ASKING
 
 
 def _named(node: fx.Node) -> str:
     """Return the name of the function that a node calls, and the calling module, as text."""
     called: Any = node.args[1] if node.target is getattr else node.target
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    caller = stack[-1][0] if stack else ""
     name = called if isinstance(called, str) else called.__name__
-    return f"{name}, called by {caller or 'the network itself'},"
+    return f"{name}, called by {caller_of(node) or 'the network itself'},"
