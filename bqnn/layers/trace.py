@@ -13,6 +13,7 @@ from torch import fx, nn
 from bqnn.layers.draws import Stochastic
 from bqnn.layers.markers import Add, AvgPool, Cat, DropoutSite, Enter, Leave, Pool
 
+SIZES = ("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "item")
 # Modules whose calls a trace shows, and not what they call. (So are the modules of torch.nn.)
 LEAVES = (Stochastic, DropoutSite, Enter, Leave, Add, Pool, AvgPool, Cat, nn.Linear, nn.Conv2d)
 
@@ -64,6 +65,19 @@ def caller_of(node: fx.Node) -> str:
     return str(stack[-1][0]) if stack else ""
 
 
+def is_tensor(node: fx.Node) -> bool:
+    """Return whether a node is a tensor, and not a size or a number made from sizes."""
+    if node.op in ("placeholder", "get_attr", "call_module"):
+        return True
+    if node.op == "call_function" and node.target is getattr:
+        return str(node.args[1]) not in ("shape", "ndim", "device", "dtype")
+    if node.op == "call_method" and node.target in SIZES:
+        return False
+    if getattr(node.target, "__module__", "") in ("_operator", "math", "builtins"):
+        return any(map(is_tensor, node.all_input_nodes))
+    return True
+
+
 class _Proxy(fx.Proxy):
     """Records operators such as `x += y`, which change x."""
 
@@ -104,9 +118,10 @@ class _Tracer(fx.Tracer):
 
     def named(self, net: nn.Module) -> str:
         """Return the name of the module whose forward could not be traced, as text."""
-        module = net.get_submodule(self.failed)
-        name = f"{self.failed}, a {type(module).__name__}" if self.failed else type(net).__name__
-        return f"the forward of {name}, cannot be traced" if self.failed else f"the forward of {name} cannot be traced"
+        if not self.failed:
+            return f"the forward of {type(net).__name__} cannot be traced"
+        kind = type(net.get_submodule(self.failed)).__name__
+        return f"the forward of {self.failed}, a {kind}, cannot be traced"
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,110 @@
+"""Mark the integer region of a traced network: from its first layer to its last."""
+
+import logging
+from collections.abc import Callable, Collection, Iterable
+
+import torch
+from torch import Tensor, fx, nn
+
+from bqnn.layers.markers import AvgPool, Enter, Leave
+from bqnn.layers.swap import owns_parameters
+from bqnn.layers.trace import function_of, is_tensor
+from bqnn.quant.calls import SUMS_AND_POOLS, replace_calls
+from bqnn.quant.fuse import followers
+from bqnn.quant.traced import Traced, replace_call
+
+log = logging.getLogger(__name__)
+
+SPLITTING = (torch.chunk, Tensor.chunk, torch.split, Tensor.split, torch.unbind, Tensor.unbind)
+POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+
+
+def mark_region(net: Traced, kept: Collection[nn.Module]) -> None:
+    """Insert Enter and Leave, and replace calls between them by modules that compute in integers.
+
+    Args:
+        net: The network.
+        kept: Modules that stay in float.
+
+    Raises:
+        ValueError: There is no linear layer or convolution.
+    """
+    inside = _inside(net, kept)
+    replaced = replace_calls(net, [n for n in net.graph.nodes if n in inside], SUMS_AND_POOLS)
+    inside = {replaced.get(node, node) for node in inside}
+    for node, name, module in net.named_calls():
+        if node in inside and type(module) in POOLS:  # it may be called outside, too
+            pool = AvgPool(module).train(module.training)
+            inside.remove(node)
+            inside.add(replace_call(net, node, pool, node.args, name.rpartition(".")[0]))
+    for node in inside:
+        if node.op == "call_method" and node.target == "view":
+            node.target = "reshape"  # integers may have another memory layout
+    _insert_markers(net, inside)
+    _tell_of_floats(net, inside, kept)
+
+
+def _inside(net: Traced, kept: Collection[nn.Module]) -> set[fx.Node]:
+    """Return the nodes of the region: layers, what follows them, and all that leads to others."""
+    chains = [chain for found in followers(net).values() for chain in found]
+    if not chains:
+        raise ValueError("mark: the network has no linear layer or convolution to quantize")
+    layers = [call for call, _ in chains]
+    after = _reached(layers, lambda node: node.users)
+    before = _reached(layers, lambda node: node.all_input_nodes)
+    inside = {*layers, *(node for _, nodes in chains for node in nodes), *(after & before)}
+    inside -= {node for node, _, module in net.named_calls() if module in kept}
+    for node in net.graph.nodes:  # the parts of a tuple belong to it
+        if any(source in inside and function_of(source) in SPLITTING for source in node.args):
+            inside.add(node)
+    return {node for node in inside if is_tensor(node)}
+
+
+def _reached(
+    start: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]
+) -> set[fx.Node]:
+    """Return the nodes that can be reached in one or more steps."""
+    found: set[fx.Node] = set()
+    ahead = [node for each in start for node in step(each)]
+    while ahead:
+        node = ahead.pop()
+        if node not in found:
+            found.add(node)
+            ahead.extend(step(node))
+    return found
+
+
+def _insert_markers(net: Traced, inside: Collection[fx.Node]) -> None:
+    """Insert an Enter and a Leave wherever a tensor crosses the border of the region."""
+    entered: dict[fx.Node, fx.Node] = {}
+    for node in [node for node in net.graph.nodes if node in inside]:
+        for source in node.all_input_nodes:
+            if source not in inside and is_tensor(source):
+                if source not in entered:
+                    with net.graph.inserting_before(node):
+                        entered[source] = net.insert_call(Enter(), (source,))
+                node.replace_input_with(source, entered[source])
+        readers = [user for user in node.users if user not in inside and _reads(user)]
+        if readers:
+            with net.graph.inserting_after(node):
+                left = net.insert_call(Leave(), (node,))
+            for user in readers:
+                user.replace_input_with(node, left)
+
+
+def _reads(node: fx.Node) -> bool:
+    """Return whether a node reads the values of a tensor, and not only its size."""
+    return node.op == "output" or is_tensor(node)
+
+
+def _tell_of_floats(
+    net: Traced, inside: Collection[fx.Node], kept: Collection[nn.Module]
+) -> None:
+    """Warn of modules with parameters that stay in float, apart from those that the user keeps."""
+    names = [
+        f"{name} ({type(module).__name__})"
+        for node, name, module in net.named_calls()
+        if node not in inside and module not in kept and any(map(owns_parameters, module.modules()))
+    ]
+    if names:
+        log.warning("outside of the layers that become integers, in float: %s", ", ".join(names))
