@@ -36,7 +36,7 @@ def trace(
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
         >>> [str(node.target) for node in trace(net).nodes]
-        ['x', '0', '1', 'output']
+        ['input_1', '0', '1', 'output']
     """
     modes = {module: module.training for module in net.modules()}
     tracer = _Tracer(leaves)
@@ -107,9 +107,7 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Any:
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:

@@ -1,5 +1,4 @@
 """Replace calls of functions by the modules that quantization knows."""
-# ruff: noqa: A002  # arguments have the names of torch's
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -89,6 +88,8 @@ SUMS_AND_POOLS: Mapping[Any, Callable[..., Call]] = {
     torch.mean: _mean,
     Tensor.mean: _mean,
 }
+
+
 def replace_calls(
     net: Traced, nodes: Sequence[fx.Node], makers: Mapping[Any, Callable[..., Call]]
 ) -> dict[fx.Node, fx.Node]:

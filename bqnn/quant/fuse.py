@@ -116,8 +116,8 @@ def fuse(net: nn.Module) -> nn.Module:
         raise ValueError("fuse: the network is already fused; call prepare() on it")
     traced = [module for module in net.modules() if isinstance(module, Traced)]
     if traced:
-        for module in traced:
-            _fuse_graph(module)
+        for part in traced:
+            _fuse_graph(part)
         return net
     _check_parts(net, list(net.named_modules(remove_duplicate=False)))
     if not isinstance(net, LAYERS):
@@ -142,18 +142,17 @@ def _fuse_graph(net: Traced) -> None:
     fused: dict[str, Fused] = {}
     gone: list[tuple[fx.Node, fx.Node]] = []  # calls that are fused into others
     for name, chains in followers(net).items():
-        followed = [modules[str(node.target)] for node in chains[0][1]]
+        followed: list[nn.Module | None] = [modules[str(node.target)] for node in chains[0][1]]
         ends = [nodes[-1] if nodes else call for call, nodes in chains]
         is_output = all(_is_read_by(end, Leave, modules) for end in ends)
         with _at(name):
-            fused[name] = _fused(modules[name], [*followed, Leave()] if is_output else followed)
+            fused[name] = _fused(modules[name], followed + [Leave()] * is_output)
         gone += [(node, call) for call, nodes in chains for node in nodes]
     for node, name, module in net.named_calls():
-        user = next(iter(node.users))
-        if isinstance(module, Add) and not module.relu and _is_read_by(node, nn.ReLU, modules):
-            if len(node.users) == 1:
-                net.set_submodule(name, Add().train(module.training))
-                gone.append((user, node))
+        is_sum = isinstance(module, Add) and not module.relu and len(node.users) == 1
+        if is_sum and _is_read_by(node, nn.ReLU, modules):
+            net.set_submodule(name, Add().train(module.training))
+            gone.append((next(iter(node.users)), node))
     for name, layer in fused.items():
         net.set_submodule(name, layer)
     for node, call in gone:
@@ -176,8 +175,8 @@ def followers(net: Traced) -> dict[str, list[tuple[fx.Node, list[fx.Node]]]]:
             found.setdefault(name, []).append((node, _chain(node, modules)))
     for name, chains in found.items():
         kinds = [[_kind(modules[str(n.target)]) for n in nodes] for _, nodes in chains]
-        common = next((i for i, kind in enumerate(zip(*kinds)) if len(set(kind)) > 1), None)
-        length = min(map(len, kinds)) if common is None else common
+        are_equal = [len(set(each)) == 1 for each in zip(*kinds, strict=False)]
+        length = [*are_equal, False].index(False)
         found[name] = [(node, nodes[:length]) for node, nodes in chains]
     return found
 
@@ -190,9 +189,9 @@ def _chain(call: fx.Node, modules: Mapping[str, nn.Module]) -> list[fx.Node]:
     for kinds in ((norm,), tuple(ACTIVATIONS)):
         last = chain[-1] if chain else call
         users = list(last.users)
-        if len(users) == 1 and users[0].op == "call_module":
-            if type(modules[str(users[0].target)]) in kinds:
-                chain.append(users[0])
+        is_only = len(users) == 1 and users[0].op == "call_module"
+        if is_only and type(modules[str(users[0].target)]) in kinds:
+            chain.append(users[0])
     return chain
 
 
@@ -243,7 +242,8 @@ def _fused(layer: Any, followers: list[nn.Module | None]) -> Fused:
     if followers and type(followers[0]) is norm:
         bn = followers.pop(0)
     if followers and type(followers[0]) in ACTIVATIONS:
-        relu, cap = True, ACTIVATIONS[type(followers.pop(0))]
+        relu, cap = True, ACTIVATIONS[type(followers[0])]
+        followers.pop(0)
     is_output = bool(followers) and type(followers[0]) is Leave
     assert bn is None or isinstance(bn, BatchNorm)
     if bn is not None and (bn.weight is None or bn.running_var is None):

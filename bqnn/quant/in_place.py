@@ -11,13 +11,15 @@ from bqnn.quant.traced import Traced
 # Functions whose results share memory with their first argument.
 VIEWS = frozenset(
     getattr(owner, name)
-    for owner in (torch, Tensor)
-    for name in (
-        "chunk detach flatten movedim narrow permute reshape select split squeeze swapaxes "
-        "transpose unbind unflatten unsqueeze view view_as"
-    ).split()
-    if hasattr(owner, name)
-) | {operator.getitem}
+    for owner, names in (
+        (Tensor, "chunk detach flatten movedim narrow permute reshape select split squeeze"),
+        (Tensor, "swapaxes transpose unbind unflatten unsqueeze view view_as"),
+        (torch, "chunk detach flatten movedim narrow permute reshape select split squeeze"),
+        (torch, "swapaxes transpose unbind unflatten unsqueeze"),
+        (operator, "getitem"),
+    )
+    for name in names.split()
+)
 OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")
 
 

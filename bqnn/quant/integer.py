@@ -177,7 +177,11 @@ class IntegerCat(Cat):
 
 @torch.no_grad()
 def convert(
-    net: nn.Module, engine: str, *, probe: Tensor | None = None, allow_saturation: bool = False
+    net: nn.Module,
+    engine: str | None = None,
+    *,
+    probe: Tensor | None = None,
+    allow_saturation: bool = False,
 ) -> nn.Module:
     """Convert a prepared network to int8, in place.
 
@@ -185,7 +189,7 @@ def convert(
 
     Args:
         net: A network that was prepared, and then trained or calibrated.
-        engine: fbgemm, x86 or onednn.
+        engine: fbgemm, x86 or onednn; None for the one that the network was prepared for.
         probe: Inputs [B, ...] on which every layer is compared with its simulation. A difference
             of one step logs a warning; a larger one raises a ValueError.
         allow_saturation: Warn, instead of raising an error, if sums saturate on this CPU or a
@@ -220,6 +224,7 @@ def convert(
     layers = [module for module in net.modules() if isinstance(module, SimulatedLayer)]
     if not layers:
         raise ValueError("convert: the network has no fake-quantized layer; call prepare() first")
+    engine = layers[0].engine if engine is None else engine
     if layers[0].engine != engine:
         log.warning(
             "convert: the engine is %s, but the simulation rounds like %s: integers can differ by "

@@ -68,8 +68,8 @@ def mark(
 
     Example:
         >>> net = mark(nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Softmax(1)))
-        >>> [str(node.target) for node in net.graph.nodes]
-        ['x', 'enter', '0', '1', 'leave', '2', 'output']
+        >>> [name for _, name, _ in net.named_calls()]
+        ['enter', '0', '1', 'leave', '2']
     """
     if isinstance(net, Ensemble):
         parts = [mark(part, keep=keep, trains=trains) for part in (net.current, *net.members)]
@@ -170,7 +170,7 @@ def _check_containers(net: nn.Module, called: Collection[str]) -> None:
 
 def _check_linear(net: Traced, kept: Collection[nn.Module]) -> None:
     """Raise a TypeError for linear layers that have no integers."""
-    for node, name, module in net.named_calls():
+    for _, name, module in net.named_calls():
         is_unknown = isinstance(module, LINEAR_MODULES) and type(module) not in LAYERS
         if is_unknown and module not in kept:
             refuse_unknown(

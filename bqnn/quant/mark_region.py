@@ -97,9 +97,7 @@ def _reads(node: fx.Node) -> bool:
     return node.op == "output" or is_tensor(node)
 
 
-def _tell_of_floats(
-    net: Traced, inside: Collection[fx.Node], kept: Collection[nn.Module]
-) -> None:
+def _tell_of_floats(net: Traced, inside: Collection[fx.Node], kept: Collection[nn.Module]) -> None:
     """Warn of modules with parameters that stay in float, apart from those that the user keeps."""
     names = [
         f"{name} ({type(module).__name__})"

@@ -170,6 +170,15 @@ class QuantSpec:
                 bits |= {key: value for key, value in override.items() if key != "layer"}
         return replace(self, **bits, overrides=()) if bits or self.overrides else self
 
+    def check_trainable(self) -> None:
+        """Raise a ValueError if the observer of activations supports only calibration."""
+        if self.activation_observer == "histogram":
+            raise ArgumentError(
+                "activation_observer=histogram: it supports only calibration; train with "
+                "moving_average or minmax",
+                "activation_observer",
+            )
+
     def check_overrides(self, names: list[str]) -> None:
         """Raise a ValueError if an override matches none of these layer names."""
         for override in self.overrides:

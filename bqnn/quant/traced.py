@@ -51,7 +51,9 @@ class Traced(fx.GraphModule):
         return self.graph.call_module(name, inputs)
 
 
-def replace_call(net: Traced, node: fx.Node, module: nn.Module, inputs: Any, caller: str) -> fx.Node:
+def replace_call(
+    net: Traced, node: fx.Node, module: nn.Module, inputs: Any, caller: str
+) -> fx.Node:
     """Replace a call by the call of a new module, and return it."""
     with net.graph.inserting_before(node):
         made = net.insert_call(module, tuple(inputs), caller)
