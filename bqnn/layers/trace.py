@@ -35,8 +35,8 @@ def trace(
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
-        >>> [str(node.target) for node in trace(net).nodes]
-        ['input_1', '0', '1', 'output']
+        >>> [str(node.target) for node in trace(net).nodes][1:]
+        ['0', '1', 'output']
     """
     modes = {module: module.training for module in net.modules()}
     tracer = _Tracer(leaves)
@@ -49,6 +49,13 @@ def trace(
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def is_leaf(module: nn.Module, leaves: Collection[nn.Module] = ()) -> bool:
+    """Return whether a trace shows the calls of a module, and not what it calls."""
+    is_of_torch = type(module).__module__.startswith("torch.nn")
+    is_container = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+    return (is_of_torch and not is_container) or isinstance(module, LEAVES) or module in leaves
 
 
 def function_of(node: fx.Node) -> Any:
@@ -101,8 +108,7 @@ class _Tracer(fx.Tracer):
         self.failed = ""  # the innermost module whose forward raised an error
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        is_leaf = isinstance(m, LEAVES) or m in self.leaves
-        return is_leaf or super().is_leaf_module(m, module_qualified_name)
+        return is_leaf(m, self.leaves)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

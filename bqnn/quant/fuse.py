@@ -241,8 +241,9 @@ def _fused(layer: Any, followers: list[nn.Module | None]) -> Fused:
     norm = nn.BatchNorm1d if isinstance(layer, nn.Linear | BayesLinear) else nn.BatchNorm2d
     if followers and type(followers[0]) is norm:
         bn = followers.pop(0)
-    if followers and type(followers[0]) in ACTIVATIONS:
-        relu, cap = True, ACTIVATIONS[type(followers[0])]
+    activation: Any = type(followers[0]) if followers else None
+    if activation in ACTIVATIONS:
+        relu, cap = True, ACTIVATIONS[activation]
         followers.pop(0)
     is_output = bool(followers) and type(followers[0]) is Leave
     assert bn is None or isinstance(bn, BatchNorm)

@@ -109,11 +109,22 @@ def grid_of(x: Tensor) -> Grid | None:
     return x.grid if isinstance(x, OnGrid) else None
 
 
-def refusal(operation: str, origin: str) -> str:
-    """Return the message for an operation that is refused on the output of `origin`."""
+def refusal(operation: str, origin: str, is_traced: bool = False) -> str:
+    """Return the message for an operation that is refused on the output of `origin`.
+
+    Args:
+        operation: The operation, as text.
+        origin: The name of the module that rounded its input.
+        is_traced: Whether bqnn has marked the network by itself.
+    """
+    why = f"{operation} cannot run in int8 on the integers of {origin or 'a quantized module'}"
+    if is_traced:
+        return (
+            f"{why}; name the module in `keep`, so that it stays in float, or use ReLU, ReLU6, max "
+            "or average pools, sums and concatenations"
+        )
     return (
-        f"{operation} cannot run in int8 on the integers of {origin or 'a quantized module'}; put "
-        "a Leave before it and an Enter after it, or use a supported module: nn.ReLU, "
+        f"{why}; put a Leave before it and an Enter after it, or use a supported module: nn.ReLU, "
         "nn.MaxPool2d, Add for a residual sum, Pool for the average over an image "
         "(bqnn.layers.markers)"
     )

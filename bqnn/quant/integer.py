@@ -124,10 +124,13 @@ class IntegerEnter(nn.Module):
 
 
 class IntegerLeave(nn.Module):
-    """Dequantizes the outputs of the network."""
+    """Dequantizes the outputs of the network.
+
+    They are contiguous, because the float operations that follow may depend on the memory layout.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.dequantize()
+        return x.dequantize().contiguous()
 
 
 class IntegerAdd(Add):

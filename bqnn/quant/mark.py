@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.markers import Enter, Leave
 from bqnn.layers.swap import check_no_hooks, refuse_unknown
-from bqnn.layers.trace import caller_of, function_of, trace
+from bqnn.layers.trace import caller_of, function_of, is_leaf, trace
 from bqnn.quant.calls import ACTIVATIONS, replace_calls
 from bqnn.quant.fuse import LAYERS, Fused
 from bqnn.quant.in_place import follow_changes
@@ -87,9 +87,9 @@ def mark(
             f"mark: the network is a {type(net).__name__} itself; wrap it in nn.Sequential"
         )
     kept = _kept(net, keep)
+    _check_containers(net, kept)
     graph = _graph(net, kept, trains)
     marked = Traced(net, graph)
-    _check_containers(net, {name for _, name, _ in marked.named_calls()})
     _check_linear(marked, kept)
     follow_changes(marked)
     _replace_dropout(marked)
@@ -132,12 +132,12 @@ def _graph(net: nn.Module, kept: Collection[nn.Module], trains: bool) -> fx.Grap
         raise TypeError(f"mark: {error}; {REMEDY}") from error
     for node, twin in zip_longest(graph.nodes, other.nodes):
         if node is None or twin is None or _signature(node) != _signature(twin):
-            found = node if node is not None and node.op != "output" else twin
+            found = twin if twin is not None and twin.op != "output" else node
             caller = caller_of(found) or "the network itself"
             raise TypeError(
                 f"mark: forward computes something else in training than in evaluation (the first "
                 f"difference is {found.name}, called by {caller}); build the network without it, "
-                "or quantize it after training"
+                "name the module in `keep`, or quantize the network after training"
             )
         if node.target in DROPOUTS:
             node.meta["drops"] = twin.kwargs["training"] and not node.kwargs["training"]
@@ -160,12 +160,12 @@ def _replace_dropout(net: Traced) -> None:
             replace_call(net, node, module, node.args[:1], caller_of(node))
 
 
-def _check_containers(net: nn.Module, called: Collection[str]) -> None:
+def _check_containers(net: nn.Module, kept: Collection[nn.Module], name: str = "") -> None:
     """Raise a TypeError if a module that the trace replaces by what it calls has hooks."""
-    for name, module in net.named_modules():
-        parts = name.split(".")
-        if not any(".".join(parts[: i + 1]) in called for i in range(len(parts))):
-            check_no_hooks(name or "the network", module)
+    if not is_leaf(net, kept):
+        check_no_hooks(name or "the network", net)
+        for child_name, child in net.named_children():
+            _check_containers(child, kept, f"{name}.{child_name}".lstrip("."))
 
 
 def _check_linear(net: Traced, kept: Collection[nn.Module]) -> None:

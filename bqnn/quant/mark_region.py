@@ -29,6 +29,7 @@ def mark_region(net: Traced, kept: Collection[nn.Module]) -> None:
     Raises:
         ValueError: There is no linear layer or convolution.
     """
+    _normalize_by_layers(net, kept)
     inside = _inside(net, kept)
     replaced = replace_calls(net, [n for n in net.graph.nodes if n in inside], SUMS_AND_POOLS)
     inside = {replaced.get(node, node) for node in inside}
@@ -44,6 +45,26 @@ def mark_region(net: Traced, kept: Collection[nn.Module]) -> None:
     _tell_of_floats(net, inside, kept)
 
 
+def _normalize_by_layers(net: Traced, kept: Collection[nn.Module]) -> None:
+    """Insert a convolution with weights 1 before each batch norm that follows no layer.
+
+    Batch norm is fused into it, and becomes a product and a sum for each channel.
+    """
+    fused = {node for found in followers(net).values() for _, nodes in found for node in nodes}
+    inside = _inside(net, kept)
+    for node, name, module in net.named_calls():
+        if type(module) is nn.BatchNorm2d and node in inside and node not in fused:
+            channels = module.num_features
+            layer = nn.Conv2d(channels, channels, 1, groups=channels, bias=False)
+            nn.init.ones_(layer.weight.requires_grad_(False))
+            source = node.args[0]
+            with net.graph.inserting_before(node):
+                made = net.insert_call(
+                    layer.to(module.running_mean), (source,), name.rpartition(".")[0]
+                )
+            node.replace_input_with(source, made)
+
+
 def _inside(net: Traced, kept: Collection[nn.Module]) -> set[fx.Node]:
     """Return the nodes of the region: layers, what follows them, and all that leads to others."""
     chains = [chain for found in followers(net).values() for chain in found]
@@ -55,7 +76,7 @@ def _inside(net: Traced, kept: Collection[nn.Module]) -> set[fx.Node]:
     inside = {*layers, *(node for _, nodes in chains for node in nodes), *(after & before)}
     inside -= {node for node, _, module in net.named_calls() if module in kept}
     for node in net.graph.nodes:  # the parts of a tuple belong to it
-        if any(source in inside and function_of(source) in SPLITTING for source in node.args):
+        if any(n in inside and function_of(n) in SPLITTING for n in node.all_input_nodes):
             inside.add(node)
     return {node for node in inside if is_tensor(node)}
 

@@ -56,7 +56,8 @@ def check_region(net: nn.Module) -> None:
     graph = _traced(net)
     if graph is not None:
         with torch.no_grad():
-            _follow(graph, dict(net.named_modules(remove_duplicate=False)))
+            modules = dict(net.named_modules(remove_duplicate=False))
+            _follow(graph, modules, isinstance(net, Traced))
 
 
 def _refuse_subclass(name: str, module: nn.Module) -> None:
@@ -80,14 +81,15 @@ def _traced(net: nn.Module) -> fx.Graph | None:
         return None
 
 
-def _follow(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
+def _follow(graph: fx.Graph, modules: Mapping[str, nn.Module], is_traced: bool) -> None:
     """Track which nodes lie on a grid, and raise a TypeError for forbidden operations on them."""
     origins: dict[fx.Node, str] = {}  # nodes on a grid, and the module that rounded them
     for node in graph.nodes:
         inputs = [each for each in node.all_input_nodes if each in origins]
         if node.op == "call_module":
             name, module = str(node.target), modules[str(node.target)]
-            if _is_on_grid_after(name, module, [origins[each] for each in inputs], node):
+            before = [origins[each] for each in inputs]
+            if _is_on_grid_after(name, module, before, node, is_traced):
                 is_new = isinstance(module, (Enter, *COMPUTING))
                 origins[node] = name if is_new else origins[inputs[0]]
         elif node.op == "output" and inputs:
@@ -101,11 +103,13 @@ def _follow(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
             kwargs = fx.node.map_arg(node.kwargs, lambda each: each if each in origins else 0)
             first = args[0] if args else None
             if first not in inputs or not keeps_grid(function_of(node), args, kwargs):
-                raise TypeError(f"prepare: {refusal(_named(node), origin)}")
+                raise TypeError(f"prepare: {refusal(_named(node), origin, is_traced)}")
             origins[node] = origin
 
 
-def _is_on_grid_after(name: str, module: nn.Module, origins: list[str], node: fx.Node) -> bool:
+def _is_on_grid_after(
+    name: str, module: nn.Module, origins: list[str], node: fx.Node, is_traced: bool
+) -> bool:
     """Return whether a module's output lies on a grid; TypeError if its inputs are invalid."""
     kind, num_inputs = type(module).__name__, len(node.all_input_nodes)
     if isinstance(module, Enter):
@@ -126,7 +130,7 @@ def _is_on_grid_after(name: str, module: nn.Module, origins: list[str], node: fx
     if not origins:
         return False
     if not isinstance(module, KEEPING) or getattr(module, "return_indices", False):
-        raise TypeError(f"prepare: {refusal(f'{name}, a {kind},', origins[0])}")
+        raise TypeError(f"prepare: {refusal(f'{name}, a {kind},', origins[0], is_traced)}")
     return True
 
 

@@ -291,10 +291,10 @@ class SimulatedEnter(OutputOnGrid, Enter):
 
 
 class SimulatedLeave(Leave):
-    """Returns floats without a grid."""
+    """Returns floats without a grid, contiguous as those of int8."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return plain(x)
+        return plain(x).contiguous()
 
 
 class SimulatedAdd(OutputOnGrid, Add):
