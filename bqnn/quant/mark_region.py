@@ -57,7 +57,7 @@ def _normalize_by_layers(net: Traced, kept: Collection[nn.Module]) -> None:
             channels = module.num_features
             layer = nn.Conv2d(channels, channels, 1, groups=channels, bias=False)
             nn.init.ones_(layer.weight.requires_grad_(False))
-            source = node.args[0]
+            (source,) = node.all_input_nodes
             with net.graph.inserting_before(node):
                 made = net.insert_call(
                     layer.to(module.running_mean), (source,), name.rpartition(".")[0]
