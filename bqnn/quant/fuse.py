@@ -159,7 +159,9 @@ def _fuse_graph(net: Traced) -> None:
         node.replace_all_uses_with(call)
     for node, _ in reversed(gone):
         net.graph.erase_node(node)
-    net.delete_all_unused_submodules()
+    left = {name for _, name, _ in net.named_calls()}
+    for name in {str(node.target) for node, _ in gone} - left:
+        net.delete_submodule(name)
     net.recompile()
 
 

@@ -33,16 +33,27 @@ def mark_region(net: Traced, kept: Collection[nn.Module]) -> None:
     inside = _inside(net, kept)
     replaced = replace_calls(net, [n for n in net.graph.nodes if n in inside], SUMS_AND_POOLS)
     inside = {replaced.get(node, node) for node in inside}
-    for node, name, module in net.named_calls():
-        if node in inside and type(module) in POOLS:  # it may be called outside, too
-            pool = AvgPool(module).train(module.training)
-            inside.remove(node)
-            inside.add(replace_call(net, node, pool, node.args, name.rpartition(".")[0]))
+    inside = _with_pools(net, inside)
     for node in inside:
         if node.op == "call_method" and node.target == "view":
             node.target = "reshape"  # integers may have another memory layout
     _insert_markers(net, inside)
     _tell_of_floats(net, inside, kept)
+
+
+def _with_pools(net: Traced, inside: Collection[fx.Node]) -> set[fx.Node]:
+    """Replace average pools of the region by markers, and return the nodes of the region."""
+    nodes = set(inside)
+    outside = {name for node, name, _ in net.named_calls() if node not in nodes}
+    for node, name, module in net.named_calls():
+        if node in nodes and type(module) in POOLS:
+            pool = AvgPool(module).train(module.training)
+            if name in outside:  # there it stays what it is
+                nodes.remove(node)
+                nodes.add(replace_call(net, node, pool, node.args, name.rpartition(".")[0]))
+            else:
+                net.set_submodule(name, pool)
+    return nodes
 
 
 def _normalize_by_layers(net: Traced, kept: Collection[nn.Module]) -> None:

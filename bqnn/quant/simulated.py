@@ -547,7 +547,7 @@ SIMULATED: dict[type[nn.Module], Callable[[Any, QuantSpec], Any]] = {
     Pool: lambda _, spec: SimulatedPool(spec),
     AvgPool: SimulatedAvgPool,
     Cat: SimulatedCat,
-    MCDropout: lambda dropout, _: SimulatedDropout(dropout.rate),
+    MCDropout: lambda dropout, _: SimulatedDropout(dropout.rate, dropout.dims),
     Leave: lambda _, __: SimulatedLeave(),
 }
 
