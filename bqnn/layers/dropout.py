@@ -56,7 +56,9 @@ class MCDropout(Stochastic):
     def kept(self, x: Tensor) -> Tensor:
         """Draw what is kept of each row: booleans that broadcast over `x`."""
         dims = (2 if x.dim() == 4 else 0) if self.dims is None else self.dims
-        first = x.flatten(-dims)[..., 0] if dims else x
+        first = x
+        for _ in range(dims):
+            first = first[..., 0]
         # The dropped values are drawn, not the kept ones: 1 - rate would lose a tiny rate.
         dropped = (coins_like if self.training else evaluation_coins)(first, self.rate)
         return dropped.logical_not_().view(dropped.shape + (1,) * dims)
@@ -134,8 +136,8 @@ def _refuse_hidden(net: nn.Module) -> None:
     for name, module in net.named_modules():
         if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0:
             raise TypeError(
-                f"to_mcdropout: {name or 'the network'} is a {type(module).__name__} with "
-                f"dropout={module.dropout}, which stays off in predictions; create it with dropout=0"
+                f"to_mcdropout: {name or 'the network'} is a {type(module).__name__} with dropout="
+                f"{module.dropout}, which stays off in predictions; create it with dropout=0"
             )
     try:
         graph = trace(net, training=True)

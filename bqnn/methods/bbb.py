@@ -23,6 +23,7 @@ class BayesByBackprop(Method):
         beta: Factor of the KL; 1 is the ELBO.
         warmup_epochs: Epochs over which beta grows linearly from 0, batch by batch.
         init_delta: What `initialize_from` makes sigma, as a share of |mean|.
+        keep: Types of modules whose parameters keep point values, see `to_bayes`.
         options: For `Method`.
 
     Example:
@@ -46,6 +47,7 @@ class BayesByBackprop(Method):
         beta: float,
         warmup_epochs: int = 0,
         init_delta: float = 0.1,
+        keep: tuple[type[nn.Module], ...] = (),
         **options: Any,
     ) -> None:
         beta = real_number("beta", beta, "the weight of the KL term, 0 or more", 0)
@@ -53,7 +55,7 @@ class BayesByBackprop(Method):
         warmup_epochs = whole_number("warmup_epochs", warmup_epochs, reason, 0)
         reason = "sigma as a multiple of the mean has to be positive; 0.1 is usual"
         init_delta = real_number("init_delta", init_delta, reason, 0, without=(0,))
-        super().__init__(to_bayes(net, prior_std, init_rho), likelihood, **options)
+        super().__init__(to_bayes(net, prior_std, init_rho, keep=keep), likelihood, **options)
         self.beta = beta
         self.warmup_epochs = warmup_epochs
         self.init_delta = init_delta

@@ -10,12 +10,14 @@ from bqnn.methods.base import Method
 
 
 class MCDropoutMethod(Method):
-    """Gal & Ghahramani (2016), with one rate for all sites of the network.
+    """Gal & Ghahramani (2016): dropout stays on for predictions.
 
     Args:
-        net: The network, whose `DropoutSite`s begin to drop.
-        rate: The share of values that is dropped.
-        drop_before_output: Whether the site before the output layer drops, too.
+        net: The network, with dropout layers of torch, or a `DropoutSite` where values may be
+            dropped.
+        rate: The share of values that is dropped, at every place. None keeps the rates of the
+            dropout layers.
+        drop_before_output: Whether a `DropoutSite` before the output layer drops, too.
         options: For `Method`.
 
     Example:
@@ -34,8 +36,8 @@ class MCDropoutMethod(Method):
         net: nn.Module,
         likelihood: Likelihood,
         *,
-        rate: float,
-        drop_before_output: bool,
+        rate: float | None = None,
+        drop_before_output: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(to_mcdropout(net, rate, drop_before_output), likelihood, **options)

@@ -96,7 +96,7 @@ METHOD: Table = {
     "warmup_epochs": COUNT,
     "init_from": maybe(PATH),
     "init_delta": POSITIVE,
-    "rate": SHARE,
+    "rate": maybe(SHARE),
     "drop_before_output": flag(),
     "num_members": whole(1, 10_000),
     "burn_in": COUNT,
