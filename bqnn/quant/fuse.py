@@ -1,6 +1,6 @@
 """Fusion of linear layers and convolutions with the batch norm and ReLU that follow them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,8 +9,9 @@ from torch import Tensor, fx, nn
 from bqnn.layers.bayes import BayesConv2d, BayesLinear, GaussianWeight
 from bqnn.layers.chain import is_chain
 from bqnn.layers.linear_map import Geometry
-from bqnn.layers.markers import Add, Leave
+from bqnn.layers.markers import Add, Enter, Leave
 from bqnn.layers.swap import check_plain, check_unshared, owns_parameters, refuse_unknown
+from bqnn.layers.trace import trace
 from bqnn.quant.traced import Traced
 
 Layer = nn.Linear | nn.Conv2d | BayesLinear | BayesConv2d
@@ -122,11 +123,12 @@ def fuse(net: nn.Module) -> nn.Module:
     _check_parts(net, list(net.named_modules(remove_duplicate=False)))
     if not isinstance(net, LAYERS):
         _refuse_unknown("the network", net)
+    floats = _outside_region(net)
     places = [
         (parent, *place)
         for path, parent in net.named_modules()
-        if not isinstance(parent, LAYERS)
-        for place in _places(path, parent)
+        if not isinstance(parent, LAYERS) and parent not in floats
+        for place in _places(path, parent, floats)
     ]
     if not places:
         raise ValueError("fuse: the network has no linear layer or convolution to quantize")
@@ -217,13 +219,40 @@ def _at(place: str) -> Iterator[None]:
         raise TypeError(f"{place}: {error}") from None
 
 
-def _places(path: str, parent: nn.Module) -> list[tuple[str, nn.Module]]:
+def _outside_region(net: nn.Module) -> set[nn.Module]:
+    """Return the modules with parameters that are called outside of Enter and Leave.
+
+    They stay in float with all that they contain. Layers are not among them, because a layer
+    outside is a mistake that `prepare` names. An empty set if `forward` cannot be traced, or
+    without an Enter.
+    """
+    if not any(isinstance(module, Enter) for module in net.modules()):
+        return set()
+    try:
+        graph = trace(net)
+    except TypeError:
+        return set()
+    on_grid: set[fx.Node] = set()
+    inside, outside = set[nn.Module](), set[nn.Module]()
+    for node in graph.nodes:
+        module = net.get_submodule(str(node.target)) if node.op == "call_module" else None
+        reads = any(source in on_grid for source in node.all_input_nodes)
+        if isinstance(module, Enter) or (reads and not isinstance(module, Leave)):
+            on_grid.add(node)
+        if module is not None and type(module) not in LAYERS:
+            (inside if reads else outside).update(module.modules())
+    return outside - inside
+
+
+def _places(
+    path: str, parent: nn.Module, floats: Collection[nn.Module]
+) -> list[tuple[str, nn.Module]]:
     """Return the names and replacements of a module's children, without changing the module."""
     places: dict[str, nn.Module] = {}
     chain = list(parent._modules) if is_chain(parent) else []
     for name, child in parent._modules.items():
         place = f"{path}.{name}".lstrip(".")
-        if name in places:  # fused into the layer before it
+        if name in places or child in floats:  # fused into the layer before it, or in float
             continue
         if type(child) in LAYERS:
             followers = chain[chain.index(name) + 1 :] if chain else []
