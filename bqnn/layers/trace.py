@@ -18,6 +18,22 @@ SIZES = ("size", "dim", "ndimension", "numel", "nelement", "element_size", "stri
 LEAVES = (Stochastic, DropoutSite, Enter, Leave, Add, Pool, AvgPool, Cat, nn.Linear, nn.Conv2d)
 
 
+class UntraceableError(TypeError):
+    """The `forward` of a network cannot be traced.
+
+    Args:
+        net: The network.
+        module: The name of the module that cannot be traced; "" for the network itself.
+        reason: Why it cannot.
+    """
+
+    def __init__(self, net: nn.Module, module: str, reason: str) -> None:
+        kind = type(net.get_submodule(module)).__name__
+        name = f"{module}, a {kind}," if module else kind
+        super().__init__(f"the forward of {name} cannot be traced: {reason}")
+        self.module = module
+
+
 def trace(
     net: nn.Module, *, training: bool = False, leaves: Collection[nn.Module] = ()
 ) -> fx.Graph:
@@ -31,7 +47,8 @@ def trace(
         leaves: Further modules whose calls are shown, and not what they call.
 
     Raises:
-        TypeError: The trace needs the values or shapes of inputs.
+        TypeError: The trace needs the values or shapes of inputs, or `forward` draws random
+            numbers.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
@@ -43,9 +60,13 @@ def trace(
     try:
         net.train(training)
         with torch.random.fork_rng(devices=[]), _recorded_len(net):
-            return tracer.trace(net, _defaults(net))
+            before = torch.get_rng_state()
+            graph = tracer.trace(net, _defaults(net))
+            if not torch.equal(before, torch.get_rng_state()):
+                raise ValueError("it draws random numbers, which a trace would make constants")
+            return graph
     except Exception as error:  # a user's forward can raise anything when it is called with proxies
-        raise TypeError(f"{tracer.named(net)}: {_reason(error)}") from error
+        raise UntraceableError(net, tracer.failed, _reason(error)) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -119,13 +140,6 @@ class _Tracer(fx.Tracer):
         except Exception:
             self.failed = self.failed or self.path_of_module(m)
             raise
-
-    def named(self, net: nn.Module) -> str:
-        """Return the name of the module whose forward could not be traced, as text."""
-        if not self.failed:
-            return f"the forward of {type(net).__name__} cannot be traced"
-        kind = type(net.get_submodule(self.failed)).__name__
-        return f"the forward of {self.failed}, a {kind}, cannot be traced"
 
 
 def _reason(error: Exception) -> str:

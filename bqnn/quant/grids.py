@@ -109,25 +109,32 @@ def grid_of(x: Tensor) -> Grid | None:
     return x.grid if isinstance(x, OnGrid) else None
 
 
-def refusal(operation: str, origin: str, is_traced: bool = False) -> str:
+def refusal(operation: str, origin: str, remedy: str = "") -> str:
     """Return the message for an operation that is refused on the output of `origin`.
 
     Args:
         operation: The operation, as text.
         origin: The name of the module that rounded its input.
-        is_traced: Whether bqnn has marked the network by itself.
+        remedy: What to do; the default is for a network with its own Enter and Leave.
     """
-    why = f"{operation} cannot run in int8 on the integers of {origin or 'a quantized module'}"
-    if is_traced:
-        return (
-            f"{why}; name the module in `keep`, so that it stays in float, or use ReLU, ReLU6, max "
-            "or average pools, sums and concatenations"
-        )
-    return (
-        f"{why}; put a Leave before it and an Enter after it, or use a supported module: nn.ReLU, "
+    remedy = remedy or (
+        "put a Leave before it and an Enter after it, or use a supported module: nn.ReLU, "
         "nn.MaxPool2d, Add for a residual sum, Pool for the average over an image "
         "(bqnn.layers.markers)"
     )
+    place = origin or "a quantized module"
+    return f"{operation} cannot run in int8 on the integers of {place}; {remedy}"
+
+
+def kept_in_float(module: str) -> str:
+    """Return the remedy for a module without integers, in a network that bqnn has marked.
+
+    Args:
+        module: The name of the module; "" for the network itself.
+    """
+    if module:
+        return f"keep it in float with keep=({module!r},)"
+    return "move that part to a module of its own, and keep it in float with keep=(its name,)"
 
 
 def keeps_grid(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -11,17 +11,14 @@ from torch.nn import functional as F
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.markers import Enter, Leave
 from bqnn.layers.swap import check_no_hooks, refuse_unknown
-from bqnn.layers.trace import caller_of, function_of, is_leaf, trace
+from bqnn.layers.trace import UntraceableError, caller_of, function_of, is_leaf, trace
 from bqnn.quant.calls import ACTIVATIONS, replace_calls
 from bqnn.quant.fuse import LAYERS, Fused
+from bqnn.quant.grids import kept_in_float
 from bqnn.quant.in_place import follow_changes
 from bqnn.quant.mark_region import mark_region
 from bqnn.quant.traced import Traced, replace_call
 
-REMEDY = (
-    "name it in `keep`, so that it stays in float, or mark the integer region with Enter and Leave "
-    "(bqnn.layers.markers)"
-)
 DROPOUTS = {
     F.dropout: nn.Dropout,
     F.dropout1d: nn.Dropout1d,
@@ -128,8 +125,11 @@ def _graph(net: nn.Module, kept: Collection[nn.Module], trains: bool) -> fx.Grap
     try:
         graph = trace(net, leaves=kept)
         other = trace(net, training=True, leaves=kept) if trains else graph
-    except TypeError as error:
-        raise TypeError(f"mark: {error}; {REMEDY}") from error
+    except UntraceableError as error:
+        raise TypeError(
+            f"mark: {error}; {kept_in_float(error.module)}, or mark the integer region with Enter "
+            "and Leave (bqnn.layers.markers)"
+        ) from error
     for node, twin in zip_longest(graph.nodes, other.nodes):
         if node is None or twin is None or _signature(node) != _signature(twin):
             found = twin if twin is not None and twin.op != "output" else node
@@ -137,7 +137,7 @@ def _graph(net: nn.Module, kept: Collection[nn.Module], trains: bool) -> fx.Grap
             raise TypeError(
                 f"mark: forward computes something else in training than in evaluation (the first "
                 f"difference is {found.name}, called by {caller}); build the network without it, "
-                "name the module in `keep`, or quantize the network after training"
+                f"quantize it after training, or {kept_in_float(caller_of(found))}"
             )
         if node.target in DROPOUTS:
             node.meta["drops"] = twin.kwargs["training"] and not node.kwargs["training"]
@@ -173,14 +173,12 @@ def _check_linear(net: Traced, kept: Collection[nn.Module]) -> None:
     for _, name, module in net.named_calls():
         is_unknown = isinstance(module, LINEAR_MODULES) and type(module) not in LAYERS
         if is_unknown and module not in kept:
-            refuse_unknown(
-                f"mark: {name}",
-                module,
-                f"quantization does not support; use nn.Linear or nn.Conv2d, or {REMEDY}",
-            )
+            use = f"use nn.Linear or nn.Conv2d, or {kept_in_float(name)}"
+            refuse_unknown(f"mark: {name}", module, f"quantization does not support; {use}")
     for node in net.graph.nodes:
         if function_of(node) in LINEAR_CALLS:
             raise TypeError(
                 f"mark: {node.target.__name__}, called by {caller_of(node) or 'the network itself'}"
-                f", is a layer without a module; use nn.Linear or nn.Conv2d, or {REMEDY}"
+                ", is a layer without a module; use nn.Linear or nn.Conv2d, or "
+                f"{kept_in_float(caller_of(node))}"
             )

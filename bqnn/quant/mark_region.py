@@ -66,13 +66,13 @@ def _normalize_by_layers(net: Traced, kept: Collection[nn.Module]) -> None:
     for node, name, module in net.named_calls():
         if type(module) is nn.BatchNorm2d and node in inside and node not in fused:
             channels = module.num_features
-            layer = nn.Conv2d(channels, channels, 1, groups=channels, bias=False)
+            with torch.random.fork_rng(devices=[]):
+                layer = nn.Conv2d(channels, channels, 1, groups=channels, bias=False)
             nn.init.ones_(layer.weight.requires_grad_(False))
+            layer.to(next(net.parameters()).device)
             (source,) = node.all_input_nodes
             with net.graph.inserting_before(node):
-                made = net.insert_call(
-                    layer.to(module.running_mean), (source,), name.rpartition(".")[0]
-                )
+                made = net.insert_call(layer, (source,), name.rpartition(".")[0])
             node.replace_input_with(source, made)
 
 

@@ -10,7 +10,7 @@ from bqnn.layers.dropout import MCDropout
 from bqnn.layers.markers import Add, AvgPool, Cat, Enter, Leave, Pool
 from bqnn.layers.trace import caller_of, function_of, trace
 from bqnn.quant.fuse import Fused
-from bqnn.quant.grids import ASKING, keeps_grid, refusal
+from bqnn.quant.grids import ASKING, keeps_grid, kept_in_float, refusal
 from bqnn.quant.traced import Traced
 
 # Modules that keep the grid of their input. (fuse() has removed an nn.ReLU after a layer.)
@@ -26,6 +26,7 @@ KEEPING = (
     nn.Unflatten,
     MCDropout,
 )
+SUPPORTED = "use ReLU, ReLU6, max or average pools, sums and concatenations"
 COMPUTING = (Fused, Add, Pool, AvgPool, Cat)
 MARKED = (*COMPUTING, Enter, Leave, MCDropout)
 
@@ -103,7 +104,8 @@ def _follow(graph: fx.Graph, modules: Mapping[str, nn.Module], is_traced: bool) 
             kwargs = fx.node.map_arg(node.kwargs, lambda each: each if each in origins else 0)
             first = args[0] if args else None
             if first not in inputs or not keeps_grid(function_of(node), args, kwargs):
-                raise TypeError(f"prepare: {refusal(_named(node), origin, is_traced)}")
+                remedy = f"{kept_in_float(caller_of(node))}, or {SUPPORTED}" if is_traced else ""
+                raise TypeError(f"prepare: {refusal(_named(node), origin, remedy)}")
             origins[node] = origin
 
 
@@ -130,7 +132,8 @@ def _is_on_grid_after(
     if not origins:
         return False
     if not isinstance(module, KEEPING) or getattr(module, "return_indices", False):
-        raise TypeError(f"prepare: {refusal(f'{name}, a {kind},', origins[0], is_traced)}")
+        remedy = f"{kept_in_float(name)}, or {SUPPORTED}" if is_traced else ""
+        raise TypeError(f"prepare: {refusal(f'{name}, a {kind},', origins[0], remedy)}")
     return True
 
 
