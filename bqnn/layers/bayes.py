@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal, Self
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bqnn.arguments import real_number
+from bqnn.arguments import ArgumentTypeError, real_number
 from bqnn.layers.draws import DrawnWeights, evaluation_noise
 from bqnn.layers.linear_map import Geometry, linear_map, linear_map_gradients
 from bqnn.layers.noise import in_memory_order, noise_like
 from bqnn.layers.swap import swap
+from bqnn.text import short
 
 PRIOR_STD, INIT_RHO = 1.0, -5.0  # the defaults
 Moments = tuple[Tensor, Tensor]  # sigma and sigma^2, flattened in memory order
@@ -266,7 +267,7 @@ def to_bayes(
     prior_std: float = PRIOR_STD,
     init_rho: float = INIT_RHO,
     *,
-    keep: tuple[type[nn.Module], ...] = (),
+    keep: type[nn.Module] | Collection[type[nn.Module]] = (),
 ) -> nn.Module:
     """Replace every linear layer and convolution by its Bayesian version, in place.
 
@@ -295,13 +296,18 @@ def to_bayes(
         )
     """
     prior_std, init_rho = _checked(prior_std, init_rho)
+    kept = (keep,) if isinstance(keep, type) else tuple(keep)
+    if not all(isinstance(kind, type) for kind in kept):
+        raise ArgumentTypeError(
+            f"keep={short(keep)}: give types of modules, such as nn.LayerNorm", "keep"
+        )
     count = swap(
         net,
         {
             nn.Linear: partial(BayesLinear.like, prior_std=prior_std, init_rho=init_rho),
             nn.Conv2d: partial(BayesConv2d.like, prior_std=prior_std, init_rho=init_rho),
         },
-        keep=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *keep),
+        keep=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *kept),
     )
     if count == 0:
         raise ValueError("to_bayes: the network has no Linear or Conv2d to convert")

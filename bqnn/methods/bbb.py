@@ -1,6 +1,6 @@
 """Bayes-by-backprop: a Gaussian per weight, learned by variational inference."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class BayesByBackprop(Method):
         beta: float,
         warmup_epochs: int = 0,
         init_delta: float = 0.1,
-        keep: tuple[type[nn.Module], ...] = (),
+        keep: type[nn.Module] | Collection[type[nn.Module]] = (),
         **options: Any,
     ) -> None:
         beta = real_number("beta", beta, "the weight of the KL term, 0 or more", 0)

@@ -1,7 +1,7 @@
 """QuantizationCallback: quantization-aware training in any Lightning Trainer."""
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from bqnn.layers.noise import reseed
 from bqnn.layers.safe_convolutions import guard_backward
 from bqnn.quant.fbgemm import FakeQuant
 from bqnn.quant.fuse import fuse
-from bqnn.quant.mark import mark
+from bqnn.quant.mark import Keep, mark
 from bqnn.quant.saturation import refuse_saturation
 from bqnn.quant.simulated import calibrate, enable, freeze, is_prepared, prepare
 from bqnn.quant.spec import QuantSpec
@@ -63,7 +63,7 @@ class QuantizationCallback(pl.Callback):
         spec: QuantSpec,
         freeze_epochs: int = 2,
         *,
-        keep: Collection[type[nn.Module] | str] = (),
+        keep: Keep = (),
     ) -> None:
         freeze_epochs = whole_number("freeze_epochs", freeze_epochs, "0 or more", 0)
         spec.check_trainable()
@@ -197,7 +197,7 @@ def quantize_module(
     spec: QuantSpec,
     stage: str = "qat",
     *,
-    keep: Collection[type[nn.Module] | str] = (),
+    keep: Keep = (),
 ) -> None:
     """Trace, fuse and prepare `pl_module.net` if it is not prepared yet, and record the spec.
 

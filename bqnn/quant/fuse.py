@@ -140,7 +140,7 @@ def fuse(net: nn.Module) -> nn.Module:
 def _fuse_graph(net: Traced) -> None:
     """Fuse the layers of a traced network, and each sum with the ReLU that follows it."""
     modules = {name: module for _, name, module in net.named_calls()}
-    _check_parts(net, list(modules.items()))
+    _check_parts(net, [(name, modules[name]) for name in modules if name not in net.kept])
     fused: dict[str, Fused] = {}
     gone: list[tuple[fx.Node, fx.Node]] = []  # calls that are fused into others
     for name, chains in followers(net).items():
@@ -172,10 +172,10 @@ def followers(net: Traced) -> dict[str, list[tuple[fx.Node, list[fx.Node]]]]:
 
     If a layer is called several times, only what follows each of its calls can be fused.
     """
-    modules = {name: module for _, name, module in net.named_calls()}
+    modules = {name: m for _, name, m in net.named_calls() if name not in net.kept}
     found: dict[str, list[tuple[fx.Node, list[fx.Node]]]] = {}
     for node, name, module in net.named_calls():
-        if type(module) in LAYERS:
+        if type(module) in LAYERS and name in modules:
             found.setdefault(name, []).append((node, _chain(node, modules)))
     for name, chains in found.items():
         kinds = [[_kind(modules[str(n.target)]) for n in nodes] for _, nodes in chains]
@@ -193,8 +193,7 @@ def _chain(call: fx.Node, modules: Mapping[str, nn.Module]) -> list[fx.Node]:
     for kinds in ((norm,), tuple(ACTIVATIONS)):
         last = chain[-1] if chain else call
         users = list(last.users)
-        is_only = len(users) == 1 and users[0].op == "call_module"
-        if is_only and type(modules[str(users[0].target)]) in kinds:
+        if len(users) == 1 and type(modules.get(str(users[0].target))) in kinds:
             chain.append(users[0])
     return chain
 

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from bqnn.arguments import ArgumentError, ArgumentTypeError
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.markers import Enter, Leave
 from bqnn.layers.swap import check_no_hooks, refuse_unknown
@@ -18,6 +19,7 @@ from bqnn.quant.grids import kept_in_float
 from bqnn.quant.in_place import follow_changes
 from bqnn.quant.mark_region import mark_region
 from bqnn.quant.traced import Traced, replace_call
+from bqnn.text import short
 
 DROPOUTS = {
     F.dropout: nn.Dropout,
@@ -40,9 +42,11 @@ LINEAR_CALLS = frozenset(
 LINEAR_MODULES = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
 
 
-def mark(
-    net: nn.Module, *, keep: Collection[type[nn.Module] | str] = (), trains: bool = True
-) -> nn.Module:
+# Types of modules, and globs over names of modules.
+Keep = type[nn.Module] | str | Collection[type[nn.Module] | str]
+
+
+def mark(net: nn.Module, *, keep: Keep = (), trains: bool = True) -> nn.Module:
     """Trace a network and mark its integer region.
 
     The region begins before the first linear layer or convolution and ends after the last. Calls
@@ -74,9 +78,10 @@ def mark(
         return net
     if any(isinstance(module, Enter | Leave | Fused) for module in net.modules()):
         if keep:
-            raise ValueError(
-                "mark: the network has its own Enter or Leave, which say what stays in float; "
-                "leave out `keep`, or remove them"
+            raise ArgumentError(
+                "keep: the network has its own Enter or Leave, which say what stays in float; "
+                "leave out keep, or remove them",
+                "keep",
             )
         return net
     if isinstance(net, LINEAR_MODULES):
@@ -86,32 +91,39 @@ def mark(
     kept = _kept(net, keep)
     _check_containers(net, kept)
     graph = _graph(net, kept, trains)
-    marked = Traced(net, graph)
-    _check_linear(marked, kept)
+    marked = Traced(net, graph, kept)
+    _check_linear(marked)
     follow_changes(marked)
     _replace_dropout(marked)
     replace_calls(marked, list(graph.nodes), ACTIVATIONS)
-    mark_region(marked, kept)
+    mark_region(marked)
     graph.lint()
     marked.recompile()
     return marked.train(net.training) if net.training else marked
 
 
-def _kept(net: nn.Module, keep: Collection[type[nn.Module] | str]) -> set[nn.Module]:
+def _kept(net: nn.Module, keep: Keep) -> set[nn.Module]:
     """Return the modules that stay in float."""
     kept: set[nn.Module] = set()
-    for entry in keep:
-        found = {
-            module
-            for name, module in net.named_modules(remove_duplicate=False)
-            if name
-            and (fnmatchcase(name, entry) if isinstance(entry, str) else isinstance(module, entry))
-        }
+    named = dict(net.named_modules(remove_duplicate=False))
+    del named[""]
+    entries = keep if isinstance(keep, Collection) and not isinstance(keep, str) else (keep,)
+    for entry in entries:
+        if isinstance(entry, str):
+            found = {module for name, module in named.items() if fnmatchcase(name, entry)}
+        elif isinstance(entry, type) and issubclass(entry, nn.Module):
+            found = {module for module in named.values() if isinstance(module, entry)}
+        else:
+            raise ArgumentTypeError(
+                f"keep: {short(entry)} is neither a type of modules nor a glob over their names",
+                "keep",
+            )
         if not found:
-            shown = entry if isinstance(entry, str) else entry.__name__
-            raise ValueError(
+            shown = short(entry) if isinstance(entry, str) else entry.__name__
+            raise ArgumentError(
                 f"keep: {shown} matches no module; give a type, or a glob over the names of "
-                "named_modules()"
+                "named_modules()",
+                "keep",
             )
         kept |= found
     return kept
@@ -168,11 +180,11 @@ def _check_containers(net: nn.Module, kept: Collection[nn.Module], name: str = "
             _check_containers(child, kept, f"{name}.{child_name}".lstrip("."))
 
 
-def _check_linear(net: Traced, kept: Collection[nn.Module]) -> None:
+def _check_linear(net: Traced) -> None:
     """Raise a TypeError for linear layers that have no integers."""
     for _, name, module in net.named_calls():
         is_unknown = isinstance(module, LINEAR_MODULES) and type(module) not in LAYERS
-        if is_unknown and module not in kept:
+        if is_unknown and name not in net.kept:
             use = f"use nn.Linear or nn.Conv2d, or {kept_in_float(name)}"
             refuse_unknown(f"mark: {name}", module, f"quantization does not support; {use}")
     for node in net.graph.nodes:

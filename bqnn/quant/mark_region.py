@@ -19,18 +19,17 @@ SPLITTING = (torch.chunk, Tensor.chunk, torch.split, Tensor.split, torch.unbind,
 POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
-def mark_region(net: Traced, kept: Collection[nn.Module]) -> None:
+def mark_region(net: Traced) -> None:
     """Insert Enter and Leave, and replace calls between them by modules that compute in integers.
 
     Args:
         net: The network.
-        kept: Modules that stay in float.
 
     Raises:
         ValueError: There is no linear layer or convolution.
     """
-    _normalize_by_layers(net, kept)
-    inside = _inside(net, kept)
+    _normalize_by_layers(net)
+    inside = _inside(net)
     replaced = replace_calls(net, [n for n in net.graph.nodes if n in inside], SUMS_AND_POOLS)
     inside = {replaced.get(node, node) for node in inside}
     inside = _with_pools(net, inside)
@@ -38,7 +37,7 @@ def mark_region(net: Traced, kept: Collection[nn.Module]) -> None:
         if node.op == "call_method" and node.target == "view":
             node.target = "reshape"  # integers may have another memory layout
     _insert_markers(net, inside)
-    _tell_of_floats(net, inside, kept)
+    _tell_of_floats(net, inside)
 
 
 def _with_pools(net: Traced, inside: Collection[fx.Node]) -> set[fx.Node]:
@@ -56,13 +55,13 @@ def _with_pools(net: Traced, inside: Collection[fx.Node]) -> set[fx.Node]:
     return nodes
 
 
-def _normalize_by_layers(net: Traced, kept: Collection[nn.Module]) -> None:
+def _normalize_by_layers(net: Traced) -> None:
     """Insert a convolution with weights 1 before each batch norm that follows no layer.
 
     Batch norm is fused into it, and becomes a product and a sum for each channel.
     """
     fused = {node for found in followers(net).values() for _, nodes in found for node in nodes}
-    inside = _inside(net, kept)
+    inside = _inside(net)
     for node, name, module in net.named_calls():
         if type(module) is nn.BatchNorm2d and node in inside and node not in fused:
             channels = module.num_features
@@ -76,7 +75,7 @@ def _normalize_by_layers(net: Traced, kept: Collection[nn.Module]) -> None:
             node.replace_input_with(source, made)
 
 
-def _inside(net: Traced, kept: Collection[nn.Module]) -> set[fx.Node]:
+def _inside(net: Traced) -> set[fx.Node]:
     """Return the nodes of the region: layers, what follows them, and all that leads to others."""
     chains = [chain for found in followers(net).values() for chain in found]
     if not chains:
@@ -85,7 +84,7 @@ def _inside(net: Traced, kept: Collection[nn.Module]) -> set[fx.Node]:
     after = _reached(layers, lambda node: node.users)
     before = _reached(layers, lambda node: node.all_input_nodes)
     inside = {*layers, *(node for _, nodes in chains for node in nodes), *(after & before)}
-    inside -= {node for node, _, module in net.named_calls() if module in kept}
+    inside -= {node for node, name, _ in net.named_calls() if name in net.kept}
     for node in net.graph.nodes:  # the parts of a tuple belong to it
         if any(n in inside and function_of(n) in SPLITTING for n in node.all_input_nodes):
             inside.add(node)
@@ -129,12 +128,14 @@ def _reads(node: fx.Node) -> bool:
     return node.op == "output" or is_tensor(node)
 
 
-def _tell_of_floats(net: Traced, inside: Collection[fx.Node], kept: Collection[nn.Module]) -> None:
+def _tell_of_floats(net: Traced, inside: Collection[fx.Node]) -> None:
     """Warn of modules with parameters that stay in float, apart from those that the user keeps."""
     names = [
         f"{name} ({type(module).__name__})"
         for node, name, module in net.named_calls()
-        if node not in inside and module not in kept and any(map(owns_parameters, module.modules()))
+        if node not in inside
+        and name not in net.kept
+        and any(map(owns_parameters, module.modules()))
     ]
     if names:
         log.warning("outside of the layers that become integers, in float: %s", ", ".join(names))

@@ -1,6 +1,6 @@
 """One call from a network of plain torch to int8: quantize, and prepare_qat for training."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -13,7 +13,7 @@ from bqnn.layers.noise import reseed
 from bqnn.layers.swap import check_no_loose_tensors
 from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import convert
-from bqnn.quant.mark import mark
+from bqnn.quant.mark import Keep, mark
 from bqnn.quant.saturation import refuse_saturation
 from bqnn.quant.simulated import calibrate, is_prepared, prepare
 from bqnn.quant.spec import QuantSpec
@@ -28,7 +28,7 @@ def quantize(
     batches: Iterable[Any],
     spec: QuantSpec | None = None,
     *,
-    keep: Collection[type[nn.Module] | str] = (),
+    keep: Keep = (),
 ) -> nn.Module:
     """Quantize a trained network to int8, without training.
 
@@ -77,7 +77,7 @@ def prepare_qat(
     net: nn.Module,
     spec: QuantSpec | None = None,
     *,
-    keep: Collection[type[nn.Module] | str] = (),
+    keep: Keep = (),
 ) -> nn.Module:
     """Prepare a network for quantization-aware training.
 
@@ -111,9 +111,7 @@ def prepare_qat(
     return simulated
 
 
-def _prepared(
-    net: nn.Module, spec: QuantSpec, keep: Collection[type[nn.Module] | str], trains: bool
-) -> nn.Module:
+def _prepared(net: nn.Module, spec: QuantSpec, keep: Keep, trains: bool) -> nn.Module:
     """Return a prepared copy of a network."""
     if not isinstance(net, nn.Module):
         raise ArgumentTypeError(f"net={short(net)} is not an nn.Module; give the network", "net")

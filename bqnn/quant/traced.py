@@ -1,5 +1,6 @@
 """Traced: a network as a graph of the modules that it calls."""
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import fx, nn
@@ -13,11 +14,13 @@ class Traced(fx.GraphModule):
     Args:
         net: The network.
         graph: What its `forward` calls, see `bqnn.layers.trace`.
+        kept: Modules that stay in float.
     """
 
-    def __init__(self, net: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, net: nn.Module, graph: fx.Graph, kept: Collection[nn.Module] = ()) -> None:
         super().__init__(net, graph, class_name=type(net).__name__)
         _order_like(self, net)
+        self.meta["kept"] = {name for _, name, module in self.named_calls() if module in kept}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Traced":
         copied = super().__deepcopy__(memo)
@@ -25,6 +28,12 @@ class Traced(fx.GraphModule):
         type(copied).__name__ = type(self).__name__
         _order_like(copied, self)
         return copied
+
+    @property
+    def kept(self) -> set[str]:
+        """The names of the modules that stay in float."""
+        names: set[str] = self.meta["kept"]
+        return names
 
     def named_calls(self) -> list[tuple[fx.Node, str, nn.Module]]:
         """Return the calls of modules in their order: node, name and module."""

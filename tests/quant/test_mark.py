@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from bqnn.quant.fuse import Fused, fuse
 from bqnn.quant.integer import IntegerLayer, convert
 from bqnn.quant.mark import mark
 from bqnn.quant.quantize import prepare_qat, quantize
-from bqnn.quant.simulated import calibrate, enable
+from bqnn.quant.simulated import SimulatedLayer, calibrate, enable
 from bqnn.quant.spec import QuantSpec
 
 X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -359,9 +360,27 @@ def test_kept_modules_stay_in_float(keep: tuple[type[nn.Module] | str, ...]) -> 
     assert_int8_is_simulated(simulated)
 
 
-@pytest.mark.parametrize("keep", [("typo",), (nn.LSTM,)])
-def test_an_entry_of_keep_matches_a_module(keep: tuple[type[nn.Module] | str, ...]) -> None:
-    with pytest.raises(ValueError, match=r"keep: (typo|LSTM) matches no module"):
+def test_first_and_last_layers_can_stay_in_float() -> None:
+    net = Net(residual).eval()
+    simulated = calibrate(prepare_qat(net, SPEC, keep=("first", "head", "bn")), [X])
+    assert type(simulated.first) is nn.Conv2d
+    assert type(simulated.head) is nn.Linear
+    assert type(simulated.bn) is nn.BatchNorm2d
+    assert isinstance(simulated.second, SimulatedLayer)
+    assert_int8_is_simulated(simulated)
+    with pytest.raises(ValueError, match="no linear layer or convolution"):
+        prepare_qat(net, keep=(nn.Conv2d, nn.Linear))
+
+
+@pytest.mark.parametrize("keep", [(3,), 3.0, (torch.tanh,)])
+def test_keep_has_types_and_globs(keep: Any) -> None:
+    with pytest.raises(TypeError, match="keep"):
+        prepare_qat(Net(functional), keep=keep)
+
+
+@pytest.mark.parametrize("keep", ["typo", ("typo",), nn.LSTM])
+def test_an_entry_of_keep_matches_a_module(keep: Any) -> None:
+    with pytest.raises(ValueError, match=r"keep: ('typo'|LSTM) matches no module"):
         prepare_qat(Net(functional), keep=keep)
 
 
