@@ -36,7 +36,7 @@ class MCDropoutMethod(Method):
         net: nn.Module,
         likelihood: Likelihood,
         *,
-        rate: float | None = None,
+        rate: float | None,
         drop_before_output: bool = True,
         **options: Any,
     ) -> None:

@@ -14,7 +14,7 @@ from bqnn.layers.noise import reseed
 from bqnn.layers.safe_convolutions import guard_backward
 from bqnn.quant.fbgemm import FakeQuant
 from bqnn.quant.fuse import fuse
-from bqnn.quant.mark import Keep, mark
+from bqnn.quant.mark import Keep, entries, mark
 from bqnn.quant.saturation import refuse_saturation
 from bqnn.quant.simulated import calibrate, enable, freeze, is_prepared, prepare
 from bqnn.quant.spec import QuantSpec
@@ -47,8 +47,8 @@ class QuantizationCallback(pl.Callback):
         spec: Bit widths and ranges.
         freeze_epochs: In this many last epochs of a fit, ranges and batch norm statistics stay
             fixed. The only epoch of a fit is never frozen.
-        keep: Types of modules, and globs over the names of modules, that stay in float, see
-            `bqnn.quant.mark.mark`.
+        keep: Types of modules, and globs over the names of modules, that stay in float, in addition
+            to those of the spec. A checkpoint with a recipe records only the spec.
 
     Raises:
         ValueError: The observer of the spec cannot be trained with, or `freeze_epochs` is below 0.
@@ -212,7 +212,8 @@ def quantize_module(
     """
     net = _net(pl_module)
     if not is_prepared(net):
-        prepared = prepare(fuse(mark(net, keep=keep, trains=stage == "qat")), spec)
+        marked = mark(net, keep=[*spec.keep, *entries(keep)], trains=stage == "qat")
+        prepared = prepare(fuse(marked), spec)
         pl_module.net = prepared  # a traced network is a new module
         if _net(pl_module) is not prepared:
             raise TypeError(

@@ -107,8 +107,7 @@ def _kept(net: nn.Module, keep: Keep) -> set[nn.Module]:
     kept: set[nn.Module] = set()
     named = dict(net.named_modules(remove_duplicate=False))
     del named[""]
-    entries = keep if isinstance(keep, Collection) and not isinstance(keep, str) else (keep,)
-    for entry in entries:
+    for entry in entries(keep):
         if isinstance(entry, str):
             found = {module for name, module in named.items() if fnmatchcase(name, entry)}
         elif isinstance(entry, type) and issubclass(entry, nn.Module):
@@ -127,6 +126,12 @@ def _kept(net: nn.Module, keep: Keep) -> set[nn.Module]:
             )
         kept |= found
     return kept
+
+
+def entries(keep: Keep) -> list[type[nn.Module] | str]:
+    """Return the entries of `keep`, which may be a single one."""
+    is_one = isinstance(keep, str) or not isinstance(keep, Collection)
+    return [keep] if is_one else list(keep)  # type: ignore[list-item, arg-type]
 
 
 def _graph(net: nn.Module, kept: Collection[nn.Module], trains: bool) -> fx.Graph:

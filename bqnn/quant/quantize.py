@@ -13,7 +13,7 @@ from bqnn.layers.noise import reseed
 from bqnn.layers.swap import check_no_loose_tensors
 from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import convert
-from bqnn.quant.mark import Keep, mark
+from bqnn.quant.mark import Keep, entries, mark
 from bqnn.quant.saturation import refuse_saturation
 from bqnn.quant.simulated import calibrate, is_prepared, prepare
 from bqnn.quant.spec import QuantSpec
@@ -43,7 +43,7 @@ def quantize(
         spec: Bit widths, ranges and engine. The default has 8-bit weights, 7-bit activations, and
             ranges that minimize the squared error over a histogram.
         keep: Types of modules, and globs over the names of modules, that stay in float with all
-            that they contain.
+            that they contain, in addition to those of the spec.
 
     Returns:
         The int8 network, on the CPU and in evaluation mode.
@@ -88,7 +88,7 @@ def prepare_qat(
         net: The network, with point-valued or Bayesian layers. It stays as it is.
         spec: Bit widths, ranges and engine; the default is `QuantSpec()`.
         keep: Types of modules, and globs over the names of modules, that stay in float with all
-            that they contain.
+            that they contain, in addition to those of the spec.
 
     Returns:
         The network to train. Create the optimizer from its parameters.
@@ -118,7 +118,8 @@ def _prepared(net: nn.Module, spec: QuantSpec, keep: Keep, trains: bool) -> nn.M
     if is_prepared(net):
         raise ArgumentError("net: it is quantized already; give the network in float", "net")
     check_no_loose_tensors(net)
-    return prepare(fuse(mark(deepcopy(net), keep=keep, trains=trains)), spec)
+    kept = [*spec.keep, *entries(keep)]
+    return prepare(fuse(mark(deepcopy(net), keep=kept, trains=trains)), spec)
 
 
 def _inputs(batches: Iterable[Any], device: torch.device) -> Iterator[Tensor]:

@@ -34,6 +34,7 @@ from bqnn.settings.rules import (
     name,
     one_of,
     real,
+    text,
     whole,
 )
 from bqnn.text import short
@@ -130,6 +131,7 @@ QUANT: Table = {
     "noise_bits": WIDTH,
     "noise_range": POSITIVE,
     "weight_symmetric": flag(),
+    "keep": many(text(), 1000),
     "allow_saturation": flag(),
     "freeze_epochs": COUNT,
 }

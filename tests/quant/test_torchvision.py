@@ -173,7 +173,7 @@ OPTIONS = {"num_train": 24, "seed": 0, "optimizer": {"name": "adam", "lr": 1e-3}
 SAMPLER = OPTIONS | {"optimizer": {"name": "sghmc", "lr": 1e-3}}
 METHODS: dict[str, Callable[..., pl.LightningModule]] = {
     "bbb": partial(BayesByBackprop, prior_std=0.1, init_rho=-5.0, beta=1.0, **OPTIONS),
-    "mcdropout": partial(MCDropoutMethod, **OPTIONS),
+    "mcdropout": partial(MCDropoutMethod, rate=None, **OPTIONS),
     "sghmc": partial(SGHMCEnsemble, burn_in=0, collect_every=1, num_members=2, **SAMPLER),
 }
 
