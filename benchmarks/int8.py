@@ -19,6 +19,7 @@ from bqnn.layers.bayes import to_bayes
 from bqnn.layers.draws import held_draw
 from bqnn.layers.dropout import to_mcdropout
 from bqnn.layers.ensemble import Ensemble
+from bqnn.layers.markers import Add
 from bqnn.nets import LeNet, ResNet
 from bqnn.quant.fbgemm import ActivationGrid, make_fake_quant
 from bqnn.quant.fuse import fuse
@@ -81,7 +82,7 @@ def _compare(
 def _compare_residual_sums(num_pairs: int) -> None:
     """Time the residual sums of the first stage of the ResNet, at a batch of 512."""
     quant = make_fake_quant(7, signed=False)
-    add = SimulatedAdd(QuantSpec())
+    add = SimulatedAdd(Add(), QuantSpec())
     x, y = (torch.rand(512, 24, 32, 32).to(memory_format=torch.channels_last) for _ in range(2))
     for module, values in ((quant, x), (add.output_quant, x + y)):
         module.watch(values)

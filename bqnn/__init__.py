@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from bqnn.layers.dropout import to_mcdropout as to_mcdropout
     from bqnn.layers.ensemble import Ensemble as Ensemble
     from bqnn.optim import SGHMC as SGHMC
+    from bqnn.quant.integer import convert as convert
+    from bqnn.quant.quantize import prepare_qat as prepare_qat
+    from bqnn.quant.quantize import quantize as quantize
     from bqnn.quant.spec import QuantSpec as QuantSpec
 
     __version__: str
@@ -27,9 +30,12 @@ _MODULES = {
     "BayesLinear": "bqnn.layers.bayes",
     "Ensemble": "bqnn.layers.ensemble",
     "QuantSpec": "bqnn.quant.spec",
+    "convert": "bqnn.quant.integer",
     "kl_divergence": "bqnn.layers.bayes",
     "load": "bqnn.checkpoints.model",
     "predictive": "bqnn.inference.predict",
+    "prepare_qat": "bqnn.quant.quantize",
+    "quantize": "bqnn.quant.quantize",
     "to_bayes": "bqnn.layers.bayes",
     "to_mcdropout": "bqnn.layers.dropout",
 }

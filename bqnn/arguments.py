@@ -56,7 +56,7 @@ def renamed(key: Callable[[str], str]) -> Iterator[None]:
 def prefixed(group: str) -> AbstractContextManager[None]:
     """Prefix the arguments' names with a configuration group in errors that the body raises.
 
-    Example:
+    Examples:
         >>> with prefixed("method"):
         ...     raise ArgumentError("rate=2: a share is below 1", "rate")
         Traceback (most recent call last):
@@ -70,7 +70,7 @@ def keywords(called: Callable[..., Any]) -> set[str]:
 
     A class with `**options` also accepts the arguments of its bases.
 
-    Example:
+    Examples:
         >>> class Base:
         ...     def __init__(self, *, rate: float) -> None: ...
         >>> class Derived(Base):
@@ -91,7 +91,7 @@ def keywords(called: Callable[..., Any]) -> set[str]:
 def required(called: Callable[..., Any]) -> set[str]:
     """Return the names of the required arguments of a function or class.
 
-    Example:
+    Examples:
         >>> required(lambda rate, width=3: rate)
         {'rate'}
     """
@@ -103,7 +103,7 @@ def required(called: Callable[..., Any]) -> set[str]:
 def takes_any(called: Callable[..., Any]) -> bool:
     """Return whether a function or class accepts arguments of any name.
 
-    Example:
+    Examples:
         >>> takes_any(lambda **options: options)
         True
     """
@@ -135,7 +135,7 @@ def real_number(
         ArgumentTypeError: The value is not a number, such as a string, None, True or a tensor.
         ArgumentError: The number is NaN, infinite or out of the range.
 
-    Example:
+    Examples:
         >>> real_number("rate", 1.5, "choose 0 to 1", 0, 1)
         Traceback (most recent call last):
         bqnn.arguments.ArgumentError: rate=1.5: choose 0 to 1
@@ -162,7 +162,7 @@ def whole_number(name: str, value: object, reason: str, least: int, most: float 
             tensor.
         ArgumentError: The number is out of the range.
 
-    Example:
+    Examples:
         >>> whole_number("num_samples", 0, "choose 1 or more", 1)
         Traceback (most recent call last):
         bqnn.arguments.ArgumentError: num_samples=0: choose 1 or more

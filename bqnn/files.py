@@ -26,7 +26,7 @@ def open_regular(path: str | Path) -> BinaryIO:
         ValueError: The path is a FIFO, a socket or a device. The message does not repeat the path.
         OSError: The file does not exist, is a folder, or cannot be read.
 
-    Example:
+    Examples:
         >>> with open_regular("README.md") as file:
         ...     file.read(6)
         b'# bqnn'
@@ -57,7 +57,7 @@ def written_beside(path: Path) -> Iterator[Path]:
     Raises:
         OSError: The disk is full, or the folder is read-only or missing.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder, "notes.txt")
@@ -112,7 +112,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: See `written_beside`.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder, "notes.txt")
@@ -131,7 +131,7 @@ def write_json(path: Path, content: object) -> None:
         ValueError: The content has a NaN or an infinity, which JSON cannot represent.
         OSError: See `written_beside`.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder, "metrics.json")
@@ -152,7 +152,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         OSError: See `written_beside`.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder, "metrics.csv")

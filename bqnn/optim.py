@@ -73,7 +73,7 @@ class SGHMC(Optimizer):
         ValueError: A number is out of range.
         FloatingPointError: `step` finds a weight that is not finite when it draws the precision.
 
-    Example:
+    Examples:
         >>> theta = torch.zeros(3, requires_grad=True)
         >>> sampler = SGHMC([theta], lr=0.01, num_train=100, num_burn_in_steps=10)
         >>> (theta - 1).square().mean().backward()
@@ -218,7 +218,7 @@ def make_optimizer(params: Iterable[Tensor], name: str, **options: Any) -> Optim
     Raises:
         ValueError: The name is unknown, or an option is invalid.
 
-    Example:
+    Examples:
         >>> type(make_optimizer([torch.zeros(2, requires_grad=True)], "adam", lr=1e-3))
         <class 'torch.optim.adam.Adam'>
     """

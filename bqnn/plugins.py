@@ -43,7 +43,7 @@ def find_class(
     Raises:
         ValueError: The name is unknown, or the plug-in cannot be imported or is of another kind.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> find_class("net", {"name": "line", "_target_": "torch.nn.Linear"}, {}, nn.Module)
         <class 'torch.nn.modules.linear.Linear'>
@@ -76,7 +76,7 @@ def foreign(
 
     This function imports nothing itself.
 
-    Example:
+    Examples:
         >>> foreign("net", {"name": "MyNet", "_target_": "my_package.MyNet"}, {})
         'my_package.MyNet'
     """

@@ -41,7 +41,7 @@ def stream_seed(seed: int, stream: Stream, number: int = 0, rank: int = 0) -> in
     Raises:
         ValueError: `number` is out of range.
 
-    Example:
+    Examples:
         >>> stream_seed(0, Stream.ORDER, 1) == stream_seed(1, Stream.ORDER, 0)
         False
     """

@@ -55,7 +55,7 @@ class MethodContract:
             two epochs.
         trains_at_random: Whether the training draws random numbers, apart from the order of rows.
 
-    Example:
+    Examples:
         >>> from bqnn.methods import Pointwise
         >>> class TestPointwise(MethodContract):
         ...     method = Pointwise
@@ -199,7 +199,7 @@ class NetContract:
         input_shapes: Shapes of a row that the network supports.
         has_dropout: Whether the network has places for MC dropout.
 
-    Example:
+    Examples:
         >>> class TestMLP(NetContract):
         ...     input_shapes = [(3,)]
         ...     def make(self, input_shape, heads):
@@ -280,7 +280,7 @@ class DataContract:
     Attributes:
         has_unique_rows: Whether no two rows of the data set are equal.
 
-    Example:
+    Examples:
         >>> from bqnn.data.synthetic import SyntheticData
         >>> class TestSynthetic(DataContract):
         ...     def make(self, **options):

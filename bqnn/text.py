@@ -13,7 +13,7 @@ def printable(text: str) -> str:
     change the writing direction, and lone surrogates, which represent bytes of a file name that are
     not UTF-8.
 
-    Example:
+    Examples:
     >>> printable("tables\x1b[2J\nof mine")
     'tables\\x1b[2J\\nof mine'
     """
@@ -26,7 +26,7 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """Collapse white space to single spaces and escape the rest with `printable`.
 
-    Example:
+    Examples:
     >>> one_line("a list:\\n\\t[1,\\n\\t 2]")
     'a list: [1, 2]'
     """
@@ -47,7 +47,7 @@ def short(value: object, length: int = 60) -> str:
     Returns:
         One printable line.
 
-    Example:
+    Examples:
     >>> short("w8a7"), short(4.5), short([1, 2, 3])
     ("'w8a7'", '4.5', 'a list of 3')
     """
@@ -78,7 +78,7 @@ def valid_name(text: str, length: int = LONGEST_NAME) -> str:
     Returns:
         The name, or "unnamed" if no character is left.
 
-    Example:
+    Examples:
     >>> valid_name("/home/me/my table.csv"), valid_name("Übung 1"), valid_name("…")
     ('home-me-my-table.csv', 'Ubung-1', 'unnamed')
     """

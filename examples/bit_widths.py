@@ -31,8 +31,8 @@ def main(epochs: int = 20) -> None:
     x, y = torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(digits)
     rows, test = train_test_split(torch.arange(len(x)), test_size=0.25, random_state=0)
 
-    net = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Dropout(0.2), nn.Linear(100, 10))
-    net = train(bqnn.to_mcdropout(net), x[rows], y[rows], epochs, lr=1e-2)
+    layers = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Dropout(0.2), nn.Linear(100, 10))
+    net = train(bqnn.to_mcdropout(layers), x[rows], y[rows], epochs, lr=1e-2)
     print(f"float                    test NLL {nll(net, x[test], y[test]):.3f}")
     for bits in (4, 3, 2):
         spec = bqnn.QuantSpec(weight_bits=bits)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 import bqnn
+from bqnn.inference.answers import RegressionAnswer
 
 
 def write_table(path: Path) -> None:
@@ -38,6 +39,7 @@ def main() -> None:
         model = bqnn.load(folder / "int8", numeric="int8")
         flats = pd.DataFrame({"area": [60.0, 120.0], "rooms": [2, 4], "city": ["Ghent", "Aalst"]})
         answer = model.predict(flats)
+        assert isinstance(answer, RegressionAnswer)
         for mean, std in zip(answer.mean, answer.std, strict=True):
             print(f"price {mean:.0f} +- {std:.0f}")
 

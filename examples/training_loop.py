@@ -20,8 +20,8 @@ def main(epochs: int = 20) -> None:
     y = torch.tensor(digits)
     train, test = train_test_split(torch.arange(len(x)), test_size=0.25, random_state=0)
 
-    net = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10))
-    net = bqnn.to_bayes(net, prior_std=0.3)
+    layers = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10))
+    net = bqnn.to_bayes(layers, prior_std=0.3)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     for _ in range(epochs):
         for rows in train[torch.randperm(len(train))].split(64):

@@ -63,7 +63,7 @@ def check_archive(file: BinaryIO) -> None:
             values and tensors, or would need far more memory than its size.
         BadZipFile: The file is not a zip archive.
 
-    Example:
+    Examples:
         >>> import io, torch
         >>> file = io.BytesIO()
         >>> torch.save({"weight": torch.zeros(3)}, file)

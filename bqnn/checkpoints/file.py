@@ -144,7 +144,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: The file does not exist.
         ValueError: The file is damaged, modified, or not a checkpoint of bqnn.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> recipe = {
         ...     "version": 1, "stage": "float", "seed": 0, "net": {"name": "mlp"},

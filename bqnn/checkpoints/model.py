@@ -41,7 +41,7 @@ def load(
         ValueError: The file is not a checkpoint of bqnn, is not quantized although `numeric` is
             given, needs `trust`, or would saturate on this CPU.
 
-    Example:
+    Examples:
         >>> import bqnn, tempfile, torch
         >>> from bqnn.checkpoints.recipe import build
         >>> recipe = {  # of a network for images of 8x8 pixels
@@ -84,7 +84,7 @@ class Model:
         method: The method, whose `net` is the network and whose `likelihood` has the meaning of its
             outputs.
 
-    Example:
+    Examples:
         >>> from bqnn.checkpoints.recipe import build
         >>> recipe = {
         ...     "version": 1, "stage": "float", "seed": 0,

@@ -94,7 +94,7 @@ def build(recipe: Recipe) -> Method:
     Raises:
         ValueError: A name is unknown, or a class does not accept its options.
 
-    Example:
+    Examples:
         >>> recipe = {
         ...     "version": 1, "stage": "float", "seed": 0,
         ...     "method": {"name": "pointwise", "optimizer": {"name": "adam"}},
@@ -151,7 +151,7 @@ def load(
         ValueError: The file is not a checkpoint of bqnn, is not quantized although `numeric` is
             given, would saturate on this CPU, or names code of another package without `trust`.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> recipe = {
         ...     "version": 1, "stage": "float", "seed": 0,

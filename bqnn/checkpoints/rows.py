@@ -32,7 +32,7 @@ def read_rows(rows: object, facts: Mapping[str, Any]) -> Tensor:
         ArgumentError: The shape is wrong, there is no row, a value is not finite, or pixels are out
             of their range.
 
-    Example:
+    Examples:
         >>> facts = {"input_shape": [2], "input_mean": [0.0, 0.0], "input_std": [1.0, 1.0]}
         >>> read_rows([[1, 2], [3, 4], [5, 6]], facts).shape
         torch.Size([3, 2])

@@ -36,7 +36,7 @@ def check_recipe(recipe: object) -> None:
     Raises:
         ValueError: A key is unknown or missing, or a value has a wrong type or range.
 
-    Example:
+    Examples:
         >>> check_recipe({"version": 2})
         Traceback (most recent call last):
         ValueError: recipe: has no stage

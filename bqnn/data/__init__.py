@@ -50,7 +50,7 @@ def build_data(
         ValueError: The data set or an option is unknown, or a required option is missing. The
             message lists the known ones.
 
-    Example:
+    Examples:
         >>> data = build_data("digits", data_dir="data", seed=0, options={"batch_size": 32})
         >>> data.batch_size
         32

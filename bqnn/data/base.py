@@ -24,7 +24,7 @@ class Rows:
     Raises:
         ValueError: The numbers of inputs and targets differ.
 
-    Example:
+    Examples:
         >>> import torch
         >>> rows = Rows(torch.zeros(5, 3), torch.arange(5))
         >>> rows.take(torch.tensor([4, 0])).targets
@@ -63,7 +63,7 @@ class TensorData(LightningDataModule):
         validation_share: The share of training rows for validation, in [0, 1). If it is 0, `val`
             is None.
 
-    Example:
+    Examples:
         >>> from bqnn.data.synthetic import SyntheticData
         >>> data = SyntheticData(num_train=100, batch_size=16)
         >>> data.setup()

@@ -38,7 +38,7 @@ class CIFAR10Data(ImageData):
     Raises:
         FileNotFoundError: Files are missing and cannot be downloaded.
 
-    Example:
+    Examples:
         >>> data = CIFAR10Data(source="folder", root="images/cifar10")
         >>> data.batch_size, data.flip
         (256, True)

@@ -31,7 +31,7 @@ class Column:
         name: The name of the column.
         categories: The categories, or None for numbers.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> file = CSVFile(Path("a.csv"), {"color": ["red", "blue", "green"]}, [2, 3, 4], "")
         >>> Column("color", ("blue", "red")).encode(file)
@@ -108,7 +108,7 @@ def column_facts(columns: Iterable[Column]) -> dict[str, object]:
 def columns_from(facts: Mapping[str, Any]) -> list[Column]:
     """Return the columns of inputs that the facts of a checkpoint describe.
 
-    Example:
+    Examples:
         >>> facts = {"feature_names": ["area", "city"], "feature_categories": [[], ["a", "b"]]}
         >>> [column.input_names for column in columns_from(facts)]
         [['area'], ['city=a', 'city=b']]
@@ -132,7 +132,7 @@ def encode_rows(rows: Mapping[str, Sequence[object]], facts: Mapping[str, Any]) 
         ValueError: A column is not there, or a value is missing or not a number. The message has
             the row, from 0, and the column.
 
-    Example:
+    Examples:
         >>> facts = {"feature_names": ["area", "city"], "feature_categories": [[], ["a", "b"]]}
         >>> encode_rows({"city": ["b", "a"], "area": [70, 62.5]}, facts)
         tensor([[70.0000,  0.0000,  1.0000],
@@ -152,7 +152,7 @@ def encode_rows(rows: Mapping[str, Sequence[object]], facts: Mapping[str, Any]) 
 def is_missing(cell: str) -> bool:
     """Whether a cell has no value: it is empty, NA, N/A, NaN, null or a question mark.
 
-    Example:
+    Examples:
         >>> is_missing("n/a"), is_missing("0")
         (True, False)
     """
@@ -162,7 +162,7 @@ def is_missing(cell: str) -> bool:
 def number(cell: str, decimal: str = "point") -> float | None:
     """Convert a cell to a number, or to None if it is text.
 
-    Example:
+    Examples:
         >>> number("1.5e3"), number("2,5", decimal="comma"), number("2,5"), number("1_000")
         (1500.0, 2.5, None, None)
     """
@@ -179,7 +179,7 @@ def number(cell: str, decimal: str = "point") -> float | None:
 def category_of(cell: str, decimal: str = "point") -> str:
     """Return the category of a cell. It is the same for 1 and 1.0, and for True and true.
 
-    Example:
+    Examples:
         >>> category_of("1.0"), category_of("True"), category_of("Ghent")
         ('1', 'true', 'Ghent')
     """

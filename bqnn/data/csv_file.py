@@ -80,7 +80,7 @@ def read_csv(path: Path) -> CSVFile:
         ValueError: The file is not a table with unique names and rows of equal lengths. The message
             names the file and the line.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder, "flats.csv")

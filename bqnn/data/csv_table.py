@@ -58,7 +58,7 @@ class CSVData(TableData):
         ValueError: A column does not exist, a value is missing or cannot be used, or no row is left
             for the test. The message names the file, the line, the column and a remedy.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder, "flats.csv")

@@ -19,7 +19,7 @@ class DigitsData(ImageData):
         batch_size: The number of rows in a training batch.
         validation_share: The share of training rows for validation.
 
-    Example:
+    Examples:
         >>> data = DigitsData()
         >>> data.setup()
         >>> data.train.inputs.shape, data.test.inputs.shape

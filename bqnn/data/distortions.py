@@ -42,7 +42,7 @@ def distort(images: Tensor, distortion: Distortion, level: int, white: int) -> T
     Returns:
         Images [N, C, H, W] in uint8, with values from 0 to `white`.
 
-    Example:
+    Examples:
         >>> image = torch.tensor([[[[0, 100, 200]]]], dtype=torch.uint8)
         >>> distort(image, DISTORTIONS["brightness"], level=1, white=255)
         tensor([[[[  0, 150, 255]]]], dtype=torch.uint8)
@@ -77,7 +77,7 @@ def shift(images: Tensor, share: float) -> Tensor:
         images: Images [N, C, H, W].
         share: The shift as a share of the width, rounded to whole pixels.
 
-    Example:
+    Examples:
         >>> shift(torch.tensor([[[[1.0, 2.0, 3.0]]]]), share=1 / 3)
         tensor([[[[0., 1., 2.]]]])
     """

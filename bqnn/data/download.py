@@ -31,7 +31,7 @@ _MIB = 2**20
 def known_tables() -> list[str]:
     """Return the names of the tables that `download_table` supports.
 
-    Example:
+    Examples:
         >>> "yacht" in known_tables()
         True
     """

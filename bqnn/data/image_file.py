@@ -40,7 +40,7 @@ def decode(path: Path, size: int | None = None, channels: int | None = None) -> 
         ValueError: The file cannot be read, or has pixels that are not shown as they are. The
             message has the path.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from PIL import Image
         >>> with tempfile.TemporaryDirectory() as folder:

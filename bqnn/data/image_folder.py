@@ -50,7 +50,7 @@ class ImageFolderData(ImageData):
         ValueError: `setup` finds an image that cannot be read, has another size or number of
             channels, or whose pixels are not sRGB. The message names the first such file.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> from PIL import Image
         >>> folder = TemporaryDirectory()

@@ -119,7 +119,7 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
     Returns:
         Images [B, C, H, W].
 
-    Example:
+    Examples:
         >>> random_crop(torch.ones(2, 3, 8, 8), padding=1).shape
         torch.Size([2, 3, 8, 8])
     """
@@ -133,7 +133,7 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
 def random_flip(images: Tensor) -> Tensor:
     """Mirror each image [B, C, H, W] horizontally with probability 1/2.
 
-    Example:
+    Examples:
         >>> random_flip(torch.ones(2, 3, 8, 8)).shape
         torch.Size([2, 3, 8, 8])
     """

@@ -34,7 +34,7 @@ class TensorLoader:
         ValueError: The lengths differ, there are no rows, `batch_size` is below 1, or `rank` is
             invalid.
 
-    Example:
+    Examples:
         >>> loader = TensorLoader(torch.arange(5), torch.zeros(5), batch_size=2)
         >>> [inputs.tolist() for inputs, _ in loader]
         [[0, 1], [2, 3], [4]]
@@ -119,7 +119,7 @@ class TensorLoader:
 def permutation(num_rows: int, seed: int) -> Tensor:
     """Return a random permutation of `range(num_rows)` in int64 [N], which depends only on `seed`.
 
-    Example:
+    Examples:
         >>> permutation(4, seed=0).sort().values
         tensor([0, 1, 2, 3])
     """

@@ -46,7 +46,7 @@ class MNISTData(ImageData):
         FileNotFoundError: Files are missing and cannot be downloaded.
         ValueError: A file is damaged.
 
-    Example:
+    Examples:
         >>> MNISTData(data_dir="data").folder.as_posix()
         'data/MNIST/raw'
     """

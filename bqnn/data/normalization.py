@@ -31,7 +31,7 @@ class Normalization:
         std: The standard deviation of each feature or channel.
         scale: The largest value of a pixel; None for tables.
 
-    Example:
+    Examples:
         >>> normalization = Normalization([0.5], [0.5], scale=255.0)
         >>> normalization(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8)).item()
         1.0

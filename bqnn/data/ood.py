@@ -41,7 +41,7 @@ def unfamiliar_sets(data: TensorData, names: Sequence[str] | None) -> dict[str, 
     Raises:
         ValueError: A name is unknown.
 
-    Example:
+    Examples:
         >>> from bqnn.data.digits import DigitsData
         >>> data = DigitsData()
         >>> data.setup()

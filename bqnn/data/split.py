@@ -27,7 +27,7 @@ def draw_test_rows(labels: Tensor, share: float, seed: int) -> Tensor:
         ValueError: The share is not above 0 and below 1, or no row is left for the test or for
             the training.
 
-    Example:
+    Examples:
         >>> labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2])
         >>> labels[draw_test_rows(labels, 0.25, seed=0)]
         tensor([0, 1])

@@ -29,7 +29,7 @@ class SyntheticData(TableData):
         batch_size: The number of rows in a training batch.
         validation_share: The share of training rows for validation.
 
-    Example:
+    Examples:
         >>> data = SyntheticData("linear")
         >>> data.truth(torch.tensor([1.0]))
         (tensor([10.]), tensor([1.]))

@@ -39,7 +39,7 @@ def make_data(config: Mapping[str, Any], recipe: Mapping[str, Any] | None = None
             changed since the training, or the file, the folder or the class of the data set is not
             allowed.
 
-    Example:
+    Examples:
         >>> task = {"name": "toy", "dataset": "synthetic", "max_epochs": 3, "num_test": 10}
         >>> len(make_data({"task": task, "data_dir": "data", "seed": 0}).test)
         10

@@ -40,7 +40,7 @@ class UCIData(TableData):
         FileNotFoundError: Files are missing and cannot be downloaded.
         ValueError: A file is not a table of finite numbers. The message names the file and the row.
 
-    Example:
+    Examples:
         >>> UCIData("bostonHousing", split=3, data_dir="data").folder.as_posix()
         'data/uci/bostonHousing/data'
     """

@@ -50,7 +50,7 @@ def require_results(
         FileNotFoundError: A file is missing. best.ckpt is if no epoch was validated.
         ValueError: A metric is infinite or NaN.
 
-    Example:
+    Examples:
         >>> nll = float("nan")
         >>> require_results(Path("."), {"test/nll": nll}, [])  # doctest: +ELLIPSIS
         Traceback (most recent call last):

@@ -14,7 +14,7 @@ def split_table(metrics: Mapping[str, float], splits: Sequence[str]) -> str:
         metrics: Metrics with keys such as test/nll.
         splits: The prefixes of the keys, such as val, test and int8/test.
 
-    Example:
+    Examples:
         >>> print(split_table({"val/nll": 0.5, "test/nll": 0.25}, ["val", "test"]))
                                      val        test
         nll                       0.5000      0.2500

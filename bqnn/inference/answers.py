@@ -39,7 +39,7 @@ class ClassificationAnswer(Answer):
         aleatoric: The mean entropy of the draws [N]: noise in the data.
         mutual_information: The disagreement of the draws [N]: the uncertainty of the model.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from bqnn.inference.likelihoods import Classification
         >>> answer = Classification(["cat", "dog"]).answer(torch.zeros(3, 4, 2))
@@ -67,7 +67,7 @@ class RegressionAnswer(Answer):
         aleatoric: The standard deviation of the noise in the data [N].
         epistemic: The disagreement of the draws [N]: the uncertainty of the model.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from bqnn.inference.likelihoods import Regression
         >>> answer = Regression(target_mean=20.0, target_std=2.0).answer(torch.zeros(3, 4, 2))

@@ -15,7 +15,7 @@ from torch import Tensor
 def log_mean_exp(values: Tensor) -> Tensor:
     """Compute `log(mean(exp(values)))` over the first axis without overflow.
 
-    Example:
+    Examples:
         >>> log_mean_exp(torch.tensor([1000.0, 1000.0]))
         tensor(1000.)
     """
@@ -31,7 +31,7 @@ def entropy(probabilities: Tensor) -> Tensor:
     Returns:
         H[p] = -sum_c p_c log p_c in nats, [...].
 
-    Example:
+    Examples:
         >>> entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
         tensor([0.6931, 0.0000])
     """
@@ -52,7 +52,7 @@ def mutual_information(mean: Tensor, mean_entropy: Tensor) -> Tensor:
     Returns:
         The mutual information of label and weights [N], in nats.
 
-    Example:
+    Examples:
         >>> draws = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])  # two certain draws, one row
         >>> mutual_information(draws.mean(0), entropy(draws).mean(0))
         tensor([0.6931])
@@ -70,7 +70,7 @@ def brier_score(probabilities: Tensor, targets: Tensor) -> Tensor:
     Returns:
         sum_c (p_c - [y = c])^2, [N].
 
-    Example:
+    Examples:
         >>> brier_score(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([0, 1]))
         tensor([0.5000, 2.0000])
     """
@@ -116,7 +116,7 @@ def calibration_sums(confidences: Tensor, correct: Tensor, num_bins: int) -> Ten
     Raises:
         ValueError: There is no bin.
 
-    Example:
+    Examples:
         >>> calibration_sums(torch.tensor([0.25, 1.0]), torch.tensor([False, True]), num_bins=2)
         tensor([[1.0000, 0.2500, 0.0000],
                 [1.0000, 1.0000, 1.0000]], dtype=torch.float64)
@@ -144,7 +144,7 @@ def calibration_bins(confidences: Tensor, correct: Tensor, num_bins: int) -> Cal
     Returns:
         Count, mean confidence and accuracy of each bin. `error` is the calibration error.
 
-    Example:
+    Examples:
         >>> bins = calibration_bins(torch.tensor([0.9, 0.9]), torch.tensor([True, False]), 2)
         >>> bins.counts, round(bins.error.item(), 3)
         (tensor([0, 2]), 0.4)
@@ -162,7 +162,7 @@ def gaussian_nll(mean: Tensor, log_variance: Tensor, targets: Tensor) -> Tensor:
         log_variance: Logarithms of the predicted variances [...].
         targets: Targets [...].
 
-    Example:
+    Examples:
         >>> gaussian_nll(torch.zeros(1), torch.zeros(1), torch.tensor([1.0]))
         tensor([1.4189])
     """
@@ -186,7 +186,7 @@ def inside_interval(mean: Tensor, std: Tensor, targets: Tensor, levels: Sequence
     Raises:
         ValueError: A level is not between 0 and 1.
 
-    Example:
+    Examples:
         >>> targets = torch.tensor([0.0, 1.0, 2.0])
         >>> inside_interval(torch.zeros(3), torch.ones(3), targets, [0.95])
         tensor([[ True,  True, False]])
@@ -206,7 +206,7 @@ def interval_coverage(
     The arguments are those of `inside_interval`. Calibrated predictions cover a share q of the
     targets at level q.
 
-    Example:
+    Examples:
         >>> targets = torch.tensor([0.0, 1.0, 2.0, 3.0])
         >>> interval_coverage(torch.zeros(4), torch.ones(4), targets, [0.5, 0.95])
         tensor([0.2500, 0.5000], dtype=torch.float64)
@@ -227,7 +227,7 @@ def risk_coverage(scores: Tensor, losses: Tensor) -> Tensor:
     Returns:
         The risk at coverage 1/N, 2/N, ..., 1, in float64 [N].
 
-    Example:
+    Examples:
         >>> risk_coverage(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.0, 1.0, 0.5]))
         tensor([0.0000, 0.5000, 0.5000], dtype=torch.float64)
     """

@@ -131,7 +131,7 @@ class Likelihood(ABC):
 class Classification(Likelihood):
     """A categorical over named classes. Outputs are logits, targets int64 class indices.
 
-    Example:
+    Examples:
         >>> import torch
         >>> likelihood = Classification(["cat", "dog"])
         >>> metrics = likelihood.metrics()
@@ -231,7 +231,7 @@ class Regression(Likelihood):
         target_mean: With target_std, leads back to original units: y = target_mean + target_std t.
         target_std: The standard deviation of the targets that the network was trained on.
 
-    Example:
+    Examples:
         >>> import torch
         >>> likelihood = Regression(target_mean=20.0, target_std=2.0)
         >>> metrics = likelihood.metrics()
@@ -322,7 +322,7 @@ class Regression(Likelihood):
 def likelihood_from(facts: Mapping[str, Any]) -> Likelihood:
     """Build the likelihood that a data set's facts call for; other keys are ignored.
 
-    Example:
+    Examples:
         >>> likelihood_from({"likelihood": "classification", "class_names": ["a", "b"]}).heads
         (2,)
     """

@@ -50,7 +50,7 @@ class MixtureMetrics(MetricCollection):
         mix: Makes the mixture of draws and targets.
         metrics: The metrics by name.
 
-    Example:
+    Examples:
         >>> collection = MixtureMetrics(CategoricalMixture.of, {"nll": CategoricalNLL()})
         >>> collection.update(torch.zeros(3, 5, 2), torch.tensor([0, 1, 1, 0, 1]))
         >>> collection.compute()
@@ -149,7 +149,7 @@ class RowMean(Metric, ABC):
 class ErrorRate(RowMean):
     """Share of rows whose most probable class is not the target, from 0 to 1.
 
-    Example:
+    Examples:
         >>> metric = ErrorRate()
         >>> metric.update(torch.tensor([[[2.0, 1.0], [2.0, 1.0]]]), torch.tensor([0, 1]))
         >>> metric.compute()
@@ -166,7 +166,7 @@ class ErrorRate(RowMean):
 class CategoricalNLL(RowMean):
     """Mean negative log probability of the targets, in nats.
 
-    Example:
+    Examples:
         >>> metric = CategoricalNLL()
         >>> metric.update(torch.zeros(3, 5, 2), torch.tensor([0, 1, 1, 0, 1]))
         >>> metric.compute()  # log 2
@@ -183,7 +183,7 @@ class CategoricalNLL(RowMean):
 class BrierScore(RowMean):
     """Mean of sum_c (p_c - [y = c])^2, from 0 to 2.
 
-    Example:
+    Examples:
         >>> metric = BrierScore()
         >>> metric.update(torch.zeros(3, 1, 2), torch.tensor([0]))
         >>> metric.compute()
@@ -200,7 +200,7 @@ class BrierScore(RowMean):
 class PredictiveEntropy(RowMean):
     """Average predictive entropy (aPE): the mean entropy of the mixture, in nats.
 
-    Example:
+    Examples:
         >>> metric = PredictiveEntropy()
         >>> metric.update(torch.tensor([[[100.0, 0.0]], [[0.0, 100.0]]]))  # two draws disagree
         >>> metric.compute()
@@ -216,7 +216,7 @@ class PredictiveEntropy(RowMean):
 class ExpectedEntropy(RowMean):
     """Mean entropy of single draws, in nats: the aleatoric part of the predictive entropy.
 
-    Example:
+    Examples:
         >>> metric = ExpectedEntropy()
         >>> metric.update(torch.tensor([[[100.0, 0.0]], [[0.0, 100.0]]]))  # both are certain
         >>> round(metric.compute().item(), 6)
@@ -232,7 +232,7 @@ class ExpectedEntropy(RowMean):
 class MutualInformation(RowMean):
     """Mean mutual information of label and weights, in nats: the epistemic part of the entropy.
 
-    Example:
+    Examples:
         >>> metric = MutualInformation()
         >>> metric.update(torch.tensor([[[100.0, 0.0]], [[0.0, 100.0]]]))
         >>> metric.compute()
@@ -255,7 +255,7 @@ class CalibrationError(Metric):
         num_bins: The number of bins B. Compare only errors with equal numbers of bins.
         options: Options of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> metric = CalibrationError(num_bins=10)
         >>> logits = torch.tensor([0.8, 0.2]).log().expand(1, 4, 2)
         >>> metric.update(logits, torch.tensor([0, 0, 0, 1]))  # 0.8 confident, 0.75 correct
@@ -310,7 +310,7 @@ class GaussianRowMean(RowMean):
 class RootMeanSquaredError(GaussianRowMean):
     """Root mean squared error of the mixture's mean, in the unit of the target.
 
-    Example:
+    Examples:
         >>> metric = RootMeanSquaredError(target_std=10.0)
         >>> metric.update(torch.zeros(3, 2, 2), torch.tensor([3.0, 4.0]))
         >>> metric.compute()  # 10 * sqrt((9 + 16) / 2)
@@ -332,7 +332,7 @@ class GaussianNLL(GaussianRowMean):
 
     A density of y = mean + target_std * t is that of t divided by target_std, which adds its log.
 
-    Example:
+    Examples:
         >>> metric = GaussianNLL()
         >>> metric.update(torch.zeros(3, 2, 2), torch.tensor([0.0, 0.0]))  # N(0; 0, 1)
         >>> metric.compute()
@@ -352,7 +352,7 @@ class GaussianNLL(GaussianRowMean):
 class GaussianMixtureNLL(GaussianNLL):
     """Mean negative log density of the mixture itself, in nats.
 
-    Example:
+    Examples:
         >>> metric = GaussianMixtureNLL()
         >>> metric.update(torch.zeros(3, 2, 2), torch.tensor([0.0, 0.0]))
         >>> metric.compute()
@@ -370,7 +370,7 @@ class IntervalCoverage(RowMean):
         level: The probability inside the interval, which a calibrated prediction covers.
         options: Options of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> metric = IntervalCoverage(level=0.95)
         >>> metric.update(torch.zeros(3, 2, 2), torch.tensor([1.0, 2.0]))
         >>> metric.compute()
@@ -398,7 +398,7 @@ class RootMeanVariance(GaussianRowMean):
         target_std: The unit of the draws.
         options: Options of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> metric = RootMeanVariance("epistemic")
         >>> metric.update(torch.tensor([[[1.0, 0.0]], [[5.0, 0.0]]]))  # the means differ by 4
         >>> metric.compute()

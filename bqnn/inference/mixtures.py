@@ -26,7 +26,7 @@ class CategoricalMixture:
         targets: Class indices [N], where they are known.
         log_likelihood: Log probability of the targets [N], where they are known.
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[[100.0, 0.0]], [[0.0, 100.0]]])  # two draws, one row
         >>> CategoricalMixture.of(logits).probabilities
         tensor([[0.5000, 0.5000]], dtype=torch.float64)
@@ -83,7 +83,7 @@ class GaussianMixture:
         targets: Targets [N] in float64, where they are known.
         log_likelihood: Log density of the targets [N] in nats, where they are known.
 
-    Example:
+    Examples:
         >>> draws = torch.tensor([[[1.0, 0.0]], [[3.0, 0.0]]])  # N(1, 1) and N(3, 1), one row
         >>> mixture = GaussianMixture.of(draws)
         >>> mixture.mean.item(), mixture.aleatoric.item(), mixture.epistemic.item()

@@ -47,7 +47,7 @@ def full_precision() -> Iterator[None]:
     The setting is process-wide. Of several threads, the first one changes it and the last one
     restores it. A thread that trains at the same time becomes slower on a GPU, but stays correct.
 
-    Example:
+    Examples:
         >>> with full_precision():
         ...     torch.get_float32_matmul_precision()
         'highest'

@@ -39,7 +39,7 @@ def predictive(
     Raises:
         ValueError: The network is in training mode, or inputs are not finite.
 
-    Example:
+    Examples:
         >>> from bqnn.layers.bayes import to_bayes
         >>> net = to_bayes(nn.Sequential(nn.Linear(3, 2)), prior_std=1.0, init_rho=-5.0).eval()
         >>> predictive(net, torch.zeros(4, 3), num_samples=10).shape
@@ -82,7 +82,7 @@ def predictive_sets(
     Raises:
         ValueError: The network is in training mode, or inputs are not finite.
 
-    Example:
+    Examples:
         >>> net = nn.Linear(3, 2).eval()
         >>> sets = [torch.zeros(4, 3), torch.zeros(5, 3)]
         >>> [draws.shape for draws in predictive_sets(net, sets, num_samples=1)]

@@ -19,7 +19,7 @@ class Prediction:
         samples: Logits, or means and log variances in standardized units [S, N, num_outputs].
         targets: Class indices or standardized targets [N], or None.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from bqnn.inference.likelihoods import Classification
         >>> likelihood = Classification(["cat", "dog"])
@@ -80,7 +80,7 @@ def score_uncertainty(prediction: Prediction) -> dict[str, float]:
         NotFiniteError: A metric is infinite or NaN. The error contains all metrics.
         ValueError: A draw is not finite.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from bqnn.inference.likelihoods import Classification
         >>> prediction = Prediction(Classification(["cat", "dog"]), torch.zeros(3, 4, 2))

@@ -67,7 +67,7 @@ class AUROC(Detection):
 
     torchmetrics' class computes in float32.
 
-    Example:
+    Examples:
         >>> metric = AUROC()
         >>> metric.update(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([False, False, True]))
         >>> metric.compute()
@@ -85,7 +85,7 @@ class AUROC(Detection):
 class AUPR(Detection):
     """Average precision of the unfamiliar rows; chance level is their share of all rows.
 
-    Example:
+    Examples:
         >>> metric = AUPR()
         >>> metric.update(torch.zeros(4), torch.tensor([False, False, False, True]))
         >>> metric.compute()
@@ -103,7 +103,7 @@ class AUPR(Detection):
 class FPR95(Detection):
     """Share of familiar rows that are flagged at a threshold that flags 95 % of unfamiliar rows.
 
-    Example:
+    Examples:
         >>> metric = FPR95()
         >>> metric.update(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([False, False, True]))
         >>> metric.compute()
@@ -128,7 +128,7 @@ class AURC(Metric):
     Args:
         options: Options of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> metric = AURC()
         >>> metric.update(torch.tensor([0.1, 0.2]), torch.tensor([0.0, 1.0]))
         >>> metric.compute()  # of the risks 0 and 1/2
@@ -173,7 +173,7 @@ class AURC(Metric):
 def detection_metrics(**options: Any) -> MetricCollection:
     """Collect AUROC, AUPR and FPR95, under these names.
 
-    Example:
+    Examples:
         >>> metrics = detection_metrics()
         >>> metrics.update(torch.tensor([1.0, 2.0]), torch.tensor([False, True]))
         >>> list(metrics.compute())

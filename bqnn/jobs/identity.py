@@ -31,7 +31,7 @@ def config_hash(config: dict[str, Any], without: Iterable[str] = WITHOUT_EFFECT)
         16 hexadecimal digits; with a checkpoint, a dash and the first 16 digits of its SHA-256
         follow.
 
-    Example:
+    Examples:
         >>> config_hash({"seed": 0, "resume": True}) == config_hash({"seed": 0})
         True
     """
@@ -77,7 +77,7 @@ def is_same(recorded: str | None, config_hash: str) -> bool:
         config_hash: The current hash. If it lacks the part of the checkpoint, because the
             checkpoint no longer exists, that part of `recorded` is ignored.
 
-    Example:
+    Examples:
         >>> is_same("0123456789abcdef-fedcba9876543210", "0123456789abcdef")
         True
     """

@@ -42,7 +42,7 @@ class Job:
         sweep: The name of the multirun that the Job is part of, or None.
         resume_command: The command that an interrupted Job prints for the user, or None.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder, Job(Path(folder), "train") as job:
         ...     is_taken = job.take({"seed": 0}, resume=False)

@@ -80,7 +80,7 @@ def changes_since(earlier_versions: Mapping[str, object], earlier_commit: str | 
     Returns:
         The differences in words; empty if there are none.
 
-    Example:
+    Examples:
         >>> changes_since({**versions(), "torch": "1.0"}, None)  # doctest: +ELLIPSIS
         "torch ... instead of '1.0'"
     """

@@ -40,7 +40,7 @@ def describe(error: BaseException) -> str:
         Its message. The name of its type comes first if the type is unexpected or the message is
         empty.
 
-    Example:
+    Examples:
         >>> describe(ValueError("rate=2: too high"))
         'rate=2: too high'
         >>> describe(KeyError("rate"))

@@ -18,7 +18,7 @@ def command(verb: str) -> list[str]:
         `python train.py`, `python -m bqnn train` or `bqnn train`. The last one is also the form for
         processes that were started otherwise, such as a notebook.
 
-    Example:
+    Examples:
         >>> command("train")
         ['bqnn', 'train']
     """

@@ -2,21 +2,23 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bqnn.arguments import real_number
+from bqnn.arguments import ArgumentTypeError, real_number
 from bqnn.layers.draws import DrawnWeights, evaluation_noise
 from bqnn.layers.linear_map import Geometry, linear_map, linear_map_gradients
 from bqnn.layers.noise import in_memory_order, noise_like
 from bqnn.layers.swap import swap
+from bqnn.text import short
 
+PRIOR_STD, INIT_RHO = 1.0, -5.0  # the defaults
 Moments = tuple[Tensor, Tensor]  # sigma and sigma^2, flattened in memory order
 
 
@@ -109,16 +111,44 @@ class GaussianWeight(DrawnWeights):
 
 
 class BayesLinear(GaussianWeight):
-    """nn.Linear with Gaussian weights: [B, in_features] -> [B, out_features].
+    """nn.Linear with Gaussian weights: [..., in_features] -> [..., out_features].
 
-    Example:
-        >>> layer = BayesLinear.like(nn.Linear(3, 2), prior_std=1.0, init_rho=-5.0)
+    With inputs of more than two dimensions, training draws independent noise for each of the
+    output's vectors, as for the pixels of a convolution.
+
+    Args:
+        in_features: The size of the inputs.
+        out_features: The size of the outputs.
+        bias: Whether there is a bias.
+        device: The device of the parameters.
+        dtype: The type of the parameters.
+        prior_std: Standard deviation of the prior.
+        init_rho: Initial rho of every weight; sigma = softplus(rho).
+
+    Examples:
+        >>> layer = BayesLinear(3, 2, prior_std=0.1)
         >>> layer(torch.zeros(4, 3)).shape
         torch.Size([4, 2])
     """
 
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        prior_std: float = PRIOR_STD,
+        init_rho: float = INIT_RHO,
+    ) -> None:
+        layer = nn.Linear(in_features, out_features, bias, device, dtype)
+        super().__init__(layer.weight, layer.bias, prior_std=prior_std, init_rho=init_rho)
+
     @classmethod
-    def like(cls, layer: nn.Linear, *, prior_std: float, init_rho: float) -> Self:
+    def like(
+        cls, layer: nn.Linear, *, prior_std: float = PRIOR_STD, init_rho: float = INIT_RHO
+    ) -> Self:
         """Create a Bayesian version of a linear layer.
 
         Args:
@@ -126,7 +156,7 @@ class BayesLinear(GaussianWeight):
             prior_std: Standard deviation of the prior.
             init_rho: Initial rho of every weight; sigma = softplus(rho).
 
-        Example:
+        Examples:
             >>> linear = nn.Linear(3, 2)
             >>> layer = BayesLinear.like(linear, prior_std=1.0, init_rho=0.0)
             >>> torch.equal(layer.mean, linear.weight)
@@ -134,16 +164,17 @@ class BayesLinear(GaussianWeight):
             >>> layer.sigma[0, 0]
             tensor(0.6931, grad_fn=<SelectBackward0>)
         """
-        made = cls(layer.weight, layer.bias, prior_std=prior_std, init_rho=init_rho)
+        made = cls.__new__(cls)
+        GaussianWeight.__init__(
+            made, layer.weight, layer.bias, prior_std=prior_std, init_rho=init_rho
+        )
         return made.frozen_as(layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 2:
-            raise ValueError(
-                f"BayesLinear: inputs of shape {tuple(x.shape)}, expected [B, in_features]; "
-                "flatten them to two dimensions"
-            )
-        return super().forward(x)
+        if x.dim() == 2 or x.dim() == 0:
+            return super().forward(x)
+        out = super().forward(x.reshape(-1, x.shape[-1]))
+        return out.reshape(*x.shape[:-1], out.shape[-1])
 
     def extra_repr(self) -> str:
         return f"{self.mean.shape[1]}, {self.mean.shape[0]}, prior_std={self.prior_std}"
@@ -152,27 +183,58 @@ class BayesLinear(GaussianWeight):
 class BayesConv2d(GaussianWeight):
     """nn.Conv2d with Gaussian weights: [B, C, H, W] -> [B, C', H', W'].
 
-    Example:
-        >>> conv = nn.Conv2d(1, 4, 3, padding=1)
-        >>> layer = BayesConv2d.like(conv, prior_std=1.0, init_rho=-5.0)
+    Args:
+        in_channels: The number of input channels C.
+        out_channels: The number of output channels C'.
+        kernel_size: Height and width of the filters, or one number for both.
+        stride: The step of the filters.
+        padding: Zeros on each side: numbers, "same" or "valid".
+        dilation: The step between the inputs of a filter.
+        groups: The number of groups of channels.
+        bias: Whether there is a bias.
+        padding_mode: "zeros"; no other mode is supported.
+        device: The device of the parameters.
+        dtype: The type of the parameters.
+        prior_std: Standard deviation of the prior.
+        init_rho: Initial rho of every weight; sigma = softplus(rho).
+
+    Raises:
+        TypeError: The padding is asymmetric, or is not zero padding.
+
+    Examples:
+        >>> layer = BayesConv2d(1, 4, 3, padding=1, prior_std=0.1)
         >>> layer(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 4, 8, 8])
     """
 
+    geometry: Geometry
+
     def __init__(
         self,
-        weight: Tensor,
-        bias: Tensor | None,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros"] = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
-        prior_std: float,
-        init_rho: float,
-        geometry: Geometry,
+        prior_std: float = PRIOR_STD,
+        init_rho: float = INIT_RHO,
     ) -> None:
-        super().__init__(weight, bias, prior_std=prior_std, init_rho=init_rho)
-        self.geometry: Geometry = geometry
+        sizes = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        layer = nn.Conv2d(*sizes, bias, padding_mode, device, dtype)
+        super().__init__(layer.weight, layer.bias, prior_std=prior_std, init_rho=init_rho)
+        self.geometry = Geometry.of(layer)
 
     @classmethod
-    def like(cls, layer: nn.Conv2d, *, prior_std: float, init_rho: float) -> Self:
+    def like(
+        cls, layer: nn.Conv2d, *, prior_std: float = PRIOR_STD, init_rho: float = INIT_RHO
+    ) -> Self:
         """Create a Bayesian version of a convolution.
 
         Args:
@@ -182,14 +244,17 @@ class BayesConv2d(GaussianWeight):
 
         Raises:
             TypeError: The padding is asymmetric, or is not zero padding.
+
+        Examples:
+            >>> BayesConv2d.like(nn.Conv2d(1, 4, 3)).mean.shape
+            torch.Size([4, 1, 3, 3])
         """
-        made = cls(
-            layer.weight,
-            layer.bias,
-            prior_std=prior_std,
-            init_rho=init_rho,
-            geometry=Geometry.of(layer),
+        geometry = Geometry.of(layer)
+        made = cls.__new__(cls)
+        GaussianWeight.__init__(
+            made, layer.weight, layer.bias, prior_std=prior_std, init_rho=init_rho
         )
+        made.geometry = geometry
         return made.frozen_as(layer)
 
     def extra_repr(self) -> str:
@@ -197,22 +262,33 @@ class BayesConv2d(GaussianWeight):
         return f"{tuple(self.mean.shape)}, {geometry}, prior_std={self.prior_std}"
 
 
-def to_bayes(net: nn.Module, prior_std: float, init_rho: float) -> nn.Module:
+def to_bayes(
+    net: nn.Module,
+    prior_std: float = PRIOR_STD,
+    init_rho: float = INIT_RHO,
+    *,
+    keep: type[nn.Module] | Collection[type[nn.Module]] = (),
+) -> nn.Module:
     """Replace every linear layer and convolution by its Bayesian version, in place.
+
+    Batch norms keep point-valued parameters.
 
     Args:
         net: The network. It stays unchanged when an error is raised.
         prior_std: Standard deviation of the prior, above 0.
         init_rho: Initial rho of every weight, from -80 to 80; sigma = softplus(rho).
+        keep: Further types of modules whose own parameters keep point values, such as
+            nn.LayerNorm, nn.Embedding or nn.MultiheadAttention. The modules of torch.nn stay whole;
+            the layers inside of other types are converted.
 
     Returns:
         The network.
 
     Raises:
         ValueError: There is no linear layer or convolution, or a number is out of range.
-        TypeError: A module with parameters is not supported.
+        TypeError: A module with parameters is not supported, and not in `keep`.
 
-    Example:
+    Examples:
         >>> to_bayes(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), prior_std=1.0, init_rho=-5.0)
         Sequential(
           (0): BayesLinear(3, 2, prior_std=1.0)
@@ -220,13 +296,18 @@ def to_bayes(net: nn.Module, prior_std: float, init_rho: float) -> nn.Module:
         )
     """
     prior_std, init_rho = _checked(prior_std, init_rho)
+    kept = (keep,) if isinstance(keep, type) else tuple(keep)
+    if not all(isinstance(kind, type) for kind in kept):
+        raise ArgumentTypeError(
+            f"keep={short(keep)}: give types of modules, such as nn.LayerNorm", "keep"
+        )
     count = swap(
         net,
         {
             nn.Linear: partial(BayesLinear.like, prior_std=prior_std, init_rho=init_rho),
             nn.Conv2d: partial(BayesConv2d.like, prior_std=prior_std, init_rho=init_rho),
         },
-        keep=(nn.BatchNorm2d,),
+        keep=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *kept),
     )
     if count == 0:
         raise ValueError("to_bayes: the network has no Linear or Conv2d to convert")
@@ -258,7 +339,7 @@ class JointPosterior:
     Args:
         net: The network.
 
-    Example:
+    Examples:
         >>> net = to_bayes(nn.Sequential(nn.Linear(3, 2)), prior_std=1.0, init_rho=-5.0)
         >>> with JointPosterior(net) as posterior:
         ...     output = net(torch.zeros(4, 3))
@@ -364,8 +445,9 @@ def kl_divergence(net: nn.Module) -> Tensor:
     Raises:
         TypeError: The network has no Gaussian weights.
 
-    Example:
-        >>> layer = BayesLinear(torch.zeros(2, 3), None, prior_std=1.0, init_rho=0.0)
+    Examples:
+        >>> layer = BayesLinear(3, 2, prior_std=1.0)
+        >>> layer.mean = nn.Parameter(torch.zeros(2, 3))
         >>> layer.set_sigma(torch.full((2, 3), 0.5))
         >>> round(kl_divergence(layer).item(), 3)  # 6 (log 2 - 3/8)
         1.909
@@ -406,7 +488,7 @@ def local_reparametrization(
         f(x; mean) + bias + sqrt(f(x^2; variance)) * eps with eps ~ N(0, 1), shaped like the output
         of the layer.
 
-    Example:
+    Examples:
         >>> x, mean = torch.ones(1, 3), torch.ones(2, 3)
         >>> local_reparametrization(x, mean, torch.zeros(2, 3))
         tensor([[3., 3.]])
@@ -473,7 +555,7 @@ def softplus(rho: Tensor) -> Tensor:
     million numbers). With u = 1 + x rounded, log1p(x) = x log(u) / (u - 1), because the two
     rounding errors cancel (Kahan); for u = 1 it is x.
 
-    Example:
+    Examples:
         >>> softplus(torch.tensor([0.0, 100.0]))
         tensor([  0.6931, 100.0000])
     """

@@ -6,7 +6,7 @@ from torch import nn
 def is_chain(module: nn.Module) -> bool:
     """Return whether a module is a Sequential with the `forward` of nn.Sequential.
 
-    Example:
+    Examples:
         >>> is_chain(nn.Sequential(nn.ReLU())), is_chain(nn.ReLU())
         (True, False)
     """

@@ -81,7 +81,7 @@ def held_draw(
         generator: CPU generator for all random numbers of the draw. The default is torch's global
             generator.
 
-    Example:
+    Examples:
         >>> from bqnn.layers.bayes import to_bayes
         >>> net = to_bayes(nn.Sequential(nn.Linear(3, 2)), prior_std=1.0, init_rho=0.0).eval()
         >>> x = torch.ones(1, 3)

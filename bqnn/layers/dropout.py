@@ -1,35 +1,52 @@
 """Monte-Carlo dropout: dropout that stays active in evaluation mode."""
 
-from torch import Tensor, nn
+from collections.abc import Mapping
 
-from bqnn.arguments import real_number
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bqnn.arguments import ArgumentError, real_number
 from bqnn.layers.draws import Stochastic, evaluation_coins
 from bqnn.layers.markers import DropoutSite
 from bqnn.layers.noise import coins_like
 from bqnn.layers.swap import check_plain
+from bqnn.layers.trace import caller_of, function_of, trace
+
+# The dropout layers of torch, with the number of last dimensions that are dropped together.
+DROPOUTS: Mapping[type[nn.Module], int] = {
+    nn.Dropout: 0,
+    nn.Dropout1d: 1,
+    nn.Dropout2d: 2,
+    nn.Dropout3d: 3,
+}
+LAYERS = (*DROPOUTS, nn.AlphaDropout, nn.FeatureAlphaDropout)
+FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 
 
 class MCDropout(Stochastic):
     """Dropout in training and evaluation mode (Gal & Ghahramani 2016).
 
-    Each row has its own mask. Inputs [B, C, H, W] lose whole channels, other inputs [B, ..., F]
-    lose features. The remaining values are scaled by 1 / (1 - rate). Because dropout is active in
-    evaluation mode, batch norm can stay in evaluation mode for predictions.
+    Each row has its own mask. By default, inputs [B, C, H, W] lose whole channels, and other inputs
+    [B, ..., F] lose features. The remaining values are scaled by 1 / (1 - rate). Because dropout is
+    active in evaluation mode, batch norm can stay in evaluation mode for predictions.
 
     Args:
         rate: Probability that a value is dropped, in [0, 1).
+        dims: The number of last dimensions that are dropped together: 0 as in nn.Dropout, 2 as in
+            nn.Dropout2d. None is 2 for inputs with 4 dimensions, and 0 for others.
 
-    Example:
+    Examples:
         >>> import torch
         >>> out = MCDropout(0.5).eval()(torch.ones(2, 100))
         >>> out.unique()
         tensor([0., 2.])
     """
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float, dims: int | None = None) -> None:
         super().__init__()
         reason = "the share of dropped values must be at least 0 and less than 1"
         self.rate = real_number("rate", rate, reason, 0, 1, without=(1,))
+        self.dims = dims
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rate == 0:
@@ -37,46 +54,99 @@ class MCDropout(Stochastic):
         return x * self.kept(x).to(x.dtype).mul_(1 / (1 - self.rate))
 
     def kept(self, x: Tensor) -> Tensor:
-        """Draw the kept channels or features of each row: bool, [B, C, 1, 1] or [B, ..., F]."""
-        first = x[..., 0, 0] if x.dim() == 4 else x
+        """Draw what is kept of each row: booleans that broadcast over `x`."""
+        dims = (2 if x.dim() == 4 else 0) if self.dims is None else self.dims
+        first = x
+        for _ in range(dims):
+            first = first[..., 0]
         # The dropped values are drawn, not the kept ones: 1 - rate would lose a tiny rate.
         dropped = (coins_like if self.training else evaluation_coins)(first, self.rate)
-        return dropped.logical_not_().view(dropped.shape + (1,) * (x.dim() - first.dim()))
+        return dropped.logical_not_().view(dropped.shape + (1,) * dims)
 
     def extra_repr(self) -> str:
-        return f"rate={self.rate}"
+        return f"rate={self.rate}" + ("" if self.dims is None else f", dims={self.dims}")
 
 
-def to_mcdropout(net: nn.Module, rate: float, before_output: bool = True) -> nn.Module:
-    """Replace the dropout sites of a network by MC dropout, in place.
+def to_mcdropout(
+    net: nn.Module, rate: float | None = None, before_output: bool = True
+) -> nn.Module:
+    """Replace the dropout of a network by MC dropout, in place.
 
     Args:
-        net: The network. It stays unchanged when an error is raised.
-        rate: Probability that a value is dropped, in [0, 1).
-        before_output: Whether to convert the site before the output layer, too.
+        net: The network, with dropout layers of torch or with a `DropoutSite` where values may be
+            dropped. It stays unchanged when an error is raised.
+        rate: Probability that a value is dropped, in [0, 1), at every place. None keeps the rates
+            of the dropout layers.
+        before_output: Whether to convert a `DropoutSite` before the output layer, too.
 
     Returns:
         The network.
 
     Raises:
-        ValueError: The network has no site to convert, or the rate is out of range.
-        TypeError: A conversion would lose a part of a site, such as a hook.
+        ValueError: The network has nothing to convert, the rate is out of range, or a `DropoutSite`
+            needs a rate.
+        TypeError: A conversion would lose a part of a layer, such as a hook; the network has
+            alpha dropout, or drops values by calls of functions.
 
-    Example:
-        >>> to_mcdropout(nn.Sequential(DropoutSite(), nn.Linear(3, 2)), rate=0.1)
+    Examples:
+        >>> to_mcdropout(nn.Sequential(nn.Dropout(0.1), nn.Linear(3, 2)))
         Sequential(
-          (0): MCDropout(rate=0.1)
+          (0): MCDropout(rate=0.1, dims=0)
           (1): Linear(in_features=3, out_features=2, bias=True)
         )
     """
-    sites = []
-    for path, parent in net.named_modules():
-        for name, child in parent._modules.items():
-            if isinstance(child, DropoutSite) and (before_output or not child.before_output):
-                check_plain(f"{path}.{name}".lstrip("."), child)
-                sites.append((parent, name, MCDropout(rate).train(child.training)))
-    if not sites:
-        raise ValueError("to_mcdropout: the network has no DropoutSite to convert")
-    for parent, name, dropout in sites:
-        setattr(parent, name, dropout)
+    made: dict[nn.Module, MCDropout] = {}
+    places = []
+    for place, child in net.named_modules(remove_duplicate=False):
+        is_site = isinstance(child, DropoutSite) and (before_output or not child.before_output)
+        if is_site or isinstance(child, LAYERS):
+            check_plain(place, child)
+            if child not in made:  # a layer that is used twice stays one
+                made[child] = _mcdropout(place, child, rate).train(child.training)
+            places.append((place, made[child]))
+    _refuse_hidden(net)
+    if not places:
+        raise ValueError("to_mcdropout: the network has no DropoutSite or nn.Dropout to convert")
+    for place, dropout in places:
+        net.set_submodule(place, dropout)
     return net
+
+
+def _mcdropout(place: str, module: nn.Module, rate: float | None) -> MCDropout:
+    """Return the MC dropout for a dropout layer or a site."""
+    if isinstance(module, DropoutSite):
+        if rate is None:
+            raise ArgumentError(
+                f"rate=None: {place} is a DropoutSite, which has no rate; give a rate, such as 0.1",
+                "rate",
+            )
+        return MCDropout(rate)
+    dims = DROPOUTS.get(type(module))
+    if dims is None:
+        raise TypeError(
+            f"to_mcdropout: {place} is a {type(module).__name__}, which MC dropout does not "
+            f"support; use {', '.join(kind.__name__ for kind in DROPOUTS)}"
+        )
+    own: float = module.p  # type: ignore[assignment]
+    return MCDropout(own if rate is None else rate, dims)
+
+
+def _refuse_hidden(net: nn.Module) -> None:
+    """Raise a TypeError for dropout that is not a module, as far as a trace shows it."""
+    for name, module in net.named_modules():
+        if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0:
+            raise TypeError(
+                f"to_mcdropout: {name or 'the network'} is a {type(module).__name__} with dropout="
+                f"{module.dropout}, which stays off in predictions; create it with dropout=0"
+            )
+    try:
+        graph = trace(net, training=True)
+    except TypeError:
+        return
+    for node in graph.nodes:
+        if function_of(node) in FUNCTIONS:
+            raise TypeError(
+                f"to_mcdropout: {node.target.__name__}, called by "
+                f"{caller_of(node) or 'the network itself'}, is no module that can be replaced; "
+                "use a module such as nn.Dropout"
+            )

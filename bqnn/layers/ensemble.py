@@ -28,7 +28,7 @@ class Ensemble(Drawn):
         TypeError: Copies of the network would not behave as the network, because parameters
             share memory or a module holds an unregistered tensor.
 
-    Example:
+    Examples:
         >>> ensemble = Ensemble(nn.Linear(3, 2), num_members=5)
         >>> ensemble.collect()
         >>> ensemble.collect()

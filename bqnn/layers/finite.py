@@ -13,7 +13,7 @@ def refuse_non_finite(x: Tensor, which: str = "inputs") -> None:
     Raises:
         ValueError: A value is not finite. The message names the first such row.
 
-    Example:
+    Examples:
         >>> import torch
         >>> x = torch.tensor([[0.0], [torch.inf]])
         >>> refuse_non_finite(x)  # doctest: +ELLIPSIS

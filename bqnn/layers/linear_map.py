@@ -12,7 +12,7 @@ from bqnn.layers.safe_convolutions import Gradients, pixels_read, safe_convoluti
 class Geometry(NamedTuple):
     """The hyperparameters of a convolution, in the order of F.conv2d.
 
-    Example:
+    Examples:
         >>> Geometry.of(nn.Conv2d(1, 4, 3, padding="same"))
         Geometry(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1)
     """
@@ -54,7 +54,7 @@ def linear_map(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometr
         bias: Bias [out_features] or [C'], or None.
         geometry: Geometry of the convolution; None for a linear layer.
 
-    Example:
+    Examples:
         >>> linear_map(torch.ones(1, 3), torch.ones(2, 3), None, None)
         tensor([[3., 3.]])
     """

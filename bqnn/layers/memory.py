@@ -28,7 +28,7 @@ def shared(net: nn.Module) -> Iterator[tuple[Owned, Owned]]:
     Args:
         net: The network whose parameters and buffers are compared.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
         >>> net[1].weight = net[0].weight
         >>> [(first.name, second.name) for first, second in shared(net)]

@@ -68,7 +68,7 @@ def coins_like(x: Tensor, probability: float, generator: torch.Generator | None 
         probability: Probability of True, from 0 to 1.
         generator: CPU generator. The default is the global generator of the device of `x`.
 
-    Example:
+    Examples:
         >>> coins_like(torch.zeros(3), 1.0)
         tensor([True, True, True])
     """

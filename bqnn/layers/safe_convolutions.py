@@ -45,7 +45,7 @@ def corrupts_memory(
         padding: Padding of each dimension.
         groups: Number of groups.
 
-    Example:
+    Examples:
         >>> corrupts_memory(torch.zeros(8, 4, 1, 1), stride=(2, 2), padding=(0, 0), groups=1)
         True
         >>> corrupts_memory(torch.zeros(8, 16, 1, 1), stride=(2, 2), padding=(0, 0), groups=1)
@@ -84,7 +84,7 @@ def pixels_read(
         dilation: Dilation of each dimension.
         groups: Number of groups.
 
-    Example:
+    Examples:
         >>> x, weight = torch.zeros(1, 4, 8, 8), torch.zeros(8, 4, 1, 1)
         >>> pixels, stride = pixels_read(x, weight, (2, 2), (0, 0), (1, 1), 1)
         >>> pixels.shape, stride

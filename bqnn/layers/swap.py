@@ -1,6 +1,6 @@
 """Replace layers of a network by type, and refuse layers that cannot be replaced without loss."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -35,7 +35,8 @@ def swap(
         net: The network. It stays unchanged when an error is raised.
         replacements: For each type, a function that makes a module from a layer with a weight and
             a bias.
-        keep: Types with parameters that are not replaced.
+        keep: Types with parameters that are not replaced. Those of torch.nn stay whole, because
+            they read the parameters of the layers inside.
 
     Returns:
         The number of replaced layers.
@@ -44,7 +45,7 @@ def swap(
         TypeError: A layer has a part that its replacement would lose (see `check_plain`), shares a
             parameter with another layer, or has parameters and an unknown type.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
         >>> swap(net, {nn.Linear: lambda layer: nn.Linear(3, 5)})
         1
@@ -52,18 +53,23 @@ def swap(
         Linear(in_features=3, out_features=5, bias=True)
     """
     known = ", ".join(kind.__name__ for kind in (*replacements, *keep))
-    unknown = f"this conversion does not support; it supports {known}"
+    unknown = (
+        f"this conversion does not support; it supports {known}; name its type in `keep` to leave "
+        "its parameters as they are"
+    )
     if owns_parameters(net) and not isinstance(net, (*replacements, *keep)):
         refuse_unknown("the network", net, unknown)
     check_unshared(net, replacements)
     made: dict[nn.Module, nn.Module] = {}
     places: list[tuple[nn.Module, str, nn.Module]] = []
+    whole = {part for m in net.modules() if isinstance(m, keep) for part in _parts_read_by(m)}
     for name, parent in net.named_modules():
         for child_name, child in parent._modules.items():
-            if child is None:
+            if child is None or child in whole:
                 continue
             path = f"{name}.{child_name}" if name else child_name
             if type(child) in replacements:
+                _check_unread(path, parent)
                 check_plain(path, child, parameters=("weight", "bias"))
                 _check_no_gradient_hooks(path, child)
                 if child not in made:
@@ -74,6 +80,25 @@ def swap(
     for parent, child_name, module in places:
         setattr(parent, child_name, module)
     return len(made)
+
+
+def _parts_read_by(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the layers inside a module of torch.nn that may read their parameters."""
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    if type(module).__module__.startswith("torch.nn.") and not isinstance(module, containers):
+        parts = module.modules()
+        next(parts)  # the module itself
+        yield from parts
+
+
+def _check_unread(path: str, parent: nn.Module) -> None:
+    """Raise a TypeError if the module that contains a layer reads its parameters."""
+    if any(True for _ in _parts_read_by(parent)):
+        kind = type(parent).__name__
+        raise TypeError(
+            f"{path} is a part of a {kind} of torch.nn, which reads its parameters; name "
+            f"nn.{kind} in `keep` to leave them as they are"
+        )
 
 
 def check_plain(
@@ -205,7 +230,7 @@ def refuse_unknown(path: str, module: nn.Module, reason: str) -> None:
 
 def _has(layer: nn.Module, parameter: str) -> bool:
     """Return whether a layer has a parameter. Biases and batch norm parameters may be None."""
-    may_be_none = parameter == "bias" or isinstance(layer, nn.BatchNorm2d)
+    may_be_none = parameter == "bias" or isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)
     return layer._parameters.get(parameter) is not None or (
         may_be_none and parameter in layer._parameters
     )

@@ -1,6 +1,6 @@
 """Bayes by Backprop: variational inference with one Gaussian per weight."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -24,10 +24,11 @@ class BayesByBackprop(Method):
         init_rho: Initial rho of each weight; sigma = softplus(rho).
         beta: Factor of the KL; 1 is the ELBO.
         warmup_epochs: The number of epochs in which beta grows linearly from 0, batch by batch.
-        init_delta: Sigma after `initialize_from`, as a multiple of |mean|.
-        options: Arguments of `Method`.
+    init_delta: Sigma after `initialize_from`, as a multiple of |mean|.
+    keep: Types of modules whose parameters keep point values, see `to_bayes`.
+    options: Arguments of `Method`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from bqnn.inference.likelihoods import Regression
         >>> from bqnn.nets import MLP
@@ -48,6 +49,7 @@ class BayesByBackprop(Method):
         beta: float,
         warmup_epochs: int = 0,
         init_delta: float = 0.1,
+        keep: type[nn.Module] | Collection[type[nn.Module]] = (),
         **options: Any,
     ) -> None:
         beta = real_number("beta", beta, "the weight of the KL term, 0 or more", 0)
@@ -55,7 +57,7 @@ class BayesByBackprop(Method):
         warmup_epochs = whole_number("warmup_epochs", warmup_epochs, reason, 0)
         reason = "sigma as a multiple of the mean has to be positive; 0.1 is usual"
         init_delta = real_number("init_delta", init_delta, reason, 0, without=(0,))
-        super().__init__(to_bayes(net, prior_std, init_rho), likelihood, **options)
+        super().__init__(to_bayes(net, prior_std, init_rho, keep=keep), likelihood, **options)
         self.beta = beta
         self.warmup_epochs = warmup_epochs
         self.init_delta = init_delta

@@ -9,7 +9,7 @@ def is_last_epoch(trainer: pl.Trainer) -> bool:
     A training ends at `max_epochs`, at `max_steps`, or after `should_stop` is set, by `max_time` or
     early stopping.
 
-    Example:
+    Examples:
         >>> trainer = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False)
         >>> is_last_epoch(trainer)
         True

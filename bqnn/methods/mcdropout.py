@@ -10,15 +10,16 @@ from bqnn.methods.base import Method
 
 
 class MCDropoutMethod(Method):
-    """MC dropout (Gal & Ghahramani, 2016), with one rate for all sites of the network.
+    """MC dropout (Gal & Ghahramani, 2016): dropout stays active in predictions.
 
     Args:
-        net: The network. Its `DropoutSite`s become dropout layers.
-        rate: The dropout probability.
-        drop_before_output: Whether the site before the output layer drops values, too.
+        net: The network, with dropout layers of torch, or with a `DropoutSite` wherever values may
+            be dropped.
+        rate: The dropout probability at every place; None keeps the rates of the dropout layers.
+        drop_before_output: Whether a `DropoutSite` before the output layer drops values, too.
         options: Arguments of `Method`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from bqnn.inference.likelihoods import Regression
         >>> from bqnn.nets import MLP
@@ -34,8 +35,8 @@ class MCDropoutMethod(Method):
         net: nn.Module,
         likelihood: Likelihood,
         *,
-        rate: float,
-        drop_before_output: bool,
+        rate: float | None,
+        drop_before_output: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(to_mcdropout(net, rate, drop_before_output), likelihood, **options)

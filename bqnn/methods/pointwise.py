@@ -6,7 +6,7 @@ from bqnn.methods.base import Method
 class Pointwise(Method):
     """Maximum likelihood, or maximum a posteriori with weight decay. All draws are equal.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from bqnn.inference.likelihoods import Regression
         >>> from bqnn.nets import MLP

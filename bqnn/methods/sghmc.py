@@ -27,7 +27,7 @@ class SGHMCEnsemble(Method):
         num_members: The maximum number of members; older ones are dropped.
         options: Arguments of `Method`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from bqnn.inference.likelihoods import Regression
         >>> from bqnn.nets import MLP

@@ -14,7 +14,7 @@ class EpochTerms:
     Attributes:
         rows: The number of rows of each batch.
 
-    Example:
+    Examples:
         >>> epoch = EpochTerms()
         >>> epoch.record({"loss": 1.0}, num_rows=3)
         >>> epoch.record({"loss": 5.0}, num_rows=1)

@@ -20,7 +20,7 @@ class Heads(nn.Module):
         heads: The number of outputs of each head.
         bias: Whether the linear layers have a bias.
 
-    Example:
+    Examples:
         >>> Heads(100, heads=[1, 1], bias=True)(torch.zeros(4, 100)).shape
         torch.Size([4, 2])
     """

@@ -25,7 +25,7 @@ class LeNet(nn.Sequential):
     Raises:
         ValueError: The input shape is not that of an image, or too small.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = LeNet([1, 28, 28], heads=[10])
         >>> net(torch.zeros(2, 1, 28, 28)).shape

@@ -23,7 +23,7 @@ class MLP(nn.Sequential):
     Raises:
         ValueError: There is no hidden layer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = MLP([13], heads=[1, 1])
         >>> net(torch.zeros(4, 13)).shape

@@ -16,7 +16,7 @@ def image_shape(input_shape: Sequence[int], smallest: int) -> tuple[int, int, in
     Raises:
         ValueError: The shape is not that of an image, or the image is too small.
 
-    Example:
+    Examples:
         >>> image_shape([3, 32, 32], smallest=8)
         (3, 32, 32)
     """

@@ -25,7 +25,7 @@ class ResNet(nn.Sequential):
     Raises:
         ValueError: The input shape is not that of an image, or too small.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = ResNet([3, 32, 32], heads=[10], width=4)
         >>> net(torch.zeros(2, 3, 32, 32)).shape

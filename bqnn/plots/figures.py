@@ -64,7 +64,7 @@ def panels(lines: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: 
         lines: The points (x, y) of each label of each metric. x is a whole number.
         x: The label of the x axis.
 
-    Example:
+    Examples:
         >>> figure = panels({"nll": {"train": [(0, 0.5), (1, 0.3)], "val": [(1, 0.4)]}}, "epoch")
         >>> [axes.get_title() for axes in figure.axes]
         ['nll']

@@ -14,6 +14,7 @@ from bqnn.layers.noise import reseed
 from bqnn.layers.safe_convolutions import guard_backward
 from bqnn.quant.fbgemm import FakeQuant
 from bqnn.quant.fuse import fuse
+from bqnn.quant.mark import Keep, entries, mark
 from bqnn.quant.saturation import refuse_saturation
 from bqnn.quant.simulated import calibrate, enable, freeze, is_prepared, prepare
 from bqnn.quant.spec import QuantSpec
@@ -46,25 +47,29 @@ class QuantizationCallback(pl.Callback):
         spec: Bit widths and ranges.
         freeze_epochs: In this many last epochs of a fit, ranges and batch norm statistics stay
             fixed. The only epoch of a fit is never frozen.
+        keep: Types of modules, and globs over the names of modules, that stay in float, in addition
+            to those of the spec. A checkpoint with a recipe records only the spec.
 
     Raises:
         ValueError: The observer of the spec cannot be trained with, or `freeze_epochs` is below 0.
 
-    Example:
+    Examples:
         >>> callback = QuantizationCallback(QuantSpec(weight_bits=4), freeze_epochs=1)
         >>> trainer = pl.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(self, spec: QuantSpec, freeze_epochs: int = 2) -> None:
+    def __init__(
+        self,
+        spec: QuantSpec,
+        freeze_epochs: int = 2,
+        *,
+        keep: Keep = (),
+    ) -> None:
         freeze_epochs = whole_number("freeze_epochs", freeze_epochs, "0 or more", 0)
-        if spec.activation_observer == "histogram":
-            raise ArgumentError(
-                "activation_observer=histogram: it supports only calibration; train with "
-                "moving_average or minmax",
-                "activation_observer",
-            )
+        spec.check_trainable()
         self.spec = spec
         self.freeze_epochs = freeze_epochs
+        self.keep = keep
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Lightning calls this before it creates optimizers or restores a checkpoint.
@@ -75,7 +80,7 @@ class QuantizationCallback(pl.Callback):
                 "precision",
             )
         guard_backward()
-        quantize_module(pl_module, self.spec)
+        quantize_module(pl_module, self.spec, keep=self.keep)
         if stage == "fit":
             refuse_saturation(_net(pl_module))
 
@@ -123,7 +128,7 @@ def quantization_callbacks(options: Mapping[str, Any]) -> list[pl.Callback]:
     Raises:
         ValueError: An option is invalid. The message names its key.
 
-    Example:
+    Examples:
         >>> quantization_callbacks({"name": "none"})
         []
     """
@@ -149,7 +154,7 @@ def fine_tuning_optimizer(options: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         options: The group `quant` of a configuration.
 
-    Example:
+    Examples:
         >>> tuning = {"lr_at_8_bits": 1e-4, "optimizer": {"name": "adam", "lr": None}}
         >>> fine_tuning_optimizer({"fine_tuning": tuning, "weight_bits": 6})
         {'name': 'adam', 'lr': 0.0004}
@@ -187,20 +192,34 @@ def calibrate_module(
     calibrate(_net(model), (data.normalize(inputs) for inputs, _ in batches))
 
 
-def quantize_module(pl_module: pl.LightningModule, spec: QuantSpec, stage: str = "qat") -> None:
-    """Fuse and prepare `pl_module.net` if it is not prepared yet, and record the spec.
+def quantize_module(
+    pl_module: pl.LightningModule,
+    spec: QuantSpec,
+    stage: str = "qat",
+    *,
+    keep: Keep = (),
+) -> None:
+    """Trace, fuse and prepare `pl_module.net` if it is not prepared yet, and record the spec.
 
     Args:
         pl_module: The module. Its `recipe`, if there is one, gets the stage and the spec.
         spec: Bit widths and ranges.
         stage: `qat` if training follows, `ptq` if calibration follows.
+        keep: Modules that stay in float, see `bqnn.quant.mark.mark`.
 
     Raises:
         TypeError: The module has no network `net`, or the network cannot run in integers.
     """
     net = _net(pl_module)
     if not is_prepared(net):
-        prepare(fuse(net), spec)
+        marked = mark(net, keep=[*spec.keep, *entries(keep)], trains=stage == "qat")
+        prepared = prepare(fuse(marked), spec)
+        pl_module.net = prepared  # a traced network is a new module
+        if _net(pl_module) is not prepared:
+            raise TypeError(
+                f"{type(pl_module).__name__}.net is a property, so the quantized network cannot "
+                "replace it; assign the network to the attribute `net`"
+            )
     recipe: dict[str, Any] | None = getattr(pl_module, "recipe", None)
     if recipe is not None:
         pl_module.recipe = {  # type: ignore[assignment]

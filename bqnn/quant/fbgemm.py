@@ -2,7 +2,7 @@
 
 Only this module of the package uses torch.ao and torch.ops.quantized. Upstream has deprecated
 torch.ao, but has no other int8 convolution for the CPU. To remove the dependency, replace the
-observers in `_observer` and the calls of torch.ops.quantized in `PackedWeight` and `add_relu`. The
+observers in `_observer` and the calls of torch.ops.quantized in `PackedWeight` and `add`. The
 rounding in `FakeQuant` already uses core operators.
 """
 
@@ -46,7 +46,7 @@ class FakeQuant(nn.Module):
         channels: The number of channels C in dimension 0, each with its own grid, or None for one
             grid. `scale` and `zero_point` are [C] or [1].
 
-    Example:
+    Examples:
         >>> quant = make_fake_quant(2, signed=False)
         >>> quant(torch.tensor([0.0, 0.4, 2.0, 3.0]))
         tensor([0., 0., 2., 3.])
@@ -178,7 +178,7 @@ def make_fake_quant(
             `moving_average` (moving average of minimum and maximum) or `histogram` (range with the
             smallest squared error; it needs `settle`).
 
-    Example:
+    Examples:
         >>> make_fake_quant(4, signed=True, symmetric=True)
         FakeQuant(
           -8 to 7, channels=None
@@ -203,7 +203,7 @@ def make_fixed_fake_quant(bits: int, largest: float) -> FakeQuant:
         bits: The bit width.
         largest: The value of the largest integer.
 
-    Example:
+    Examples:
         >>> make_fixed_fake_quant(8, largest=3.0)(torch.tensor([3.0, 10.0]))
         tensor([3., 3.])
     """
@@ -249,7 +249,7 @@ def can_saturate(weight_bits: int, activation_bits: int) -> bool:
         weight_bits: Bit width of the weights.
         activation_bits: Bit width of the activations.
 
-    Example:
+    Examples:
         >>> can_saturate(8, 7), can_saturate(8, 8)
         (False, True)
     """
@@ -331,8 +331,10 @@ def _plus_bias(
     return (sums.double() + bias.double() * (1 / product).double()).float()
 
 
-def requantized_sum(x: Tensor, x_grid: Grid, y: Tensor, y_grid: Grid, output: FakeQuant) -> Tensor:
-    """Compute relu(x + y) on the grid of `output`, bit-equal to `add_relu`.
+def requantized_sum(
+    x: Tensor, x_grid: Grid, y: Tensor, y_grid: Grid, output: FakeQuant, relu: bool
+) -> Tensor:
+    """Compute x + y, or relu(x + y), on the grid of `output`, bit-equal to `add`.
 
     The operator computes scale * integer - scale * zero_point with a fused multiply-add, which
     rounds once. The product is exact in float64.
@@ -343,10 +345,11 @@ def requantized_sum(x: Tensor, x_grid: Grid, y: Tensor, y_grid: Grid, output: Fa
         y: Activations on the grid `y_grid`, shaped like `x`.
         y_grid: The grid of `y`.
         output: The grid of the outputs.
+        relu: Whether a ReLU follows.
     """
     total = _multiplied_and_added(x, x_grid) + _multiplied_and_added(y, y_grid)
     zero_point = int(output.zero_point)
-    steps = total.relu_().mul_(1 / output.scale).round_()
+    steps = (total.relu_() if relu else total).mul_(1 / output.scale).round_()
     steps.clamp_(output.quant_min - zero_point, output.quant_max - zero_point)
     return steps.mul_(output.scale)
 
@@ -434,9 +437,31 @@ class ActivationGrid:
         return torch.clamp(x, max=self._largest)
 
 
-def add_relu(x: Tensor, y: Tensor, grid: ActivationGrid) -> Tensor:
-    """Compute relu(x + y) of quantized activations on a grid."""
-    return grid.clamp(torch.ops.quantized.add_relu(x, y, grid.scale, grid.zero_point))
+def add(x: Tensor, y: Tensor, grid: ActivationGrid, relu: bool) -> Tensor:
+    """Compute x + y, or relu(x + y), of quantized activations on a grid."""
+    run = torch.ops.quantized.add_relu if relu else torch.ops.quantized.add
+    return grid.clamp(run(x, y, grid.scale, grid.zero_point))
+
+
+def from_integers(integers: Tensor, scale: float) -> Tensor:
+    """Return the floats of integers without zero point, equal in simulation and int8."""
+    return integers * integers.new_tensor(scale)
+
+
+def pooled(integers: Tensor, scale: float, pool: nn.Module) -> Tensor:
+    """Average integers without zero point over windows; equal in every memory layout.
+
+    Args:
+        integers: Floats [B, C, H, W] that hold integers, whose sums are exact.
+        scale: The step of the grid.
+        pool: The average pooling.
+    """
+    return from_integers(pool(integers.contiguous()), scale)
+
+
+def centered(x: Tensor) -> Tensor:
+    """Return integer - zero_point of a quantized tensor, as floats."""
+    return x.int_repr().float() - x.q_zero_point()
 
 
 def keep_scaled(x: Tensor, kept: Tensor, factor: float) -> Tensor:

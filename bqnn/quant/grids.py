@@ -42,7 +42,7 @@ class OnGrid(Tensor):
     Operations that move elements, select a maximum or read metadata are allowed. All others raise
     a TypeError, because an int8 network could not compute them on its integers.
 
-    Example:
+    Examples:
         >>> x = OnGrid.of(torch.ones(2, 3), Grid(scale=0.5, zero_point=0, largest=255))
         >>> x.flatten().grid.scale
         0.5
@@ -109,14 +109,32 @@ def grid_of(x: Tensor) -> Grid | None:
     return x.grid if isinstance(x, OnGrid) else None
 
 
-def refusal(operation: str, origin: str) -> str:
-    """Return the message for an operation that is refused on the output of `origin`."""
-    return (
-        f"{operation} cannot run in int8 on the integers of {origin or 'a quantized module'}; put "
-        "a Leave before it and an Enter after it, or use a supported module: nn.ReLU, "
+def refusal(operation: str, origin: str, remedy: str = "") -> str:
+    """Return the message for an operation that is refused on the output of `origin`.
+
+    Args:
+        operation: The operation, as text.
+        origin: The name of the module that rounded its input.
+        remedy: What to do; the default is for a network with its own Enter and Leave.
+    """
+    remedy = remedy or (
+        "put a Leave before it and an Enter after it, or use a supported module: nn.ReLU, "
         "nn.MaxPool2d, Add for a residual sum, Pool for the average over an image "
         "(bqnn.layers.markers)"
     )
+    place = origin or "a quantized module"
+    return f"{operation} cannot run in int8 on the integers of {place}; {remedy}"
+
+
+def kept_in_float(module: str) -> str:
+    """Return the remedy for a module without integers, in a network that bqnn has marked.
+
+    Args:
+        module: The name of the module; "" for the network itself.
+    """
+    if module:
+        return f"keep it in float with keep=({module!r},)"
+    return "move that part to a module of its own, and keep it in float with keep=(its name,)"
 
 
 def keeps_grid(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -127,7 +145,7 @@ def keeps_grid(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> boo
         args: Its positional arguments.
         kwargs: Its keyword arguments.
 
-    Example:
+    Examples:
         >>> x = torch.zeros(2)
         >>> keeps_grid(torch.flatten, (x,), {}), keeps_grid(torch.exp, (x,), {})
         (True, False)

@@ -9,19 +9,24 @@ from torch import Tensor, nn
 from bqnn.layers.draws import DrawnWeights, Stochastic, evaluation_noise
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
-from bqnn.layers.markers import Add, Pool
+from bqnn.layers.markers import Add, AvgPool, Cat, Pool
 from bqnn.quant.fbgemm import (
     ActivationGrid,
     FakeQuant,
     PackedWeight,
-    add_relu,
+    add,
+    centered,
+    from_integers,
     keep_scaled,
+    pooled,
     quantized_weight,
 )
 from bqnn.quant.grids import UNTRACED
 from bqnn.quant.saturation import refuse_saturation
 from bqnn.quant.simulated import (
     SimulatedAdd,
+    SimulatedAvgPool,
+    SimulatedCat,
     SimulatedDropout,
     SimulatedEnter,
     SimulatedGaussianLayer,
@@ -119,21 +124,24 @@ class IntegerEnter(nn.Module):
 
 
 class IntegerLeave(nn.Module):
-    """Dequantizes the outputs of the network."""
+    """Dequantizes the outputs of the network.
+
+    They are contiguous, because the float operations that follow may depend on the memory layout.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.dequantize()
+        return x.dequantize().contiguous()
 
 
 class IntegerAdd(Add):
-    """Residual sum with ReLU."""
+    """Residual sum."""
 
     def __init__(self, add: SimulatedAdd) -> None:
-        super().__init__()
+        super().__init__(add.relu)
         self.grid = ActivationGrid(add.output_quant)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return add_relu(x, y, self.grid)
+        return add(x, y, self.grid, self.relu)
 
 
 class IntegerPool(Pool):
@@ -147,9 +155,36 @@ class IntegerPool(Pool):
         return self.grid.quantize(super().forward(x.dequantize()))
 
 
+class IntegerAvgPool(AvgPool):
+    """Average pooling of integers in float, rounded once."""
+
+    def __init__(self, pool: SimulatedAvgPool) -> None:
+        super().__init__(pool.pool)
+        self.grid = ActivationGrid(pool.output_quant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.grid.quantize(pooled(centered(x), x.q_scale(), self.pool))
+
+
+class IntegerCat(Cat):
+    """Concatenation of activations, each requantized to one grid."""
+
+    def __init__(self, cat: SimulatedCat) -> None:
+        super().__init__(cat.dim)
+        self.grid = ActivationGrid(cat.output_quant)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        floats = [from_integers(centered(x), x.q_scale()) for x in inputs]
+        return self.grid.quantize(super().forward(*floats))
+
+
 @torch.no_grad()
 def convert(
-    net: nn.Module, engine: str, *, probe: Tensor | None = None, allow_saturation: bool = False
+    net: nn.Module,
+    engine: str | None = None,
+    *,
+    probe: Tensor | None = None,
+    allow_saturation: bool = False,
 ) -> nn.Module:
     """Convert a prepared network to int8, in place.
 
@@ -157,7 +192,7 @@ def convert(
 
     Args:
         net: A network that was prepared, and then trained or calibrated.
-        engine: fbgemm, x86 or onednn.
+        engine: fbgemm, x86 or onednn; None for the one that the network was prepared for.
         probe: Inputs [B, ...] on which every layer is compared with its simulation. A difference
             of one step logs a warning; a larger one raises a ValueError.
         allow_saturation: Warn, instead of raising an error, if sums saturate on this CPU or a
@@ -171,7 +206,7 @@ def convert(
             saturate on this CPU, or the comparison with the simulation fails.
         TypeError: The network cannot run in int8 on `probe`.
 
-    Example:
+    Examples:
         >>> from bqnn.layers.markers import Enter, Leave
         >>> from bqnn.quant.fuse import fuse
         >>> from bqnn.quant.simulated import calibrate, prepare
@@ -192,6 +227,7 @@ def convert(
     layers = [module for module in net.modules() if isinstance(module, SimulatedLayer)]
     if not layers:
         raise ValueError("convert: the network has no fake-quantized layer; call prepare() first")
+    engine = layers[0].engine if engine is None else engine
     if layers[0].engine != engine:
         log.warning(
             "convert: the engine is %s, but the simulation rounds like %s: integers can differ by "
@@ -225,6 +261,8 @@ def _replace_by_integers(net: nn.Module, engine: str) -> None:
             SimulatedEnter: lambda _, enter: IntegerEnter(enter),
             SimulatedAdd: lambda _, add: IntegerAdd(add),
             SimulatedPool: lambda _, pool: IntegerPool(pool),
+            SimulatedAvgPool: lambda _, pool: IntegerAvgPool(pool),
+            SimulatedCat: lambda _, cat: IntegerCat(cat),
             SimulatedDropout: lambda _, dropout: IntegerDropout(dropout),
             SimulatedLeave: lambda _, __: IntegerLeave(),
         },

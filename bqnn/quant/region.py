@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from bqnn.layers.dropout import MCDropout
-from bqnn.layers.markers import Add, Enter, Leave, Pool
+from bqnn.layers.markers import Add, AvgPool, Cat, Enter, Leave, Pool
+from bqnn.layers.trace import caller_of, function_of, trace
 from bqnn.quant.fuse import Fused
-from bqnn.quant.grids import ASKING, keeps_grid, refusal
+from bqnn.quant.grids import ASKING, keeps_grid, kept_in_float, refusal
+from bqnn.quant.traced import Traced
 
 # Modules that keep the grid of their input. (fuse() has removed an nn.ReLU after a layer.)
 KEEPING = (
@@ -24,7 +26,8 @@ KEEPING = (
     nn.Unflatten,
     MCDropout,
 )
-COMPUTING = (Fused, Add, Pool)
+SUPPORTED = "use ReLU, ReLU6, max or average pools, sums and concatenations"
+COMPUTING = (Fused, Add, Pool, AvgPool, Cat)
 MARKED = (*COMPUTING, Enter, Leave, MCDropout)
 
 
@@ -54,7 +57,8 @@ def check_region(net: nn.Module) -> None:
     graph = _traced(net)
     if graph is not None:
         with torch.no_grad():
-            _follow(graph, dict(net.named_modules(remove_duplicate=False)))
+            modules = dict(net.named_modules(remove_duplicate=False))
+            _follow(graph, modules, isinstance(net, Traced))
 
 
 def _refuse_subclass(name: str, module: nn.Module) -> None:
@@ -68,31 +72,25 @@ def _refuse_subclass(name: str, module: nn.Module) -> None:
         )
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, MARKED) or super().is_leaf_module(m, module_qualified_name)
-
-
 def _traced(net: nn.Module) -> fx.Graph | None:
     """Trace `forward` in evaluation mode; None if that needs inputs."""
-    modes = {module: module.training for module in net.modules()}
+    if isinstance(net, Traced):
+        return net.graph
     try:
-        return _Tracer().trace(net.eval())
-    except Exception:  # a user's forward can raise anything when it is called with proxies
+        return trace(net, leaves=[m for m in net.modules() if isinstance(m, MARKED)])
+    except TypeError:
         return None
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
-def _follow(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
+def _follow(graph: fx.Graph, modules: Mapping[str, nn.Module], is_traced: bool) -> None:
     """Track which nodes lie on a grid, and raise a TypeError for forbidden operations on them."""
     origins: dict[fx.Node, str] = {}  # nodes on a grid, and the module that rounded them
     for node in graph.nodes:
         inputs = [each for each in node.all_input_nodes if each in origins]
         if node.op == "call_module":
             name, module = str(node.target), modules[str(node.target)]
-            if _is_on_grid_after(name, module, [origins[each] for each in inputs], node):
+            before = [origins[each] for each in inputs]
+            if _is_on_grid_after(name, module, before, node, is_traced):
                 is_new = isinstance(module, (Enter, *COMPUTING))
                 origins[node] = name if is_new else origins[inputs[0]]
         elif node.op == "output" and inputs:
@@ -105,12 +103,15 @@ def _follow(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
             args = fx.node.map_arg(node.args, lambda each: each if each in origins else 0)
             kwargs = fx.node.map_arg(node.kwargs, lambda each: each if each in origins else 0)
             first = args[0] if args else None
-            if first not in inputs or not keeps_grid(_function(node), args, kwargs):
-                raise TypeError(f"prepare: {refusal(_named(node), origin)}")
+            if first not in inputs or not keeps_grid(function_of(node), args, kwargs):
+                remedy = f"{kept_in_float(caller_of(node))}, or {SUPPORTED}" if is_traced else ""
+                raise TypeError(f"prepare: {refusal(_named(node), origin, remedy)}")
             origins[node] = origin
 
 
-def _is_on_grid_after(name: str, module: nn.Module, origins: list[str], node: fx.Node) -> bool:
+def _is_on_grid_after(
+    name: str, module: nn.Module, origins: list[str], node: fx.Node, is_traced: bool
+) -> bool:
     """Return whether a module's output lies on a grid; TypeError if its inputs are invalid."""
     kind, num_inputs = type(module).__name__, len(node.all_input_nodes)
     if isinstance(module, Enter):
@@ -120,7 +121,7 @@ def _is_on_grid_after(name: str, module: nn.Module, origins: list[str], node: fx
                 "remove it, or put a Leave before it"
             )
         return True
-    if isinstance(module, Leave | Fused | Add | Pool):
+    if isinstance(module, (Leave, *COMPUTING)):
         if len(origins) < num_inputs:
             what = type(module.layer).__name__ if isinstance(module, Fused) else kind
             raise TypeError(
@@ -131,25 +132,19 @@ def _is_on_grid_after(name: str, module: nn.Module, origins: list[str], node: fx
     if not origins:
         return False
     if not isinstance(module, KEEPING) or getattr(module, "return_indices", False):
-        raise TypeError(f"prepare: {refusal(f'{name}, a {kind},', origins[0])}")
+        remedy = f"{kept_in_float(name)}, or {SUPPORTED}" if is_traced else ""
+        raise TypeError(f"prepare: {refusal(f'{name}, a {kind},', origins[0], remedy)}")
     return True
 
 
 def _only_asks(node: fx.Node) -> bool:
     if node.op == "call_function" and node.target is getattr:
         return getattr(getattr(Tensor, str(node.args[1]), None), "__get__", None) in ASKING
-    return _function(node) in ASKING
-
-
-def _function(node: fx.Node) -> Any:
-    """Return the function that a node calls."""
-    return getattr(Tensor, node.target, None) if isinstance(node.target, str) else node.target
+    return function_of(node) in ASKING
 
 
 def _named(node: fx.Node) -> str:
     """Return the name of the function that a node calls, and the calling module, as text."""
     called: Any = node.args[1] if node.target is getattr else node.target
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    caller = stack[-1][0] if stack else ""
     name = called if isinstance(called, str) else called.__name__
-    return f"{name}, called by {caller or 'the network itself'},"
+    return f"{name}, called by {caller_of(node) or 'the network itself'},"

@@ -18,18 +18,20 @@ from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.finite import refuse_non_finite
 from bqnn.layers.linear_map import linear_map
-from bqnn.layers.markers import Add, Enter, Leave, Pool
+from bqnn.layers.markers import Add, AvgPool, Cat, Enter, Leave, Pool
 from bqnn.layers.swap import check_no_hooks
 from bqnn.quant import kernels
 from bqnn.quant.fbgemm import (
     FakeQuant,
     check_engine,
+    from_integers,
     in_batch,
     layout,
+    pooled,
     requantize,
     requantized_sum,
 )
-from bqnn.quant.fuse import Fused
+from bqnn.quant.fuse import Fused, activated, check_features
 from bqnn.quant.grids import UNTRACED, Grid, OnGrid, grid_of, plain
 from bqnn.quant.region import check_region
 from bqnn.quant.spec import QuantSpec
@@ -93,6 +95,7 @@ class SimulatedLayer(OutputOnGrid):
         self.bias: Any = fused.layer.bias
         self.bn = fused.bn
         self.relu = fused.relu
+        self.cap = fused.cap
         self.geometry = fused.geometry
         self.is_output = fused.is_output
         self.engine = spec.engine
@@ -101,6 +104,8 @@ class SimulatedLayer(OutputOnGrid):
 
     def forward(self, x: Tensor) -> Tensor:
         grids = self.grids_of(x)
+        if self.bn is not None:
+            check_features(x, self.bn)
         rows = in_batch(plain(x), is_conv=self.geometry is not None)
         if grids is None or self.training or torch.is_grad_enabled():
             out = self.output_quant(self.before_rounding(rows))
@@ -151,11 +156,12 @@ class SimulatedLayer(OutputOnGrid):
         """Compute the outputs before `output_quant` rounds them."""
         if self.bn is not None and self.training and not self.frozen:
             factor = _nonzero(self.fold()[0])
-            out = self.apply_weights(x, factor, None) / _like_outputs(factor)
-            out = self.bn(out if self.bias is None else out + _like_outputs(self.bias))
+            out = self.apply_weights(x, factor, None)
+            out = out / _like_outputs(factor, out)
+            out = self.bn(out if self.bias is None else out + _like_outputs(self.bias, out))
         else:
             out = self.apply_weights(x, *self.fold())
-        return out.relu() if self.relu else out
+        return activated(out, self.cap) if self.relu else out
 
     def fold(self) -> tuple[Tensor | None, Tensor | None]:
         """Fold batch norm into the weights and the bias.
@@ -285,21 +291,26 @@ class SimulatedEnter(OutputOnGrid, Enter):
 
 
 class SimulatedLeave(Leave):
-    """Returns floats without a grid."""
+    """Returns floats without a grid, contiguous as those of int8."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return plain(x)
+        return plain(x).contiguous()
 
 
 class SimulatedAdd(OutputOnGrid, Add):
-    """Residual sum with ReLU, rounded."""
+    """Residual sum, rounded."""
+
+    def __init__(self, add: Add, spec: QuantSpec) -> None:
+        OutputOnGrid.__init__(self, spec)
+        self.relu = add.relu
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         grids = self.grids_of(x, y)
         x, y = plain(x), plain(y)
         if grids is None or self.training or torch.is_grad_enabled():
             return self.rounded(super().forward(x, y))
-        return self.on_grid(requantized_sum(x, grids[0], y, grids[1], self.output_quant))
+        quant = self.output_quant
+        return self.on_grid(requantized_sum(x, grids[0], y, grids[1], quant, self.relu))
 
 
 class SimulatedPool(OutputOnGrid, Pool):
@@ -310,6 +321,37 @@ class SimulatedPool(OutputOnGrid, Pool):
         return self.rounded(super().forward(plain(x)))
 
 
+class SimulatedAvgPool(OutputOnGrid, AvgPool):
+    """Average pooling of integers in float, rounded once."""
+
+    def __init__(self, marker: AvgPool, spec: QuantSpec) -> None:
+        OutputOnGrid.__init__(self, spec)
+        self.pool = marker.pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        grids = self.grids_of(x)
+        if grids is None or self.training or torch.is_grad_enabled():
+            return self.rounded(super().forward(plain(x)))
+        scale = grids[0].scale
+        return self.rounded(pooled((plain(x) / scale).round_(), scale, self.pool))
+
+
+class SimulatedCat(OutputOnGrid, Cat):
+    """Concatenation of activations, rounded to one grid."""
+
+    def __init__(self, cat: Cat, spec: QuantSpec) -> None:
+        OutputOnGrid.__init__(self, spec)
+        self.dim = cat.dim
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        grids = self.grids_of(*inputs)
+        values = [plain(x) for x in inputs]
+        if grids is not None and not torch.is_grad_enabled():
+            steps = [(x / grid.scale).round_() for x, grid in zip(values, grids, strict=True)]
+            values = [from_integers(x, g.scale) for x, g in zip(steps, grids, strict=True)]
+        return self.rounded(super().forward(*values))
+
+
 class SimulatedDropout(MCDropout):
     """MC dropout on a grid: the factor 1 / (1 - rate) multiplies the scale of the grid."""
 
@@ -318,7 +360,7 @@ class SimulatedDropout(MCDropout):
         out = super().forward(plain(x))
         if grid is None:
             return out
-        return OnGrid.of(out, grid._replace(scale=grid.scale / (1 - self.rate)))
+        return OnGrid.of(out, grid._replace(scale=grid.scale * (1 / (1 - self.rate))))
 
 
 def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
@@ -339,7 +381,7 @@ def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
         TypeError: An operation between `Enter` and `Leave` cannot run in int8, a layer is outside
             that region, has hooks, or its weights are not float32.
 
-    Example:
+    Examples:
         >>> from bqnn.quant.fuse import fuse
         >>> net = nn.Sequential(Enter(), nn.Linear(3, 2), nn.ReLU(), Leave())
         >>> net = prepare(fuse(net), QuantSpec(weight_bits=4))
@@ -392,7 +434,7 @@ def replace_modules(
         net: The network. It stays unchanged when a maker raises an error.
         makers: For each type, a function of the name and the module.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.ReLU())
         >>> replace_modules(net, {nn.ReLU: lambda name, relu: nn.Tanh()})
         >>> net[0]
@@ -453,7 +495,7 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
         ValueError: There are no inputs, they are not finite, or a fake quantizer received no data.
         TypeError: The network uses an operation that cannot run in int8.
 
-    Example:
+    Examples:
         >>> from bqnn.quant.fuse import fuse
         >>> net = nn.Sequential(Enter(), nn.Linear(3, 2), nn.ReLU(), Leave())
         >>> net = calibrate(prepare(fuse(net), QuantSpec()), [torch.randn(8, 3)])
@@ -497,13 +539,15 @@ def _simulated_layer(fused: Fused, spec: QuantSpec) -> SimulatedLayer:
     return (SimulatedGaussianLayer if is_gaussian else SimulatedPointLayer)(fused, spec)
 
 
-ROUNDED = (Fused, Enter, Add, Pool)  # the modules that an override can name
+ROUNDED = (Fused, Enter, Add, Pool, AvgPool, Cat)  # the modules that an override can name
 SIMULATED: dict[type[nn.Module], Callable[[Any, QuantSpec], Any]] = {
     Fused: _simulated_layer,
     Enter: lambda _, spec: SimulatedEnter(spec),
-    Add: lambda _, spec: SimulatedAdd(spec),
+    Add: SimulatedAdd,
     Pool: lambda _, spec: SimulatedPool(spec),
-    MCDropout: lambda dropout, _: SimulatedDropout(dropout.rate),
+    AvgPool: SimulatedAvgPool,
+    Cat: SimulatedCat,
+    MCDropout: lambda dropout, _: SimulatedDropout(dropout.rate, dropout.dims),
     Leave: lambda _, __: SimulatedLeave(),
 }
 
@@ -523,5 +567,5 @@ def _laid_out_as(x: Tensor, weight: Tensor) -> Tensor:
     return weight.to(memory_format=last) if layout(x) == last else weight
 
 
-def _like_outputs(values: Tensor) -> Tensor:
-    return values.reshape(1, -1, 1, 1)
+def _like_outputs(values: Tensor, outputs: Tensor) -> Tensor:
+    return values.reshape(1, -1, *[1] * (outputs.dim() - 2))

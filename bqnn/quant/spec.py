@@ -42,12 +42,14 @@ class QuantSpec:
         allow_saturation: Warn, instead of raising an error, if int8 sums saturate on this CPU.
         overrides: Dictionaries with the key `layer`, a glob over layer names, and bit widths for
             these layers; the last match wins.
+        keep: Globs over the names of modules that stay in float with all that they contain, for
+            networks without their own Enter and Leave.
 
     Raises:
         ValueError: A value is invalid.
         TypeError: A number has an invalid type.
 
-    Example:
+    Examples:
         >>> spec = QuantSpec(weight_bits=4, overrides=[{"layer": "output.*", "weight_bits": 8}])
         >>> spec.for_layer("features.1").weight_bits, spec.for_layer("output.0").weight_bits
         (4, 8)
@@ -68,6 +70,7 @@ class QuantSpec:
     engine: str = "fbgemm"
     allow_saturation: bool = False
     overrides: tuple[Mapping[str, Any], ...] = ()
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in BITS:
@@ -96,6 +99,7 @@ class QuantSpec:
                 *("engine", "weight_symmetric"),
             )
         object.__setattr__(self, "overrides", tuple(_checked_override(o) for o in self.overrides))
+        object.__setattr__(self, "keep", _checked_keep(self.keep))
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> QuantSpec:
@@ -107,7 +111,7 @@ class QuantSpec:
         Raises:
             ValueError: A key or a value is invalid.
 
-        Example:
+        Examples:
             >>> QuantSpec.from_dict({"weight_bits": 4}).weight_bits
             4
         """
@@ -153,7 +157,8 @@ class QuantSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert the spec to JSON types."""
-        return {**asdict(self), "overrides": [dict(override) for override in self.overrides]}
+        overrides = [dict(override) for override in self.overrides]
+        return {**asdict(self), "overrides": overrides, "keep": list(self.keep)}
 
     def for_layer(self, name: str, is_output: bool = False) -> QuantSpec:
         """Return the spec of a layer, with its overrides applied.
@@ -169,6 +174,15 @@ class QuantSpec:
             if fnmatchcase(name, override["layer"]):
                 bits |= {key: value for key, value in override.items() if key != "layer"}
         return replace(self, **bits, overrides=()) if bits or self.overrides else self
+
+    def check_trainable(self) -> None:
+        """Raise a ValueError if the observer of activations supports only calibration."""
+        if self.activation_observer == "histogram":
+            raise ArgumentError(
+                "activation_observer=histogram: it supports only calibration; train with "
+                "moving_average or minmax",
+                "activation_observer",
+            )
 
     def check_overrides(self, names: list[str]) -> None:
         """Raise a ValueError if an override matches none of these layer names."""
@@ -217,6 +231,17 @@ def _checked_override(override: object) -> dict[str, Any]:
         name: value if name == "layer" else _checked_bits(name, value)
         for name, value in override.items()
     }
+
+
+def _checked_keep(keep: object) -> tuple[str, ...]:
+    globs = tuple(keep) if isinstance(keep, list | tuple) else (None,)
+    if len(globs) > 1000 or not all(type(glob) is str and 0 < len(glob) <= 200 for glob in globs):
+        raise ArgumentError(
+            f"keep={_shown(keep)}: give a list of at most 1000 globs over names of modules, such "
+            "as [features.*.se]",
+            "keep",
+        )
+    return globs
 
 
 def _shown(value: object) -> str:

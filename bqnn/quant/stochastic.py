@@ -19,7 +19,7 @@ class LogFakeQuant(nn.Module):
         bits: The bit width.
         channels: The number of channels in dimension 0, each with its own grid, or None.
 
-    Example:
+    Examples:
         >>> quant = LogFakeQuant(2, None)
         >>> sigma = torch.tensor([[0.125, 0.25, 0.5, 1.0]])
         >>> torch.allclose(quant(sigma), sigma), quant.integers(sigma)

@@ -1,7 +1,7 @@
 """Summary of a quantized network: integers, sizes, and agreement of int8 with the simulation."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -133,7 +133,7 @@ def sizes(net: nn.Module) -> dict[str, int]:
         Bytes in float32 (`float_bytes`), in 8-bit containers (`int8_bytes`), and packed at the
         bit widths of the spec (`packed_bytes`).
 
-    Example:
+    Examples:
         >>> from bqnn.layers.markers import Enter, Leave
         >>> from bqnn.quant.fuse import fuse
         >>> from bqnn.quant.simulated import calibrate, prepare
@@ -167,7 +167,7 @@ class Disagreement:
         total: The number of integers.
         largest: The largest difference, in steps of the output grid.
 
-    Example:
+    Examples:
         >>> Disagreement(differing=1, total=4, largest=1).share
         0.25
     """
@@ -219,7 +219,7 @@ def check_agreement(
     for index in range(len(simulated) if isinstance(simulated, Ensemble) and len(simulated) else 1):
         try:
             found |= disagreements(simulated, integer, x, index)
-            outputs = [_drawn_output(net, x, index) for net in (simulated, integer)]
+            outputs = [_tensors(_drawn_output(net, x, index)) for net in (simulated, integer)]
         except (NotImplementedError, RuntimeError) as error:
             reason = str(error).strip().partition("\n")[0][:200]
             raise TypeError(
@@ -227,7 +227,8 @@ def check_agreement(
                 "operation (bqnn.layers.markers)"
             ) from error
         warn_of_differences(found, only_warn)
-        if not any(each.differing for each in found.values()) and not torch.equal(*outputs):
+        are_equal = all(map(torch.equal, *outputs))
+        if not any(each.differing for each in found.values()) and not are_equal:
             raise ValueError(
                 "int8: every layer computes the simulated integers, but the outputs differ: an "
                 "operation between the layers cannot run in integers; put a Leave before it "
@@ -307,10 +308,18 @@ def twins(simulated: nn.Module, integer: nn.Module, x: Tensor, index: int = 0) -
             yield Twin(name, module, inputs, quant.integers(output).int(), got)
 
 
-def _drawn_output(net: nn.Module, x: Tensor, index: int) -> Tensor:
+def _drawn_output(net: nn.Module, x: Tensor, index: int) -> Any:
     with held_draw(net, index, comparison_noise()):
-        out: Tensor = net(x)
-    return out
+        return net(x)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """Return the tensors of an output, which may be nested in tuples, lists and dictionaries."""
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, list | tuple):
+        return [tensor for part in output for tensor in _tensors(part)]
+    return [output] if isinstance(output, Tensor) else []
 
 
 def comparison_noise() -> torch.Generator:

@@ -172,7 +172,7 @@ def file_name(*parts: str) -> str:
     A part that is too long or has invalid characters is converted by `valid_name`, and gets a hash
     that keeps it unique.
 
-    Example:
+    Examples:
     >>> file_name("digits", "", "weight_bits", "a7"), file_name("my digits")
     ('digits_weight_bits_a7', 'my-digits_60fab83b')
     """
@@ -182,7 +182,7 @@ def file_name(*parts: str) -> str:
 def label(metric: str) -> str:
     """Return the name and the unit of a metric, without its set.
 
-    Example:
+    Examples:
         >>> label("ood/uniform/nll"), label("test/error")
         ('nll, nats', 'error')
     """

@@ -42,7 +42,7 @@ class Section:
 def page(report: Section) -> str:
     """Render a report as one HTML document, with escaped text and embedded figures.
 
-    Example:
+    Examples:
         >>> "<h1>a &lt; b</h1>" in page(Section("a < b", level=1))
         True
     """
@@ -59,7 +59,7 @@ def page(report: Section) -> str:
 def document(report: Section) -> str:
     r"""Render a report as Markdown, which links to the figures in their folder.
 
-    Example:
+    Examples:
         >>> print(document(Section("bqnn report", level=1, text="2 runs")))
         # bqnn report
         <BLANKLINE>

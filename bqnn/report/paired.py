@@ -60,7 +60,7 @@ def paired_test(a: Any, b: Any) -> dict[str, Any]:
         TypeError: An array has values that are not real numbers.
         ValueError: The shapes differ, or are not [n, M].
 
-    Example:
+    Examples:
         >>> result = paired_test([[0.5], [0.6], [0.8]], [[0.4], [0.4], [0.5]])
         >>> print(result["n"], result["difference"].round(3), result["p_t"].round(3))
         3 [0.2] [0.074]
@@ -119,7 +119,7 @@ def remark(
     Returns:
         The explanation, which is empty if both tests are fine.
 
-    Example:
+    Examples:
         >>> remark(1)
         'one pair: no test'
     """

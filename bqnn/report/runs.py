@@ -190,7 +190,7 @@ def read_runs(folders: Iterable[Path]) -> Runs:
     Raises:
         FileNotFoundError: A folder does not exist.
 
-    Example:
+    Examples:
         >>> import json, tempfile
         >>> config = {
         ...     "task": {"name": "digits"}, "method": {"name": "bbb"}, "seed": 1,

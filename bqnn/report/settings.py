@@ -35,7 +35,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     Raises:
         ValueError: Groups are nested more than 16 deep, or a value is.
 
-    Example:
+    Examples:
         >>> flatten({"seed": 1, "net": {"name": "mlp"}})
         {'seed': '1', 'net.name': 'mlp'}
     """
@@ -53,7 +53,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def method_labels(configs: Sequence[Mapping[str, str]]) -> list[str]:
     """Label each flat configuration of one method by the options of the method that differ.
 
-    Example:
+    Examples:
         >>> method_labels([{"method.rate": "0.1"}, {"method.rate": "0.2"}])
         ['rate=0.1', 'rate=0.2']
     """
@@ -107,7 +107,7 @@ def tell_apart(
         is_candidate: Whether a key may be chosen.
         known: A label of each configuration, which needs no key to distinguish it.
 
-    Example:
+    Examples:
         >>> tell_apart([{"net.width": "8", "x": "1"}, {"net.width": "16", "x": "1"}])
         ['net.width']
     """

@@ -31,7 +31,7 @@ def markdown(table: "DataFrame") -> str:
 def plain(text: str) -> str:
     r"""Escape text so that Markdown shows it literally, in one line.
 
-    Example:
+    Examples:
     >>> plain("![x](https://example.org) *a*_b | <i>")
     '!\\[x\\](https&#58;//example.org) \\*a\\*\\_b \\| &lt;i>'
     """

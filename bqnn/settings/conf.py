@@ -14,7 +14,7 @@ CONF = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if pa
 def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every value of nested dictionaries with its dotted key.
 
-    Example:
+    Examples:
         >>> dict(leaves({"seed": 1, "net": {"name": "mlp"}}))
         {'seed': 1, 'net.name': 'mlp'}
     """
@@ -36,7 +36,7 @@ def built_in(group: str) -> tuple[str, ...]:
     Args:
         group: method, net or task.
 
-    Example:
+    Examples:
         >>> built_in("net")
         ('lenet', 'mlp', 'resnet')
     """

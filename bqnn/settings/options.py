@@ -120,7 +120,7 @@ METHOD: Table = {
     "warmup_epochs": COUNT,
     "init_from": maybe(PATH),
     "init_delta": POSITIVE,
-    "rate": SHARE,
+    "rate": maybe(SHARE),
     "drop_before_output": flag(),
     "num_members": whole(1, 10_000),
     "burn_in": COUNT,
@@ -154,6 +154,7 @@ QUANT: Table = {
     "noise_bits": WIDTH,
     "noise_range": POSITIVE,
     "weight_symmetric": flag(),
+    "keep": many(text(), 1000),
     "allow_saturation": flag(),
     "freeze_epochs": COUNT,
 }
@@ -276,7 +277,7 @@ def is_plugin(group: str, options: object) -> bool:
         group: method, net or task.
         options: The group, which may come from an untrusted source.
 
-    Example:
+    Examples:
         >>> is_plugin("net", {"name": "mlp"})
         False
         >>> is_plugin("net", {"name": "MyNet", "_target_": "my_package.MyNet"})
@@ -298,7 +299,7 @@ def check_options(config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: A value is refused. The message has the key, the value and the valid choices.
 
-    Example:
+    Examples:
         >>> check_options({"quant": {"weight_bits": 9}})
         Traceback (most recent call last):
         ValueError: quant.weight_bits=9: choose a whole number from 2 to 8

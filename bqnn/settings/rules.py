@@ -17,7 +17,7 @@ class Rule:
         words: The description of valid values, as in "choose {words}".
         holds: Whether a value is valid.
 
-    Example:
+    Examples:
         >>> rule = maybe(whole(2, 8))
         >>> rule.words, rule.holds(None), rule.holds(9)
         ('null, or a whole number from 2 to 8', True, False)

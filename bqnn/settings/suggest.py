@@ -16,7 +16,7 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     Returns:
         The most similar name, or None if none is similar.
 
-    Example:
+    Examples:
     >>> nearest("method.lr", ["method.rate", "method.optimizer.lr", "seed"])
     'method.optimizer.lr'
     """

@@ -142,7 +142,7 @@ def test_layers_forget_a_joint_posterior_when_it_ends_even_by_an_error():
 
 
 def test_kl_of_millions_of_weights_is_as_exact_as_float32_allows():
-    layer = BayesLinear(torch.randn(3000, 3000) * 0.05, None, prior_std=0.1, init_rho=-2.2)
+    layer = GaussianWeight(torch.randn(3000, 3000) * 0.05, None, prior_std=0.1, init_rho=-2.2)
     exact = kl_divergence(copy.deepcopy(layer).double())
     assert abs(kl_divergence(layer).double() / exact - 1) < 1e-5
 
@@ -154,7 +154,7 @@ def test_kl_of_a_network_without_gaussian_weights_is_a_type_error():
 
 def test_sigma_is_softplus_to_the_last_digits_from_tiny_to_large():
     rho = torch.linspace(-60, 60, 4801)
-    layer = BayesLinear(rho, None, prior_std=1.0, init_rho=0.0)
+    layer = GaussianWeight(rho, None, prior_std=1.0, init_rho=0.0)
     layer.rho = nn.Parameter(rho)
     # softplus(r) = max(r, 0) + log1p(exp(-|r|)) loses no digit in float64
     exact = rho.double().clamp_min(0) + torch.log1p(torch.exp(-rho.double().abs()))

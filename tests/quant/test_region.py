@@ -279,6 +279,17 @@ def test_floats_outside_the_region_are_free() -> None:
     assert_int8_agrees(nn.Sequential(*net, nn.Softmax(1)))
 
 
+def test_parameters_outside_the_region_stay_in_float() -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    front = nn.Sequential(nn.PReLU(), nn.BatchNorm2d(3), Enter(), conv(), nn.ReLU(), Leave())
+    net = nn.Sequential(front, nn.Flatten(1, 2), encoder, nn.LayerNorm(8)).eval()
+    assert_int8_agrees(net)
+    assert type(encoder.linear1) is nn.Linear
+    with pytest.raises(TypeError, match="1 is a PReLU"):
+        fuse(nn.Sequential(Enter(), nn.PReLU(), conv(), Leave(), nn.PReLU()))
+
+
 def test_a_block_that_is_used_twice_stays_one() -> None:
     block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
     net = around(block, block)

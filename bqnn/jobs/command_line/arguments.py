@@ -81,7 +81,7 @@ def group_choices(group: str) -> list[str]:
     Args:
         group: The key of the group, with or without a prefix.
 
-    Example:
+    Examples:
         >>> "smoke" in group_choices("+trainer")
         True
     """
@@ -91,7 +91,7 @@ def group_choices(group: str) -> list[str]:
 def is_readable(override: str) -> bool:
     """Return whether Hydra can parse an override.
 
-    Example:
+    Examples:
         >>> is_readable("method=bbb"), is_readable("checkpoint=a=b")
         (True, False)
     """
@@ -105,7 +105,7 @@ def is_readable(override: str) -> bool:
 def quoted(key: str, value: str) -> str:
     """Return an override with its value in quotes, in which no character is syntax of Hydra.
 
-    Example:
+    Examples:
         >>> quoted("checkpoint", "a=b")
         'checkpoint="a=b"'
     """

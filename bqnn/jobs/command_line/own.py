@@ -16,7 +16,7 @@ def choose_own(arguments: list[str]) -> list[str]:
         The arguments for Hydra. They stay as they are if no group names a plug-in, or if this
         function has returned them before.
 
-    Example:
+    Examples:
         >>> choose_own(["net._target_=my_package.MyNet", "net.width=32"])
         ['net=own', '++net._target_=my_package.MyNet', '++net.width=32']
     """
