@@ -6,6 +6,7 @@ observers in `_observer` and the calls of torch.ops.quantized in `PackedWeight` 
 rounding in `FakeQuant` already uses core operators.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
@@ -25,6 +26,16 @@ from torch.ao.quantization.observer import (
 from bqnn.arguments import ArgumentError
 from bqnn.layers.linear_map import Geometry
 from bqnn.quant.grids import Grid
+
+# torch 2.13 and newer warn of each quantized type. Only the warnings of this package are silenced.
+warnings.filterwarnings(
+    "ignore",
+    message=r"torch.quantize_per_tensor, torch.quantize_per_channel and other quantized tensor "
+    r"creation functions that produce tensors with dtype torch.quint8, torch.qint8, and "
+    r"torch.qint32 are deprecated",
+    category=UserWarning,
+    module=r"bqnn\.quant\.",
+)
 
 _packing = Lock()  # the engine is a process-wide setting of torch
 SMALLEST_SCALE = 2.0**-60  # torch's default, 2**-23, would round small standard deviations to 0

@@ -80,10 +80,3 @@ def silence_known_warnings() -> None:
         message=r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6, torch 2.14
         category=FutureWarning,
     )
-    warnings.filterwarnings(
-        "ignore",
-        message=r"torch.quantize_per_tensor, torch.quantize_per_channel and other quantized tensor "
-        r"creation functions that produce tensors with dtype torch.quint8, torch.qint8, and "
-        r"torch.qint32 are deprecated",  # torch 2.14; bqnn/quant/fbgemm.py says what it would take
-        category=UserWarning,
-    )
