@@ -73,10 +73,11 @@ def replace_call(
 
 
 def _order_like(net: nn.Module, like: nn.Module) -> None:
-    """Give the children of each module the order of another network.
+    """Give modules that only contain others the mode, and the order of children, of a network.
 
     Equal noise then gives equal draws, because draws follow the order of the modules.
     """
+    net.training = like.training
     children = net._modules
     ordered = {name: children[name] for name in like._modules if name in children}
     net._modules = {**ordered, **children}
