@@ -48,7 +48,7 @@ def follow_changes(net: Traced) -> None:
         for user in list(changed.users):
             if place[user] > place[node]:
                 user.replace_input_with(changed, node)
-        for alias in _aliases(net, changed):
+        for alias in _aliases(net, changed, node):
             if any(place[user] > place[node] for user in alias.users):
                 raise TypeError(
                     f"mark: {node.name}, called by {caller_of(node) or 'the network itself'}, "
@@ -57,17 +57,18 @@ def follow_changes(net: Traced) -> None:
                 )
 
 
-def _aliases(net: Traced, node: fx.Node) -> set[fx.Node]:
-    """Return the other nodes that may share memory with a node."""
+def _aliases(net: Traced, node: fx.Node, change: fx.Node) -> set[fx.Node]:
+    """Return the other nodes that may share memory with a node, apart from those of its change."""
     found: set[fx.Node] = set()
     ahead = [node]
     while ahead:
         alias = ahead.pop()
         near = [user for user in alias.users if _is_view(net, user)]
         near += alias.all_input_nodes[:1] if _is_view(net, alias) else []
-        ahead += [each for each in near if each not in found]
+        near = [each for each in near if each not in (node, change, *found)]
+        ahead += near
         found.update(near)
-    return found - {node}
+    return found
 
 
 def _is_view(net: Traced, node: fx.Node) -> bool:
