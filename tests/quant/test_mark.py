@@ -148,6 +148,11 @@ def changed_in_place(net: Net, x: Tensor) -> Tensor:
     return head(net, F.relu(torch.cat([y, z, old], 1), inplace=True)[:, 4:12])
 
 
+def normalized(net: Net, x: Tensor) -> Tensor:
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.full((3, 1, 1), 0.2)
+    return head(net, net.first((x - mean[:, None, None]) / std))
+
+
 FORWARDS = [
     functional,
     residual,
@@ -162,6 +167,7 @@ FORWARDS = [
     two_outputs,
     entered_twice,
     changed_in_place,
+    normalized,
 ]
 by_name = pytest.mark.parametrize("forward", FORWARDS, ids=lambda forward: forward.__name__)
 
@@ -194,7 +200,9 @@ def test_int8_computes_the_simulated_integers(
 def test_a_marked_network_computes_the_same(forward: Forward) -> None:
     for training in (False, True):
         net = Net(forward).train(training)
-        marked = mark(deepcopy(net))
+        attributes = set(vars(net))
+        marked = mark(net)
+        assert set(vars(net)) == attributes
         assert marked.training is training
         for made in (marked, deepcopy(marked), fuse(deepcopy(marked))):
             torch.manual_seed(1)
