@@ -28,7 +28,7 @@ class UntraceableError(TypeError):
     """
 
     def __init__(self, net: nn.Module, module: str, reason: str) -> None:
-        kind = type(net.get_submodule(module)).__name__
+        kind = type(dict(net.named_modules())[module]).__name__
         name = f"{module}, a {kind}," if module else kind
         super().__init__(f"the forward of {name} cannot be traced: {reason}")
         self.module = module

@@ -521,3 +521,26 @@ def test_states_load_into_a_network_that_is_prepared_again() -> None:
     calibrate(first, [X])
     second.load_state_dict(first.state_dict())
     assert torch.equal(first(X), second.eval()(X))
+
+
+@pytest.mark.parametrize(
+    ("net", "batches", "spec", "message"),
+    [
+        (nn.Linear(3, 2), X[:, 0, 0, :3], None, "batches is a Tensor; give a list"),
+        (nn.Linear(3, 2), None, None, "batches is a NoneType"),
+        (nn.Linear(3, 2), [], None, "batches: it is empty"),
+        (nn.Linear(3, 2), [{"x": X}], None, "batches: a batch is "),
+        (nn.Linear(3, 2), [torch.tensor(1.0)], None, "batches: a batch is "),
+        (nn.Linear(3, 2), [torch.ones(4, 3).long()], None, "enter reads torch.int64"),
+        (nn.Linear(3, 2), [torch.full((4, 3), torch.nan)], None, "NaN or infinity"),
+        (nn.Linear(3, 2), [torch.ones(4, 3)], {"weight_bits": 4}, "is not a QuantSpec"),
+        (prepare_qat(nn.Sequential(nn.Linear(3, 2))), [X], None, "quantized already"),
+        (quantize(nn.Sequential(nn.Linear(3, 2)), [torch.ones(4, 3)]), [X], None, "already"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(
+    net: nn.Module, batches: Any, spec: Any, message: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=message) as error:
+        quantize(nn.Sequential(net), batches, spec)
+    one_line(error.value)
