@@ -120,9 +120,17 @@ def said(error: pytest.ExceptionInfo[Exception], name: str, kind: str) -> None:
     assert len(message) < 200
 
 
-@pytest.mark.parametrize("make", REALS | WHOLES)
-@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
-def test_what_is_no_number_is_refused(make, value):
+@pytest.mark.parametrize(
+    ("value", "make"),
+    [
+        (value, make)
+        for value in NO_NUMBERS
+        for make in REALS | WHOLES
+        if (value, make) != (None, "to_mcdropout")  # the network's own rates
+    ],
+    ids=repr,
+)
+def test_what_is_no_number_is_refused(value, make):
     name, call = (REALS | WHOLES)[make]
     with pytest.raises(TypeError) as error:
         call(value)

@@ -69,7 +69,10 @@ def test_seeds_are_the_same_in_every_version():
 
 def test_every_generator_of_a_run_starts_from_a_stream():
     """Of the other ones, a constant or a seed of the data set defines a data set, or examples."""
-    defines_data = {"data/distortions.py", "data/synthetic.py", "data/ood.py", "quant/kernels.py"}
+    defines_data = {
+        *("data/distortions.py", "data/synthetic.py", "data/ood.py", "quant/kernels.py"),
+        "testing.py",
+    }
     starts = 0
     for path in sorted(PACKAGE.rglob("*.py")):
         own = path.relative_to(PACKAGE).as_posix()
