@@ -85,14 +85,14 @@ class Checkpointed(nn.Module):
 
 
 class Mapped(nn.Module):
-    """A convolution of one picture, mapped over the batch by torch.func."""
+    """A convolution of one image, mapped over the batch by torch.func."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 5, 1, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.func.vmap(lambda picture: self.conv(picture[None])[0])(x)
+        return torch.func.vmap(lambda image: self.conv(image[None])[0])(x)
 
 
 def narrow_resnet() -> nn.Module:
@@ -179,7 +179,7 @@ def method(name: str, net: Callable[[], nn.Module]) -> Method:
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Eight pictures of four classes."""
+    """Eight images of four classes."""
     return torch.randn(8, 3, SIZE, SIZE), torch.arange(8) % 4
 
 

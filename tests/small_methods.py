@@ -26,8 +26,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def pictures() -> TensorLoader:
-    """12 pictures of 1x8x8 in three classes, 4 to a batch."""
+def images() -> TensorLoader:
+    """12 images of 1x8x8 in three classes, 4 to a batch."""
     torch.manual_seed(0)
     return TensorLoader(torch.randn(NUM_ROWS, 1, 8, 8), torch.arange(NUM_ROWS) % 3, batch_size=4)
 
@@ -48,7 +48,7 @@ def mlp() -> nn.Module:
     return MLP([3], [1, 1], hidden_features=[4])
 
 
-def picture_method(name: str, net: nn.Module | None = None, **changes: Any) -> Method:
+def image_method(name: str, net: nn.Module | None = None, **changes: Any) -> Method:
     """The method on LeNet and three classes."""
     options = {"num_train": NUM_ROWS, "seed": 0, **OPTIONS[name], **changes}
     return METHODS[name](net or lenet(), Classification(["a", "b", "c"]), **options)

@@ -75,7 +75,7 @@ def _train_and_quantize(method: str, folder: Path) -> None:
 
 
 def inputs(model_path: Path) -> Tensor:
-    """The first test pictures of the model's task, normalized."""
+    """Return the first test images of the model's task, normalized."""
     recipe = load(model_path).recipe
     assert recipe is not None
     data: TensorData = make_data({**recipe, "data_dir": "data"})

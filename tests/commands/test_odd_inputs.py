@@ -306,7 +306,7 @@ def test_cells_of_a_csv_file_are_used_or_refused(cells: list[list[str]], options
     check_csv_table("\n".join(lines).encode(errors="surrogatepass"), options)
 
 
-# ---- pictures
+# ---- images
 
 
 @settings(max_examples=15)
@@ -314,7 +314,7 @@ def test_cells_of_a_csv_file_are_used_or_refused(cells: list[list[str]], options
 @example(b"", ".png")
 @example(b"\x89PNG\r\n\x1a\n", ".png")
 @example(b"BM" + bytes(60), ".bmp")
-def test_bytes_that_are_no_picture_are_refused_with_their_path(
+def test_bytes_that_are_not_an_image_are_refused_with_their_path(
     content: bytes, extension: str
 ) -> None:
     with tempfile.TemporaryDirectory() as root:

@@ -62,10 +62,10 @@ def test_every_method_trains_on_digits_and_synthetic(
     assert _keys(digits, "test") == _keys(digits, "val") == quality
     quality = {"rmse", "nll", "nll_mixture", "coverage95", "rmse_standardized", "nll_standardized"}
     assert _keys(synthetic, "test") == _keys(synthetic, "val") == quality
-    pictures = {path.name for path in digits.glob("*.png")}
-    assert pictures == {"curves.png", "reliability.png", "confidence.png"}
-    pictures = {path.name for path in synthetic.glob("*.png")}
-    assert pictures == {"curves.png", "fit.png", "interval_calibration.png"}
+    figures = {path.name for path in digits.glob("*.png")}
+    assert figures == {"curves.png", "reliability.png", "confidence.png"}
+    figures = {path.name for path in synthetic.glob("*.png")}
+    assert figures == {"curves.png", "fit.png", "interval_calibration.png"}
 
 
 def test_a_run_is_described_by_its_folder(
@@ -271,8 +271,8 @@ REFUSED = [
     (["+trainer.min_steps=4", "+trainer.max_steps=2"], "min_steps=4: training ends at trainer.max"),
     (["+trainer.num_nodes=2"], "trainer.num_nodes=2: nothing says which machine this is"),
     (["trainer.devices=0"], "trainer.devices=0"),
-    (["trainer.devices=-1"], "trainer.devices=-1: the CPU is no list of devices"),
-    (["trainer.devices=[0,1]"], "trainer.devices=[0, 1]: the CPU is no list of devices"),
+    (["trainer.devices=-1"], "trainer.devices=-1: CPUs have no device numbers"),
+    (["trainer.devices=[0,1]"], "trainer.devices=[0, 1]: CPUs have no device numbers"),
     (["trainer.accelerator=gpu"], "trainer.accelerator=gpu: torch finds no GPU"),
     (["trainer=gpu"], "trainer.accelerator=gpu: torch finds no GPU"),
     (
@@ -380,7 +380,11 @@ def test_options_that_the_program_has_not_are_one_line_and_exit_code_2(
     [
         ("quantize", "+trainer.fast_dev_run=1", "trainer.fast_dev_run=1: leave it out"),
         ("quantize", "trainer.accelerator=gpu", "torch finds no GPU"),
-        ("quantize", "trainer.devices=2", "trainer.devices=2: several devices train one model"),
+        (
+            "quantize",
+            "trainer.devices=2",
+            "only a single training can use several devices",
+        ),
         ("quantize", "+quant.fine_tuning.optimizer.lrr=1", "did you mean"),
         ("quantize", "~quant.fine_tuning.optimizer", "this key is needed"),
         ("evaluate", "trainer.accelerator=gpu", "torch finds no GPU"),
@@ -541,18 +545,18 @@ def test_a_csv_file_of_ones_own_goes_all_the_way(
         assert "the data of task 'flats.csv' have changed since the training" in errors
 
 
-def test_pictures_of_any_size_in_folders_of_classes_go_all_the_way(
+def test_images_of_any_size_in_class_folders_are_trained_on_and_quantized(
     script_here: ScriptHere, tmp_path: Path
 ) -> None:
     from PIL import Image
 
     for name, width in (("cat", 9), ("dog", 12)):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "my_images" / name).mkdir(parents=True)
         for i in range(10):
             Image.new("RGB", (width + i, 10), (20 * i, 0, 0)).save(
-                tmp_path / "pictures" / name / f"{i}.png"
+                tmp_path / "my_images" / name / f"{i}.png"
             )
-    task = ["task=images", "task.root=pictures", "task.size=8", "task.channels=1"]
+    task = ["task=images", "task.root=my_images", "task.size=8", "task.channels=1"]
     task += ["task.test_share=0.2", "net=lenet", "method=pointwise", "trainer=smoke"]
     common = ["logger=none", "plots=false"]
     assert script_here("train", *task, *common, "hydra.run.dir=run")[0] == 0
@@ -563,9 +567,11 @@ def test_pictures_of_any_size_in_folders_of_classes_go_all_the_way(
     assert np.load(tmp_path / "quantized" / "predictions.npz")["targets"].tolist() == [0, 0, 1, 1]
 
 
-def test_pictures_of_ones_own_train(script_here: ScriptHere, tmp_path: Path) -> None:
-    _write_pictures(tmp_path / "pictures")
-    arguments = ["task=images", "task.root=pictures", "task.flip=true", "trainer=smoke"]
+def test_a_network_is_trained_on_a_folder_of_images(
+    script_here: ScriptHere, tmp_path: Path
+) -> None:
+    _write_images(tmp_path / "my_images")
+    arguments = ["task=images", "task.root=my_images", "task.flip=true", "trainer=smoke"]
     arguments += ["logger=csv", "net.width=4", "hydra.run.dir=run"]
     assert script_here("train", *arguments)[0] == 0
     recipe = read_checkpoint(tmp_path / "run" / "checkpoint.ckpt")["recipe"]
@@ -574,12 +580,12 @@ def test_pictures_of_ones_own_train(script_here: ScriptHere, tmp_path: Path) -> 
     assert (tmp_path / "run" / "metrics.csv").exists()
 
 
-def test_pictures_outside_are_read_of_a_checkpoint_that_is_trusted(
+def test_images_outside_are_read_for_a_trusted_checkpoint(
     script_here: ScriptHere, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    pictures = tmp_path_factory.mktemp("out\x1b[31mside")
-    _write_pictures(pictures)
-    arguments = ["task=images", f'task.root="{pictures}"', "trainer=smoke", "logger=none"]
+    images = tmp_path_factory.mktemp("out\x1b[31mside")
+    _write_images(images)
+    arguments = ["task=images", f'task.root="{images}"', "trainer=smoke", "logger=none"]
     arguments += ["net.width=4", "plots=false", "method.num_samples=1", "method=pointwise"]
     assert script_here("train", *arguments, "hydra.run.dir=run")[0] == 0
     common = ["checkpoint=run", "logger=none", "plots=false"]
@@ -760,7 +766,7 @@ def _no_network(*_: object, **__: object) -> None:
     raise OSError("no network in tests")
 
 
-def _write_pictures(root: Path) -> None:
+def _write_images(root: Path) -> None:
     from PIL import Image
 
     random = np.random.default_rng(0)

@@ -58,7 +58,7 @@ class TestMNIST(InFolder):
 
 
 class TestImageFolder(InFolder):
-    has_unique_rows = False  # the pictures of the two parts are alike
+    has_unique_rows = False  # the two parts have equal images
 
     def write(self) -> None:
         write_images(self.folder)

@@ -353,7 +353,7 @@ def arrow(mode: str = "RGB") -> Image.Image:
 
 
 def read_one(folder: Path, suffix: str, save: Callable[[Path], None]) -> torch.Tensor:
-    """The picture that `save` writes as the first of a data set of 4x4 pixels: [C, 4, 4]."""
+    """Return the image that `save` writes as the first of a data set of 4x4 pixels: [C, 4, 4]."""
     write_images(folder, size=(4, 4))
     for path in folder.rglob("*.png"):
         path.unlink()
@@ -365,9 +365,9 @@ def read_one(folder: Path, suffix: str, save: Callable[[Path], None]) -> torch.T
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_as_they_are_displayed(tmp_path, suffix, orientation):
+def test_images_are_rotated_as_they_are_displayed(tmp_path, suffix, orientation):
     shown = np.asarray(arrow())
-    # What stands first in the file, by the EXIF standard: 6 is to be turned clockwise, and so on.
+    # The pixels in the file for each orientation of the EXIF standard: 6 is rotated clockwise.
     stored = {
         1: shown,
         2: shown[:, ::-1],
@@ -382,8 +382,8 @@ def test_pictures_are_turned_as_they_are_displayed(tmp_path, suffix, orientation
     exif[0x0112] = orientation
 
     def save(path: Path) -> None:
-        picture = Image.fromarray(np.ascontiguousarray(stored))
-        picture.save(path, exif=exif, quality=100, lossless=True)
+        image = Image.fromarray(np.ascontiguousarray(stored))
+        image.save(path, exif=exif, quality=100, lossless=True)
 
     found = read_one(tmp_path, suffix, save).permute(1, 2, 0).int().numpy()
     np.testing.assert_allclose(found, shown, atol=4 if suffix == ".jpg" else 0)
@@ -435,7 +435,7 @@ def with_profile(name: str) -> Callable[[Path], None]:
     return lambda path: arrow().save(path, icc_profile=profile.tobytes(), quality=100)
 
 
-REFUSED_PICTURES = {
+REFUSED_IMAGES = {
     "16-bit RGB": (".png", written(png(bytes([16, 2, 0, 0, 0]))), "16 bits"),
     "16-bit gray": (".png", written(png(bytes([16, 0, 0, 0, 0]))), "mode I;16"),
     "alpha": (".png", written(png(bytes([8, 6, 0, 0, 0]))), "mode RGBA"),
@@ -462,16 +462,16 @@ REFUSED_PICTURES = {
 }
 
 
-@pytest.mark.parametrize("kind", REFUSED_PICTURES)
-def test_pictures_whose_colors_are_not_those_of_their_pixels_are_refused(tmp_path, kind):
-    suffix, save, said = REFUSED_PICTURES[kind]
+@pytest.mark.parametrize("kind", REFUSED_IMAGES)
+def test_images_displayed_in_other_colors_than_their_pixels_are_refused(tmp_path, kind):
+    suffix, save, said = REFUSED_IMAGES[kind]
     with pytest.raises(ValueError, match=said) as error:
         read_one(tmp_path, suffix, save)
     assert str(tmp_path / "train" / "cat" / f"0{suffix}") in str(error.value)
     assert "\n" not in str(error.value)
 
 
-TAKEN_PICTURES = {
+ACCEPTED_IMAGES = {
     "1-bit": (".png", lambda path: arrow("1").save(path)),
     "4-bit": (".png", lambda path: arrow("P").quantize(16).save(path, bits=4)),
     "the usual gamma": (".png", written(png(RGB8, USUAL_GAMMA))),
@@ -482,15 +482,15 @@ TAKEN_PICTURES = {
 }
 
 
-@pytest.mark.parametrize("kind", TAKEN_PICTURES)
-def test_what_changes_no_color_is_taken(tmp_path, kind):
-    suffix, save = TAKEN_PICTURES[kind]
+@pytest.mark.parametrize("kind", ACCEPTED_IMAGES)
+def test_metadata_that_change_no_color_are_accepted(tmp_path, kind):
+    suffix, save = ACCEPTED_IMAGES[kind]
     found = read_one(tmp_path, suffix, save)
     plain = np.asarray(Image.open(tmp_path / "train" / "cat" / f"0{suffix}").convert("RGB"))
     assert np.array_equal(found.expand(3, 4, 4).permute(1, 2, 0), plain)
 
 
-def test_a_picture_too_large_to_be_one_is_named(tmp_path, monkeypatch):
+def test_an_image_above_the_limit_of_pixels_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     for folder, pixels in (("warned", 12), ("refused", 30)):
         write_images(tmp_path / folder, size=(pixels // 3, 3))
@@ -574,10 +574,10 @@ def test_the_real_mnist_has_its_published_sizes():
     ]
 
 
-def test_a_file_that_is_no_picture_is_named_once(tmp_path):
+def test_a_file_that_is_not_an_image_is_named_once(tmp_path):
     write_images(tmp_path)
     path = tmp_path / "train" / "cat" / "0.png"
-    path.write_text("no picture")
+    path.write_text("not an image")
     with pytest.raises(ValueError, match="it is not a BMP, JPEG, PNG or WEBP file") as caught:
         ready(ImageFolderData(str(tmp_path)))
     assert str(caught.value).count(str(path)) == 1

@@ -18,7 +18,7 @@ from bqnn.quant.integer import convert
 from bqnn.quant.simulated import calibrate, prepare
 from bqnn.quant.spec import QuantSpec
 from tests.quant.conftest import float_net, inputs
-from tests.small_methods import picture_method
+from tests.small_methods import image_method
 
 NUM_THREADS = 8
 METHODS = ("pointwise", "bbb", "mcdropout", "sghmc")
@@ -72,7 +72,7 @@ def test_one_network_predicts_for_many_threads(method: str, net: str, numeric: s
 
 @pytest.mark.parametrize("name", METHODS)
 def test_one_model_predicts_for_many_threads(name: str) -> None:
-    model = picture_method(name, num_samples=1 if name == "sghmc" else 20).eval()
+    model = image_method(name, num_samples=1 if name == "sghmc" else 20).eval()
     x = torch.linspace(-1, 1, 16 * 64).view(16, 1, 8, 8)
 
     def call(rows: int) -> Callable[[], Tensor]:

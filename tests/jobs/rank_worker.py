@@ -51,7 +51,7 @@ def make(name: str, data: SyntheticData) -> Method:
 
 
 def with_batch_norm(data: SyntheticData) -> Method:
-    """A residual network, which here sees each number as a picture of one colour."""
+    """Make a residual network that sees each number as an image of one color."""
     data.setup()
     torch.manual_seed(0)
     net = ResNet([1, 8, 8], [1, 1], width=4, blocks_per_stage=[1])

@@ -42,7 +42,7 @@ def test_what_is_kept_is_scaled_and_the_mean_is_preserved(rate):
     assert abs(kept.float().mean() - (1 - rate)) < 5 * math.sqrt(rate * (1 - rate) / out.numel())
 
 
-def test_whole_channels_of_a_picture_are_dropped_and_each_row_has_its_own_mask():
+def test_whole_channels_of_an_image_are_dropped_and_each_row_has_its_own_mask():
     torch.manual_seed(0)
     out = MCDropout(0.5)(torch.ones(64, 32, 3, 5))
     channels = out.flatten(2)

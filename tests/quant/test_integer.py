@@ -245,24 +245,24 @@ def calibrated(net: nn.Module, x: Tensor, **options: object) -> nn.Module:
     return calibrate(prepare(fuse(net), spec), [x])
 
 
-PICTURES = torch.randn(8, 16, 6, 6, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(8, 16, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
 def test_saturating_bits_are_refused_unless_asked_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(fbgemm, "has_vnni", lambda: False)
-    net = calibrated(small_conv(), PICTURES, activation_bits=8)
+    net = calibrated(small_conv(), IMAGES, activation_bits=8)
     with pytest.raises(
         ValueError, match=r"the first is 1\) would saturate .*bits=7, .* with allow_sat"
     ):
         convert(copy.deepcopy(net), "fbgemm")
     convert(copy.deepcopy(net), "fbgemm", allow_saturation=True)
     assert "can differ from the simulation" in caplog.text
-    asked = calibrated(small_conv(), PICTURES, activation_bits=8, allow_saturation=True)
+    asked = calibrated(small_conv(), IMAGES, activation_bits=8, allow_saturation=True)
     convert(asked, "fbgemm")
     for bits in ({"activation_bits": 7}, {"activation_bits": 8, "weight_bits": 7}):
-        convert(calibrated(small_conv(), PICTURES, **bits), "fbgemm")
+        convert(calibrated(small_conv(), IMAGES, **bits), "fbgemm")
 
 
 def test_depthwise_kernels_are_refused_where_they_saturate() -> None:
@@ -311,18 +311,18 @@ def test_bayesian_layers_refuse_more_dimensions_in_one_line() -> None:
         net(torch.randn(8, 12, 16))
 
 
-def test_pictures_without_a_batch_dimension_are_refused_in_one_line() -> None:
-    made = calibrated(small_conv(), PICTURES)
+def test_images_without_a_batch_dimension_are_refused_in_one_line() -> None:
+    made = calibrated(small_conv(), IMAGES)
     for net in (made, convert(copy.deepcopy(made), "fbgemm")):
         with pytest.raises(ValueError, match=r"takes \[B, C, H, W\]; add the batch dimension"):
-            net(PICTURES[0])
+            net(IMAGES[0])
 
 
 def test_a_probe_refuses_other_integers_and_warns_of_ties(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = calibrated(small_conv(), PICTURES)
-    convert(copy.deepcopy(made), "fbgemm", probe=PICTURES)
+    made = calibrated(small_conv(), IMAGES)
+    convert(copy.deepcopy(made), "fbgemm", probe=IMAGES)
     assert not caplog.text
     run = fbgemm.PackedWeight.__call__
 
@@ -335,13 +335,13 @@ def test_a_probe_refuses_other_integers_and_warns_of_ties(
         return other
 
     monkeypatch.setattr(fbgemm.PackedWeight, "__call__", off(1))
-    convert(copy.deepcopy(made), "fbgemm", probe=PICTURES)
+    convert(copy.deepcopy(made), "fbgemm", probe=IMAGES)
     assert "by up to 1 steps" in caplog.text
     monkeypatch.setattr(fbgemm.PackedWeight, "__call__", off(9))
     with pytest.raises(ValueError, match=r"by up to 9 steps; evaluate it with numeric=simulated"):
-        convert(copy.deepcopy(made), "fbgemm", probe=PICTURES)
+        convert(copy.deepcopy(made), "fbgemm", probe=IMAGES)
 
 
 def test_another_engine_than_the_simulated_one_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    convert(calibrated(small_conv(), PICTURES), "x86")
+    convert(calibrated(small_conv(), IMAGES), "x86")
     assert "the simulation rounds like fbgemm" in caplog.text

@@ -148,8 +148,8 @@ def test_odd_names_are_drawn_and_written(tmp_path: Path, write_run: WriteRun, na
     out = tmp_path / "out"
     assert main([str(tmp_path / "runs"), "--out", str(out)]) is None
     assert len(read_runs([tmp_path / "runs"]).runs) == 2
-    pictures = list((out / "plots").iterdir())
-    assert any("weight_bits" in picture.name for picture in pictures)
+    figures = list((out / "plots").iterdir())
+    assert any("weight_bits" in figure.name for figure in figures)
     assert "\x1b" not in (out / "report.md").read_text() + (out / "index.html").read_text()
 
 

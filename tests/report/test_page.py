@@ -1,4 +1,4 @@
-"""The page: runs and pictures in one file, nothing from outside, sortable, dark where wanted."""
+"""The HTML page: self-contained, with sortable tables, embedded figures and a dark mode."""
 
 import json
 import re

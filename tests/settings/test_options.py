@@ -32,7 +32,7 @@ def group(name: str) -> list[str]:
 FACTS = {"likelihood": "regression", "input_shape": [3], "num_train": 1}
 REQUIRED = {
     "uci": ["task.table=yacht"],
-    "images": ["task.root=pictures"],
+    "images": ["task.root=my_images"],
     "table": ["task.file=flats.csv", "task.target=price"],
 }
 

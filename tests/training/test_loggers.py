@@ -166,7 +166,7 @@ def test_only_what_changes_over_epochs_is_history() -> None:
     assert {"train/lr": 0.5, "test/nll": 0.7, "num_samples": 20}.items() <= run.summary.items()
 
 
-def test_what_fails_on_the_way_to_wandb_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_of_wandb_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     run: Any = FakeRun()
     history = WandbHistory(run)
     run.broken = True
@@ -175,7 +175,7 @@ def test_what_fails_on_the_way_to_wandb_is_said_once(caplog: pytest.LogCaptureFi
     (message,) = caplog.messages
     assert "Connection lost" in message
     history.finish(0)
-    assert "wandb sync run/wandb/offline-run-1 does that later" in caplog.messages[-1]
+    assert "complete it with wandb sync run/wandb/offline-run-1" in caplog.messages[-1]
 
 
 def test_names_are_made_valid_before_anything_starts(

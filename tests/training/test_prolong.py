@@ -57,7 +57,7 @@ def test_a_cosine_schedule_is_planned_anew_and_says_so(
     assert script_here("train", *run, "task.max_epochs=4")[0] == 0
     code, errors = script_here("train", *run, "task.max_epochs=8", "resume=true")
     assert code == 0, errors
-    assert "planned for 4 epochs and now is for 8" in errors
+    assert "had 4 epochs and now has 8" in errors
     rate = content(tmp_path / "run")["optimizer_states"][0]["param_groups"][0]["lr"]
     assert rate == pytest.approx(0, abs=1e-12)  # the end of the new plan
     rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()

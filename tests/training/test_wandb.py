@@ -112,15 +112,15 @@ def test_what_a_training_shows(project: Path) -> None:
     run = project / "float"
     shown = summary(run)["summary"]
     assert shown["time/epoch_seconds"] > 0
-    pictures = {key: value["_type"] for key, value in shown.items() if key.startswith("plots/")}
+    figures = {key: value["_type"] for key, value in shown.items() if key.startswith("plots/")}
     names = ("curves", "reliability", "confidence")
-    assert pictures == dict.fromkeys((f"plots/{name}" for name in names), "images/separated")
+    assert figures == dict.fromkeys((f"plots/{name}" for name in names), "images/separated")
     epochs = [record["item"] for record in records(run, "history")]
     assert [item["epoch"] for item in epochs if "train/nll" in item] == [0, 1, 2]
     curves: dict[str, list[float]] = {}
     for item in epochs:
         for name, value in item.items():
-            # Others are W&B's own, and what it says of pictures and tables.
+            # Other entries are W&B's own, and its descriptions of images and tables.
             if isinstance(value, int | float) and name[0] != "_" and "." not in name:
                 curves.setdefault(name, []).append(value)
     assert {"train/loss", "val/nll", "epoch"} <= curves.keys()
@@ -141,9 +141,9 @@ def test_what_a_quantization_shows(project: Path) -> None:
 
 def test_the_most_uncertain_images_come_first(project: Path) -> None:
     table = logged_table(project / "float", "most_uncertain")
-    assert table["columns"][:4] == ["picture", "truth", "prediction", "entropy"]
-    pictures, truth, prediction, entropy, *_ = zip(*table["data"], strict=True)
-    assert {(p["_type"], p["width"], p["height"]) for p in pictures} == {("image-file", 64, 64)}
+    assert table["columns"][:4] == ["image", "truth", "prediction", "entropy"]
+    images, truth, prediction, entropy, *_ = zip(*table["data"], strict=True)
+    assert {(p["_type"], p["width"], p["height"]) for p in images} == {("image-file", 64, 64)}
     assert {*truth, *prediction} <= set("0123456789")
 
     kept = np.load(project / "float" / "predictions.npz")

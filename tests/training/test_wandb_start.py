@@ -110,7 +110,7 @@ def test_without_network_runs_are_offline_and_the_server_is_asked_once(
     assert offline == [True, True]
     (line,) = errors.strip().splitlines()
     assert closed in line
-    assert "kept offline" in line
+    assert "stored offline" in line
 
 
 @pytest.mark.parametrize("key", [KEY, "short"])
@@ -122,7 +122,7 @@ def test_a_key_that_is_refused_leaves_runs_offline(
     assert offline == [True, True]
     said = [line for line in errors.splitlines() if not line.startswith("Failed to export")]
     assert len(said) == 1  # scripts silence the other loggers
-    assert "kept offline" in said[0]
+    assert "stored offline" in said[0]
     assert asked.count("GET /") == 1
     for number in range(2):
         assert list((tmp_path / str(number)).glob("wandb/offline-run-*/run-*.wandb"))
@@ -154,7 +154,7 @@ def test_a_sweep_without_network_and_home_is_trained(
         if not line.startswith(("CPU threads", "epoch ", "evaluating "))
     ]
     assert len(foreign) == 1, result.stderr
-    assert "kept offline" in foreign[0]
+    assert "stored offline" in foreign[0]
     for number in (0, 1):
         job = tmp_path / "sweep" / f"{number}_pointwise_synthetic_s{number}"
         assert json.loads((job / "status.json").read_text())["state"] == "DONE"
