@@ -1,4 +1,4 @@
-"""Imports point one way, and heavy packages are imported only when they are needed."""
+"""Imports follow the table of rooms, and heavy packages are imported lazily."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def read_rooms() -> dict[str, tuple[int, set[str]]]:
-    """The table of docs/architecture.md: each room's floor, and what it may import."""
+    """Read docs/architecture.md: the floor of each room, and what it may import."""
     rooms = {}
     for line in (ROOT / "docs" / "architecture.md").read_text().splitlines():
         if match := re.fullmatch(r"\| (\d) \| `(\w+)` \| [^|]+ \| ?([^|]*) ?\|", line):

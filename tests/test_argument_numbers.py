@@ -1,4 +1,4 @@
-"""Constructors say in one line which number is wrong, why, and what to choose."""
+"""Constructors refuse invalid numbers in one line with the reason and a remedy."""
 
 import math
 from collections.abc import Callable

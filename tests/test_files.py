@@ -1,4 +1,4 @@
-"""Files are whole or not there."""
+"""Atomic file writes."""
 
 import os
 import resource
@@ -35,7 +35,7 @@ def test_json_takes_finite_numbers_only(value: float, tmp_path: Path) -> None:
 
 @contextmanager
 def room_for(num_bytes: int) -> Iterator[None]:
-    """No file grows beyond this; the system refuses as it does on a full disk."""
+    """Limit the size of files; the system refuses larger ones as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:

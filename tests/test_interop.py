@@ -1,7 +1,7 @@
-"""Layers of other libraries keep their posterior, and what would be lost is refused.
+"""Layers of other libraries keep their posterior, and lossy conversions are refused.
 
 Each test runs with stand-ins that have the attributes of the libraries' layers, and with the
-libraries themselves where they are installed.
+libraries themselves if they are installed.
 """
 
 import importlib
@@ -127,7 +127,7 @@ STAND_INS: dict[str, dict[str, Any]] = {
 
 
 def library(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The layers of a library, or of its stand-ins."""
+    """Return the layers of a library, or of its stand-ins."""
     if kind == "installed":
         try:
             return importlib.import_module(name)

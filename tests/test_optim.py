@@ -1,4 +1,4 @@
-"""SGHMC on Gaussians with known moments, its adaptation, its prior, its state."""
+"""SGHMC on Gaussians with known moments: adaptation, prior and state."""
 
 import copy
 import io
@@ -20,7 +20,7 @@ FIXED_PRECISION: dict[str, float] = {"prior_shape": 1e12, "prior_rate": 1e12}  #
 
 
 def sampler(shape: tuple[int, ...] = (NUM_CHAINS,), **options: Any) -> tuple[Tensor, SGHMC]:
-    """A tensor of zeros and its sampler: one row of data, V fixed at 1, the prior drawn once."""
+    """Create a tensor of zeros and its sampler: one row, V fixed at 1, the prior drawn once."""
     weights = nn.Parameter(torch.zeros(shape))
     defaults = {"num_train": 1, "num_burn_in_steps": 0, "resample_prior": 0}
     return weights, SGHMC([weights], **{**defaults, **options})
@@ -29,7 +29,7 @@ def sampler(shape: tuple[int, ...] = (NUM_CHAINS,), **options: Any) -> tuple[Ten
 def run(
     weights: Tensor, optimizer: SGHMC, gradient: Callable[[Tensor], Tensor], num_steps: int
 ) -> dict[str, Any]:
-    """Take steps at these gradients of the mean NLL; the sampler's state afterwards."""
+    """Take steps at these gradients of the mean NLL; return the state of the sampler."""
     for _ in range(num_steps):
         weights.grad = gradient(weights.detach())
         optimizer.step()

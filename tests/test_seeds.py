@@ -1,4 +1,4 @@
-"""Random numbers of different purposes, epochs, draws and seeds start at different places."""
+"""Random streams of different purposes, epochs, draws and seeds differ."""
 
 import ast
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_ranks_have_streams_of_their_own():
 
 
 def test_the_cpu_generator_reads_32_bits_of_a_seed():
-    """Why streams are kept apart within 32 bits."""
+    """The reason why streams differ within 32 bits."""
     one, other = (torch.Generator().manual_seed(seed) for seed in (5, 5 + 2**32))
     assert torch.equal(torch.randn(4, generator=one), torch.randn(4, generator=other))
 
@@ -62,13 +62,13 @@ def test_streams_start_generators_that_have_nothing_in_common():
 
 
 def test_seeds_are_the_same_in_every_version():
-    """What a checkpoint evaluates with, and its validation rows, come from them."""
+    """The draws of an evaluation and the validation rows of a checkpoint depend on them."""
     assert stream_seed(0, Stream.INITIAL_WEIGHTS) == 1427366890
     assert stream_seed(2**63 - 1, Stream.TRAINING, 3, 1) == 3674552854
 
 
 def test_every_generator_of_a_run_starts_from_a_stream():
-    """Of the other ones, a constant or a seed of the data set defines a data set, or examples."""
+    """Other generators, with a constant or the data's seed, define data sets or examples."""
     defines_data = {"data/distortions.py", "data/synthetic.py", "data/ood.py", "quant/kernels.py"}
     starts = 0
     for path in sorted(PACKAGE.rglob("*.py")):

@@ -1,4 +1,4 @@
-"""A checkpoint file is data: what is no checkpoint is refused, and runs nothing."""
+"""Checkpoint files are untrusted: invalid ones are refused, and no code in them runs."""
 
 import os
 import pickle
@@ -52,7 +52,7 @@ def saved(path: Path, **changes: object) -> Path:
 
 
 def altered(key: str, value: object) -> dict[str, Any]:
-    """The recipe with another value, or a new one, at a dotted key."""
+    """Return the recipe with a new or changed value at a dotted key."""
     recipe = deepcopy(RECIPE)
     *parents, last = key.split(".")
     group = recipe
@@ -163,7 +163,7 @@ def test_what_torch_reads_of_modules_beside_a_state_is_their_versions(
 
 
 def nested(value: object, levels: int) -> object:
-    """A list that holds one twice, which does so too, and so on."""
+    """Return a list that holds another one twice, which does the same, and so on."""
     for _ in range(levels):
         value = [value, value]
     return value

@@ -1,4 +1,4 @@
-"""A training of Bayes-by-backprop starts at a pointwise run, and nothing else begins there."""
+"""Bayes-by-backprop is initialized from a pointwise run; other files are refused."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""evaluate.py run for real, on trained and on quantized networks."""
+"""evaluate.py on trained and on quantized networks."""
 
 import csv
 import json

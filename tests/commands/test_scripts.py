@@ -1,4 +1,4 @@
-"""train.py run for real: what it leaves behind, what it says of mistakes, how it ends."""
+"""train.py: the files that it writes, its error messages and its exit codes."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ def status(folder: Path) -> dict:
 
 
 def short(method: str) -> list[str]:
-    """Overrides that make a run of this method short and still collect ensemble members."""
+    """Return overrides for a short run of a method that still collects ensemble members."""
     samples = {"pointwise": ["logger=none"]}.get(method, SHORT)
     members = ["method.burn_in=1", "method.collect_every=1"] if method == "sghmc" else []
     return [f"method={method}", "trainer.max_epochs=3", *samples, *members]

@@ -18,7 +18,7 @@ from tests.data.test_uci import write_table
 
 
 class InFolder(DataContract):
-    """The contract of a data set whose files are in a folder."""
+    """The contract for a data set with files in a folder."""
 
     @pytest.fixture(autouse=True)
     def _folder(self, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""CSV files as text: separators, quotes, encodings, and files that are no table."""
+"""CSV files as text: separators, quotes, encodings and invalid files."""
 
 import hashlib
 import os

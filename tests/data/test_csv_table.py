@@ -1,4 +1,4 @@
-"""Tables in a CSV file: columns, targets, missing values, and the split."""
+"""Tables in CSV files: columns, targets, missing values and the split."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ CITIES = ["Ghent", "Aalst", "Ypres"]
 
 
 def rows(count: int = 30) -> list[list[object]]:
-    """Rows with a price that a test can recompute from the other columns."""
+    """Return rows with a price that a test can recompute from the other columns."""
     return [
         [f"F{i}", 40 + 2 * i, CITIES[i % 3], i % 2 == 0, 3 * i + 10 * (i % 3) + 0.5]
         for i in range(count)
@@ -178,7 +178,7 @@ def test_what_is_ignored_may_be_missing(tmp_path):
 
 
 def changed(column: int, *values: object) -> list[list[object]]:
-    """The usual rows, with other values of a column from the fourth row on."""
+    """Return the usual rows with other values in a column from the fourth row on."""
     table = rows()
     for row, value in zip(table[3:], values, strict=False):
         row[column] = value

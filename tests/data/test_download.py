@@ -1,4 +1,4 @@
-"""What is downloaded is what was expected, and stays where it belongs."""
+"""Downloads are verified, limited, and written only to their folder."""
 
 import gzip
 import hashlib
@@ -27,7 +27,7 @@ CONTENT = b"x" * 1000
 
 
 class Server:
-    """Answers every request with a status, headers and then parts of a body, as it is told."""
+    """Answers every request with a given status, given headers and then parts of a body."""
 
     def __init__(self) -> None:
         self.status, self.headers = 200, dict[str, str]()
@@ -59,7 +59,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server that stands for every https address."""
+    """Start a server that replaces every https address."""
     made, original = Server(), download.urlopen
     monkeypatch.setattr(
         download, "urlopen", lambda url, timeout: original(made.address, timeout=timeout)
@@ -141,7 +141,7 @@ def test_what_comes_byte_by_byte_is_given_up(
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    """Files that a server here gives out under whatever https address; `cut` is cut short."""
+    """Serve files at every https address; `cut` truncates all of them."""
     files: Served = {}
 
     class Handler(BaseHTTPRequestHandler):

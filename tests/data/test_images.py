@@ -178,7 +178,7 @@ def test_mnist_opens_no_other_files_beside_its_own(tmp_path):
 
 
 def write_images(root: Path, size: tuple[int, int] = (4, 3), mode: str = "RGB") -> None:
-    """Three train and two test images for each of two classes; red tells class and number."""
+    """Write three training and two test images per class; red encodes class and number."""
     for part, count in (("train", 3), ("test", 2)):
         for label, name in enumerate(["cat", "dog"]):
             folder = root / part / name
@@ -281,7 +281,7 @@ def test_channels_are_converted(tmp_path):
 
 
 def write_classes(root: Path, counts: dict[str, int]) -> None:
-    """Images of 4x3 pixels in `<root>/<class>/*`; red tells class and number."""
+    """Write images of 4x3 pixels to `<root>/<class>/*`; red encodes class and number."""
     for label, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)
         for i in range(count):
@@ -347,13 +347,13 @@ def test_the_first_image_that_differs_is_named(tmp_path, image, message):
 
 
 def arrow(mode: str = "RGB") -> Image.Image:
-    """4x4 pixels, no two rows or columns alike."""
+    """Create 4x4 pixels without two equal rows or columns."""
     pixels = np.arange(16, dtype=np.uint8).reshape(4, 4) * 16
     return Image.fromarray(pixels).convert(mode)
 
 
 def read_one(folder: Path, suffix: str, save: Callable[[Path], None]) -> torch.Tensor:
-    """Return the image that `save` writes as the first of a data set of 4x4 pixels: [C, 4, 4]."""
+    """Return the first image [C, 4, 4] of a data set, which `save` writes."""
     write_images(folder, size=(4, 4))
     for path in folder.rglob("*.png"):
         path.unlink()
@@ -390,7 +390,7 @@ def test_images_are_rotated_as_they_are_displayed(tmp_path, suffix, orientation)
 
 
 def png(header: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG file of black pixels: what IHDR says after the size, and other chunks."""
+    """Create a PNG file of black pixels from the end of IHDR and from other chunks."""
     depth, kind = header[0], header[1]
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
     rows = bytes(4 * (1 + -(-4 * channels * depth // 8)))
@@ -404,7 +404,7 @@ def png(header: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
 
 
 def bmp(color_space: bytes) -> bytes:
-    """A BMP file of black pixels with a header of version 5, little-endian."""
+    """Create a BMP file of black pixels with a header of version 5, little-endian."""
     size, header = 4 * 12, 124
     start = b"BM" + (14 + header + size).to_bytes(4, "little") + bytes(4)
     start += (14 + header).to_bytes(4, "little") + header.to_bytes(4, "little")

@@ -1,4 +1,4 @@
-"""The facts of a data set hold its normalization: raw rows become the inputs of its batches."""
+"""The facts of a data set contain its normalization: raw rows become its batch inputs."""
 
 import json
 from pathlib import Path

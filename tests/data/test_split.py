@@ -1,4 +1,4 @@
-"""Test rows that the seed draws."""
+"""Random test rows."""
 
 import pytest
 import torch

@@ -19,7 +19,7 @@ DATA_DIR = os.environ.get("BQNN_DATA_DIR", "")
 
 
 def write_table(data_dir: Path, table: np.ndarray = TABLE, **files: str) -> Path:
-    """A table `t` with two splits whose last column is the target; `files` replace by stem."""
+    """Write a table `t` with two splits, whose last column is the target; `files` override it."""
     folder = data_dir / "uci" / "t" / "data"
     folder.mkdir(parents=True)
     np.savetxt(folder / "data.txt", table)
@@ -198,7 +198,7 @@ def test_a_read_only_folder_works(tmp_path):
 
 @pytest.fixture
 def served(tmp_path, monkeypatch) -> dict[str, bytes]:
-    """Files that the network serves as table `yacht`, and a manifest that lists them."""
+    """Serve the files of a table `yacht`, and a manifest that lists them."""
     folder = write_table(tmp_path / "served")
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     lines = [f"{hashlib.sha256(data).hexdigest()}  yacht/{name}" for name, data in files.items()]

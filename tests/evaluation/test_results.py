@@ -1,4 +1,4 @@
-"""What a run leaves: finite metrics, numbers that fit a table, and all that was promised."""
+"""Results of a run: finite metrics, numbers that fit a table, and complete files."""
 
 import json
 import math

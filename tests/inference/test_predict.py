@@ -1,4 +1,4 @@
-"""Prediction by draws: their values, their seeds, and what is left as it was."""
+"""Monte-Carlo prediction: values, seeds, and the state that it leaves unchanged."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from bqnn.seeds import Stream, stream_seed
 
 
 class Counter(Drawn):
-    """Multiplies by the index of the held draw, and counts how many were made."""
+    """Multiplies by the index of the held draw, and counts the draws."""
 
     def __init__(self) -> None:
         super().__init__()

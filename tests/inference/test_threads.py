@@ -1,4 +1,4 @@
-"""Threads: predictions made at the same time are those that serial calls give, bit for bit."""
+"""Predictions in concurrent threads are bit-equal to those of serial calls."""
 
 import copy
 import threading
@@ -33,7 +33,7 @@ def make(method: str, net: str, numeric: str, engine: str = "fbgemm") -> nn.Modu
 
 
 def at_once(calls: list[Callable[[], Tensor]]) -> list[Tensor]:
-    """What the calls return, made by eight threads that start together."""
+    """Return the results of calls in eight threads that start together."""
     start = threading.Barrier(NUM_THREADS)
 
     def run(number: int) -> list[Tensor]:
@@ -52,7 +52,7 @@ def assert_as_serial(calls: list[Callable[[], Tensor]]) -> None:
 
 
 def calls_of(net: nn.Module, x: Tensor, num_samples: int, count: int) -> list[Callable[[], Tensor]]:
-    """Predictions that differ in seed, draws and batches, so that no two take equally long."""
+    """Create predictions with different seeds, draws and batches, and different durations."""
 
     def call(index: int) -> Callable[[], Tensor]:
         samples, batch_size = 1 + index % num_samples, (5, 16, 64)[index % 3]

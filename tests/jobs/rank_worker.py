@@ -1,6 +1,6 @@
-"""One of two processes that train every method together; it leaves what it saw in a file.
+"""One of two processes that train every method together, and write their results to a file.
 
-python worker.py <rank> <port> <folder>
+python rank_worker.py <rank> <port> <folder>
 """
 
 import os
@@ -68,7 +68,7 @@ class Spread(torch.nn.Module):
 
 
 def fit(method: Method, data: SyntheticData, callbacks: list[pl.Callback], **options: Any) -> Any:
-    """Two epochs, then a test: the metrics, and the state of the method."""
+    """Train two epochs and test; return the metrics and the state of the method."""
     trainer = bare_trainer(
         2,
         callbacks=[ShareBuffers(), *callbacks],

@@ -1,4 +1,4 @@
-"""A folder belongs to one job, and only that job goes on in it."""
+"""A folder belongs to one Job, and only this Job can continue in it."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""However a job ends, all that belongs to its end is done."""
+"""All steps of the end of a Job run, however the Job ends."""
 
 import contextlib
 import io
@@ -38,7 +38,7 @@ def test_a_status_that_cannot_be_written_fails_the_job_in_one_line(
 
 
 class Broken(io.StringIO):
-    """A stream whose reader is gone; `seen` is called at every write."""
+    """A stream without a reader; `seen` is called at every write."""
 
     def __init__(self, seen: Callable[[], object] = lambda: None) -> None:
         super().__init__()

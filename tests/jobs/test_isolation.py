@@ -1,4 +1,4 @@
-"""Jobs that share a process leave nothing to each other."""
+"""Jobs in one process do not affect each other."""
 
 import logging
 import signal

@@ -1,4 +1,4 @@
-"""What a path or a pattern of the command line stands for."""
+"""Checkpoint files of a path or a pattern on the command line."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from bqnn.jobs.locate import canonical, is_pattern, locate, locate_all
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two runs in a sweep, one without a checkpoint, and a file beside them."""
+    """Create a sweep of two runs, one without a checkpoint, and a file beside them."""
     for name in ("a", "b=1,(x) [y]", "empty"):
         (tmp_path / "sweep" / name).mkdir(parents=True)
     for name in ("a/checkpoint.ckpt", "a/best.ckpt", "b=1,(x) [y]/checkpoint.ckpt", "sweep.json"):

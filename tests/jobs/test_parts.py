@@ -1,4 +1,4 @@
-"""Each match of a pattern is a part with a folder of its own."""
+"""Each match of a pattern is a part with its own folder."""
 
 from pathlib import Path
 from typing import Any

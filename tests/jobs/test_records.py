@@ -1,4 +1,4 @@
-"""A record is read as what it is, whatever somebody left in its place."""
+"""Records are read safely, whatever file is in their place."""
 
 import os
 import threading

@@ -1,4 +1,4 @@
-"""Runs are found by their configuration, whatever else lies around."""
+"""Runs are found by their configuration among other folders."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Keys in the environment are in no file that a job leaves behind."""
+"""Secrets of the environment are in no file of a Job."""
 
 import logging
 from collections.abc import Callable

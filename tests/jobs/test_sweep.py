@@ -1,4 +1,4 @@
-"""A sweep goes on after failures, says what is missing, and does only that when resumed."""
+"""A sweep continues after failures, records them, and runs only these when it is resumed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What is printed can fail in many ways, and none of them ends a job."""
+"""Failures of printing never end a Job."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Gaussian weights: KL and sigma against torch, output draws against their closed-form moments."""
+"""Gaussian weights: KL and sigma against torch, output draws against their moments."""
 
 import copy
 import math
@@ -45,14 +45,14 @@ def bayes_conv(in_channels: int = 4, bias: bool = True, **geometry: int) -> Baye
 
 
 def plain_map(layer: GaussianWeight, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What torch makes of `x` with these weights, by its own functions."""
+    """Apply torch's own functions to `x` with these weights."""
     if isinstance(layer, BayesConv2d):
         return F.conv2d(x, weight, bias, *layer.geometry)
     return F.linear(x, weight, bias)
 
 
 def assert_moments(draws: Tensor, mean: Tensor, variance: Tensor) -> None:
-    """Within 5 standard errors: the mean's is sigma / sqrt(n), the variance's sqrt(2 / n)."""
+    """Allow 5 standard errors: sigma / sqrt(n) of a mean, sqrt(2 / n) of a variance."""
     num_draws = len(draws)
     scale = variance.sqrt().clamp_min(1e-6)
     assert ((draws.mean(0) - mean) / scale).abs().max() < 5 / math.sqrt(num_draws)

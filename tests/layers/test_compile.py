@@ -1,4 +1,4 @@
-"""torch.compile and torch.export: what they make of a network of any method is that network."""
+"""Networks of every method are equal after torch.compile and torch.export."""
 
 import copy
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from bqnn.quant.spec import QuantSpec
 
 
 def _traces_context_variables() -> bool:
-    """Whether this torch can compile a read of a ContextVar, which random layers make."""
+    """Whether this torch can compile a read of a ContextVar, as random layers do."""
     variable: ContextVar[int] = ContextVar("variable", default=1)
     try:
         torch.compile(lambda x: x + variable.get(), backend="eager", fullgraph=True)(torch.ones(1))

@@ -1,4 +1,4 @@
-"""Monte-Carlo dropout: what is dropped, how the rest is scaled, where it happens."""
+"""Monte-Carlo dropout: which values are dropped, the scale of the others, and the places."""
 
 import math
 
@@ -19,7 +19,7 @@ def dropouts(net: nn.Module) -> list[MCDropout]:
 
 
 def kinds_in_order(net: nn.Module) -> list[type[nn.Module]]:
-    """Dropouts and weight layers in the order in which the network calls them."""
+    """Return dropouts and weight layers in the order in which the network calls them."""
     called: list[type[nn.Module]] = []
     hooks = [
         module.register_forward_hook(lambda module, *_: called.append(type(module)))

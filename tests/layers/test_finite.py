@@ -1,4 +1,4 @@
-"""Inputs that are not finite are refused alike in float, simulated and in int8."""
+"""Inputs that are not finite raise the same error in float, simulated and int8."""
 
 import copy
 import math

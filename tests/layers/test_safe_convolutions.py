@@ -1,4 +1,4 @@
-"""Convolutions in whose backward pass oneDNN writes past a buffer are not left to it."""
+"""Convolutions for which oneDNN would write past a buffer get safe arguments."""
 
 import itertools
 import os
@@ -32,7 +32,7 @@ LAST = torch.channels_last
 
 
 class Calls:
-    """What convolutions ask for gradients, and what torch's own kernel is given for it."""
+    """Records calls of `convolution_backward`, and the arguments that torch's kernel gets."""
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
@@ -48,7 +48,7 @@ class Calls:
 
 
 def is_dangerous(call: Any) -> bool:
-    """Whether these arguments of `convolution_backward` may corrupt memory."""
+    """Return whether these arguments of `convolution_backward` may corrupt memory."""
     return corrupts_memory(call[2], call[4], call[5], call[9])
 
 

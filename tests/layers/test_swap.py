@@ -1,4 +1,4 @@
-"""Swapping by type: what is replaced, what is kept, what is refused."""
+"""Replacement by type: which layers are replaced, kept and refused."""
 
 import types
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from bqnn.quant.spec import QuantSpec
 
 
 class Wider(nn.Linear):
-    """A subclass, which no replacement of Linear may take for one."""
+    """A subclass, which a replacement of Linear must not match."""
 
 
 def to_identity(layer: nn.Linear) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The methods in a real Trainer: their losses, their members, their checkpoints."""
+"""The methods in a Trainer: losses, members and checkpoints."""
 
 from collections.abc import Callable
 from typing import Any
@@ -40,7 +40,7 @@ def trainer(max_epochs: int = 1, **options: Any) -> pl.Trainer:
 
 
 class AtEpochEnd(pl.Callback):
-    """Keeps what `look` sees in the method at the end of every epoch."""
+    """Records what `look` returns for the method at the end of every epoch."""
 
     def __init__(self, look: Callable[[Any], Any]) -> None:
         self.look = look
@@ -112,7 +112,7 @@ def test_validation_draws_fewer_samples_while_training_than_after(monkeypatch):
 
 
 class At(pl.Callback):
-    """Does something to the method before the batch of a global step."""
+    """Calls a function with the method before the batch of a global step."""
 
     def __init__(self, step: int, act: Callable[[Any], object]) -> None:
         self.step = step
@@ -214,7 +214,7 @@ def test_fine_tuned_members_are_watched_too():
 
 
 class LoggedRate(pl.Callback):
-    """Keeps the learning rate that each epoch logs."""
+    """Records the learning rate that each epoch logs."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []
@@ -271,7 +271,7 @@ def test_bad_numbers_of_the_other_methods_are_refused_too():
 
 
 class Recorded(BayesByBackprop):
-    """Keeps the terms of every training step."""
+    """Records the terms of every training step."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -450,7 +450,7 @@ def test_burn_in_is_in_epochs_however_many_steps_they_have(options, burn_in, ste
 
 
 class SumOfGradients(pl.Callback):
-    """Adds up the gradients that the optimizer gets."""
+    """Sums the gradients that the optimizer gets."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -532,7 +532,7 @@ def test_fine_tuning_pulls_members_to_the_prior_that_the_sampler_draws() -> None
 
 
 def test_metrics_are_no_part_of_the_module():
-    """A device without float64 can train: only the network moves there."""
+    """Only the network moves to the device, so a device without float64 can train."""
     method = table_method("pointwise")
     trainer().test(method, table(), verbose=False)
     assert not [module for module in method.modules() if isinstance(module, Metric)]

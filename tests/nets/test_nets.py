@@ -1,4 +1,4 @@
-"""The architectures: parameters counted by hand, shapes, and what they refuse."""
+"""Networks: hand-counted parameters, shapes, and refused inputs."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ LENET_8 = LENET_CONVOLUTIONS + 50 * 2 * 2 * 500 + 500 * 10
 
 
 def stage_parameters(width: int) -> int:
-    """A stage that halves the image: 3x3 from half the channels, 1x1 beside it, three 3x3."""
+    """Count a stage that halves the image: 3x3 from half the channels, 1x1, three 3x3."""
     half = width // 2
     return half * width * 9 + half * width + 3 * width * width * 9 + 5 * (2 * width)
 

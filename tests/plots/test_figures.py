@@ -1,4 +1,4 @@
-"""Every figure is drawn, written as a whole PNG, and shows the numbers that it was given."""
+"""Figures are written completely as PNG, and show the given numbers."""
 
 import os
 import subprocess

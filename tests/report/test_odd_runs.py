@@ -1,4 +1,4 @@
-"""One odd run, of whatever kind, costs the report that run alone; nothing in it becomes markup."""
+"""An invalid run is excluded alone from a report, and its content never becomes markup."""
 
 import csv
 import json
@@ -65,7 +65,7 @@ KINDS = [(name, content) for name, contents in ODD_FILES.items() for content in 
 
 
 def only_the_good_one(tmp_path: Path, write_run: WriteRun) -> str:
-    """Report on the odd run and a good one: why the odd one is not among the numbers."""
+    """Report on an invalid and a good run; return why the invalid one is excluded."""
     write_run("good", {"test/nll": 1.0}, method="sghmc")
     assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) is None
     runs = read_runs([tmp_path / "runs"])

@@ -1,4 +1,4 @@
-"""Every folder with a run's files is a row or is listed with the reason why it is none."""
+"""Every folder with the files of a run is a row, or is listed with a reason."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Means, comparisons and paired tests give what is computed by hand, or by scipy alone."""
+"""Means, comparisons and paired tests against hand-computed values and scipy."""
 
 import itertools
 import math

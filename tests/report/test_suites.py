@@ -1,4 +1,4 @@
-"""Evaluations on distorted images and on other data are shown, with the means that are computed."""
+"""Evaluations on distorted images and other data are shown with the right means."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ WriteRun = Callable[..., Path]
 
 @pytest.fixture
 def suites(write_run: WriteRun, tmp_path: Path) -> Path:
-    """Two methods, two seeds: NLL is seed + level, and 10 more for pointwise."""
+    """Write two methods and two seeds: NLL is seed + level, and 10 more for pointwise."""
     for method, more in (("bbb", 0.0), ("pointwise", 10.0)):
         for seed in range(2):
             metrics = {"test/nll": more + seed, "test/ape": 0.1, "ood/uniform/ape": 1.0}

@@ -1,4 +1,4 @@
-"""Every cell of the configuration composes, and says what the scripts rely on."""
+"""Every combination of groups composes, with the values that the scripts need."""
 
 import math
 from inspect import signature
@@ -25,7 +25,7 @@ from bqnn.text import valid_name
 
 
 def group(name: str) -> list[str]:
-    """The choices of a group; `own` is completed by a plug-in."""
+    """Return the choices of a group; a plug-in completes `own`."""
     return sorted(path.stem for path in (CONF / name).glob("*.yaml") if path.stem != "own")
 
 

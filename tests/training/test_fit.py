@@ -1,4 +1,4 @@
-"""Where a training starts, and how its errors name what is to be changed."""
+"""The start of a training, and the keys that its errors name."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ QUICK = ["task=synthetic", "task.num_train=200", "logger=none", "plots=false", "
 
 
 def sigma_is_a_share_of_the_mean(path: Path) -> bool:
-    """Whether each rho is where `init_from` puts it."""
+    """Return whether each rho has the value that `init_from` sets."""
     state = read_checkpoint(path)["state_dict"]
     shares = [
         torch.nn.functional.softplus(state[name.replace(".mean", ".rho")]) / mean.abs()

@@ -1,4 +1,4 @@
-"""metrics.csv has a row per logged epoch, on disk at once; W&B gets curves of what changes."""
+"""metrics.csv has a row per logged epoch; W&B gets curves of metrics that change."""
 
 import csv
 import re
@@ -116,11 +116,11 @@ def test_a_resumed_job_keeps_the_csv_of_its_earlier_starts(tmp_path: Path) -> No
 
 
 class Summary(dict[str, float]):
-    """What wandb.Run.summary is, as far as it is used."""
+    """The part of wandb.Run.summary that bqnn uses."""
 
 
 class FakeRun:
-    """Keeps what a wandb.Run is given; `broken` makes it fail as one does whose service died."""
+    """Records what a wandb.Run gets; `broken` makes it fail like a run whose service died."""
 
     def __init__(self, **options: Any) -> None:
         self.options = options
@@ -137,7 +137,7 @@ class FakeRun:
         self.history.append(row)
 
     def define_metric(self, name: str, **options: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def finish(self, exit_code: int) -> None:
         if self.broken:

@@ -1,4 +1,4 @@
-"""A training and an evaluation say how far they are: a bar on a terminal, few lines elsewhere."""
+"""Progress of a training and an evaluation: a bar on a terminal, else a few lines."""
 
 import logging
 from functools import partial

@@ -1,4 +1,4 @@
-"""A training that is resumed with more epochs goes on to them."""
+"""A training that is resumed with more epochs continues to the new end."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What W&B shows of each job, read back from its offline run with `wandb leet inspect`."""
+"""W&B's view of each job, read from its offline run by `wandb leet inspect`."""
 
 import contextlib
 import csv
@@ -23,7 +23,7 @@ INSPECT = [sys.executable, "-m", "wandb", "leet", "inspect", "--json"]
 
 @cache
 def inspect(folder: Path, *options: str) -> str:
-    """What `wandb leet inspect` says of the one run below a job's folder."""
+    """Return the output of `wandb leet inspect` for the one run below a job's folder."""
     (log,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     result = subprocess.run([*INSPECT, *options, str(log)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -40,7 +40,7 @@ def records(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def sweep_arguments() -> tuple[dict[str, Any], list[str]]:
-    """docs/wandb_sweep.yaml, and what its agent passes on for the first of its jobs."""
+    """Return docs/wandb_sweep.yaml, and what its agent passes to the first of its jobs."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     sweep = yaml.safe_load((ROOT / "docs" / "wandb_sweep.yaml").read_text())
@@ -57,7 +57,7 @@ def sweep_arguments() -> tuple[dict[str, Any], list[str]]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a training, its quantization twice, and a training that fails."""
+    """Create a folder with a training, its quantization twice, and a failed training."""
     usage = subprocess.run([*INSPECT, "--help"], capture_output=True, text=True).stdout
     if "inspect [OPTIONS]" not in usage:
         pytest.skip("this wandb has no `leet inspect`, and we parse no file of its own")
@@ -176,7 +176,7 @@ def test_a_failed_job_shows_as_failed_and_keeps_no_artifact(project: Path) -> No
 
 
 def logged_table(folder: Path, name: str) -> dict[str, Any]:
-    """A table with its media, which is an artifact of its own."""
+    """Return a logged table, which is an artifact together with its images."""
     (entries,) = (
         record["manifest"]["contents"]
         for record in records(folder, "artifact")

@@ -1,4 +1,4 @@
-"""A W&B run starts, or is kept offline, whatever the network, the key and the home folder do."""
+"""Runs of W&B start online or offline with any network, key and home folder."""
 
 import json
 import os
@@ -33,7 +33,7 @@ print(json.dumps(modes))
 
 @pytest.fixture
 def server() -> Iterator[Callable[[int], tuple[str, list[str]]]]:
-    """Start a server that answers everything with this code: its address, and what it is asked."""
+    """Start a server that answers with this code; return its address and its requests."""
     servers = []
 
     def start(code: int) -> tuple[str, list[str]]:
@@ -50,7 +50,7 @@ def server() -> Iterator[Callable[[int], tuple[str, list[str]]]]:
             do_POST = do_GET
 
             def log_message(self, *_: object) -> None:
-                """Nothing."""
+                """Do nothing."""
 
         made = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
         servers.append(made)
@@ -65,14 +65,14 @@ def server() -> Iterator[Callable[[int], tuple[str, list[str]]]]:
 
 @pytest.fixture
 def closed() -> str:
-    """An address at which nothing listens."""
+    """Return an address without a server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
 def start_twice(folder: Path, **environment: str) -> tuple[list[bool], str]:
-    """Start two runs in one process: whether each is offline, and what stderr got."""
+    """Start two runs in one process; return whether each is offline, and stderr."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     command = [sys.executable, "-c", START, str(folder)]
     result = subprocess.run(
