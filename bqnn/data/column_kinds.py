@@ -141,7 +141,7 @@ def categories_of(file: CSVFile, name: str, decimal: str) -> list[str]:
         if len(cell) > _LONGEST:
             raise ArgumentError(
                 f"{file.row(row)}, column {short(name)} has text of {len(cell)} characters, which "
-                f"is no category; leave out the column (ignore=[{_quoted(name)}])",
+                f"is not a category; leave out the column (ignore=[{_quoted(name)}])",
                 "ignore",
             )
     numbers = {each: number(each, decimal) for each in {category_of(c, decimal) for c in cells}}

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 LEFT_OUT = "The numbers below exclude these runs."
 BESIDE = (
     "Means over the n seeds and splits that a method shares with the pointwise network of the same "
-    "bits, whose mean is in the column beside. float: as trained; PTQ: calibrated; QAT: "
+    "bits, whose mean is in the next column. float: as trained; PTQ: calibrated; QAT: "
     "fine-tuned; both executed in int8."
 )
 MEANS = (

@@ -301,7 +301,7 @@ def test_an_archive_is_all_that_the_file_holds(whole: bytes) -> None:
         whole + other[:-22],
         whole[:-2] + b"\x05\0" + b"hello",  # a comment
     ):
-        assert "other data beside the archive" in refusal(content)
+        assert "other data besides the archive" in refusal(content)
     for content in (whole + b"x" * 10**5, b"", b"PK\x03\x04", whole[:-1]):
         with pytest.raises((ValueError, BadZipFile)):
             check(content)

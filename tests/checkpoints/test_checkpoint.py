@@ -124,7 +124,7 @@ def test_an_archive_that_outgrows_its_file_is_refused(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "b.ckpt")
     front = pickle.dumps({"recipe": RECIPE, "state_dict": {}})  # which torch would read
     (tmp_path / "b.ckpt").write_bytes(front + (tmp_path / "a.ckpt").read_bytes())
-    with pytest.raises(ValueError, match="other data beside the archive"):
+    with pytest.raises(ValueError, match="other data besides the archive"):
         read_checkpoint(tmp_path / "b.ckpt")
     state = {"net.weight": torch.zeros(1).expand(10**6, 10**6)}  # 4 bytes in the file
     with pytest.raises(ValueError, match="claim 4000000000000 bytes"):
@@ -428,10 +428,10 @@ def test_layers_are_not_made_that_the_state_does_not_have(
 def test_weights_load_strictly(tmp_path: Path) -> None:
     state = build(RECIPE).state_dict()
     name, _ = state.popitem()
-    with pytest.raises(ValueError, match=f"not those of its recipe: .*Missing key.*{name}"):
+    with pytest.raises(ValueError, match=f"do not match its recipe: .*Missing key.*{name}"):
         load(saved(tmp_path / "a.ckpt", state_dict=state))
     state[name] = torch.zeros(7, 7)
-    with pytest.raises(ValueError, match=f"not those of its recipe: .*size mismatch for {name}"):
+    with pytest.raises(ValueError, match=f"do not match its recipe: .*size mismatch for {name}"):
         load(saved(tmp_path / "a.ckpt", state_dict=state))
 
 

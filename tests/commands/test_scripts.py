@@ -269,7 +269,7 @@ REFUSED = [
     (["+trainer.max_time=00:00:00:00"], "trainer.max_time=00:00:00:00"),
     (["+trainer.min_epochs=4", "trainer.max_epochs=2"], "min_epochs=4: training ends at trainer.m"),
     (["+trainer.min_steps=4", "+trainer.max_steps=2"], "min_steps=4: training ends at trainer.max"),
-    (["+trainer.num_nodes=2"], "trainer.num_nodes=2: nothing says which machine this is"),
+    (["+trainer.num_nodes=2"], "trainer.num_nodes=2: the environment does not identify"),
     (["trainer.devices=0"], "trainer.devices=0"),
     (["trainer.devices=-1"], "trainer.devices=-1: CPUs have no device numbers"),
     (["trainer.devices=[0,1]"], "trainer.devices=[0, 1]: CPUs have no device numbers"),
@@ -628,7 +628,7 @@ def test_a_given_folder_is_used_as_given_and_never_twice(
     before = {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
     code, errors = script_here("train", *arguments, "hydra.run.dir=mine")
     assert code == 1
-    assert "holds a job already" in errors
+    assert "already holds a job" in errors
     after = {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
     assert before == after
 

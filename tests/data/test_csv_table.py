@@ -224,8 +224,8 @@ def test_a_value_that_cannot_be_used_is_named(tmp_path, table, message):
         ({"ignore": ["size"]}, "ignore='size': .* no such column"),
         ({"categories": [9]}, "categories=9: .* no such column"),
         ({"features": ["area", "price"]}, "features: 'price' is the column to predict"),
-        ({"features": []}, "no column is left for the inputs beside 'price'"),
-        ({"ignore": [0, 1, 2, 3]}, "no column is left for the inputs"),
+        ({"features": []}, "no input column is left besides 'price'"),
+        ({"ignore": [0, 1, 2, 3]}, "no input column is left"),
         ({"kind": "ranking"}, "kind='ranking': choose auto or regression or classification"),
         ({"missing": "mean"}, "missing='mean': choose refuse or drop"),
         ({"decimal": ","}, "decimal=',': choose point or comma"),
@@ -252,7 +252,7 @@ def test_a_constant_column_and_one_class_with_one_row_are_fine(tmp_path, caplog)
     data = read(write(tmp_path, table, "a,b,c,y"), "y", ignore=[])
     assert data.class_names == ["rare", "usual"]
     assert data.train.targets.tolist().count(0) == 1
-    assert "1 of 2 classes have one row only" in caplog.text
+    assert "1 of 2 classes have a single row" in caplog.text
     assert not data.train.inputs[:, 0].any()
     assert data.train.inputs[:, 1].all()
 

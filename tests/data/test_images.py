@@ -314,7 +314,7 @@ def test_drawing_test_images_needs_class_folders(tmp_path):
     with pytest.raises(ValueError, match=r"test_share=0.2: .* has folders train and test"):
         ready(ImageFolderData(str(tmp_path / "split"), test_share=0.2))
     write_classes(tmp_path / "one", {"cat": 1, "dog": 1})
-    with pytest.raises(ValueError, match=r"test_share=0.2: 2 rows have no row for the test"):
+    with pytest.raises(ValueError, match=r"test_share=0.2: 2 rows are too few for a test row"):
         ready(ImageFolderData(str(tmp_path / "one"), test_share=0.2))
 
 

@@ -247,7 +247,7 @@ def test_a_job_of_one_device_leaves_all_its_files(
     before = (tmp_path / "run" / "status.json").read_bytes()
     code, errors = script_here("train", *arguments)
     assert code == 1
-    assert "holds a job already" in errors
+    assert "already holds a job" in errors
     assert (tmp_path / "run" / "status.json").read_bytes() == before
 
 

@@ -83,7 +83,7 @@ def test_anything_else_than_more_epochs_is_another_job(
         assert code == 1
         assert "another configuration" in errors
     code, errors = script_here("train", *run, "trainer.max_epochs=3")  # without resume
-    assert "holds a job already" in errors
+    assert "already holds a job" in errors
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
