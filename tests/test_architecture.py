@@ -53,7 +53,7 @@ def test_a_wheel_has_every_package_and_the_configuration() -> None:
     assert files == set((ROOT / "conf").rglob("*.yaml"))
 
 
-def test_every_room_stands_in_the_plan() -> None:
+def test_the_table_has_every_room() -> None:
     assert {room_of(path) for path in MODULES} - {"__init__", "__main__"} == set(ROOMS)
 
 
@@ -64,7 +64,7 @@ def test_a_room_may_import_from_those_below_it(room: str) -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_what_the_plan_says(room: str) -> None:
+def test_rooms_import_only_what_the_table_allows(room: str) -> None:
     seen = {
         name.split(".")[1]
         for path in MODULES

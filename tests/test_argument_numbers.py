@@ -122,7 +122,7 @@ def said(error: pytest.ExceptionInfo[Exception], name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("make", REALS | WHOLES)
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
-def test_what_is_no_number_is_refused(make, value):
+def test_other_values_than_numbers_are_refused(make, value):
     name, call = (REALS | WHOLES)[make]
     with pytest.raises(TypeError) as error:
         call(value)

@@ -251,7 +251,7 @@ def test_other_priors_need_an_answer(bayesian_torch):
             from_bayesian_torch(make(), prior_std=wrong)
 
 
-def test_what_it_does_not_know_is_refused_by_name(bayesian_torch):
+def test_unsupported_layers_are_refused_by_name(bayesian_torch):
     kind = type("MyLinear", (bayesian_torch.LinearReparameterization,), {})
     with pytest.raises(
         TypeError, match=r"^0 is a MyLinear, which from_bayesian_torch does not sup"

@@ -144,7 +144,7 @@ def test_names_of_bqnn_win_over_entry_points_and_paths_over_names(imported, decl
         ({"_target_": "foreign_code.Path"}, "it is a class; give the path of a subclass of torch"),
     ],
 )
-def test_what_is_no_network_is_refused_in_one_line(options, said, imported, declared):
+def test_other_objects_than_networks_are_refused_in_one_line(options, said, imported, declared):
     with pytest.raises(ValueError, match=said) as error:
         find_class("net", options, NETS, nn.Module)
     assert "\n" not in str(error.value)

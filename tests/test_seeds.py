@@ -14,7 +14,7 @@ PACKAGE = Path(seeds.__file__).parent
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7, 2**32, 2**63 - 1])
-def test_no_purpose_of_a_run_starts_where_another_does(seed):
+def test_streams_of_different_purposes_start_at_different_seeds(seed):
     ends = [0, 1, 2, 1000, 500_000, NUMBERS - 1]
     found = {stream_seed(seed, stream, number) for stream in Stream for number in ends}
     assert len(found) == len(Stream) * len(ends)

@@ -59,7 +59,7 @@ def refusal(content: bytes) -> str:
     return str(error.value)
 
 
-def test_what_torch_writes_of_plain_values_and_tensors_is_taken() -> None:
+def test_plain_values_and_tensors_of_torch_save_are_accepted() -> None:
     tensor = torch.arange(24.0).reshape(2, 3, 4)
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
     adam = torch.optim.Adam(model.parameters())
@@ -156,7 +156,7 @@ REFUSED: dict[str, object] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_neither_plain_nor_a_tensor_in_the_file_is_refused(kind: str) -> None:
+def test_other_objects_than_plain_values_and_tensors_are_refused(kind: str) -> None:
     for protocol in (2, 4):
         refusal(torch_file({"recipe": {}, "more": REFUSED[kind]}, pickle_protocol=protocol))
 
@@ -240,7 +240,9 @@ def test_a_storage_is_as_long_as_its_part(length: int) -> None:
     }.items(),
     ids=lambda item: item[0],
 )
-def test_a_pickle_has_only_what_torch_writes(pickled: tuple[str, bytes]) -> None:
+def test_pickles_that_torch_would_not_write_are_refused(
+    pickled: tuple[str, bytes],
+) -> None:
     refusal(zip_of(pickled[1], _0=bytes(16)))
 
 

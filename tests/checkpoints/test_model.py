@@ -252,7 +252,7 @@ def test_wrong_images_are_refused_with_a_remedy(change: Any, message: str) -> No
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_TYPES)
-def test_what_holds_no_numbers_is_a_type_error(change: Any, message: str) -> None:
+def test_rows_without_numbers_are_a_type_error(change: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message) as caught:
         model_of(IMAGES).predict(change(images()))
     assert "\n" not in str(caught.value)

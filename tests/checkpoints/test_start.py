@@ -62,7 +62,7 @@ def test_another_method_another_network_and_no_file_are_refused_by_the_argument(
         start_from(bbb(), str(tmp_path / "missing.ckpt"))
 
 
-def test_a_model_that_is_built_or_loaded_does_not_begin_anew(tmp_path: Path) -> None:
+def test_building_and_loading_a_model_ignore_the_start_of_training(tmp_path: Path) -> None:
     options = {"prior_std": 1.0, "init_rho": -3.0, "beta": 0.5}
     recipe = recipe_of("bbb", init_from="missing.ckpt", **options)
     model = build(recipe)

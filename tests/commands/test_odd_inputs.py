@@ -206,7 +206,7 @@ def trained_metrics(name: str, table: list[list[float]], batch_size: int) -> dic
 @example([[1.0, 2.0]] * 5, 4)  # constant features and targets
 @example([[float(x)] * 3000 for x in range(4)], 2)  # thousands of columns
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_on_what_is_finite(
+def test_every_method_trains_on_finite_rows(
     name: str, table: list[list[float]], batch_size: int
 ) -> None:
     metrics, refusal = attempt(trained_metrics, name, table, batch_size)

@@ -392,7 +392,7 @@ def test_options_that_the_program_has_not_are_one_line_and_exit_code_2(
         ("evaluate", "suite.splits=3", "suite.splits=3"),
     ],
 )
-def test_what_the_other_scripts_cannot_do_is_told_before_anything_is_written(
+def test_invalid_options_of_other_scripts_are_refused_before_files_are_written(
     verb: str, argument: str, said: str, script_here: ScriptHere, tmp_path: Path
 ) -> None:
     (tmp_path / "x.ckpt").touch()
@@ -403,7 +403,7 @@ def test_what_the_other_scripts_cannot_do_is_told_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["x.ckpt"]
 
 
-def test_what_lightning_finds_out_about_the_machine_is_told_at_the_start(
+def test_devices_that_do_not_exist_are_refused_at_the_start(
     monkeypatch: pytest.MonkeyPatch, script_here: ScriptHere, tmp_path: Path
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -414,21 +414,21 @@ def test_what_lightning_finds_out_about_the_machine_is_told_at_the_start(
     assert code == 1
     assert len(errors.strip().splitlines()) == 1
     assert "trainer.devices=1" in errors
-    assert ": no such thing here; trainer.devices=1 trainer.accelerator=auto takes" in errors
+    assert ": no such thing here; choose trainer.devices=1 trainer.accelerator=auto" in errors
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     "arguments", [["--cfg", "all", "--resolve"], ["--help"], ["--info", "searchpath"]], ids=str
 )
-def test_what_only_asks_leaves_nothing(
+def test_informational_options_leave_no_files(
     arguments: list[str], script_here: ScriptHere, tmp_path: Path
 ) -> None:
     assert script_here("train", *arguments)[0] == 0
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_checkpoint_is_told_before_torch_is_imported(
+def test_a_missing_checkpoint_is_refused_before_torch_is_imported(
     script: Script, tmp_path: Path
 ) -> None:
     hook = "import sys; sys.modules['torch'] = None"  # an import would fail
@@ -633,7 +633,7 @@ def test_a_given_folder_is_used_as_given_and_never_twice(
     assert before == after
 
 
-def test_a_given_folder_keeps_what_is_not_of_a_job(script_here: ScriptHere, tmp_path: Path) -> None:
+def test_foreign_files_in_a_given_folder_are_kept(script_here: ScriptHere, tmp_path: Path) -> None:
     arguments = ["logger=none", "trainer=smoke", "plots=false", "task=synthetic"]
     for name in ("config.yaml", "checkpoint.ckpt", "curves.png"):
         (tmp_path / name).write_text("mine")
@@ -675,7 +675,7 @@ def test_a_sweep_goes_on_after_a_failed_job(script_here: ScriptHere, tmp_path: P
     assert states == ["FAILED", "DONE"]
 
 
-def test_the_command_that_goes_on_can_be_typed_whatever_the_folder_is_called(
+def test_the_resume_command_works_for_any_name_of_the_folder(
     script: Script, tmp_path: Path
 ) -> None:
     sweep = ["-m", "logger=none", "trainer=smoke", "plots=false", "task=synthetic"]

@@ -61,7 +61,7 @@ def test_rows_are_encoded_and_standardized_by_the_training_rows(tmp_path):
     assert data.input_std[0].item() == pytest.approx(train.std())
 
 
-def test_the_facts_have_what_reads_new_rows(tmp_path):
+def test_new_rows_are_read_with_the_facts_alone(tmp_path):
     data = read(write(tmp_path))
     facts = data.facts()
     assert json.loads(json.dumps(facts)) == facts
@@ -134,7 +134,7 @@ def test_categories_have_a_limit(tmp_path):
         read(path, "y", ignore=[], categories=["zip"])
 
 
-def test_a_category_of_a_test_row_alone_is_none(tmp_path, caplog):
+def test_a_category_only_in_test_rows_is_not_an_input(tmp_path, caplog):
     table = [[i, f"c{i}", i] for i in range(10)]
     data = read(write(tmp_path, table, "a,b,y"), "y", ignore=[])
     assert data.test.inputs.shape == (2, 9)
@@ -171,7 +171,7 @@ def test_missing_values_are_refused_or_dropped(tmp_path, cell, column, caplog):
     assert "1 of 30 rows have missing values and are left out" in caplog.text
 
 
-def test_what_is_ignored_may_be_missing(tmp_path):
+def test_ignored_columns_may_have_missing_values(tmp_path):
     table = rows()
     table[6][0] = ""
     assert len(read(write(tmp_path, table)).test) == 6

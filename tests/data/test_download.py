@@ -121,9 +121,7 @@ def test_a_body_without_an_end_is_cut_off(
 
 
 @pytest.mark.parametrize("where", ["body", "headers", "chunk sizes"])
-def test_what_comes_byte_by_byte_is_given_up(
-    server: Server, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slow_downloads_fail(server: Server, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "_PATIENCE", 0.3)
     server.body = endless(b"1", pause=0.02)  # type: ignore[method-assign]
     if where == "headers":
@@ -185,7 +183,7 @@ def tar_of(*members: tuple[tarfile.TarInfo, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def test_what_has_the_right_hash_is_taken(served: Served) -> None:
+def test_files_with_the_right_hash_are_accepted(served: Served) -> None:
     served["a"] = CONTENT
     assert fetch("https://x/a", hashlib.sha256(CONTENT).hexdigest(), "") == CONTENT
     assert fetch("https://x/a", md5(CONTENT), "", kind="md5") == CONTENT

@@ -500,7 +500,7 @@ def test_an_image_above_the_limit_of_pixels_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["FIFO", "folder"])
-def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, make):
+def test_paths_that_are_not_files_are_named_without_blocking(tmp_path, make):
     write_images(tmp_path)
     path = tmp_path / "train" / "dog" / "1.png"
     path.unlink()

@@ -134,14 +134,14 @@ def test_a_data_file_cut_at_a_row_is_noticed(tmp_path):
         read(tmp_path)
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path):
+def test_bytes_that_are_not_text_are_refused(tmp_path):
     folder = write_table(tmp_path)
     (folder / "data.txt").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(ValueError, match=r"data\.txt"):
         read(tmp_path)
 
 
-def test_a_mark_of_utf_8_in_front_is_no_number(tmp_path):
+def test_a_byte_order_mark_is_not_a_number(tmp_path):
     write_table(tmp_path, data="\ufeff" + NUMBERS)
     assert len(read(tmp_path).train) == 8
 

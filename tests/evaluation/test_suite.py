@@ -91,7 +91,7 @@ def test_metrics_of_a_hand_case():
     assert all(math.isfinite(value) for value in metrics.values())
 
 
-def test_what_is_written_says_the_same(tmp_path: Path):
+def test_written_files_agree_with_each_other(tmp_path: Path):
     predictions = by_hand()
     findings = judge(predictions, convergence=True)
     metrics = findings.metrics

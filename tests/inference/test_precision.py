@@ -104,7 +104,7 @@ def test_the_last_of_several_threads_puts_settings_back(before: list[str]) -> No
 
 
 @pytest.mark.parametrize("before", [fast_everywhere], indirect=True)
-def test_what_inherits_goes_on_inheriting(before: list[str]) -> None:
+def test_inherited_precision_stays_inherited(before: list[str]) -> None:
     assert before[0] == "tf32"
     with full_precision():
         pass

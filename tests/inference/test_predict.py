@@ -190,7 +190,7 @@ def test_a_held_draw_is_the_mean_plus_sigma_times_noise():
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_what_comes_before_the_first_random_layer_is_computed_once(
+def test_layers_before_the_first_random_layer_run_once(
     kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []

@@ -103,7 +103,7 @@ def test_kl_of_a_network_is_the_sum_over_its_layers_whatever_the_layout():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_joint_posterior_gives_layers_what_they_compute_on_their_own(layout):
+def test_a_joint_posterior_equals_the_results_of_the_layers(layout):
     net = nn.Sequential(
         bayes_conv(),
         nn.ReLU(),
@@ -334,7 +334,7 @@ def test_a_geometry_that_pads_one_side_more_is_refused():
         Geometry.of(nn.Conv2d(1, 1, 2, padding="same"))
 
 
-def test_conversion_refuses_what_it_cannot_convert():
+def test_conversion_refuses_unsupported_modules():
     net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     to_bayes(net, 1.0, -5.0)
     with pytest.raises(TypeError, match="0 is a BayesLinear"):

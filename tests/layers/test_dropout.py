@@ -33,7 +33,7 @@ def kinds_in_order(net: nn.Module) -> list[type[nn.Module]]:
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.8])
-def test_what_is_kept_is_scaled_and_the_mean_is_preserved(rate):
+def test_kept_values_are_scaled_so_that_the_mean_is_preserved(rate):
     torch.manual_seed(0)
     out = MCDropout(rate)(torch.full((500, 200), 3.0))
     kept = out != 0
@@ -69,7 +69,7 @@ def test_layout_and_dtype_are_kept():
     assert out.dtype == torch.bfloat16
 
 
-def test_gradient_flows_through_what_is_kept_only():
+def test_gradients_flow_only_through_kept_values():
     torch.manual_seed(0)
     x = torch.ones(10, 10, requires_grad=True)
     out = MCDropout(0.75)(x)

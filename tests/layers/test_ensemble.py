@@ -91,7 +91,7 @@ def test_a_draw_beyond_the_members_is_refused():
         Ensemble(scale(1), num_members=0)
 
 
-def test_what_cannot_be_copied_is_refused_before_any_training():
+def test_networks_that_cannot_be_copied_are_refused_before_training():
     norms = (torch.nn.utils.spectral_norm, torch.nn.utils.parametrizations.spectral_norm)
     old, new = (nn.Sequential(norm(nn.Linear(2, 2))) for norm in norms)
     with pytest.raises(TypeError, match=r"^0\.weight is a tensor but neither a parameter"):

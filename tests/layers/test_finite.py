@@ -22,7 +22,7 @@ def net() -> nn.Module:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_pixel_that_is_none_is_refused_alike(bad: float) -> None:
+def test_a_nan_pixel_gives_the_same_error(bad: float) -> None:
     x = torch.randn(6, 4)
     simulated = calibrate(prepare(fuse(net()), QuantSpec()), [x])
     integer = convert(copy.deepcopy(simulated), "fbgemm")

@@ -98,7 +98,7 @@ CONVERSIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @pytest.mark.parametrize("made", OVERLAPPING)
 @pytest.mark.parametrize("conversion", CONVERSIONS)
-def test_what_lies_in_the_same_memory_is_refused(conversion, made):
+def test_shared_memory_is_refused(conversion, made):
     overlapping = OVERLAPPING[made]()
     before = copy.deepcopy(overlapping.state_dict())
     with pytest.raises(

@@ -127,7 +127,7 @@ def test_the_simulation_of_a_narrow_network_asks_for_no_dangerous_convolution(ca
     ],
     ids=str,
 )
-def test_what_may_corrupt_memory(changes, expected):
+def test_convolutions_that_may_corrupt_memory_are_recognized(changes, expected):
     case: dict[str, Any] = {"channels": 7, "kernel": (1, 1), "stride": (2, 2), "padding": (0, 0)}
     case |= {"groups": 1, "device": "cpu", **changes}
     weight = torch.empty(24, case["channels"], *case["kernel"], device=case["device"])

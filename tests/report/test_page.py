@@ -100,7 +100,7 @@ def test_figures_show_the_means_the_spread_and_the_float_value(sweep: Path) -> N
     assert list(before.get_xdata()) == pytest.approx([4 * 14 / 3])
 
 
-def test_no_runs_are_said_to_be_none(tmp_path: Path) -> None:
+def test_a_report_without_runs_says_so(tmp_path: Path) -> None:
     said = main([str(tmp_path), "--out", str(tmp_path / "out")])
     assert said is not None
     assert "no runs" in said

@@ -64,7 +64,7 @@ def test_the_page_shows_them_and_has_no_empty_sections(suites: Path, tmp_path: P
     assert "beside the pointwise" not in text  # evaluations of trained networks have no column
 
 
-def test_without_pointwise_runs_nothing_claims_to_be_beside_them(
+def test_without_pointwise_runs_there_is_no_comparison_with_them(
     write_run: WriteRun, tmp_path: Path
 ) -> None:
     write_run("a", {"test/nll": 1.0})

@@ -89,7 +89,7 @@ def test_plug_ins_compose_and_have_free_options() -> None:
         "a." + "b" * 200,
     ],
 )
-def test_what_is_no_path_of_a_class_is_refused(target: str) -> None:
+def test_invalid_paths_of_classes_are_refused(target: str) -> None:
     for name in ("method", "net", "task"):
         with pytest.raises(ValueError, match=rf"^{name}\._target_=.*choose the dotted path"):
             check_options({name: {"name": "x", "_target_": target}})
@@ -232,9 +232,7 @@ def test_a_name_with_more_of_it_than_a_letter_is_the_nearest() -> None:
         ("evaluate", ["checkpoint=x"], "_default"),
     ],
 )
-def test_folders_are_named_by_what_is_fit_for_names(
-    verb: str, overrides: list[str], end: str
-) -> None:
+def test_folders_have_valid_names(verb: str, overrides: list[str], end: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose(verb, overrides, return_hydra_config=True)
         config.hydra.job.num = 3

@@ -147,7 +147,7 @@ class FakeRun:
         self.artifacts.append(artifact.name)
 
 
-def test_only_what_changes_over_epochs_is_history() -> None:
+def test_only_changing_metrics_have_a_history() -> None:
     run: Any = FakeRun()
     history = WandbHistory(run)
     for epoch, (loss, beta) in enumerate([(3.0, 0.1), (2.0, 0.1), (1.0, 0.1), (1.0, 0.2)]):

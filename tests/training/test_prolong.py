@@ -50,7 +50,7 @@ def test_more_epochs_continue_from_the_last_checkpoint(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_cosine_schedule_is_planned_anew_and_says_so(
+def test_a_cosine_schedule_is_stretched_with_a_warning(
     script_here: ScriptHere, tmp_path: Path
 ) -> None:
     run = [*COMMON, "method=pointwise", "method.optimizer.lr=0.01", "hydra.run.dir=run"]

@@ -71,7 +71,7 @@ def test_a_training_without_a_step_is_refused(
         ("+trainer.limit_test_batches=0.5", "trainer.limit_test_batches=0.5: leave it out"),
     ],
 )
-def test_what_leaves_out_a_promised_file_is_refused_before_training(
+def test_options_that_prevent_a_requested_file_are_refused_before_training(
     option: str, said: str, script_here: ScriptHere, tmp_path: Path
 ) -> None:
     arguments = [*QUICK, "trainer.save_best=true", option, "hydra.run.dir=run"]

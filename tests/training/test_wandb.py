@@ -91,7 +91,7 @@ JOBS = [
 
 
 @pytest.mark.parametrize(("folder", "name", "job_type", "group"), JOBS)
-def test_every_job_is_a_run_that_says_what_it_is(
+def test_every_job_is_a_run_with_its_configuration(
     folder: str, name: str, job_type: str, group: str | None, project: Path
 ) -> None:
     run = project / folder
@@ -108,7 +108,7 @@ def test_every_job_is_a_run_that_says_what_it_is(
     assert shown["summary"]["most_uncertain"]["nrows"] == 50
 
 
-def test_what_a_training_shows(project: Path) -> None:
+def test_a_training_logs_metrics_and_figures(project: Path) -> None:
     run = project / "float"
     shown = summary(run)["summary"]
     assert shown["time/epoch_seconds"] > 0
@@ -127,7 +127,7 @@ def test_what_a_training_shows(project: Path) -> None:
     assert [name for name, values in curves.items() if len(set(values)) == 1] == []
 
 
-def test_what_a_quantization_shows(project: Path) -> None:
+def test_a_quantization_logs_sizes_and_layers(project: Path) -> None:
     run = project / "ptq"
     shown = summary(run)["summary"]
     size = json.loads((run / "size.json").read_text())

@@ -82,7 +82,7 @@ def start_twice(folder: Path, **environment: str) -> tuple[list[bool], str]:
     return json.loads(result.stdout.splitlines()[-1]), result.stderr
 
 
-def test_a_server_that_answers_is_told_from_one_that_does_not(
+def test_servers_that_answer_are_recognized(
     server: Callable[[int], tuple[str, list[str]]], closed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "ANSWER_SECONDS", 0.5)
@@ -94,7 +94,7 @@ def test_a_server_that_answers_is_told_from_one_that_does_not(
     assert "no connection" in str(tracking._why_silent("no address"))
 
 
-def test_a_server_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_does_not_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "ANSWER_SECONDS", 0.2)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -128,7 +128,7 @@ def test_a_key_that_is_refused_leaves_runs_offline(
         assert list((tmp_path / str(number)).glob("wandb/offline-run-*/run-*.wandb"))
 
 
-def test_without_a_home_and_a_key_nothing_is_said(
+def test_without_a_home_and_a_key_nothing_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HOME", raising=False)
@@ -162,7 +162,7 @@ def test_a_sweep_without_network_and_home_is_trained(
 
 
 @pytest.mark.parametrize("home", [None, "/dev/null/home", "relative", "."])
-def test_where_home_takes_no_files_caches_are_elsewhere(
+def test_caches_move_if_home_is_read_only(
     home: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR")
@@ -175,9 +175,7 @@ def test_where_home_takes_no_files_caches_are_elsewhere(
         assert Path(os.environ[name]).parent == tmp_path
 
 
-def test_a_user_without_a_home_gets_one_for_whatever_asks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_user_without_a_home_gets_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"WANDB_{kind}_DIR" for kind in ("CACHE", "DATA", "CONFIG")]
     names += [f"XDG_{kind}_HOME" for kind in ("CACHE", "DATA", "CONFIG")]
     for name in names:
