@@ -34,9 +34,8 @@ from bqnn.layers.ensemble import Ensemble
 from bqnn.methods import Method
 from bqnn.nets import MLP, LeNet
 from bqnn.quant.callback import QuantizationCallback, quantize_module
-from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import convert
-from bqnn.quant.simulated import calibrate, enable, prepare
+from bqnn.quant.simulated import calibrate, enable
 from bqnn.quant.spec import QuantSpec
 
 __all__ = ["DataContract", "MethodContract", "NetContract"]
@@ -177,19 +176,16 @@ class MethodContract:
 
     def test_int8_computes_what_the_simulation_does(self) -> None:
         method, rows = self.trained("images"), self.rows("images")
-        spec = QuantSpec()
-        quantize_module(method, spec, "ptq")
-        calibrate(method.net, [rows.inputs])
-        _check_int8(method.net.eval(), spec, rows.inputs, method.available_samples)
+        count = method.available_samples
+        _check_int8(_calibrated(method.net, rows.inputs), rows.inputs, count)
 
     def test_it_is_fine_tuned_with_fake_quantization(self) -> None:
-        method, spec = self.trained("images"), QuantSpec()
-        method = method.fine_tuning({"name": "adam", "lr": 1e-3}, 1.0)
-        trainer = _trainer(2, callbacks=[QuantizationCallback(spec)])
+        method = self.trained("images").fine_tuning({"name": "adam", "lr": 1e-3}, 1.0)
+        trainer = _trainer(2, callbacks=[QuantizationCallback(QuantSpec())])
         trainer.fit(method, self.rows("images"))
         assert torch.isfinite(trainer.callback_metrics["train/loss"])
         inputs = self.rows("images").inputs
-        _check_int8(method.net.eval(), spec, inputs, method.available_samples)
+        _check_int8(method.net.eval(), inputs, method.available_samples)
 
 
 class NetContract:
@@ -250,7 +246,7 @@ class NetContract:
     def test_without_rounding_a_quantized_network_computes_what_it_did(self) -> None:
         for shape in self.input_shapes:
             net, x = _made(self.make, shape), _inputs(shape)
-            prepared = calibrate(prepare(fuse(deepcopy(net)), QuantSpec()), [x]).eval()
+            prepared = _calibrated(deepcopy(net), x)
             enable(prepared, False)
             with torch.no_grad():
                 torch.testing.assert_close(prepared(x), net(x), rtol=1e-4, atol=1e-5)
@@ -270,8 +266,7 @@ class NetContract:
                 count = len(net) if isinstance(net, Ensemble) else 2
                 draws = predictive(net, x, count)
                 assert draws.shape == (count, 8, 4)
-                spec = QuantSpec()
-                _check_int8(calibrate(prepare(fuse(net), spec), [x]).eval(), spec, x, count)
+                _check_int8(_calibrated(net, x), x, count)
 
 
 class DataContract:
@@ -455,11 +450,19 @@ def _ensemble(net: nn.Module) -> nn.Module:
     return ensemble
 
 
-def _check_int8(net: nn.Module, spec: QuantSpec, inputs: Tensor, num_samples: int) -> None:
+def _calibrated(net: nn.Module, inputs: Tensor) -> nn.Module:
+    """Quantize a network by calibration, as `quantize.py` does."""
+    module = pl.LightningModule()
+    module.net = net
+    quantize_module(module, QuantSpec(), "ptq")
+    return calibrate(module.net, [inputs]).eval()
+
+
+def _check_int8(net: nn.Module, inputs: Tensor, num_samples: int) -> None:
     """Check that a calibrated network computes the same in int8; layers are compared, too."""
     if inputs.dim() == 4:
         inputs = inputs.to(memory_format=torch.channels_last)
-    integer = convert(deepcopy(net), spec.engine, probe=inputs)
+    integer = convert(deepcopy(net), QuantSpec().engine, probe=inputs)
     expected, found = (predictive(each, inputs, num_samples) for each in (net, integer))
     torch.testing.assert_close(found, expected)
 

@@ -21,6 +21,9 @@ assert bqnn.__file__.startswith(sys.prefix), bqnn.__file__
 net = bqnn.to_bayes(torchvision.models.resnet18(num_classes=10), prior_std=0.1, init_rho=-5.0)
 samples = bqnn.predictive(net.eval(), torch.zeros(2, 3, 32, 32), num_samples=3)
 assert samples.shape == (3, 2, 10)
+batches = [torch.randn(4, 3, 32, 32)]
+integer = bqnn.quantize(net, batches, bqnn.QuantSpec(weight_bits=4))
+assert bqnn.predictive(integer, batches[0], num_samples=2).shape == (2, 4, 10)
 model = bqnn.load("q/checkpoint.ckpt", numeric="int8")
 answer = model.predict(np.zeros((4, 1, 8, 8), "uint8"), num_samples=5)
 assert answer.probabilities.shape == (4, 10) and answer.mutual_information.shape == (4,)

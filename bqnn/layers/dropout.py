@@ -99,7 +99,7 @@ def to_mcdropout(
     places = []
     for place, child in net.named_modules(remove_duplicate=False):
         is_site = isinstance(child, DropoutSite) and (before_output or not child.before_output)
-        if is_site or isinstance(child, LAYERS):
+        if place and (is_site or isinstance(child, LAYERS)):
             check_plain(place, child)
             if child not in made:  # a layer that is used twice stays one
                 made[child] = _mcdropout(place, child, rate).train(child.training)

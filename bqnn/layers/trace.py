@@ -28,7 +28,7 @@ class UntraceableError(TypeError):
     """
 
     def __init__(self, net: nn.Module, module: str, reason: str) -> None:
-        kind = type(net.get_submodule(module)).__name__
+        kind = type(dict(net.named_modules())[module]).__name__
         name = f"{module}, a {kind}," if module else kind
         super().__init__(f"the forward of {name} cannot be traced: {reason}")
         self.module = module
@@ -39,7 +39,8 @@ def trace(
 ) -> fx.Graph:
     """Trace the `forward` of a network symbolically, without inputs.
 
-    Arguments of `forward` that have defaults get them.
+    Arguments of `forward` that have defaults get them. Tensors that `forward` makes are attributes
+    that the network does not have; their nodes have the value as `meta["constant"]`.
 
     Args:
         net: The network. Its modes stay as they are.
@@ -59,9 +60,12 @@ def trace(
     tracer = _Tracer(leaves)
     try:
         net.train(training)
-        with torch.random.fork_rng(devices=[]), _recorded_len(net):
+        with torch.random.fork_rng(devices=[]), _recorded_len(net), _constants(net) as constants:
             before = torch.get_rng_state()
             graph = tracer.trace(net, _defaults(net))
+            for node in graph.nodes:
+                if node.op == "get_attr" and node.target in constants():
+                    node.meta["constant"] = getattr(net, node.target)
             if not torch.equal(before, torch.get_rng_state()):
                 raise ValueError("it draws random numbers, which a trace would make constants")
             return graph
@@ -153,6 +157,24 @@ def _defaults(net: nn.Module) -> dict[str, Any]:
     """Return the arguments of `forward` that have defaults."""
     parameters = inspect.signature(type(net).forward).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+@contextmanager
+def _constants(net: nn.Module) -> Iterator[Callable[[], set[str]]]:
+    """Remove the tensors that `forward` makes, which a trace sets as attributes of the network.
+
+    Yields a function that returns their names.
+    """
+    before = set(vars(net))
+
+    def names() -> set[str]:
+        return {name for name in vars(net).keys() - before if name.startswith("_tensor_constant")}
+
+    try:
+        yield names
+    finally:
+        for name in names():
+            delattr(net, name)
 
 
 @contextmanager

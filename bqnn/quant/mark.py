@@ -99,7 +99,7 @@ def mark(net: nn.Module, *, keep: Keep = (), trains: bool = True) -> nn.Module:
     mark_region(marked)
     graph.lint()
     marked.recompile()
-    return marked.train(net.training) if net.training else marked
+    return marked
 
 
 def _kept(net: nn.Module, keep: Keep) -> set[nn.Module]:

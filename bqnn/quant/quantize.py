@@ -12,7 +12,7 @@ from bqnn.arguments import ArgumentError, ArgumentTypeError
 from bqnn.layers.noise import reseed
 from bqnn.layers.swap import check_no_loose_tensors
 from bqnn.quant.fuse import fuse
-from bqnn.quant.integer import convert
+from bqnn.quant.integer import IntegerEnter, convert
 from bqnn.quant.mark import Keep, entries, mark
 from bqnn.quant.saturation import refuse_saturation
 from bqnn.quant.simulated import calibrate, is_prepared, prepare
@@ -105,7 +105,6 @@ def prepare_qat(
         >>> quantized = convert(simulated)
     """
     spec = QuantSpec() if spec is None else spec
-    spec.check_trainable()
     simulated = _prepared(net, spec, keep, trains=True)
     refuse_saturation(simulated)
     return simulated
@@ -115,8 +114,14 @@ def _prepared(net: nn.Module, spec: QuantSpec, keep: Keep, trains: bool) -> nn.M
     """Return a prepared copy of a network."""
     if not isinstance(net, nn.Module):
         raise ArgumentTypeError(f"net={short(net)} is not an nn.Module; give the network", "net")
-    if is_prepared(net):
+    if not isinstance(spec, QuantSpec):
+        raise ArgumentTypeError(
+            f"spec={short(spec)} is not a QuantSpec; give QuantSpec(...)", "spec"
+        )
+    if is_prepared(net) or any(isinstance(module, IntegerEnter) for module in net.modules()):
         raise ArgumentError("net: it is quantized already; give the network in float", "net")
+    if trains:
+        spec.check_trainable()
     check_no_loose_tensors(net)
     kept = [*spec.keep, *entries(keep)]
     return prepare(fuse(mark(deepcopy(net), keep=kept, trains=trains)), spec)
@@ -132,10 +137,10 @@ def _inputs(batches: Iterable[Any], device: torch.device) -> Iterator[Tensor]:
         )
     for batch in batches:
         inputs = batch[0] if isinstance(batch, list | tuple) and batch else batch
-        if not isinstance(inputs, Tensor):
+        if not isinstance(inputs, Tensor) or inputs.dim() == 0:
             raise ArgumentTypeError(
-                f"batches: a batch is a {type(inputs).__name__}; give tensors of inputs, or "
-                "tuples that begin with one",
+                f"batches: a batch is {short(inputs)}; give tensors of inputs [B, ...], or tuples "
+                "that begin with one",
                 "batches",
             )
         yield inputs.to(device)

@@ -287,6 +287,11 @@ class SimulatedEnter(OutputOnGrid, Enter):
                 f"{self.path} is an Enter inside the integer region; remove it, or put a Leave "
                 "before it"
             )
+        if not x.is_floating_point():
+            raise TypeError(
+                f"{self.path} reads {x.dtype}, but the integer region takes floats; convert the "
+                "inputs with float()"
+            )
         return self.rounded(x)
 
 

@@ -18,7 +18,13 @@ class Traced(fx.GraphModule):
     """
 
     def __init__(self, net: nn.Module, graph: fx.Graph, kept: Collection[nn.Module] = ()) -> None:
-        super().__init__(net, graph, class_name=type(net).__name__)
+        constants = {n.target: n.meta["constant"] for n in graph.nodes if "constant" in n.meta}
+        vars(net).update(constants)  # where the base class looks for them
+        try:
+            super().__init__(net, graph, class_name=type(net).__name__)
+        finally:
+            for name in constants:
+                del vars(net)[name]
         _order_like(self, net)
         self.meta["kept"] = {name for _, name, module in self.named_calls() if module in kept}
 
@@ -73,10 +79,11 @@ def replace_call(
 
 
 def _order_like(net: nn.Module, like: nn.Module) -> None:
-    """Give the children of each module the order of another network.
+    """Give modules that only contain others the mode, and the order of children, of a network.
 
     Equal noise then gives equal draws, because draws follow the order of the modules.
     """
+    net.training = like.training
     children = net._modules
     ordered = {name: children[name] for name in like._modules if name in children}
     net._modules = {**ordered, **children}

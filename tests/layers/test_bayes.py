@@ -345,3 +345,84 @@ def test_conversion_refuses_unsupported_modules():
         to_bayes(nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")), 1.0, -5.0)
     with pytest.raises(ValueError, match="prior_std=0"):
         to_bayes(nn.Sequential(nn.Linear(2, 2)), 0.0, -5.0)
+
+
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [((4, 6), {}), ((4, 6, False), {}), ((4,), {"out_features": 6, "dtype": torch.float64})],
+)
+def test_a_bayesian_linear_layer_takes_the_arguments_of_torch(args, options):
+    torch.manual_seed(0)
+    layer = nn.Linear(*args, **options)
+    torch.manual_seed(0)
+    made = BayesLinear(*args, **options, prior_std=0.5, init_rho=-3.0)
+    assert torch.equal(made.mean, layer.weight)
+    assert (made.bias is None) is (layer.bias is None)
+    assert made.prior_std == 0.5
+    assert made.rho.unique().tolist() == [-3.0]
+
+
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [
+        ((4, 6, 3), {}),
+        ((4, 6, (3, 5), 2, 1), {"groups": 2, "bias": False}),
+        ((4, 6), {"kernel_size": 3, "padding": "same", "dilation": 2, "padding_mode": "zeros"}),
+        ((4, 6, 3, 1, 1, 1, 1, True, "zeros"), {}),
+    ],
+)
+def test_a_bayesian_convolution_takes_the_arguments_of_torch(args, options):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(*args, **options)
+    torch.manual_seed(0)
+    made = BayesConv2d(*args, **options, init_rho=-60.0).eval()
+    x = torch.randn(2, 4, 9, 9)
+    torch.testing.assert_close(made(x), layer(x))
+
+
+def test_a_bayesian_layer_refuses_what_its_like_refuses():
+    with pytest.raises(TypeError, match="padding_mode='reflect'"):
+        BayesConv2d(1, 1, 3, padding_mode="reflect")
+    with pytest.raises(ValueError, match="prior_std=0"):
+        BayesLinear(1, 1, prior_std=0)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 5), (2, 3, 4, 5)])
+@pytest.mark.parametrize("training", [True, False])
+def test_linear_layers_take_any_leading_dimensions(shape, training):
+    layer = bayes_linear().train(training)
+    x = torch.randn(shape)
+    torch.manual_seed(1)
+    out = layer(x)
+    torch.manual_seed(1)
+    assert torch.equal(out, layer(x.reshape(-1, 5)).reshape(*shape[:-1], 3))
+    out.sum().backward()
+    assert layer.rho.grad is not None
+
+
+def test_kept_types_stay_point_valued():
+    net = nn.Sequential(nn.Embedding(9, 8), nn.LayerNorm(8), nn.Linear(8, 2), nn.BatchNorm1d(2))
+    with pytest.raises(TypeError, match=r"0 is a Embedding.* name its type in `keep`"):
+        to_bayes(net)
+    to_bayes(net, keep=(nn.Embedding, nn.LayerNorm))
+    assert [type(module) for module in net] == [
+        nn.Embedding,
+        nn.LayerNorm,
+        BayesLinear,
+        nn.BatchNorm1d,
+    ]
+    with pytest.raises(TypeError, match="keep="):
+        to_bayes(nn.Sequential(nn.Linear(2, 2)), keep=("0",))
+
+
+def test_modules_of_torch_that_read_their_layers_are_kept_whole():
+    def net() -> nn.Module:
+        encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True)
+        return nn.Sequential(encoder, nn.Linear(8, 2)).eval()
+
+    keep: Any = (nn.MultiheadAttention, nn.LayerNorm)
+    with pytest.raises(TypeError, match=r"0\.linear1 is a part of a TransformerEncoderLayer"):
+        to_bayes(net(), keep=keep)
+    made = to_bayes(net(), keep=nn.TransformerEncoderLayer)
+    assert [name for name, m in made.named_modules() if isinstance(m, GaussianWeight)] == ["1"]
+    assert made(torch.randn(2, 3, 8)).shape == (2, 3, 2)

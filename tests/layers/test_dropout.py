@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from bqnn.layers.dropout import MCDropout, to_mcdropout
 from bqnn.layers.markers import DropoutSite
@@ -169,3 +170,73 @@ def test_a_network_without_sites_is_refused():
     net = to_mcdropout(MLP([2], [1]), rate=0.5)
     with pytest.raises(ValueError, match="no DropoutSite"):
         to_mcdropout(net, rate=0.5)
+
+
+class Dropping(nn.Module):
+    """Dropout layers of torch at different places, one of them used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.channels = nn.Dropout(0.3), nn.Dropout2d(0.4)
+        self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.drop(self.channels(self.conv(self.drop(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def test_dropout_layers_of_torch_keep_their_rates_or_get_one():
+    net = to_mcdropout(Dropping()).eval()
+    assert [(made.rate, made.dims) for made in dropouts(net)] == [(0.3, 0), (0.4, 2)]
+    x = torch.randn(5, 3, 8, 8)
+    assert not torch.equal(net(x), net(x))
+    assert {made.rate for made in dropouts(to_mcdropout(Dropping(), rate=0.1))} == {0.1}
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "together"),
+    [
+        (nn.Dropout(0.5), (8, 16, 5, 6), ()),
+        (nn.Dropout(0.5), (8, 16), ()),
+        (nn.Dropout1d(0.5), (8, 16, 6), (2,)),
+        (nn.Dropout2d(0.5), (8, 16, 5, 6), (2, 3)),
+        (nn.Dropout3d(0.5), (8, 16, 3, 5, 6), (2, 3, 4)),
+    ],
+    ids=str,
+)
+def test_what_a_layer_of_torch_drops_together_mc_dropout_drops_together(layer, shape, together):
+    x = torch.ones(shape)
+    made = to_mcdropout(nn.Sequential(layer))[0]
+    for module in (layer, made.eval()):
+        out = module(x)
+        assert set(out.unique().tolist()) == {0, 2}
+        if together:
+            assert torch.equal(out.amax(together), out.amin(together))
+        else:
+            assert not torch.equal(out.amax(-1), out.amin(-1))
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (nn.Sequential(nn.AlphaDropout()), "0 is a AlphaDropout.*use Dropout,"),
+        (nn.Sequential(nn.Dropout(1.0)), "rate=1"),
+        (nn.Sequential(nn.Dropout(), nn.LSTM(2, 2, 2, dropout=0.1)), "1 is a LSTM with dropout"),
+        (nn.Sequential(DropoutSite(), nn.Dropout()), "rate=None: 0 is a DropoutSite"),
+    ],
+)
+def test_dropout_that_cannot_be_replaced_is_refused_by_name(net, message):
+    kinds = [type(module) for module in net.modules()]
+    with pytest.raises((TypeError, ValueError), match=message) as error:
+        to_mcdropout(net)
+    assert "\n" not in str(error.value)
+    assert [type(module) for module in net.modules()] == kinds
+
+
+def test_calls_of_dropout_are_refused_by_name():
+    class Functional(nn.Module):
+        def forward(self, x):
+            return F.dropout(x, 0.5, self.training)
+
+    with pytest.raises(TypeError, match=r"dropout, called by 1, .*nn\.Dropout"):
+        to_mcdropout(nn.Sequential(nn.Dropout(0.1), Functional()))

@@ -41,6 +41,7 @@ class Net(nn.Module):
         self.relu6 = nn.ReLU6()
         self.pool = nn.AvgPool2d(3, 2, padding=1)
         self.drop = nn.Dropout(0.3)
+        self.same = nn.Identity()
         self.head = nn.Linear(8, 4)
         self.call = forward
 
@@ -139,6 +140,19 @@ def entered_twice(net: Net, x: Tensor) -> Tensor:
     return head(net, net.first(x) + net.first(y) + torch.cat([x, y, x], 1)[:, :8])
 
 
+def changed_in_place(net: Net, x: Tensor) -> Tensor:
+    y = net.first(x)
+    z = net.relu(y)
+    old = y
+    y += net.second(z)
+    return head(net, F.relu(torch.cat([y, z, old], 1), inplace=True)[:, 4:12])
+
+
+def normalized(net: Net, x: Tensor) -> Tensor:
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.full((3, 1, 1), 0.2)
+    return head(net, net.first((x - mean[:, None, None]) / std))
+
+
 FORWARDS = [
     functional,
     residual,
@@ -152,6 +166,8 @@ FORWARDS = [
     last_layers_in_the_middle,
     two_outputs,
     entered_twice,
+    changed_in_place,
+    normalized,
 ]
 by_name = pytest.mark.parametrize("forward", FORWARDS, ids=lambda forward: forward.__name__)
 
@@ -184,7 +200,9 @@ def test_int8_computes_the_simulated_integers(
 def test_a_marked_network_computes_the_same(forward: Forward) -> None:
     for training in (False, True):
         net = Net(forward).train(training)
-        marked = mark(deepcopy(net))
+        attributes = set(vars(net))
+        marked = mark(net)
+        assert set(vars(net)) == attributes
         assert marked.training is training
         for made in (marked, deepcopy(marked), fuse(deepcopy(marked))):
             torch.manual_seed(1)
@@ -240,6 +258,12 @@ def changing_a_part(net: Net, x: Tensor) -> Tensor:
     return head(net, x)
 
 
+def changing_an_alias(net: Net, x: Tensor) -> Tensor:
+    x = net.first(x)
+    shortcut = net.same(x)
+    return head(net, net.second(net.relu(x)) + shortcut)
+
+
 REFUSED: dict[str, tuple[Forward, str]] = {
     "sigmoid": (lambda net, x: head(net, net.first(x).sigmoid()), "sigmoid, called by the network"),
     "gelu": (lambda net, x: head(net, F.gelu(net.first(x))), "gelu, called by the network"),
@@ -264,7 +288,8 @@ REFUSED: dict[str, tuple[Forward, str]] = {
     "branch": (branching, "its control flow depends on the inputs.*keep"),
     "training": (with_noise_in_training, "something else in training .*second"),
     "functional layer": (functional_layer, "conv2d, called by the network itself, is a layer"),
-    "part changed": (changing_a_part, "changes a part of first in place"),
+    "part changed": (changing_a_part, "changes getitem in place, which is read later as first"),
+    "alias changed": (changing_an_alias, "changes first in place, which is read later as same"),
 }
 
 
@@ -476,3 +501,46 @@ def test_an_ensemble_becomes_integers_member_by_member() -> None:
     simulated = calibrate(prepare_qat(ensemble.eval(), SPEC), [X])
     expected = predictive(simulated, X, num_samples=2)
     assert torch.equal(predictive(convert(simulated, probe=X), X, num_samples=2), expected)
+
+
+def test_modes_of_modules_stay() -> None:
+    net = Net(residual).train()
+    net.second.eval()
+    net.relu.eval()
+    marked = mark(net)
+    modes = {name: module.training for name, module in marked.named_modules()}
+    assert not modes["second"]
+    assert not modes["relu"]
+    assert modes["first"]
+    assert modes["add"]
+    assert modes[""]
+
+
+def test_states_load_into_a_network_that_is_prepared_again() -> None:
+    first, second = (prepare_qat(Net(concatenated), SPEC) for _ in range(2))
+    calibrate(first, [X])
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(X), second.eval()(X))
+
+
+@pytest.mark.parametrize(
+    ("net", "batches", "spec", "message"),
+    [
+        (nn.Linear(3, 2), X[:, 0, 0, :3], None, "batches is a Tensor; give a list"),
+        (nn.Linear(3, 2), None, None, "batches is a NoneType"),
+        (nn.Linear(3, 2), [], None, "batches: it is empty"),
+        (nn.Linear(3, 2), [{"x": X}], None, "batches: a batch is "),
+        (nn.Linear(3, 2), [torch.tensor(1.0)], None, "batches: a batch is "),
+        (nn.Linear(3, 2), [torch.ones(4, 3).long()], None, "enter reads torch.int64"),
+        (nn.Linear(3, 2), [torch.full((4, 3), torch.nan)], None, "NaN or infinity"),
+        (nn.Linear(3, 2), [torch.ones(4, 3)], {"weight_bits": 4}, "is not a QuantSpec"),
+        (prepare_qat(nn.Sequential(nn.Linear(3, 2))), [X], None, "quantized already"),
+        (quantize(nn.Sequential(nn.Linear(3, 2)), [torch.ones(4, 3)]), [X], None, "already"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(
+    net: nn.Module, batches: Any, spec: Any, message: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=message) as error:
+        quantize(nn.Sequential(net), batches, spec)
+    one_line(error.value)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models
-from torchvision.ops import SqueezeExcitation
+from torchvision.ops import SqueezeExcitation, StochasticDepth
 
 from bqnn.inference.likelihoods import Classification
 from bqnn.inference.predict import predictive
@@ -231,9 +231,22 @@ def test_an_auxiliary_output_can_be_calibrated_but_not_trained() -> None:
         prepare_qat(net)
 
 
-def test_squeeze_and_excitation_can_stay_in_float() -> None:
-    net = made(models.regnet_y_400mf)
-    simulated = calibrate(prepare_qat(net, SPEC, keep=(SqueezeExcitation,)), [images()])
+@pytest.mark.parametrize(
+    ("make", "keep"),
+    [
+        (models.mobilenet_v3_small, (SqueezeExcitation, nn.Hardswish)),
+        pytest.param(
+            models.efficientnet_b0,
+            (SqueezeExcitation, nn.SiLU, StochasticDepth),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(models.regnet_y_400mf, SqueezeExcitation, marks=pytest.mark.slow),
+    ],
+)
+def test_squeeze_and_excitation_can_stay_in_float(
+    make: Callable[..., nn.Module], keep: Any
+) -> None:
+    simulated = calibrate(prepare_qat(made(make), SPEC, keep=keep), [images()])
     assert_int8_is_simulated(simulated, images())
 
 
