@@ -299,7 +299,7 @@ def _make_net(
     input_shape: Sequence[int],
     likelihood: Likelihood,
 ) -> nn.Module:
-    """Build the network of a recipe. It gets those of the shapes for which it has arguments."""
+    """Build the network of a recipe, with `input_shape` and `heads` if it has these arguments."""
     shapes = {"input_shape": tuple(input_shape), "heads": likelihood.heads}
     accepted = {name: shapes[name] for name in shapes.keys() & keywords(called)}
     net: nn.Module = _construct(called, "net", {**options, **accepted})

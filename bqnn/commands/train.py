@@ -72,7 +72,7 @@ def run(job: Job) -> None:
 
 
 def is_quantized(job: Job) -> bool:
-    """Whether the network is trained with fake quantization. Its test/ metrics are simulated."""
+    """Return whether a training uses fake quantization; its test/ metrics are then simulated."""
     return bool(job.config["quant"]["name"] != "none")
 
 

@@ -1,4 +1,4 @@
-"""The words on the command line, before Hydra composes a configuration from them."""
+"""Parse and check the command line, before Hydra composes a configuration from it."""
 
 import argparse
 import re
