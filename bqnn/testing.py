@@ -1,4 +1,4 @@
-"""Contracts of methods, networks and data sets: test classes that yours inherit from.
+"""Contracts of methods, networks and data sets: base classes for the tests of plug-ins.
 
 A contract holds what bqnn expects of a plug-in. pytest collects its tests in a subclass whose name
 begins with `Test`:
@@ -44,7 +44,7 @@ NUM_ROWS = 12
 
 
 class MethodContract:
-    """What every method does: it trains, resumes, reloads, draws and quantizes.
+    """Contract of methods: training, resuming, reloading, draws and quantization.
 
     The tests train small networks on twelve rows, of a table (`MLP`) and of images (`LeNet`).
 
@@ -78,7 +78,7 @@ class MethodContract:
         return type(self).method(net, Classification(["a", "b", "c"]), **options)
 
     def rows(self, kind: str = "table") -> TensorLoader:
-        """Twelve rows, four to a batch."""
+        """Return twelve rows of a kind, table or images, four to a batch."""
         torch.manual_seed(0)
         shape = (3,) if kind == "table" else (1, 8, 8)
         inputs = torch.randn(NUM_ROWS, *shape)
@@ -86,7 +86,7 @@ class MethodContract:
         return TensorLoader(inputs, targets, batch_size=4)
 
     def trained(self, kind: str = "table", **changes: Any) -> Method:
-        """A method after two epochs, in evaluation mode."""
+        """Train a method for two epochs, and return it in evaluation mode."""
         method = self.make(kind, **changes)
         _trainer(2).fit(method, self.rows(kind))
         return method.eval()
@@ -97,7 +97,7 @@ class MethodContract:
             before = _weights(method.net)
             trainer = _trainer(1, precision=precision)
             trainer.fit(method, rows, rows)
-            after = _weights(method.net)[: len(before)]  # what follows are members of an ensemble
+            after = _weights(method.net)[: len(before)]  # members of an ensemble follow
             assert after.isfinite().all(), f"weights are not finite in {precision}"
             # Dropout and dead ReLUs may hold a few weights still.
             moved = float((after != before).float().mean())
@@ -189,7 +189,7 @@ class MethodContract:
 
 
 class NetContract:
-    """What every network does: it has the outputs that are asked for, and conversions take it.
+    """Contract of networks: the requested outputs, and support for all conversions.
 
     Attributes:
         input_shapes: Shapes of a row that the network supports.
@@ -270,7 +270,7 @@ class NetContract:
 
 
 class DataContract:
-    """What every data set does: whole rows, in parts that do not overlap and follow the seed.
+    """Contract of data sets: complete rows, in disjoint parts that depend on the seed.
 
     Attributes:
         has_unique_rows: Whether no two rows of the data set are equal.
@@ -294,7 +294,7 @@ class DataContract:
         raise NotImplementedError
 
     def ready(self, **options: Any) -> TensorData:
-        """The data set after it is read. A quarter of the training rows are for validation."""
+        """Read the data set, with a quarter of the training rows for validation."""
         data = self.make(**{"validation_share": 0.25, "seed": 3, **options})
         data.prepare_data()
         data.setup()
@@ -400,7 +400,7 @@ class _StopAfter(pl.Callback):
 
 
 def _trainer(max_epochs: int, **options: Any) -> pl.Trainer:
-    """A trainer on the CPU that writes nothing."""
+    """Return a trainer on the CPU that writes nothing."""
     return pl.Trainer(
         max_epochs=max_epochs,
         accelerator="cpu",
@@ -473,7 +473,7 @@ def _parts(data: TensorData) -> dict[str, Rows]:
 
 
 def _bytes(rows: Rows) -> list[bytes]:
-    """Each row, its target included, as bytes."""
+    """Return each row with its target as bytes."""
     return [
         inputs.tobytes() + target.tobytes()
         for inputs, target in zip(rows.inputs.numpy(), rows.targets.numpy(), strict=True)

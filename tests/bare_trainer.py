@@ -1,4 +1,4 @@
-"""A Lightning Trainer that trains, and does nothing beside."""
+"""A Lightning Trainer without loggers, checkpoints and progress bars."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytorch_lightning as pl
 
 
 def bare_trainer(max_epochs: int, **options: Any) -> pl.Trainer:
-    """On the CPU, without logs, checkpoints and progress bars, but for what the options ask."""
+    """Create a Trainer on the CPU that only trains; `options` override the arguments."""
     bare = {
         "accelerator": "cpu",
         "logger": False,

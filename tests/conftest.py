@@ -1,4 +1,4 @@
-"""Running the scripts as a user does, and small networks to test on."""
+"""Fixtures that run the scripts, and small trained networks."""
 
 import os
 import subprocess
@@ -17,9 +17,9 @@ _GPU_IS_AVAILABLE = torch.cuda.is_available
 
 @pytest.fixture(scope="session", autouse=True)
 def _hidden_gpus() -> Iterator[None]:
-    """Run all tests on the CPU, scripts in processes of their own too: there results are bit-equal.
+    """Run all tests and their subprocesses on the CPU, on which results are bit-equal.
 
-    Those that ask for `visible_gpus` are the exception.
+    Tests that use `visible_gpus` are the exception.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -29,7 +29,7 @@ def _hidden_gpus() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def visible_gpus(_hidden_gpus: None) -> Iterator[None]:
-    """The GPUs that this process was started with."""
+    """Make the GPUs visible that this process was started with."""
     with pytest.MonkeyPatch.context() as patch:
         if _VISIBLE is None:
             patch.delenv("CUDA_VISIBLE_DEVICES")
@@ -61,7 +61,7 @@ def script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 def script_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str]]:
-    """The same in this process, which spares it the imports: the exit code and stderr."""
+    """Run a script in this process, which saves the imports; return exit code and stderr."""
 
     def run(name: str, *arguments: str) -> tuple[int, str]:
         monkeypatch.chdir(tmp_path)
@@ -80,7 +80,7 @@ def script_here(
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a short float run of each method on digits, and two more of pointwise."""
+    """Train short float runs on digits in one folder: one per method, and two of pointwise."""
     from bqnn.methods import METHODS
 
     folder = tmp_path_factory.mktemp("float")
@@ -97,7 +97,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def quantized(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of quantize.py that calibrated the short run of bbb for weights of 4 bits."""
+    """Calibrate the short run of bbb with quantize.py for 4-bit weights."""
     folder = tmp_path_factory.mktemp("quantized") / "run"
     arguments = [f"checkpoint={trained}/bbb_0/checkpoint.ckpt", "quant.mode=ptq", "logger=none"]
     run_script("quantize", *arguments, "quant.weight_bits=4", f"hydra.run.dir={folder}")

@@ -1,6 +1,6 @@
-"""Networks with strides in 1x1 convolutions on few channels, which oneDNN computes dangerously.
+"""Networks with strided 1x1 convolutions of few channels, for which oneDNN is unsafe.
 
-As a script: every method's gradients on them are those of a float64 network.
+The script checks that the gradients of every method on them equal those of a float64 network.
 """
 
 import copy
@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class FunctionalConvolutions(nn.Module):
-    """The same without torch.nn's layers: 2-D, 1-D on channels that come last, and transposed."""
+    """Functional convolutions: 2-D, 1-D on channels in the last dimension, and transposed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Operators(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """A layer that is computed again in the backward pass, in both of torch's ways."""
+    """A layer with activation checkpointing, in both ways of torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,23 +85,23 @@ class Checkpointed(nn.Module):
 
 
 class Mapped(nn.Module):
-    """A convolution of one picture, mapped over the batch by torch.func."""
+    """A convolution of one image, mapped over the batch by torch.func."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 5, 1, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.func.vmap(lambda picture: self.conv(picture[None])[0])(x)
+        return torch.func.vmap(lambda image: self.conv(image[None])[0])(x)
 
 
 def narrow_resnet() -> nn.Module:
-    """A ResNet whose shortcuts have 3 and 6 channels."""
+    """Create a ResNet whose shortcuts have 3 and 6 channels."""
     return ResNet([3, SIZE, SIZE], [4], width=3, blocks_per_stage=(1, 1, 1))
 
 
 def odd_geometries() -> nn.Module:
-    """1x1 convolutions with all kinds of strides, with a bias and without."""
+    """Create 1x1 convolutions with various strides, with and without a bias."""
     return nn.Sequential(
         nn.Conv2d(3, 7, 1, stride=2),
         nn.BatchNorm2d(7),
@@ -117,35 +117,35 @@ def odd_geometries() -> nn.Module:
 
 
 def functional() -> nn.Module:
-    """Convolutions that are no layers."""
+    """Create convolutions that are not layers."""
     return nn.Sequential(
         FunctionalConvolutions(), nn.ReLU(), DropoutSite(), nn.Flatten(), nn.Linear(2 * SIZE**2, 4)
     )
 
 
 def derived() -> nn.Module:
-    """A kernel that is no parameter."""
+    """Create a kernel that is not a parameter."""
     return nn.Sequential(
         DerivedKernel(), nn.ReLU(), DropoutSite(), nn.Flatten(), nn.Linear(5 * (SIZE // 2) ** 2, 4)
     )
 
 
 def operators() -> nn.Module:
-    """Direct calls of torch's operators."""
+    """Create direct calls of torch's operators."""
     return nn.Sequential(
         Operators(), nn.ReLU(), DropoutSite(), nn.Flatten(), nn.Linear(2 * SIZE**2, 4)
     )
 
 
 def checkpointed() -> nn.Module:
-    """Layers in a checkpoint."""
+    """Create layers with activation checkpointing."""
     return nn.Sequential(
         Checkpointed(), nn.ReLU(), DropoutSite(), nn.Flatten(), nn.Linear(7 * (SIZE // 4) ** 2, 4)
     )
 
 
 def mapped() -> nn.Module:
-    """A layer in torch.func."""
+    """Create a layer in torch.func."""
     return nn.Sequential(
         Mapped(), nn.ReLU(), DropoutSite(), nn.Flatten(), nn.Linear(5 * (SIZE // 2) ** 2, 4)
     )
@@ -171,7 +171,7 @@ CASES = [
 
 
 def method(name: str, net: Callable[[], nn.Module]) -> Method:
-    """The method on one of the networks, about to learn four classes."""
+    """Create a method on one of the networks, for four classes."""
     torch.manual_seed(0)
     optimizer = {"name": "sghmc" if name == "sghmc" else "adam", "lr": 1e-3}
     options = {"num_train": 8, "seed": 0, "optimizer": optimizer, **OPTIONS[name]}
@@ -179,12 +179,12 @@ def method(name: str, net: Callable[[], nn.Module]) -> Method:
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Eight pictures of four classes."""
+    """Return eight images of four classes."""
     return torch.randn(8, 3, SIZE, SIZE), torch.arange(8) % 4
 
 
 def loss(model: Method, x: Tensor, y: Tensor) -> Tensor:
-    """The loss of a training batch, with draws that are the same each time."""
+    """Compute the loss of a training batch, with the same draws in each call."""
     reseed(torch.device("cpu"), 0)
     total = model.train().loss_terms(x, y)["loss"]
     assert isinstance(total, Tensor)

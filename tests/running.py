@@ -1,4 +1,4 @@
-"""Running the scripts inside the process of the tests."""
+"""Run the scripts inside the process of the tests."""
 
 import logging
 import runpy
@@ -21,7 +21,7 @@ def run_script(name: str, *arguments: str) -> None:
 
 @contextmanager
 def kept_logging() -> Iterator[None]:
-    """Put the root logger back as it was: Hydra replaces its handlers, for a whole process."""
+    """Restore the root logger, whose handlers Hydra replaces for the whole process."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:

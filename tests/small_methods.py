@@ -1,4 +1,4 @@
-"""Each method on a small network, and the rows that it is trained on."""
+"""Each method on a small network, and its training rows."""
 
 from typing import Any
 
@@ -26,14 +26,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def pictures() -> TensorLoader:
-    """12 pictures of 1x8x8 in three classes, 4 to a batch."""
+def images() -> TensorLoader:
+    """Return 12 images of 1x8x8 in three classes, 4 to a batch."""
     torch.manual_seed(0)
     return TensorLoader(torch.randn(NUM_ROWS, 1, 8, 8), torch.arange(NUM_ROWS) % 3, batch_size=4)
 
 
 def table() -> TensorLoader:
-    """12 rows of 3 numbers and a standardized target, 4 to a batch."""
+    """Return 12 rows of 3 numbers and a standardized target, 4 to a batch."""
     torch.manual_seed(0)
     return TensorLoader(torch.randn(NUM_ROWS, 3), torch.randn(NUM_ROWS), batch_size=4)
 
@@ -48,13 +48,13 @@ def mlp() -> nn.Module:
     return MLP([3], [1, 1], hidden_features=[4])
 
 
-def picture_method(name: str, net: nn.Module | None = None, **changes: Any) -> Method:
-    """The method on LeNet and three classes."""
+def image_method(name: str, net: nn.Module | None = None, **changes: Any) -> Method:
+    """Create a method on LeNet and three classes."""
     options = {"num_train": NUM_ROWS, "seed": 0, **OPTIONS[name], **changes}
     return METHODS[name](net or lenet(), Classification(["a", "b", "c"]), **options)
 
 
 def table_method(name: str, **changes: Any) -> Method:
-    """The method on an MLP and one target."""
+    """Create a method on an MLP and one target."""
     options = {"num_train": NUM_ROWS, "seed": 0, **OPTIONS[name], **changes}
     return METHODS[name](mlp(), Regression(target_mean=0.0, target_std=1.0), **options)

@@ -1,4 +1,4 @@
-"""Imports point one way, and heavy packages are imported only when they are needed."""
+"""Imports follow the table of rooms, and heavy packages are imported lazily."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def read_rooms() -> dict[str, tuple[int, set[str]]]:
-    """The table of docs/architecture.md: each room's floor, and what it may import."""
+    """Read docs/architecture.md: the floor of each room, and what it may import."""
     rooms = {}
     for line in (ROOT / "docs" / "architecture.md").read_text().splitlines():
         if match := re.fullmatch(r"\| (\d) \| `(\w+)` \| [^|]+ \| ?([^|]*) ?\|", line):
@@ -53,7 +53,7 @@ def test_a_wheel_has_every_package_and_the_configuration() -> None:
     assert files == set((ROOT / "conf").rglob("*.yaml"))
 
 
-def test_every_room_stands_in_the_plan() -> None:
+def test_the_table_has_every_room() -> None:
     assert {room_of(path) for path in MODULES} - {"__init__", "__main__"} == set(ROOMS)
 
 
@@ -64,7 +64,7 @@ def test_a_room_may_import_from_those_below_it(room: str) -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_what_the_plan_says(room: str) -> None:
+def test_rooms_import_only_what_the_table_allows(room: str) -> None:
     seen = {
         name.split(".")[1]
         for path in MODULES

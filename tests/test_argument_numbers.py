@@ -1,4 +1,4 @@
-"""Constructors say in one line which number is wrong, why, and what to choose."""
+"""Constructors refuse invalid numbers in one line with the reason and a remedy."""
 
 import math
 from collections.abc import Callable
@@ -130,7 +130,7 @@ def said(error: pytest.ExceptionInfo[Exception], name: str, kind: str) -> None:
     ],
     ids=repr,
 )
-def test_what_is_no_number_is_refused(value, make):
+def test_other_values_than_numbers_are_refused(value, make):
     name, call = (REALS | WHOLES)[make]
     with pytest.raises(TypeError) as error:
         call(value)

@@ -52,7 +52,7 @@ def test_a_name_may_become_any_text_and_other_errors_stay_as_they_are() -> None:
 
 
 def texts(path: Path) -> Iterator[str]:
-    """All texts of a module but its docstrings."""
+    """Yield all strings of a module except docstrings."""
     tree = ast.parse(path.read_text())
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = {

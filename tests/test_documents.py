@@ -1,4 +1,4 @@
-"""The documentation: its site builds, and the examples of its pages and of examples/ run."""
+"""The documentation builds, and the examples of its pages and of examples/ run."""
 
 import re
 import shlex

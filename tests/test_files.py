@@ -1,4 +1,4 @@
-"""Files are whole or not there."""
+"""Atomic file writes."""
 
 import os
 import resource
@@ -35,7 +35,7 @@ def test_json_takes_finite_numbers_only(value: float, tmp_path: Path) -> None:
 
 @contextmanager
 def room_for(num_bytes: int) -> Iterator[None]:
-    """No file grows beyond this; the system refuses as it does on a full disk."""
+    """Limit the size of files; the system refuses larger ones as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
@@ -44,7 +44,7 @@ def room_for(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_said_in_one_line_with_the_path_and_leaves_the_old_file(
+def test_a_full_disk_is_an_error_of_one_line_and_keeps_the_old_file(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "a.txt"
@@ -64,7 +64,7 @@ def test_text_is_appended_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_text() == "one\ntwo\n"
 
 
-def test_a_folder_that_is_gone_or_no_folder_is_said_with_the_path(tmp_path: Path) -> None:
+def test_a_missing_or_invalid_folder_is_an_error_with_the_path(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in ("gone", "file"):
         path = tmp_path / folder / "a.txt"

@@ -1,4 +1,4 @@
-"""What holds on a GPU. BQNN_TEST_DEVICE=cpu runs the same on the CPU, to try the tests."""
+"""Tests on a GPU. BQNN_TEST_DEVICE=cpu runs them on the CPU."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def accelerator(device: str) -> str:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """By method, a folder with a float run and its fine-tuned 8-bit run, made on the device."""
+    """Train and fine-tune to 8 bits on the device; return the folder of each method."""
     made: dict[str, Path] = {}
 
     def folder(method: str) -> Path:
@@ -75,7 +75,7 @@ def _train_and_quantize(method: str, folder: Path) -> None:
 
 
 def inputs(model_path: Path) -> Tensor:
-    """The first test pictures of the model's task, normalized."""
+    """Return the first test images of the model's task, normalized."""
     recipe = load(model_path).recipe
     assert recipe is not None
     data: TensorData = make_data({**recipe, "data_dir": "data"})
@@ -133,7 +133,7 @@ def test_metrics_agree_on_both_devices(
 
 @by_method
 def test_sums_of_integers_are_exact_on_the_device(method: str, runs: Callable[[str], Path]) -> None:
-    """A matrix product in TF32, say, would round them."""
+    """A matrix product in TF32 would round them."""
     from bqnn.quant.simulated import SimulatedLayer
 
     net = load(runs(method) / "qat" / "checkpoint.ckpt").net.to(DEVICE)

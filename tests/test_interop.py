@@ -1,7 +1,7 @@
-"""Layers of other libraries keep their posterior, and what would be lost is refused.
+"""Layers of other libraries keep their posterior, and lossy conversions are refused.
 
 Each test runs with stand-ins that have the attributes of the libraries' layers, and with the
-libraries themselves where they are installed.
+libraries themselves if they are installed.
 """
 
 import importlib
@@ -127,7 +127,7 @@ STAND_INS: dict[str, dict[str, Any]] = {
 
 
 def library(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The layers of a library, or of its stand-ins."""
+    """Return the layers of a library, or of its stand-ins."""
     if kind == "installed":
         try:
             return importlib.import_module(name)
@@ -251,7 +251,7 @@ def test_other_priors_need_an_answer(bayesian_torch):
             from_bayesian_torch(make(), prior_std=wrong)
 
 
-def test_what_it_does_not_know_is_refused_by_name(bayesian_torch):
+def test_unsupported_layers_are_refused_by_name(bayesian_torch):
     kind = type("MyLinear", (bayesian_torch.LinearReparameterization,), {})
     with pytest.raises(
         TypeError, match=r"^0 is a MyLinear, which from_bayesian_torch does not sup"

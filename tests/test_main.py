@@ -1,4 +1,4 @@
-"""The program `bqnn`: its verbs, and messages that name the command that was typed."""
+"""The program `bqnn`: its verbs, and messages with the command that was typed."""
 
 import sys
 from pathlib import Path

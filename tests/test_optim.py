@@ -1,4 +1,4 @@
-"""SGHMC on Gaussians with known moments, its adaptation, its prior, its state."""
+"""SGHMC on Gaussians with known moments: adaptation, prior and state."""
 
 import copy
 import io
@@ -20,7 +20,7 @@ FIXED_PRECISION: dict[str, float] = {"prior_shape": 1e12, "prior_rate": 1e12}  #
 
 
 def sampler(shape: tuple[int, ...] = (NUM_CHAINS,), **options: Any) -> tuple[Tensor, SGHMC]:
-    """A tensor of zeros and its sampler: one row of data, V fixed at 1, the prior drawn once."""
+    """Create a tensor of zeros and its sampler: one row, V fixed at 1, the prior drawn once."""
     weights = nn.Parameter(torch.zeros(shape))
     defaults = {"num_train": 1, "num_burn_in_steps": 0, "resample_prior": 0}
     return weights, SGHMC([weights], **{**defaults, **options})
@@ -29,7 +29,7 @@ def sampler(shape: tuple[int, ...] = (NUM_CHAINS,), **options: Any) -> tuple[Ten
 def run(
     weights: Tensor, optimizer: SGHMC, gradient: Callable[[Tensor], Tensor], num_steps: int
 ) -> dict[str, Any]:
-    """Take steps at these gradients of the mean NLL; the sampler's state afterwards."""
+    """Take steps at these gradients of the mean NLL; return the state of the sampler."""
     for _ in range(num_steps):
         weights.grad = gradient(weights.detach())
         optimizer.step()
@@ -103,7 +103,7 @@ def test_adapted_scales_leave_the_target_as_it_is():
 
 @pytest.mark.parametrize("friction", [0.05, 0.2])
 @pytest.mark.parametrize("resample_momentum", [1, 5, 10])
-def test_momenta_drawn_anew_leave_the_target_as_it_is(resample_momentum, friction):
+def test_resampled_momenta_do_not_change_the_target(resample_momentum, friction):
     torch.manual_seed(0)
     lr, curvature = 0.2, 1.0
     weights, optimizer = sampler(
@@ -163,7 +163,7 @@ def test_a_regression_trained_in_batches_has_its_posterior(
     assert errors.mean((0, 1)).abs().max() < 5 / math.sqrt(12 * num_chains)
 
 
-def test_gradient_noise_that_is_not_negligible_is_told_once_with_its_share_of_the_weights(caplog):
+def test_large_gradient_noise_is_logged_once_with_its_share_of_the_weights(caplog):
     # V stays at 1, so that lr^2 V^(1/2) = 0.01 is compared with a fifth of the friction
     run(*sampler((4,), lr=0.1, friction=0.06), torch.zeros_like, 3)
     assert not caplog.records
@@ -261,7 +261,7 @@ def test_v_adapts_to_the_mean_square_of_the_gradients_and_is_fixed_after_burn_in
         assert torch.equal(state[name], value)
 
 
-def test_v_of_a_weight_that_the_data_says_nothing_of_is_the_precision():
+def test_v_of_a_weight_without_influence_is_the_precision():
     torch.manual_seed(0)
     weights, optimizer = sampler((100,), lr=1e-12, num_burn_in_steps=500)
     state = run(weights, optimizer, torch.zeros_like, 500)

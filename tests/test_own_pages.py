@@ -1,4 +1,4 @@
-"""The pages about own methods, networks and data sets: their files, tests and commands work."""
+"""The files, tests and commands on the pages about plug-ins work."""
 
 import os
 import re
@@ -19,7 +19,7 @@ SHORT = ["trainer.max_epochs=1", "logger=none", "plots=false", "method.num_sampl
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files of all pages, each named in its first line."""
+    """Create a folder with the files of all pages, each named in its first line."""
     folder = tmp_path_factory.mktemp("pages")
     for page in PAGES:
         for _, text in BLOCK.findall(page.read_text()):

@@ -1,4 +1,4 @@
-"""Plug-ins are found by path or entry point, and a checkpoint imports none that is not trusted."""
+"""Plug-ins are found by path or entry point; checkpoints import only trusted ones."""
 
 import sys
 from collections.abc import Callable
@@ -74,7 +74,7 @@ OWN_METHOD = {**RECIPE["method"], "name": "OwnMethod", "_target_": "foreign_code
 
 @pytest.fixture
 def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
-    """The module foreign_code, and whether it has been imported."""
+    """Return the module foreign_code, and whether it has been imported."""
     folder = tmp_path / "foreign"
     folder.mkdir()
     (folder / "foreign_code.py").write_text(CODE)
@@ -85,7 +85,7 @@ def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], bo
 
 @pytest.fixture
 def declared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entry points as an installed package would declare them."""
+    """Declare entry points as an installed package does."""
     found = {
         "bqnn.nets": {"mine": "foreign_code:Net", "lenet": "foreign_code:Net"},
         "bqnn.methods": {"my_method": "foreign_code:OwnMethod"},
@@ -144,7 +144,7 @@ def test_names_of_bqnn_win_over_entry_points_and_paths_over_names(imported, decl
         ({"_target_": "foreign_code.Path"}, "it is a class; give the path of a subclass of torch"),
     ],
 )
-def test_what_is_no_network_is_refused_in_one_line(options, said, imported, declared):
+def test_other_objects_than_networks_are_refused_in_one_line(options, said, imported, declared):
     with pytest.raises(ValueError, match=said) as error:
         find_class("net", options, NETS, nn.Module)
     assert "\n" not in str(error.value)

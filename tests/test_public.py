@@ -1,4 +1,4 @@
-"""The public names of bqnn: few, documented, and imported only when they are used."""
+"""The public names of bqnn are few, documented, and imported lazily."""
 
 import inspect
 import subprocess

@@ -1,4 +1,4 @@
-"""Random numbers of different purposes, epochs, draws and seeds start at different places."""
+"""Random streams of different purposes, epochs, draws and seeds differ."""
 
 import ast
 from pathlib import Path
@@ -14,7 +14,7 @@ PACKAGE = Path(seeds.__file__).parent
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7, 2**32, 2**63 - 1])
-def test_no_purpose_of_a_run_starts_where_another_does(seed):
+def test_streams_of_different_purposes_start_at_different_seeds(seed):
     ends = [0, 1, 2, 1000, 500_000, NUMBERS - 1]
     found = {stream_seed(seed, stream, number) for stream in Stream for number in ends}
     assert len(found) == len(Stream) * len(ends)
@@ -34,7 +34,7 @@ def test_ranks_have_streams_of_their_own():
 
 
 def test_the_cpu_generator_reads_32_bits_of_a_seed():
-    """Why streams are kept apart within 32 bits."""
+    """The reason why streams differ within 32 bits."""
     one, other = (torch.Generator().manual_seed(seed) for seed in (5, 5 + 2**32))
     assert torch.equal(torch.randn(4, generator=one), torch.randn(4, generator=other))
 
@@ -62,13 +62,13 @@ def test_streams_start_generators_that_have_nothing_in_common():
 
 
 def test_seeds_are_the_same_in_every_version():
-    """What a checkpoint evaluates with, and its validation rows, come from them."""
+    """The draws of an evaluation and the validation rows of a checkpoint depend on them."""
     assert stream_seed(0, Stream.INITIAL_WEIGHTS) == 1427366890
     assert stream_seed(2**63 - 1, Stream.TRAINING, 3, 1) == 3674552854
 
 
 def test_every_generator_of_a_run_starts_from_a_stream():
-    """Of the other ones, a constant or a seed of the data set defines a data set, or examples."""
+    """Other generators, with a constant or the data's seed, define data sets or examples."""
     defines_data = {
         *("data/distortions.py", "data/synthetic.py", "data/ood.py", "quant/kernels.py"),
         "testing.py",

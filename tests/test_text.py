@@ -1,4 +1,4 @@
-"""Text from outside is shown and used as a name without harm."""
+"""Untrusted text is shown safely, and converted to valid names."""
 
 import string
 

@@ -1,4 +1,4 @@
-"""The wheel, installed outside of a checkout, is a tool and a library."""
+"""The wheel works outside of a checkout, as a tool and as a library."""
 
 import os
 import shutil

@@ -112,7 +112,7 @@ def _check_layout(file: BinaryIO, archive: ZipFile, entries: list[ZipInfo]) -> N
         entry.extra and max(entry.file_size, entry.header_offset) < 2**32 - 1 for entry in entries
     )
     if starts[0][0] != 0 or not is_apart or has_extra or _directory(file) != archive.start_dir:
-        raise ValueError("it has more than one archive, or other data beside the archive")
+        raise ValueError("it has more than one archive, or other data besides the archive")
 
 
 def _directory(file: BinaryIO) -> int:

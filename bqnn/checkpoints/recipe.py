@@ -264,10 +264,10 @@ def _check_fit(recipe: Recipe, state: dict[str, Tensor], where: str) -> None:
     except RuntimeError as error:
         # The first line only says that there are differences; the second is one of them.
         reason = one_line(" ".join(str(error).splitlines()[:2]))[:300]
-        raise ValueError(f"{where}: its weights are not those of its recipe: {reason}") from error
+        raise ValueError(f"{where}: its weights do not match its recipe: {reason}") from error
     except Exception as error:  # a network can raise anything for invalid options
         reason = one_line(f"{type(error).__name__}: {error}")[:300]
-        raise ValueError(f"{where}: its recipe is not one of a network: {reason}") from error
+        raise ValueError(f"{where}: its recipe does not describe a network: {reason}") from error
     for name, value in model.state_dict().items():
         if state[name].dtype != value.dtype:  # torch would convert it silently and lose digits
             raise ValueError(
@@ -299,7 +299,7 @@ def _make_net(
     input_shape: Sequence[int],
     likelihood: Likelihood,
 ) -> nn.Module:
-    """Build the network of a recipe. It gets those of the shapes for which it has arguments."""
+    """Build the network of a recipe, with `input_shape` and `heads` if it has these arguments."""
     shapes = {"input_shape": tuple(input_shape), "heads": likelihood.heads}
     accepted = {name: shapes[name] for name in shapes.keys() & keywords(called)}
     net: nn.Module = _construct(called, "net", {**options, **accepted})

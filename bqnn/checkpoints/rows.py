@@ -91,7 +91,7 @@ def _as_array(rows: object, facts: Mapping[str, Any]) -> np.ndarray:
         ) from error
     if array.dtype.kind not in "iuf":
         raise ArgumentTypeError(
-            f"rows of {_kind(rows, array)}: expected numbers; convert what is something else"
+            f"rows of {_kind(rows, array)}: expected numbers; convert the other values"
             f"{_or_columns(facts)}",
             "rows",
         )

@@ -26,7 +26,7 @@ from bqnn.jobs.job import Job
 from bqnn.jobs.parts import run_parts
 from bqnn.jobs.terminal import say
 from bqnn.methods import Method
-from bqnn.training.loggers import log_final, log_pictures, log_uncertain, make_loggers
+from bqnn.training.loggers import log_figures, log_final, log_uncertain, make_loggers
 from bqnn.training.process import prepare_torch
 from bqnn.training.trainer import refuse_devices
 
@@ -103,6 +103,6 @@ def write_results(
     if job.config["plots"]:
         figures = draw_results(job.folder, model, data, test)
         figures += draw_suite(job.folder, findings)
-        log_pictures(loggers, figures)
+        log_figures(loggers, figures)
         expected += figures
     return expected

@@ -40,9 +40,9 @@ from bqnn.seeds import Stream
 from bqnn.training.callbacks import EpochTimer, save_checkpoint
 from bqnn.training.loggers import (
     log_checkpoint,
+    log_figures,
     log_final,
     log_layers,
-    log_pictures,
     log_uncertain,
     make_loggers,
 )
@@ -157,6 +157,6 @@ def write_results(
     if job.config["plots"]:
         figures = draw_results(job.folder, models["int8"], data, test)
         figures += draw_weights(job.folder, models["simulated"])
-        log_pictures(loggers, figures)
+        log_figures(loggers, figures)
         expected += figures
     return expected

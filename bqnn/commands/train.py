@@ -25,8 +25,8 @@ from bqnn.quant.callback import quantization_callbacks
 from bqnn.training.callbacks import EpochTimer
 from bqnn.training.loggers import (
     log_checkpoint,
+    log_figures,
     log_final,
-    log_pictures,
     log_uncertain,
     make_loggers,
 )
@@ -72,7 +72,7 @@ def run(job: Job) -> None:
 
 
 def is_quantized(job: Job) -> bool:
-    """Whether the network is trained with fake quantization. Its test/ metrics are simulated."""
+    """Return whether a training uses fake quantization; its test/ metrics are then simulated."""
     return bool(job.config["quant"]["name"] != "none")
 
 
@@ -112,6 +112,6 @@ def write_results(
         expected.append("best.ckpt")
     if job.config["plots"]:
         figures = draw_results(job.folder, model, data, test)
-        log_pictures(loggers, figures)
+        log_figures(loggers, figures)
         expected += figures
     return expected

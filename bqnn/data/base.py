@@ -103,7 +103,7 @@ class TensorData(LightningDataModule):
         self.is_set_up = True
 
     def facts(self) -> dict[str, object]:
-        """Return, in JSON types, the facts from which a model is rebuilt without the data.
+        """Return the facts from which a model is rebuilt without the data, in JSON types.
 
         `bqnn.checkpoints.schema.FACTS` lists them. Those of `Normalization.facts` let a loaded
         model predict rows in the units of the data.

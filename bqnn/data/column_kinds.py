@@ -48,7 +48,7 @@ def missing_cells(file: CSVFile, name: str) -> list[int]:
 
 
 def has_categories(file: CSVFile, name: str, decimal: str) -> bool:
-    """Whether a column of inputs has text, which means categories.
+    """Return whether a column of inputs has text, which means categories.
 
     Args:
         file: The table, without missing cells.
@@ -84,7 +84,7 @@ def has_categories(file: CSVFile, name: str, decimal: str) -> bool:
 
 
 def has_classes(file: CSVFile, name: str, decimal: str) -> bool:
-    """Whether a column of targets has text or exactly two values, which means classes.
+    """Return whether a column of targets has text or just two values, which means classes.
 
     Args:
         file: The table, without missing cells.
@@ -100,7 +100,7 @@ def has_classes(file: CSVFile, name: str, decimal: str) -> bool:
 
 
 def has_numbers(file: CSVFile, name: str, decimal: str, remedy: str, argument: str) -> bool:
-    """Whether all cells of a column are numbers, rather than none.
+    """Return whether all cells of a column are numbers; False if none are.
 
     Args:
         file: The table, without missing cells.
@@ -141,7 +141,7 @@ def categories_of(file: CSVFile, name: str, decimal: str) -> list[str]:
         if len(cell) > _LONGEST:
             raise ArgumentError(
                 f"{file.row(row)}, column {short(name)} has text of {len(cell)} characters, which "
-                f"is no category; leave out the column (ignore=[{_quoted(name)}])",
+                f"is not a category; leave out the column (ignore=[{_quoted(name)}])",
                 "ignore",
             )
     numbers = {each: number(each, decimal) for each in {category_of(c, decimal) for c in cells}}

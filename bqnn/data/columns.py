@@ -150,7 +150,7 @@ def encode_rows(rows: Mapping[str, Sequence[object]], facts: Mapping[str, Any]) 
 
 
 def is_missing(cell: str) -> bool:
-    """Whether a cell has no value: it is empty, NA, N/A, NaN, null or a question mark.
+    """Return whether a cell has no value: it is empty, NA, N/A, NaN, null or a question mark.
 
     Examples:
         >>> is_missing("n/a"), is_missing("0")

@@ -43,7 +43,7 @@ class CSVData(TableData):
         kind: `regression`, `classification`, or `auto`: classification if the target has text or
             exactly two values.
         features: The columns of inputs, by name or index; None for all but the target.
-        ignore: Columns that are no inputs.
+        ignore: Columns that are not inputs.
         categories: Columns whose values are categories, even if they are numbers.
         missing: `refuse` missing values, or `drop` the rows that have them.
         decimal: The decimal separator of numbers, `point` or `comma`.
@@ -159,7 +159,7 @@ class CSVData(TableData):
         names = [name for name in file.columns if name in chosen - ignored]
         if not names:
             raise ValueError(
-                f"{file.where}: no column is left for the inputs beside {short(self.target_name)}; "
+                f"{file.where}: no input column is left besides {short(self.target_name)}; "
                 "give a table with more columns"
             )
         return names

@@ -1,4 +1,4 @@
-"""How rows in the units of the data become inputs of a network."""
+"""Normalize rows in the units of the data to inputs of a network."""
 
 from __future__ import annotations
 

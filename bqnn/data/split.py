@@ -45,14 +45,14 @@ def draw_test_rows(labels: Tensor, share: float, seed: int) -> Tensor:
         start += count
     if not is_test.any():
         raise ArgumentError(
-            f"test_share={share}: {len(labels)} rows have no row for the test beside one for the "
-            "training; add rows",
+            f"test_share={share}: {len(labels)} rows are too few for a test row and a training "
+            "row; add rows",
             "test_share",
         )
     if (num_single := int((counts == 1).sum())) and len(counts) > 1:
         log.warning(
-            "%d of %d classes have one row only, which is a training row: the test has none of "
-            "them; add rows",
+            "%d of %d classes have a single row, which is a training row, so they have no test "
+            "row; add rows",
             *(num_single, len(counts)),
         )
     return is_test

@@ -138,7 +138,7 @@ def _synthetic_fit(model: Method, data: SyntheticData) -> "Figure":
 
 
 def _has_rows(path: Path) -> bool:
-    """Whether a CSV file exists and has rows below its header."""
+    """Return whether a CSV file exists and has rows below its header."""
     if not path.exists():
         return False
     with path.open() as file:

@@ -1,4 +1,4 @@
-"""What a model says about rows: class probabilities or a mean, and their uncertainty."""
+"""Answers of a model about rows: class probabilities or a mean, and their uncertainty."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Self

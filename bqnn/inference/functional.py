@@ -114,7 +114,7 @@ def calibration_sums(confidences: Tensor, correct: Tensor, num_bins: int) -> Ten
         [B, 3] in float64.
 
     Raises:
-        ValueError: There is no bin.
+        ValueError: `num_bins` is below 1.
 
     Examples:
         >>> calibration_sums(torch.tensor([0.25, 1.0]), torch.tensor([False, True]), num_bins=2)

@@ -58,8 +58,8 @@ def claim_unused(folder: Path) -> Claim:
         lock.enter_context(FolderLock(folder))
         if (folder / "status.json").exists():
             raise FileExistsError(
-                f"{folder} holds a job already (status.json is there); give another "
-                "hydra.run.dir, or none to get a new folder, or go on with it (resume=true)"
+                f"{folder} already holds a job (status.json is there); give another "
+                "hydra.run.dir, or none to get a new folder, or resume the job (resume=true)"
             )
         if foreign := next((name for name in WRITTEN if (folder / name).exists()), None):
             raise FileExistsError(
@@ -107,13 +107,13 @@ def _require_unconfigured(folder: Path, status: RunStatus) -> None:
     """Raise FileExistsError, unless the Job was killed before its configuration was set."""
     if status.is_unreadable:
         raise FileExistsError(
-            f"{folder} holds a job that cannot be told ({status.error}); remove its status.json to "
-            "start anew there, or give another hydra.run.dir, or none"
+            f"{folder} holds an unknown job ({status.error}); remove its status.json "
+            "to start a new job there, or give another hydra.run.dir, or none"
         )
     if status.config_hash is not None:
         raise FileExistsError(
             f"{folder} holds a job with another configuration, or of a checkpoint that has changed "
-            "since, which resume=true does not go on with; give another hydra.run.dir, or none"
+            "since, which resume=true cannot resume; give another hydra.run.dir, or none"
         )
 
 

@@ -64,7 +64,7 @@ class Ending:
         elif self._interruption.is_requested or is_interruption(error):
             status.state, status.error = "INTERRUPTED", "interrupted"
             if job.resume_command is not None and job.rank == 0:
-                self._tell("interrupted; go on with")
+                self._tell("interrupted; resume it with")
                 self._messages.append(f"  {job.resume_command}")
         else:
             status.state, status.error = "FAILED", describe(error)

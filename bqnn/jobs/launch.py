@@ -1,4 +1,4 @@
-"""Launch the Jobs of a command line, and exit with what became of them."""
+"""Launch the Jobs of a command line, and exit with a code for their outcome."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What results depend on besides the configuration: versions, the commit and the hardware."""
+"""The provenance of results: versions, the commit and the hardware."""
 
 import functools
 import platform
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a Job runs, and with which software.
+    """The machine and the software of a Job.
 
     Args:
         host: The name of the machine.

@@ -71,8 +71,8 @@ def find_place(trainer: Mapping[str, Any]) -> Place:
         return ALONE
     if not {"NODE_RANK", "GROUP_RANK"} & os.environ.keys():
         raise ValueError(
-            f"trainer.num_nodes={nodes}: nothing says which machine this is; start it by torchrun "
-            "or srun, or set NODE_RANK, MASTER_ADDR and MASTER_PORT on each"
+            f"trainer.num_nodes={nodes}: the environment does not identify this machine; start "
+            "with torchrun or srun, or set NODE_RANK, MASTER_ADDR and MASTER_PORT on each machine"
         )
     return Place(node * (devices or 1), "parent")
 

@@ -48,7 +48,7 @@ def read_record(path: Path) -> dict[str, Any]:
     except (ValueError, OverflowError, yaml.YAMLError) as error:
         raise ValueError(f"{path.name} cannot be read: {one_line(str(error))[:300]}") from error
     if not isinstance(record, dict) or not all(type(key) is str for key in record):
-        raise ValueError(f"{path.name} holds no object with names")
+        raise ValueError(f"{path.name} is not an object with names as keys")
     return record
 
 

@@ -1,4 +1,4 @@
-"""status.json: what a Job writes about itself, and what is read about a Run."""
+"""Write the status.json of a Job, and read that of a Run."""
 
 import os
 import uuid
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass
 class JobStatus:
-    """What a Job in this process writes about itself.
+    """The status of a Job in this process, as written to status.json.
 
     Args:
         state: One of `STATES`.
@@ -87,7 +87,7 @@ class JobStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What a status.json, possibly from another program, says about a Run.
+    """The status of a Run, as read from status.json. Another program may have written it.
 
     An entry that is missing or has another type has its default here.
 

@@ -147,6 +147,6 @@ def _refuse_hidden(net: nn.Module) -> None:
         if function_of(node) in FUNCTIONS:
             raise TypeError(
                 f"to_mcdropout: {node.target.__name__}, called by "
-                f"{caller_of(node) or 'the network itself'}, is no module that can be replaced; "
+                f"{caller_of(node) or 'the network itself'}, cannot be replaced; "
                 "use a module such as nn.Dropout"
             )

@@ -104,7 +104,8 @@ class Ensemble(Drawn):
 def _make_room(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
     """Match the number of members to a state that is about to be loaded.
 
-    RuntimeError, before any member is made: a tensor is missing or has another shape.
+    Raises:
+        RuntimeError: A tensor is missing or has another shape. No member is created then.
     """
     assert isinstance(module, Ensemble)
     count = min(_collected(state, prefix), module.num_members)

@@ -24,9 +24,9 @@ class BayesByBackprop(Method):
         init_rho: Initial rho of each weight; sigma = softplus(rho).
         beta: Factor of the KL; 1 is the ELBO.
         warmup_epochs: The number of epochs in which beta grows linearly from 0, batch by batch.
-    init_delta: Sigma after `initialize_from`, as a multiple of |mean|.
-    keep: Types of modules whose parameters keep point values, see `to_bayes`.
-    options: Arguments of `Method`.
+        init_delta: Sigma after `initialize_from`, as a multiple of |mean|.
+        keep: Types of modules whose parameters keep point values, see `to_bayes`.
+        options: Arguments of `Method`.
 
     Examples:
         >>> import torch

@@ -15,7 +15,7 @@ from bqnn.inference.predictions import Prediction, score
 class Evaluation:
     """The predictions of the batches of a validation or test epoch, and their metrics.
 
-    It is no module, so that the float64 sums of the metrics stay on the CPU.
+    The class is not a module, so that the float64 sums of the metrics stay on the CPU.
 
     Args:
         likelihood: The likelihood of the network's outputs.

@@ -48,7 +48,7 @@ class EpochTerms:
         return self._values["loss"]
 
     def means(self) -> Tensor:
-        """The mean of each term over the rows of the epoch: [T] in float64, on the CPU."""
+        """Return the mean of each term over the rows of the epoch: [T] in float64, on the CPU."""
         rows = torch.tensor(self.rows, dtype=torch.float64)
         values = [torch.stack(value).cpu().double() for value in self._values.values()]
         return torch.stack(values) @ rows / rows.sum()

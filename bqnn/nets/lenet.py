@@ -7,7 +7,7 @@ from torch import nn
 
 from bqnn.layers.markers import DropoutSite, Enter
 from bqnn.nets.heads import Heads
-from bqnn.nets.pictures import image_shape
+from bqnn.nets.image_shape import image_shape
 
 
 class LeNet(nn.Sequential):

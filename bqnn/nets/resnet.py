@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bqnn.layers.markers import Add, DropoutSite, Enter, Pool
 from bqnn.nets.heads import Heads
-from bqnn.nets.pictures import image_shape
+from bqnn.nets.image_shape import image_shape
 
 
 class ResNet(nn.Sequential):

@@ -94,7 +94,7 @@ class QuantizationCallback(pl.Callback):
         net = _net(pl_module)
         if not net.training:  # Lightning does not change the mode
             log.warning(
-                "the network was in eval mode; QuantizationCallback trains it in train mode"
+                "the network was in evaluation mode; QuantizationCallback sets it to training mode"
             )
             net.train()
 

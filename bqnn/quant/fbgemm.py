@@ -375,7 +375,12 @@ def _multiplied_and_added(x: Tensor, grid: Grid) -> Tensor:
 def in_batch(x: Tensor, is_conv: bool) -> Tensor:
     """Reshape inputs for a kernel: [..., F] -> [N, F]; images [B, C, H, W] are unchanged.
 
-    ValueError: images have no batch dimension.
+    Args:
+        x: The inputs.
+        is_conv: Whether the kernel is a convolution.
+
+    Raises:
+        ValueError: Images have no batch dimension.
     """
     if not is_conv:
         return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

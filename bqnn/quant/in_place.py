@@ -36,9 +36,13 @@ OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")
 
 
 def follow_changes(net: Traced) -> None:
-    """Let later readers of a value that an operation changes in place read its result.
+    """Redirect later readers of a value that an operation changes in place to its result.
 
-    TypeError: they read it through a view, such as a slice.
+    Args:
+        net: The network.
+
+    Raises:
+        TypeError: A later reader reads the value through a view, such as a slice.
     """
     place = {node: index for index, node in enumerate(net.graph.nodes)}
     for node in net.graph.nodes:

@@ -137,7 +137,8 @@ def entries(keep: Keep) -> list[type[nn.Module] | str]:
 def _graph(net: nn.Module, kept: Collection[nn.Module], trains: bool) -> fx.Graph:
     """Trace a network in evaluation mode; if it trains, dropout becomes a module.
 
-    TypeError: the network cannot be traced, or does something else in training mode.
+    Raises:
+        TypeError: The network cannot be traced, or computes something else in training mode.
     """
     try:
         graph = trace(net, leaves=kept)

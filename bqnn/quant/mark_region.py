@@ -37,7 +37,7 @@ def mark_region(net: Traced) -> None:
         if node.op == "call_method" and node.target == "view":
             node.target = "reshape"  # integers may have another memory layout
     _insert_markers(net, inside)
-    _tell_of_floats(net, inside)
+    _warn_of_floats(net, inside)
 
 
 def _with_pools(net: Traced, inside: Collection[fx.Node]) -> set[fx.Node]:
@@ -47,7 +47,7 @@ def _with_pools(net: Traced, inside: Collection[fx.Node]) -> set[fx.Node]:
     for node, name, module in net.named_calls():
         if node in nodes and type(module) in POOLS:
             pool = AvgPool(module).train(module.training)
-            if name in outside:  # there it stays what it is
+            if name in outside:  # keep the module for its call outside the region
                 nodes.remove(node)
                 nodes.add(replace_call(net, node, pool, node.args, name.rpartition(".")[0]))
             else:
@@ -128,7 +128,7 @@ def _reads(node: fx.Node) -> bool:
     return node.op == "output" or is_tensor(node)
 
 
-def _tell_of_floats(net: Traced, inside: Collection[fx.Node]) -> None:
+def _warn_of_floats(net: Traced, inside: Collection[fx.Node]) -> None:
     """Warn of modules with parameters that stay in float, apart from those that the user keeps."""
     names = [
         f"{name} ({type(module).__name__})"
@@ -138,4 +138,6 @@ def _tell_of_floats(net: Traced, inside: Collection[fx.Node]) -> None:
         and any(map(owns_parameters, module.modules()))
     ]
     if names:
-        log.warning("outside of the layers that become integers, in float: %s", ", ".join(names))
+        log.warning(
+            "outside of the integer region, these modules stay in float: %s", ", ".join(names)
+        )

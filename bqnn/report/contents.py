@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 LEFT_OUT = "The numbers below exclude these runs."
 BESIDE = (
     "Means over the n seeds and splits that a method shares with the pointwise network of the same "
-    "bits, whose mean is in the column beside. float: as trained; PTQ: calibrated; QAT: "
+    "bits, whose mean is in the next column. float: as trained; PTQ: calibrated; QAT: "
     "fine-tuned; both executed in int8."
 )
 MEANS = (
@@ -147,9 +147,9 @@ def _sweep(sweep: Sweep, colors: Mapping[str, str], plots: Path) -> Section:
     for name, metrics in sweep.sets().items():
         if name == "test":
             draw(name, [metric for metric in metrics if metric in MAIN_KEYS])
-            section.pictures = [draw(metric, [metric]) for metric in metrics]
+            section.figures = [draw(metric, [metric]) for metric in metrics]
         else:
-            section.parts.append(Section(name, 4, pictures=[draw(name, metrics)], folded=True))
+            section.parts.append(Section(name, 4, figures=[draw(name, metrics)], folded=True))
     return section
 
 
@@ -168,8 +168,8 @@ def _suite(runs: SuiteRuns, colors: Mapping[str, str], plots: Path) -> Section:
         section.parts.append(Section("Against the level of distortion", 4, LEVELS, levels))
     figure = ood_figure(runs, colors)
     if figure is not None:
-        pictures = [("uncertainty on other data", saved("ood", figure))]
-        section.parts.append(Section("Out-of-distribution data", 4, OOD, pictures))
+        figures = [("uncertainty on other data", saved("ood", figure))]
+        section.parts.append(Section("Out-of-distribution data", 4, OOD, figures))
     return section
 
 
@@ -178,7 +178,7 @@ def _size(task: str, runs: "DataFrame", colors: Mapping[str, str], plots: Path) 
     if figure is None:
         return None
     path = save_small(figure, plots / f"{file_name(task, 'size')}.png")
-    return Section("Against size", 3, pictures=[("quality against the packed size", path)])
+    return Section("Against size", 3, figures=[("quality against the packed size", path)])
 
 
 def _pairs(differences: "DataFrame") -> Section | None:

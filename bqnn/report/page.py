@@ -22,7 +22,7 @@ class Section:
         title: The heading.
         level: The level of the heading, 1 to 4.
         text: A paragraph below the heading.
-        pictures: The caption and the PNG file of each figure.
+        figures: The caption and the PNG file of each figure.
         table: A table of strings.
         folded: Whether the HTML page shows only the heading until the reader opens the section.
         is_warning: Whether the HTML page highlights the section.
@@ -32,7 +32,7 @@ class Section:
     title: str
     level: int
     text: str = ""
-    pictures: Sequence[tuple[str, Path]] = ()
+    figures: Sequence[tuple[str, Path]] = ()
     table: "DataFrame | None" = None
     folded: bool = False
     is_warning: bool = False
@@ -70,7 +70,7 @@ def document(report: Section) -> str:
     if report.text:
         blocks.append(plain(report.text))
     blocks += [
-        f"![{plain(caption)}]({path.parent.name}/{path.name})" for caption, path in report.pictures
+        f"![{plain(caption)}]({path.parent.name}/{path.name})" for caption, path in report.figures
     ]
     if report.table is not None:
         blocks.append(markdown(report.table).rstrip())

@@ -344,7 +344,7 @@ def _numbers(path: Path) -> dict[str, float]:
     content = read_record(path)
     for name, value in content.items():
         if not name.isprintable() or len(name) > 200 or name in COLUMNS:
-            raise ValueError(f"{path.name} has a number called {short(name)}")
+            raise ValueError(f"{path.name} has a number with the invalid name {short(name)}")
         is_number = type(value) is float or (type(value) is int and abs(value) < 2**63)
         if not is_number or not math.isfinite(value):
             raise ValueError(f"{path.name}: {name} is {short(value)}, which is not a finite number")

@@ -1,1 +1,1 @@
-"""What each value of a configuration may be."""
+"""Types and ranges of the values of a configuration."""

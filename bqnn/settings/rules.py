@@ -28,28 +28,28 @@ class Rule:
 
 
 def is_finite(value: object) -> bool:
-    """Whether a value is a number in the range of floats: neither 10**400 nor NaN is."""
+    """Return whether a value is a number in the range of floats, unlike 10**400 and NaN."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Rule:
-    """A whole number in a range that includes both bounds."""
+    """Accept a whole number in a range that includes both bounds."""
     words = f"a whole number from {least} to {most}"
     return Rule(words, lambda value: type(value) is int and least <= value <= most)
 
 
 def number() -> Rule:
-    """A finite number, of any size that floats can represent."""
+    """Accept a finite number, of any size that floats can represent."""
     return Rule("a finite number", is_finite)
 
 
 def flag() -> Rule:
-    """A boolean, which a configuration spells true or false."""
+    """Accept a boolean, which a configuration spells true or false."""
     return Rule("true or false", lambda value: type(value) is bool)
 
 
 def text() -> Rule:
-    """A string of limited length, without lone surrogates."""
+    """Accept a string of limited length, without lone surrogates."""
     return Rule(
         "a string of at most 4096 characters that are valid in UTF-8",
         lambda v: type(v) is str and len(v) <= 4096 and not re.search("[\ud800-\udfff]", v),
@@ -57,7 +57,7 @@ def text() -> Rule:
 
 
 def name() -> Rule:
-    """A string that is a valid name of a folder, and never a path to another one."""
+    """Accept a string that is a valid name of a folder, and never a path to another one."""
     return Rule(
         "a name without slashes, a leading dot or unprintable characters, of at most 200 bytes",
         lambda value: (
@@ -72,13 +72,13 @@ def name() -> Rule:
 
 
 def one_of(*choices: str | int) -> Rule:
-    """One of the given strings or integers."""
+    """Accept one of the given strings or integers."""
     words = " or ".join(map(str, choices))
     return Rule(words, lambda value: type(value) in (str, int) and value in choices)
 
 
 def many(rule: Rule, most: int) -> Rule:
-    """A list of at most `most` entries that satisfy a rule."""
+    """Accept a list of at most `most` entries that satisfy a rule."""
     return Rule(
         f"at most {most} entries, each {rule.words}",
         lambda value: (
@@ -88,23 +88,23 @@ def many(rule: Rule, most: int) -> Rule:
 
 
 def either(*rules: Rule) -> Rule:
-    """A value that satisfies at least one of the rules."""
+    """Accept a value that satisfies at least one of the rules."""
     words = ", or ".join(rule.words for rule in rules)
     return Rule(words, lambda value: any(rule.holds(value) for rule in rules))
 
 
 def maybe(rule: Rule) -> Rule:
-    """None, or a value that satisfies a rule."""
+    """Accept None, or a value that satisfies a rule."""
     return Rule(f"null, or {rule.words}", lambda value: value is None or rule.holds(value))
 
 
 def is_option(key: object) -> bool:
-    """Whether a key can be a public argument of a constructor."""
+    """Return whether a key can be a public argument of a constructor."""
     return type(key) is str and key.isidentifier() and len(key) <= 60 and key[0] != "_"
 
 
 def target() -> Rule:
-    """The dotted path of a class or function in a module that may be imported.
+    """Accept the dotted path of a class or function in a module that may be imported.
 
     The modules of Python are excluded: none has a network, and some run commands.
     """
@@ -123,7 +123,7 @@ def target() -> Rule:
 
 
 def plain() -> Rule:
-    """A value in JSON types, of limited depth and size, whose keys are names of arguments."""
+    """Accept JSON types of limited depth and size, whose keys are names of arguments."""
     return Rule(
         "null, true, false, a finite number, a string, or lists and dictionaries of these",
         _is_plain,
@@ -164,7 +164,7 @@ DRAWN = whole(1, 10_000_000)  # synthetic rows in memory
 
 
 def real(least: float, most: float = math.inf, without: tuple[float, ...] = ()) -> Rule:
-    """A finite number in a range; `without` are the bounds that it excludes."""
+    """Accept a finite number in a range; `without` are the bounds that it excludes."""
     words = "a finite number"
     if least > -math.inf:
         words += f" above {least:g}" if least in without else f", {least:g} or more"
@@ -187,7 +187,7 @@ def indices() -> Rule:
 
 
 def duration() -> Rule:
-    """A positive length of time, as Lightning accepts it."""
+    """Accept a positive length of time, as Lightning accepts it."""
     return Rule(
         "a string such as 00:01:30:00 (days:hours:minutes:seconds), more than zero",
         lambda value: (

@@ -1,1 +1,1 @@
-"""The Lightning Trainer of a job: what it logs and saves."""
+"""Train with Lightning: the Trainer of a job, its callbacks and its loggers."""

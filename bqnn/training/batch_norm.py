@@ -1,4 +1,4 @@
-"""Refuse batches in which batch norm would see one value per channel."""
+"""Refuse training batches in which batch norm would get one value per channel."""
 
 import math
 
@@ -11,12 +11,17 @@ from bqnn.methods import Method
 
 
 def refuse_single_values(trainer: pl.Trainer, model: Method, data: TensorData) -> None:
-    """Refuse a batch of one row that a batch norm sees at one position.
+    """Refuse a batch of one row if a batch norm would get one value per channel from it.
 
-    It would get one value per channel, which has no variance.
+    One value has no variance, so batch norm fails in training mode.
+
+    Args:
+        trainer: The Trainer. Its number of ranks and `limit_train_batches` determine the batches.
+        model: The model. It predicts one row, and stays as it is.
+        data: The data set, after `setup`.
 
     Raises:
-        ValueError: There is such a batch in an epoch, and such a batch norm in the network.
+        ValueError: An epoch has a batch of one row, and the network has such a batch norm.
     """
     size, rows = data.batch_size, math.ceil(len(data.train) / trainer.world_size)
     limit = trainer.limit_train_batches
@@ -32,14 +37,14 @@ def refuse_single_values(trainer: pl.Trainer, model: Method, data: TensorData) -
     remedy = "train on more than one row" if rows == 1 else f"choose task.batch_size={fitting}"
     what = "every batch" if size == 1 else f"the last batch of {rows} training rows"
     raise ValueError(
-        f"task.batch_size={size}: {what} has one row, of which the batch norm {name} sees one "
-        f"value per channel and can take no variance; {remedy}, or another network"
+        f"task.batch_size={size}: {what} has one row, so the batch norm {name} gets one value per "
+        f"channel, which has no variance; {remedy}, or use another network"
     )
 
 
 @torch.no_grad()
 def _single_valued(model: Method, data: TensorData) -> str | None:
-    """The name of the first batch norm that gets one value per channel from one row, or None."""
+    """Return the first batch norm that gets one value per channel from one row, or None."""
     found: list[str] = []
 
     def look(name: str, inputs: tuple[Tensor, ...]) -> None:
@@ -54,7 +59,7 @@ def _single_valued(model: Method, data: TensorData) -> str | None:
     was_training = model.training
     try:
         if hooks:
-            with torch.random.fork_rng([]):  # in eval mode, in which nothing is learned
+            with torch.random.fork_rng([]):  # evaluation mode, which does not update the statistics
                 model.eval()(data.normalize(data.train.inputs[:1]))
     finally:
         model.train(was_training)

@@ -1,4 +1,4 @@
-"""Lightning callbacks of a training: checkpoints, times, schedules, ranks."""
+"""Lightning callbacks for checkpoints, times, buffers of ranks, and resumed schedules."""
 
 import logging
 import math
@@ -21,15 +21,14 @@ log = logging.getLogger(__name__)
 
 
 class SaveCheckpoint(Checkpoint):
-    """Saves checkpoint.ckpt, and best.ckpt on request.
+    """Save checkpoint.ckpt at the ends of epochs, and best.ckpt on request.
 
-    It saves only at the ends of epochs, after validation: at least `save_every` seconds apart, and
-    at the last epoch, however the training ends. best.ckpt is the validated epoch with the lowest
-    val/nll.
+    checkpoint.ckpt is saved after validation, at most once in `save_every` seconds, and always
+    after the last epoch. best.ckpt has the validated epoch with the lowest val/nll.
 
     Args:
-        folder: Where both files are written.
-        save_every: Seconds.
+        folder: The folder of both files.
+        save_every: The shortest time between two saves, in seconds.
         save_best: Whether to save best.ckpt.
     """
 
@@ -43,7 +42,7 @@ class SaveCheckpoint(Checkpoint):
         self._saved_at = time.monotonic()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # The best first: what a checkpoint knows of the best has to include its own epoch.
+        # Save best.ckpt first, so that the best val/nll in checkpoint.ckpt includes this epoch.
         if self.save_best and self._was_validated:
             self._was_validated = False
             nll = float(trainer.callback_metrics["val/nll"])
@@ -51,7 +50,7 @@ class SaveCheckpoint(Checkpoint):
                 self.best_nll = nll
                 self._save(trainer, self.best_path)
         is_due = time.monotonic() - self._saved_at >= self.save_every
-        # Clocks differ, and all must save.
+        # The clocks of ranks differ, but all ranks must save at the same time.
         if trainer.strategy.broadcast(is_due or is_last_epoch(trainer)):
             self._save(trainer, self.path)
             self._saved_at = time.monotonic()
@@ -63,26 +62,36 @@ class SaveCheckpoint(Checkpoint):
         return {"best_nll": self.best_nll}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        if self.best_path.exists():  # else the next one is the best that there is
+        if self.best_path.exists():  # otherwise the next validated epoch is the best one
             self.best_nll = state_dict["best_nll"]
 
     def _save(self, trainer: pl.Trainer, path: Path) -> None:
         if not trainer.is_global_zero:
-            trainer.save_checkpoint(path, weights_only=False)  # waits for the first, writes nothing
+            trainer.save_checkpoint(path, weights_only=False)  # waits for rank 0
             return
         with written_beside(path) as beside:
             trainer.save_checkpoint(beside, weights_only=False)
 
 
 def save_checkpoint(trainer: pl.Trainer, model: pl.LightningModule, path: Path) -> None:
-    """Save a model that no fit has trained, in the same format."""
+    """Save a model that `Trainer.fit` has not trained, in the format of `SaveCheckpoint`.
+
+    Args:
+        trainer: The Trainer.
+        model: The model.
+        path: The file, which is replaced atomically.
+    """
     trainer.strategy.connect(model)
     with written_beside(path) as beside:
         trainer.save_checkpoint(beside, weights_only=True)
 
 
 class EpochTimer(pl.Callback):
-    """Measures the seconds to the first training step, and those of each training epoch."""
+    """Measure the time to the first training step, and the time of each training epoch.
+
+    Args:
+        job: The job, whose start is the start of the first time.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -103,8 +112,12 @@ class EpochTimer(pl.Callback):
         self.epochs.append(time.perf_counter() - self._epoch_started)
 
     def metrics(self) -> dict[str, float]:
-        """Seconds to the first step and of an epoch (the median); nothing if no step was made."""
-        if self.startup is None:  # nothing was trained
+        """Return the times in seconds, or an empty dictionary if there was no training step.
+
+        `time/startup_seconds` is the time to the first step, and `time/epoch_seconds` the median
+        time of an epoch.
+        """
+        if self.startup is None:
             return {}
         return {
             "time/startup_seconds": self.startup,
@@ -114,7 +127,7 @@ class EpochTimer(pl.Callback):
     def __str__(self) -> str:
         times = self.metrics()
         if not times:
-            return "nothing was trained"
+            return "no training step"
         return (
             f"first step after {times['time/startup_seconds']:.1f} s, "
             f"{len(self.epochs)} epochs of {times['time/epoch_seconds']:.3g} s (median)"
@@ -122,9 +135,10 @@ class EpochTimer(pl.Callback):
 
 
 class ShareBuffers(pl.Callback):
-    """Copies the statistics of batch norm from the first rank to the others before their use.
+    """Broadcast the buffers of rank 0, such as the statistics of batch norm, to all ranks.
 
-    Each rank learns them from its own rows, as is usual in distributed training.
+    In training, each rank updates its buffers with its own rows. The callback makes them equal
+    before each validation, and at the end of each epoch.
     """
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -136,12 +150,12 @@ class ShareBuffers(pl.Callback):
         self.on_validation_start(trainer, pl_module)
 
 
-class PlanAnew(pl.Callback):
-    """Stretches the cosine schedule of a resumed training that was given more epochs.
+class StretchSchedule(pl.Callback):
+    """Stretch the cosine schedule of a training that is resumed with more epochs.
 
-    The schedule in its checkpoint would fall to a learning rate of 0 and then rise again. The rate
-    continues where a schedule of the new length would be. A training whose length is the same does
-    not change.
+    The schedule of the checkpoint would reach a learning rate of 0 and then rise again. Instead,
+    the learning rate continues as in a schedule of the new length. The callback changes nothing if
+    the length is the same.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -153,8 +167,9 @@ class PlanAnew(pl.Callback):
                 continue
             assert length is not None
             log.warning(
-                "the learning rate was planned for %d %s and now is for %d, from where that plan "
-                "would be: the result is not that of a training which had them from the start",
+                "the learning rate schedule had %d %s and now has %d: the training continues in "
+                "the longer schedule, so its result differs from that of a training which had this "
+                "length from the start",
                 schedule.T_max,
                 "steps" if by_step else "epochs",
                 length,

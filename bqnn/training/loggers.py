@@ -1,4 +1,4 @@
-"""Loggers of a job: metrics.csv, and what goes to the logger that the configuration names."""
+"""Log to metrics.csv, and to the logger of the configuration: Weights & Biases or CSV."""
 
 import csv
 import io
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NUM_UNCERTAIN = 50  # images in the table of the most uncertain ones
-LEAST_SIDE = 64  # pixels of an image there, so that small ones can be seen
+NUM_UNCERTAIN = 50  # images in the table of the most uncertain test images
+LEAST_SIDE = 64  # pixels per side of an image in that table; smaller images are enlarged
 
 
 class MetricsCsv(Checkpoint):
-    """Writes metrics.csv: a header, and one row per logged epoch as soon as it is complete.
+    """Write metrics.csv: a header, and one row after each logged epoch.
 
-    Checkpoints contain the rows, so that a resumed run keeps those of its earlier epochs.
-    Lightning calls a Checkpoint callback when the metrics of an epoch are complete. This one has
-    to stand before the callback that saves.
+    Checkpoints contain the rows, so a resumed training keeps the rows of earlier epochs. The class
+    is a Checkpoint callback because Lightning calls these last, when the metrics of an epoch are
+    complete. It must precede the callback that saves checkpoints.
 
     Args:
-        path: The file.
+        path: The path of metrics.csv.
     """
 
     def __init__(self, path: Path) -> None:
@@ -91,7 +91,17 @@ class MetricsCsv(Checkpoint):
 
 
 def make_loggers(job: Job) -> list[Logger]:
-    """The logger that the configuration names, or none. It is closed at the end of the job."""
+    """Create the logger of the configuration, which is closed at the end of the job.
+
+    Args:
+        job: The job. `logger.name` in its configuration is `wandb`, `csv` or `none`.
+
+    Returns:
+        A list with the logger. It is empty for `none`, and on all ranks but the first.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
     loggers: list[Logger] = []
     if job.rank > 0:
         return loggers
@@ -99,7 +109,7 @@ def make_loggers(job: Job) -> list[Logger]:
     if kind == "wandb":
         loggers.append(start_history(job))
     elif kind == "csv":
-        # It would empty the folder of an earlier start.
+        # CSVLogger deletes the files in an existing folder, so a resumed job gets a new one.
         starts = len(list(job.folder.glob("csv*/metrics.csv")))
         name = f"csv_{starts + 1}" if starts else "csv"
         loggers.append(CSVLogger(job.folder, name=name, version=""))
@@ -110,27 +120,33 @@ def make_loggers(job: Job) -> list[Logger]:
 
 
 def log_final(loggers: list[Logger], metrics: Mapping[str, float]) -> None:
-    """Log the metrics of a whole job, which belong to no epoch."""
+    """Log metrics of the whole job instead of an epoch."""
     for logger in loggers:
         logger.log_metrics(dict(metrics))
-        logger.save()  # Lightning's CSVLogger would wait for more
+        logger.save()  # otherwise CSVLogger writes them with the next metrics
 
 
-def log_pictures(loggers: list[Logger], paths: list[Path]) -> None:
-    """Show pictures in Weights & Biases, under their file names."""
+def log_figures(loggers: list[Logger], paths: list[Path]) -> None:
+    """Log the PNG files of figures to Weights & Biases, under their file names."""
     for logger in _wandb_histories(loggers):
-        logger.attempt(logger.show_pictures, paths)
+        logger.attempt(logger.log_figures, paths)
 
 
 def log_layers(loggers: list[Logger], rows: list[dict[str, Any]]) -> None:
-    """Show the rows of quantization.csv as a table in Weights & Biases."""
+    """Log the rows of quantization.csv to Weights & Biases as a table."""
     for logger in _wandb_histories(loggers):
         cells = [list(row.values()) for row in rows]
-        logger.attempt(logger.show_table, "quantization", list(rows[0]), cells)
+        logger.attempt(logger.log_table, "quantization", list(rows[0]), cells)
 
 
 def log_uncertain(loggers: list[Logger], data: TensorData, prediction: Prediction) -> None:
-    """Show the test images of highest predictive entropy as a table in Weights & Biases."""
+    """Log the test images with the highest predictive entropy to Weights & Biases as a table.
+
+    Args:
+        loggers: The loggers of the job.
+        data: The data set. Nothing is logged if it has no images.
+        prediction: The prediction of the test rows, with targets.
+    """
     if not isinstance(data, ImageData):
         return
     for logger in _wandb_histories(loggers):
@@ -149,12 +165,12 @@ def log_uncertain(loggers: list[Logger], data: TensorData, prediction: Predictio
             ]
             for row in entropy.topk(min(NUM_UNCERTAIN, len(entropy))).indices.tolist()
         ]
-        columns = ["picture", "truth", "prediction", "entropy", "mutual_information", "confidence"]
-        logger.attempt(logger.show_table, "most_uncertain", columns, rows)
+        columns = ["image", "truth", "prediction", "entropy", "mutual_information", "confidence"]
+        logger.attempt(logger.log_table, "most_uncertain", columns, rows)
 
 
 def log_checkpoint(loggers: list[Logger], job: Job) -> None:
-    """Keep the job's checkpoint as an artifact, where `logger.artifacts` asks for it."""
+    """Log the checkpoint of the job as an artifact, if `logger.artifacts` is true."""
     for logger in _wandb_histories(loggers):
         if job.config["logger"]["artifacts"]:
             logger.attempt(logger.run.log_artifact, own_artifact(job))
@@ -165,7 +181,7 @@ def _wandb_histories(loggers: list[Logger]) -> Iterator[WandbHistory]:
 
 
 def _pixels(image: "Tensor", white: int) -> "np.ndarray":
-    """An image [C, H, W] as uint8 [H, W, C], with its pixels repeated where it is very small."""
+    """Convert an image [C, H, W] to uint8 [H, W, C], and enlarge a small one by whole factors."""
     times = max(1, LEAST_SIDE // max(image.shape[1:]))
     scaled = (image.float() * (255 / white)).round().byte().permute(1, 2, 0)
     return scaled.repeat_interleave(times, 0).repeat_interleave(times, 1).numpy()

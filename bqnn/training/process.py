@@ -1,4 +1,4 @@
-"""Set a process up for torch and Lightning: threads, memory, and warnings that are known."""
+"""Set up torch and Lightning in a process: threads, memory, accelerator and warnings."""
 
 import ctypes
 import logging
@@ -12,10 +12,16 @@ from bqnn.jobs.job import Job
 
 
 def prepare_torch(job: Job) -> str:
-    """Set threads, memory and warnings up for a job.
+    """Set up threads, memory and warnings for a job, and find its accelerator.
+
+    Args:
+        job: The job. The group `trainer` of its configuration has `threads` and `accelerator`.
 
     Returns:
-        The accelerator to run on, as Lightning names it.
+        The accelerator, `cpu` or `cuda`.
+
+    Raises:
+        ValueError: The accelerator is a GPU, and torch finds none.
     """
     options = job.config["trainer"]
     if options["threads"] is not None:
@@ -27,16 +33,27 @@ def prepare_torch(job: Job) -> str:
 
 
 def find_accelerator(name: str) -> str:
-    """The accelerator that `trainer.accelerator` stands for.
+    """Return the accelerator for a value of `trainer.accelerator`.
+
+    Args:
+        name: `cpu`, `gpu`, `cuda`, or `auto`: a GPU of NVIDIA or AMD if torch finds one, and
+            otherwise the CPU.
+
+    Returns:
+        `cpu` or `cuda`.
 
     Raises:
-        ValueError: It is a GPU, and torch finds none.
+        ValueError: The name is `gpu` or `cuda`, and torch finds no GPU.
+
+    Examples:
+        >>> find_accelerator("cpu")
+        'cpu'
     """
     if name == "cpu":
         return name
     if torch.cuda.is_available():
         return "cuda"
-    if name == "auto":  # Lightning would take a device without float64
+    if name == "auto":  # Lightning's "auto" can choose a device without float64
         return "cpu"
     raise ValueError(
         f"trainer.accelerator={name}: torch finds no GPU of NVIDIA or AMD on this machine; choose "
@@ -45,21 +62,22 @@ def find_accelerator(name: str) -> str:
 
 
 def stop_searching_for_gpus() -> None:
-    """Make torch's check for a GPU cheap on a machine without one.
+    """Make torch's check for a GPU fast on machines without a GPU.
 
-    Optimizers ask for a GPU at every step. Lightning makes torch ask NVIDIA's library, for the sake
-    of processes that fork, which bqnn's do not. Without a GPU the search for that library takes
-    longer than a step of Adam on a small network.
+    Optimizers check for a GPU in every step. Lightning makes torch use NVIDIA's library (NVML) for
+    the check, which is only needed by processes that fork. bqnn does not fork. Without a GPU, the
+    search for this library takes longer than a step of Adam on a small network.
     """
     if not torch.cuda.is_available():
         os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
 
 
 def keep_freed_memory() -> None:
-    """Make the C library reuse the memory of a step in the next one.
+    """Make glibc reuse the memory of a training step in the next step.
 
-    By default glibc returns large blocks to the system and gets them back page by page, which
-    took an eighth of a Bayes-by-backprop step on LeNet. The peak of memory stays the same.
+    By default, glibc returns large blocks to the system and gets them back page by page. This took
+    an eighth of the time of a Bayes-by-backprop step on LeNet. The peak memory is the same. The
+    function has an effect on Linux only.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -69,12 +87,12 @@ def keep_freed_memory() -> None:
 
 
 def silence_known_warnings() -> None:
-    """Silence deprecations that bqnn knowingly depends on, and advice that it does not need."""
-    # Lightning's remarks on the hardware it found are in status.json already.
+    """Silence warnings of Lightning and torch that do not apply to bqnn."""
+    # Lightning logs the hardware that it finds, which is also in status.json.
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings(
         "ignore", message=r"It is recommended to use `self.log\(.*sync_dist=True"
-    )  # every rank evaluates all rows, so that their metrics are equal
+    )  # every rank evaluates all rows, so the metrics of all ranks are equal
     warnings.filterwarnings(
         "ignore",
         message=r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6, torch 2.14

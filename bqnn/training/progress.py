@@ -1,4 +1,4 @@
-"""Progress of a training or an evaluation: a bar on a terminal, a few log lines elsewhere."""
+"""Show the progress of a training or an evaluation: a bar on a terminal, else log lines."""
 
 import logging
 import math
@@ -18,24 +18,25 @@ from bqnn.methods.epochs import is_last_epoch
 
 log = logging.getLogger(__name__)
 
-NUM_LINES = 20  # of a training, about
-PATIENCE = 300  # seconds after which there is a line in any case
-SHOWN = ("train/loss", "val/nll")
+NUM_LINES = 20  # approximate number of log lines of a training
+PATIENCE = 300  # the longest time between two log lines, in seconds
+SHOWN = ("train/loss", "val/nll")  # metrics
 
 
 class TrainingProgress(Checkpoint):
-    """Shows the training loss, val/nll and the time left.
+    """Show the training loss, val/nll and the remaining time.
 
-    On a terminal it is one bar for the whole training. Elsewhere it logs about twenty lines, for
-    the first and the last logged epoch and for some between them, or one each five minutes.
-    Lightning calls a Checkpoint callback when the metrics of an epoch are complete.
+    On a terminal, one bar shows the whole training. Elsewhere, about twenty lines are logged, or
+    one every five minutes: for the first and the last logged epoch, and for some in between. The
+    class is a Checkpoint callback because Lightning calls these last, when the metrics of an epoch
+    are complete.
     """
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
-        self._values: dict[str, float] = {}  # that the bar shows
-        self._line_at = -math.inf  # the epoch
-        self._said_at = -math.inf  # the time
+        self._values: dict[str, float] = {}  # the values that the bar shows
+        self._line_at = -math.inf  # epoch of the last log line
+        self._said_at = -math.inf  # time of the last log line
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started, self._first_epoch = time.monotonic(), trainer.current_epoch
@@ -57,7 +58,7 @@ class TrainingProgress(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
-        # The loss is looked at where it is displayed, since a GPU would be waited for.
+        # Read the loss only when the bar is drawn, because reading it synchronizes the GPU.
         if self._bar is not None and self._bar.update():
             if isinstance(outputs, dict) and "loss" in outputs:
                 self._values["train/loss"] = float(outputs["loss"])
@@ -99,13 +100,14 @@ def evaluation_progress(
     """Show the progress of an evaluation.
 
     Args:
-        what: A name for what is evaluated, such as int8.
+        what: The name of the evaluated model, such as int8.
         sets: The names of the sets.
-        num_samples: Draws for each set.
-        is_shown: If False, show nothing and yield None.
+        num_samples: The number of draws for each set.
+        is_shown: False shows nothing and yields None.
 
     Yields:
-        A function for `predictive_sets` to call with the index of a set and of a draw.
+        The argument `progress` of `predictive_sets`: a function of the index of a set and the
+        index of a draw.
     """
     if not is_shown:
         yield None
@@ -142,7 +144,7 @@ def _text(values: dict[str, float]) -> str:
 
 
 def _size() -> dict[str, int]:
-    """The size of the terminal, for tqdm, which shows nothing where it finds none."""
+    """Return the size of the terminal; tqdm shows no bar if it cannot find the size itself."""
     size = shutil.get_terminal_size()
     return {"ncols": size.columns, "nrows": size.lines}
 

@@ -1,4 +1,4 @@
-"""Set up the Lightning Trainer of a job, and fit with it."""
+"""Create the Lightning Trainer of a job, and train a model with it."""
 
 import contextlib
 import logging
@@ -29,13 +29,13 @@ from bqnn.methods import BayesByBackprop, Method
 from bqnn.quant.spec import QuantSpec
 from bqnn.text import one_line, short
 from bqnn.training.batch_norm import refuse_single_values
-from bqnn.training.callbacks import PlanAnew, SaveCheckpoint, ShareBuffers
+from bqnn.training.callbacks import SaveCheckpoint, ShareBuffers, StretchSchedule
 from bqnn.training.loggers import MetricsCsv
 from bqnn.training.process import find_accelerator, prepare_torch
 from bqnn.training.progress import TrainingProgress
 
-# How Lightning learns its rank from what started the processes of a job (bqnn/jobs/ranks.py). It
-# would choose by the environment alone, also for a job of one process.
+# The source of Lightning's rank for each launcher in bqnn/jobs/ranks.py. By default, Lightning uses
+# environment variables, even for a job of one process.
 ENVIRONMENTS = {
     "torchrun": TorchElasticEnvironment,
     "srun": SLURMEnvironment,
@@ -48,13 +48,17 @@ ENVIRONMENTS = {
 def make_trainer(
     job: Job, loggers: list[Logger], callbacks: list[pl.Callback], validate: bool
 ) -> pl.Trainer:
-    """The Trainer that the group `trainer` of the configuration describes.
+    """Create the Trainer of the group `trainer` in the configuration.
 
     Args:
-        job: The job, to whose folder it saves.
-        loggers: As `make_loggers` returns them.
-        callbacks: Callbacks that come before those that log and save.
+        job: The job. Files are saved in its folder.
+        loggers: The result of `make_loggers`.
+        callbacks: Further callbacks, which precede those that log and save.
         validate: Whether there are validation rows.
+
+    Raises:
+        ValueError: `trainer.save_best` needs validation rows, the accelerator does not exist, or
+            several devices are requested for a job other than a single training.
     """
     options = {**job.config["trainer"], "accelerator": prepare_torch(job)}
     if options["save_best"] and not validate:
@@ -68,7 +72,7 @@ def make_trainer(
     trainer = pl.Trainer(
         **options,
         callbacks=[
-            PlanAnew(),
+            StretchSchedule(),
             ShareBuffers(),
             *callbacks,
             MetricsCsv(job.folder / "metrics.csv"),
@@ -78,7 +82,7 @@ def make_trainer(
         logger=loggers,
         plugins=[ENVIRONMENTS[job.launcher]()],
         log_every_n_steps=0,  # metrics are logged once an epoch
-        enable_progress_bar=False,  # ours is a callback of its own
+        enable_progress_bar=False,  # TrainingProgress replaces it
         enable_model_summary=False,
         num_sanity_val_steps=0,
         limit_val_batches=1.0 if validate else 0,
@@ -91,26 +95,30 @@ def make_trainer(
     return trainer
 
 
-# What Lightning finds out about the machine: the rest has its rule in bqnn/settings/options.py.
-_OF_THE_MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "precision")
+# The options that depend on the machine. The rules in bqnn/settings/options.py check the others.
+MACHINE_OPTIONS = ("accelerator", "devices", "num_nodes", "strategy", "precision")
 
 
 def refuse_devices(options: Mapping[str, Any], may_be_several: bool) -> None:
-    """ValueError where this machine has not the devices that `trainer` of a configuration names.
+    """Refuse devices that this machine does not have.
 
     Args:
-        options: The group.
-        may_be_several: Whether several devices can do what is asked for.
+        options: The group `trainer` of a configuration.
+        may_be_several: Whether the job can use several devices.
+
+    Raises:
+        ValueError: A device does not exist, or there are several although `may_be_several` is
+            False.
     """
-    given = {key: options[key] for key in _OF_THE_MACHINE if key in options}
+    given = {key: options[key] for key in MACHINE_OPTIONS if key in options}
     accelerator = find_accelerator(given["accelerator"])
     if "devices" not in given:
         return
     devices = given["devices"]
     if accelerator == "cpu" and devices != "auto" and not str(devices).isdecimal():
         raise ValueError(
-            f"trainer.devices={devices}: the CPU is no list of devices; say how many processes "
-            "train the model, as in trainer.devices=1"
+            f"trainer.devices={devices}: CPUs have no device numbers; give the number of processes "
+            "that train the model, such as trainer.devices=1"
         )
     shown = " ".join(f"trainer.{key}={value}" for key, value in given.items())
     try:
@@ -123,10 +131,11 @@ def refuse_devices(options: Mapping[str, Any], may_be_several: bool) -> None:
                 enable_model_summary=False,
                 plugins=[LightningEnvironment()],
             )
-    except Exception as error:  # of Lightning's many kinds
+    except Exception as error:  # Lightning raises many types
         reason = one_line(str(error)).rstrip(".")
         raise ValueError(
-            f"{shown}: {reason}; trainer.devices=1 trainer.accelerator=auto takes what is there"
+            f"{shown}: {reason}; choose trainer.devices=1 trainer.accelerator=auto, which uses "
+            "what the machine has"
         ) from error
     if found.world_size > 1 and not may_be_several:
         raise ValueError(_single(devices))
@@ -134,14 +143,14 @@ def refuse_devices(options: Mapping[str, Any], may_be_several: bool) -> None:
 
 def _single(devices: object) -> str:
     return (
-        f"trainer.devices={devices}: several devices train one model, in a single "
-        "training; leave trainer=ddp away from quantizations, evaluations and sweeps"
+        f"trainer.devices={devices}: only a single training can use several devices; leave "
+        "trainer=ddp out of quantizations, evaluations and sweeps"
     )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Lightning's remarks are for the Trainer that trains."""
+    """Silence the warnings and log lines of a Trainer that does not train."""
     logger = logging.getLogger("pytorch_lightning")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -154,7 +163,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _prepare_ranks(job: Job) -> None:
-    """Refuse several processes where one is needed, and clean up after them at the job's end."""
+    """Refuse several processes unless the job is a single training, and clean up at its end."""
     if job.verb != "train" or job.sweep is not None:
         raise ValueError(_single(job.config["trainer"]["devices"]))
 
@@ -168,14 +177,20 @@ def _prepare_ranks(job: Job) -> None:
 
 
 def fit(job: Job, trainer: pl.Trainer, model: Method, data: TensorData) -> None:
-    """Train to the end.
+    """Train a model to the end.
 
-    A job that is resumed goes on from the last checkpoint in its folder. A new training starts at
-    the checkpoint of `method.init_from`, where there is one.
+    A resumed job continues from the last checkpoint in its folder. A new training starts from the
+    checkpoint `method.init_from`, if there is one.
+
+    Args:
+        job: The job.
+        trainer: The result of `make_trainer`.
+        model: The model.
+        data: The data set, after `setup`.
 
     Raises:
-        ValueError: No step could be made, batch norm would fail on the last batch, or an option
-            does not suit the method. Errors name the configuration's keys.
+        ValueError: The training ended before its first step, batch norm would fail on a batch, or
+            the method does not support an option. Errors name the keys of the configuration.
     """
     path = job.folder / "checkpoint.ckpt"
     resumes = job.is_resumed and path.exists()
@@ -197,11 +212,11 @@ def fit(job: Job, trainer: pl.Trainer, model: Method, data: TensorData) -> None:
 
 @contextlib.contextmanager
 def trained_conditions(trainer: pl.Trainer, model: Method) -> Iterator[None]:
-    """Predict as in training: on the same device and in the same precision.
+    """Run the body on the device and in the precision of the training, to predict as in training.
 
     Args:
         trainer: The Trainer that has trained the model.
-        model: The model, which stays in evaluation mode.
+        model: The model. It is set to evaluation mode, and stays in it.
     """
     model.to(trainer.strategy.root_device).eval()
     with trainer.precision_plugin.forward_context():
@@ -209,10 +224,7 @@ def trained_conditions(trainer: pl.Trainer, model: Method) -> Iterator[None]:
 
 
 def _key(verb: str, name: str) -> str:
-    """The key in the configuration of an argument that an error names.
-
-    The argument is one of the Trainer, of `QuantSpec` or of the method.
-    """
+    """Return the key in the configuration of an argument of the Trainer, `QuantSpec` or method."""
     if name in signature(pl.Trainer).parameters:
         return f"trainer.{name}"
     if name in {field.name for field in fields(QuantSpec)}:

@@ -1,4 +1,4 @@
-"""A job's run of Weights & Biases: its curves, tables, pictures and checkpoints."""
+"""Log a job to Weights & Biases: curves, tables, figures and checkpoints."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -22,19 +22,19 @@ LONGEST_TAG = 64  # characters
 
 
 class WandbHistory(Logger):
-    """Logs to Weights & Biases: curves of what changes over epochs, and a summary of the rest.
+    """Logger for Weights & Biases: curves of metrics that change, and a summary of the others.
 
-    A metric gets its curve, with all earlier points, when its value first changes. A failure of
-    W&B does not stop the job; the log mentions the first one.
+    A metric gets a curve, with all earlier points, when its value first changes. A failure of
+    W&B does not stop the job. The first failure is logged, and nothing is sent after it.
 
     Args:
-        run: The run to write to.
+        run: The run of W&B.
     """
 
     def __init__(self, run: "wandb.Run") -> None:
         super().__init__()
         self.run = run
-        self._first: dict[str, tuple[float, float]] = {}  # epoch and value, while it is constant
+        self._first: dict[str, tuple[float, float]] = {}  # first epoch and value of each metric
         self._last_epoch: dict[str, float] = {}
         self._has_curve: set[str] = set()
         self._is_lost = False
@@ -48,10 +48,15 @@ class WandbHistory(Logger):
         return self.run.id
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Do nothing: the run has the whole configuration from its start."""
+        """Do nothing, because the run has the whole configuration from its start."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log metrics of an epoch, or of the whole job where `epoch` is not among them."""
+        """Log metrics of an epoch, or of the whole job if there is no `epoch` among them.
+
+        Args:
+            metrics: The metrics by name, and `epoch`.
+            step: Unused, since curves are drawn over epochs.
+        """
         values = dict(metrics)
         epoch = values.pop("epoch", None)
         if epoch is None:
@@ -66,41 +71,45 @@ class WandbHistory(Logger):
         for at in sorted(points):
             self.attempt(self.run.log, {"epoch": at, **points[at]})
 
-    def show_pictures(self, paths: list[Path]) -> None:
-        """Log pictures under their file names."""
+    def log_figures(self, paths: list[Path]) -> None:
+        """Log the PNG files of figures under their file names."""
         import wandb
 
         self.run.log({f"plots/{path.stem}": [wandb.Image(str(path))] for path in paths})
 
     def image(self, pixels: "np.ndarray") -> "wandb.Image":
-        """A cell of a table that shows an image, given as uint8 [H, W, C]."""
+        """Return a table cell that shows an image [H, W, C] in uint8."""
         import wandb
 
         return wandb.Image(pixels)
 
-    def show_table(self, key: str, columns: list[Any], rows: list[list[Any]]) -> None:
-        """Log a table."""
+    def log_table(self, key: str, columns: list[Any], rows: list[list[Any]]) -> None:
+        """Log a table with named columns."""
         import wandb
 
         self.run.log({key: wandb.Table(columns=columns, data=rows)})
 
     def attempt(self, action: Callable[..., Any], *arguments: Any) -> None:
-        """Call `action`, unless W&B has failed before; log the first failure."""
+        """Call `action` unless W&B has failed before, and log the first failure."""
         if self._is_lost:
             return
         try:
             action(*arguments)
-        except Exception as error:  # a service that died, a full disk, a server that refuses
+        except Exception as error:  # W&B raises many types
             self._is_lost = True
             reason = one_line(str(error)) or type(error).__name__
             log.warning(
-                "Weights & Biases gets no more of this job (%s); all results are in the job's "
-                "folder",
+                "logging to Weights & Biases failed (%s) and stops for this job; all results are "
+                "in the folder of the job",
                 reason,
             )
 
     def finish(self, exit_code: int) -> None:
-        """End the run, within a time limit."""
+        """End the run within the time limit of W&B, and log a failure.
+
+        Args:
+            exit_code: 0 if the job is done, and 1 otherwise.
+        """
         try:
             self.run.finish(exit_code=exit_code)
         except Exception as error:
@@ -108,12 +117,12 @@ class WandbHistory(Logger):
                 end_service()
             reason = one_line(str(error)) or type(error).__name__
             log.warning(
-                "not all was uploaded to Weights & Biases (%s); wandb sync %s does that later",
+                "the upload to Weights & Biases is incomplete (%s); complete it with wandb sync %s",
                 *(reason, Path(self.run.dir).parent),
             )
 
     def _new_points(self, name: str, epoch: float, value: float) -> Iterator[tuple[float, float]]:
-        """The points, as epoch and value, to add to the curve of a metric."""
+        """Yield the points (epoch, value) to add to the curve of a metric."""
         first_epoch, constant = self._first.setdefault(name, (epoch, value))
         if name not in self._has_curve and value != constant:
             self._has_curve.add(name)
@@ -126,7 +135,14 @@ class WandbHistory(Logger):
 
 
 def start_history(job: Job) -> WandbHistory:
-    """Start the run of a job; it ends with the job."""
+    """Start the W&B run of a job, which ends with the job.
+
+    Args:
+        job: The job. The group `logger` of its configuration has the options of the run.
+
+    Returns:
+        The logger.
+    """
     config, options = job.config, job.config["logger"]
     quant = config["quant"]
     if job.verb == "evaluate":
@@ -137,7 +153,7 @@ def start_history(job: Job) -> WandbHistory:
     run = start_run(
         job.folder,
         has_artifacts=bool(options["artifacts"]),
-        id=job.status.id,  # a resumed job goes on in its run
+        id=job.status.id,  # a resumed job continues its run
         resume="allow",
         name=_run_name(config, _bits(config)),
         project=valid_name(str(options["project"] or "bqnn")),
@@ -148,9 +164,9 @@ def start_history(job: Job) -> WandbHistory:
         config=config,
     )
     logger = WandbHistory(run)
-    # Without this, the next job of the process would go on in this job's run.
+    # Otherwise the next job of the process would continue the run of this job.
     job.at_end(logger.finish)
-    # Charts are those of what changes over epochs, without one of the epoch itself.
+    # Use the epoch as the x axis of all charts, without a chart of the epoch itself.
     logger.attempt(partial(run.define_metric, "epoch", hidden=True))
     logger.attempt(partial(run.define_metric, "*", step_metric="epoch"))
     if options["artifacts"] and "checkpoint" in config:
@@ -159,12 +175,12 @@ def start_history(job: Job) -> WandbHistory:
 
 
 def own_artifact(job: Job) -> "wandb.Artifact":
-    """The artifact of the job's own checkpoint."""
+    """Return the artifact of the checkpoint that the job has written."""
     return _artifact(job, _bits(job.config), job.folder / "checkpoint.ckpt")
 
 
 def _tags(config: Mapping[str, Any]) -> list[str]:
-    """The method, the task and the tags of the configuration, each once."""
+    """Return the method, the task and the tags of the configuration, without repetitions."""
     asked = config["logger"]["tags"] or []
     names = [asked] if isinstance(asked, str) else asked
     tags = [config["method"]["name"], config["task"]["name"], *names]
@@ -172,15 +188,16 @@ def _tags(config: Mapping[str, Any]) -> list[str]:
 
 
 def _use_checkpoint(run: "wandb.Run", job: Job) -> None:
-    """Declare the checkpoint that the job starts from as its input, which makes the lineage.
+    """Declare the checkpoint that the job starts from as the input of its run.
 
-    Equal files of one name are one version of an artifact: the one that its training logged.
+    W&B identifies an artifact by its name and content, so this is the artifact that the training
+    has logged. W&B shows the connection as lineage.
     """
     bits = "float" if job.verb == "quantize" else _bits(job.config)
     artifact = _artifact(job, bits, Path(job.config["checkpoint"]))
     if run.offline:
-        # use_artifact refuses, because it would wait for the server. This is the record that it
-        # writes; the server gets it with the rest of the run, when that is synced.
+        # use_artifact needs the server. This writes the same record, and `wandb sync` uploads it
+        # with the rest of the run.
         run._log_artifact(artifact, aliases=[], is_user_created=True, use_after_commit=True)
     else:
         run.use_artifact(artifact)
@@ -195,8 +212,8 @@ def _artifact(job: Job, bits: str, path: Path) -> "wandb.Artifact":
 
 
 def _run_name(config: Mapping[str, Any], bits: str) -> str:
-    """A name for the run, and for the artifact of its checkpoint."""
-    ending = f"-{bits}-s{config['seed']}"  # which tells runs apart, and is not to be cut
+    """Return the name of a run and of the artifact of its checkpoint."""
+    ending = f"-{bits}-s{config['seed']}"  # distinguishes runs, so it is never truncated
     start = f"{config['method']['name']}-{config['task']['name']}"
     return valid_name(start, LONGEST_NAME - len(ending)) + ending
 

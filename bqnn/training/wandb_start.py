@@ -1,4 +1,4 @@
-"""Start a run of Weights & Biases, offline where there is no network, key or home folder."""
+"""Start a run of Weights & Biases, offline if there is no network or key."""
 
 import contextlib
 import logging
@@ -21,27 +21,30 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ANSWER_SECONDS = 5.0  # in which a server has to answer
-RETRY_SECONDS = 900.0  # until one that did not is asked again, by a later job of the process
-# W&B's settings, unless the environment has them (WANDB_INIT_TIMEOUT, WANDB_FINISH_TIMEOUT).
+ANSWER_SECONDS = 5.0  # time limit for the answer of a server
+RETRY_SECONDS = 900.0  # time until a later job of the process tries a failed server again
+# Settings of W&B, unless WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT are set.
 INIT_SECONDS = 30.0
 FINISH_SECONDS = 60.0
 FINISH_SECONDS_WITH_ARTIFACTS = 300.0
 
-_asked_again_at: dict[str, float] = {}  # of servers that failed
+_asked_again_at: dict[str, float] = {}  # by failed server, in seconds of time.monotonic
 
 
 def start_run(folder: Path, has_artifacts: bool, **options: Any) -> "wandb.Run":
-    """Start a run that keeps its files in `folder`, online where that works and else offline.
+    """Start a run, online if possible and otherwise offline.
 
-    A mode in the environment (WANDB_MODE) is the user's word. Without one the run is offline, and
-    the log says why in one line, where the server does not answer in a few seconds, or does not
-    take the key. It is quietly offline where there is no key.
+    The environment variable WANDB_MODE takes precedence. Without it, the run is offline if there is
+    no key, or if the server does not answer within a few seconds or rejects the key. In the last
+    two cases, the reason is logged in one line.
 
     Args:
-        folder: The job's.
-        has_artifacts: Whether large files will be uploaded, which may take longer at the end.
-        options: For `wandb.init`.
+        folder: The folder of the job, in which W&B keeps the files of the run.
+        has_artifacts: Whether the run uploads large files, which allows more time at its end.
+        options: Arguments of `wandb.init`.
+
+    Returns:
+        The run.
     """
     _find_folders(folder / "wandb")
     import wandb
@@ -53,7 +56,7 @@ def start_run(folder: Path, has_artifacts: bool, **options: Any) -> "wandb.Run":
         "finish_timeout": FINISH_SECONDS_WITH_ARTIFACTS if has_artifacts else FINISH_SECONDS,
         "finish_timeout_raises": True,
     }
-    known = wandb.Settings.model_fields  # an older W&B lacks some
+    known = wandb.Settings.model_fields  # older versions of W&B lack some
     for name, value in limits.items():
         if name in known and f"WANDB_{name.upper()}" not in os.environ:
             quiet[name] = value
@@ -78,34 +81,34 @@ def start_run(folder: Path, has_artifacts: bool, **options: Any) -> "wandb.Run":
     if why is None:
         try:
             return init(mode="online")
-        except Exception as error:  # of its own kinds, of its service's, and of what it imports
+        except Exception as error:  # W&B raises many types
             why = one_line(str(error)).partition(" Consider increasing")[0] or type(error).__name__
-            end_service()  # else the run would count as one that is in use
+            end_service()  # otherwise W&B treats the id of the run as in use
     _asked_again_at[server] = time.monotonic() + RETRY_SECONDS
     log.warning(
-        "Weights & Biases at %s: %s; runs are kept offline, to be uploaded with wandb "
-        "sync; with WANDB_MODE=offline or logger=none nothing is asked",
+        "Weights & Biases at %s: %s; runs are stored offline, and wandb sync uploads them; set "
+        "WANDB_MODE=offline or logger=none to skip this check",
         *(server, why),
     )
     return init_again(mode="offline")
 
 
 def end_service() -> None:
-    """End W&B's process, whatever state it is in; the next run starts another one."""
+    """End the service process of W&B, in any state. The next run starts a new one."""
     import wandb
 
-    with contextlib.suppress(Exception, SystemExit):  # that it is dead is known
+    with contextlib.suppress(Exception, SystemExit):  # the service may have died
         wandb.teardown()
 
 
 def _why_silent(server: str) -> str | None:
-    """What keeps a server from answering, or None."""
+    """Return why a server does not answer, or None if it does."""
     found: list[str | None] = [f"no answer in {ANSWER_SECONDS:g} s"]
 
     def ask() -> None:
         found[0] = _ask(server)
 
-    # In a thread, because looking up a name takes as long as it takes.
+    # In a thread, because name resolution has no time limit.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(ANSWER_SECONDS)
@@ -116,10 +119,10 @@ def _ask(server: str) -> str | None:
     try:
         with urlopen(server, timeout=ANSWER_SECONDS):
             return None
-    except HTTPError as error:  # it need not have such a page, but it has answered
+    except HTTPError as error:  # the page may not exist, but the server has answered
         return f"it answers {error.code}" if error.code >= 500 else None
     except URLError as error:
-        # W&B has certificates of its own.
+        # W&B may use other certificates than urlopen.
         is_there = isinstance(error.reason, ssl.SSLError)
         return None if is_there else f"no connection ({one_line(str(error.reason))})"
     except (OSError, ValueError) as error:
@@ -127,12 +130,12 @@ def _ask(server: str) -> str | None:
 
 
 def _has_key(settings: Any) -> bool:
-    """Whether a key is at hand; without one W&B would stop and ask."""
+    """Return whether there is an API key. Without one, W&B would prompt for it."""
     if settings.api_key or getattr(settings, "identity_token_file", None):
         return True
     hosts = [urlsplit(settings.base_url).netloc]
     if settings.base_url == type(settings)().base_url:
-        hosts.append("api.wandb.ai")  # where the key is for, from before the address was another
+        hosts.append("api.wandb.ai")  # keys of older versions are under this host
     try:
         known = netrc.netrc(os.environ.get("NETRC"))
         return any(known.authenticators(host) for host in hosts)
@@ -141,9 +144,9 @@ def _has_key(settings: Any) -> bool:
 
 
 def _find_folders(instead: Path, environment: Mapping[str, str] = os.environ) -> None:
-    """Where the home folder takes no files, have W&B keep its own ones below `instead`.
+    """Move the cache, data and configuration of W&B below `instead` if home is not writable.
 
-    They stay there for later jobs of the process, since W&B looks at its environment once.
+    This also holds for later jobs of the process, because W&B reads its environment once.
     """
     home = environment.get("HOME" if os.name == "posix" else "USERPROFILE")
     for name, moved, inside in (
@@ -155,11 +158,11 @@ def _find_folders(instead: Path, environment: Mapping[str, str] = os.environ) ->
         if not (usual and _takes_files(Path(usual))):
             folder = str(instead.absolute() / name.split("_")[1].lower())
             os.environ.setdefault(name, folder)
-            if not os.path.isabs(os.path.expanduser("~")):  # W&B asks for a home even so
+            if not os.path.isabs(os.path.expanduser("~")):  # W&B looks up the home folder even then
                 os.environ.setdefault(moved, folder)
 
 
 def _takes_files(folder: Path) -> bool:
-    """Whether a folder can be written to, or made."""
+    """Return whether a folder can be written to or created."""
     existing = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
     return folder.is_absolute() and existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)

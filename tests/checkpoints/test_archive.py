@@ -1,4 +1,4 @@
-"""What torch.save did not write is told before torch opens it, whatever torch would make of it."""
+"""Archives that differ from those of torch.save are refused before torch opens them."""
 
 import _codecs
 import io
@@ -20,7 +20,7 @@ from bqnn.checkpoints.archive import check_archive
 
 
 class Call:
-    """Pickled as the call of a function, as torch does it for tensors."""
+    """Pickles as a call of a function, as torch does for tensors."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = function, arguments
@@ -36,7 +36,7 @@ def torch_file(content: object, **options: Any) -> bytes:
 
 
 def zip_of(pickled: bytes, **parts: bytes) -> bytes:
-    """An archive with a pickle of your own, and storages by their numbers, as in _0=bytes(4)."""
+    """Create an archive with a pickle and with storages by number, such as _0=bytes(4)."""
     buffer = io.BytesIO()
     with ZipFile(buffer, "w", ZIP_STORED) as archive:
         archive.writestr("a/data.pkl", pickled)
@@ -59,7 +59,7 @@ def refusal(content: bytes) -> str:
     return str(error.value)
 
 
-def test_what_torch_writes_of_plain_values_and_tensors_is_taken() -> None:
+def test_plain_values_and_tensors_of_torch_save_are_accepted() -> None:
     tensor = torch.arange(24.0).reshape(2, 3, 4)
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
     adam = torch.optim.Adam(model.parameters())
@@ -83,7 +83,7 @@ def test_what_torch_writes_of_plain_values_and_tensors_is_taken() -> None:
 
 
 def doubled(kind: Callable[[Any], Any], levels: int = 60) -> Any:
-    """A container that holds the same one twice, which does so too, and so on."""
+    """Create a container that holds another one twice, which does the same, and so on."""
     value: Any = kind(0)
     for _ in range(levels):
         value = kind(value)
@@ -156,7 +156,7 @@ REFUSED: dict[str, object] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_neither_plain_nor_a_tensor_in_the_file_is_refused(kind: str) -> None:
+def test_other_objects_than_plain_values_and_tensors_are_refused(kind: str) -> None:
     for protocol in (2, 4):
         refusal(torch_file({"recipe": {}, "more": REFUSED[kind]}, pickle_protocol=protocol))
 
@@ -175,7 +175,7 @@ HOOKS = b"ccollections\nOrderedDict\n)R"
 def tensor(
     size: bytes = b"K\x04\x85", stride: bytes = b"K\x01\x85", offset: bytes = b"K\0"
 ) -> bytes:
-    """A pickle of a tensor in a storage of four floats; K is a byte, \x85 a tuple of one."""
+    """Create a pickle of a tensor in a storage of four floats; K is a byte,  a tuple of one."""
     arguments = b"(" + STORAGE + offset + size + stride + b"\x89" + HOOKS + b"t"
     return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R."
 
@@ -240,12 +240,14 @@ def test_a_storage_is_as_long_as_its_part(length: int) -> None:
     }.items(),
     ids=lambda item: item[0],
 )
-def test_a_pickle_has_only_what_torch_writes(pickled: tuple[str, bytes]) -> None:
+def test_pickles_that_torch_would_not_write_are_refused(
+    pickled: tuple[str, bytes],
+) -> None:
     refusal(zip_of(pickled[1], _0=bytes(16)))
 
 
 def test_mutated_pickles_are_refused_or_load_in_the_memory_of_their_file() -> None:
-    """What passes is what torch takes, and all that it makes is plain or lies in the file."""
+    """Accepted pickles load in torch, and contain only plain values and the file's data."""
     content = {"a": [1, 2.5, "x", (1, 2)], "b": torch.arange(4.0), "c": OrderedDict(d={}, e=[])}
     with ZipFile(io.BytesIO(torch_file(content))) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
@@ -301,7 +303,7 @@ def test_an_archive_is_all_that_the_file_holds(whole: bytes) -> None:
         whole + other[:-22],
         whole[:-2] + b"\x05\0" + b"hello",  # a comment
     ):
-        assert "other data beside the archive" in refusal(content)
+        assert "other data besides the archive" in refusal(content)
     for content in (whole + b"x" * 10**5, b"", b"PK\x03\x04", whole[:-1]):
         with pytest.raises((ValueError, BadZipFile)):
             check(content)

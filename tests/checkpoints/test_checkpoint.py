@@ -1,4 +1,4 @@
-"""A checkpoint file is data: what is no checkpoint is refused, and runs nothing."""
+"""Checkpoint files are untrusted: invalid ones are refused, and no code in them runs."""
 
 import os
 import pickle
@@ -52,7 +52,7 @@ def saved(path: Path, **changes: object) -> Path:
 
 
 def altered(key: str, value: object) -> dict[str, Any]:
-    """The recipe with another value, or a new one, at a dotted key."""
+    """Return the recipe with a new or changed value at a dotted key."""
     recipe = deepcopy(RECIPE)
     *parents, last = key.split(".")
     group = recipe
@@ -124,7 +124,7 @@ def test_an_archive_that_outgrows_its_file_is_refused(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "b.ckpt")
     front = pickle.dumps({"recipe": RECIPE, "state_dict": {}})  # which torch would read
     (tmp_path / "b.ckpt").write_bytes(front + (tmp_path / "a.ckpt").read_bytes())
-    with pytest.raises(ValueError, match="other data beside the archive"):
+    with pytest.raises(ValueError, match="other data besides the archive"):
         read_checkpoint(tmp_path / "b.ckpt")
     state = {"net.weight": torch.zeros(1).expand(10**6, 10**6)}  # 4 bytes in the file
     with pytest.raises(ValueError, match="claim 4000000000000 bytes"):
@@ -132,14 +132,16 @@ def test_an_archive_that_outgrows_its_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["FIFO", "folder"])
-def test_what_is_no_file_is_not_waited_for(make: Callable[[Path], None], tmp_path: Path) -> None:
+def test_paths_that_are_not_regular_files_do_not_block(
+    make: Callable[[Path], None], tmp_path: Path
+) -> None:
     make(tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=r"a.ckpt cannot be read as a checkpoint: [^\n]+$"):
         read_checkpoint(tmp_path / "a.ckpt")
     assert find_checkpoints(str(tmp_path / "*.ckpt")) == {tmp_path / "a.ckpt": None}
 
 
-def test_a_device_without_an_end_is_no_checkpoint() -> None:
+def test_an_endless_device_is_refused() -> None:
     with pytest.raises(ValueError, match="not a regular file"):
         read_checkpoint("/dev/zero")
 
@@ -153,9 +155,7 @@ def test_a_state_is_of_tensors_alone(state: object, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("metadata", [[], {"": []}, {"": {"version": "1"}}, {"": {"assign": 1}}])
-def test_what_torch_reads_of_modules_beside_a_state_is_their_versions(
-    metadata: object, tmp_path: Path
-) -> None:
+def test_module_metadata_of_a_state_has_only_versions(metadata: object, tmp_path: Path) -> None:
     state = build(RECIPE).state_dict()
     state._metadata = metadata  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="metadata of modules that are not versions"):
@@ -163,7 +163,7 @@ def test_what_torch_reads_of_modules_beside_a_state_is_their_versions(
 
 
 def nested(value: object, levels: int) -> object:
-    """A list that holds one twice, which does so too, and so on."""
+    """Return a list that holds another one twice, which does the same, and so on."""
     for _ in range(levels):
         value = [value, value]
     return value
@@ -243,7 +243,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("key", "value", "said"), REFUSED)
-def test_a_recipe_holds_what_the_schema_says_and_names_what_is_in_the_tables(
+def test_a_recipe_follows_the_schema_and_names_known_classes(
     key: str, value: object, said: str, tmp_path: Path
 ) -> None:
     path = saved(tmp_path / "a.ckpt", recipe=altered(key, value))
@@ -282,7 +282,7 @@ def test_one_odd_checkpoint_of_a_pattern_does_not_stop_the_others(
 
 
 @pytest.mark.parametrize("nll", ["NaN", "1e999", "[]", '"0"', "true", "1" + "0" * 400, "{"])
-def test_the_best_is_found_beside_metrics_that_may_be_anything(nll: str, tmp_path: Path) -> None:
+def test_the_best_run_is_found_despite_invalid_metrics(nll: str, tmp_path: Path) -> None:
     paths = [saved(_folder(tmp_path / name) / "a.ckpt") for name in "ab"]
     (tmp_path / "a" / "metrics.json").write_text(f'{{"val/nll": {nll}}}')
     (tmp_path / "b" / "metrics.json").write_text('{"val/nll": 7}')
@@ -296,7 +296,7 @@ def test_names_that_are_paths_never_become_folders(tmp_path: Path) -> None:
     assert find_checkpoints(str(tmp_path / "*.ckpt"), "float", "all") == {path: None}
 
 
-def test_the_best_of_what_has_no_validation_is_not_known(tmp_path: Path) -> None:
+def test_runs_without_validation_have_no_best_run(tmp_path: Path) -> None:
     paths = [saved(tmp_path / f"{name}.ckpt") for name in "ab"]
     with pytest.raises(ValueError, match=r"no run of .* has a val/nll to choose by"):
         find_checkpoints(str(tmp_path / "*.ckpt"), "float", "best")
@@ -428,10 +428,10 @@ def test_layers_are_not_made_that_the_state_does_not_have(
 def test_weights_load_strictly(tmp_path: Path) -> None:
     state = build(RECIPE).state_dict()
     name, _ = state.popitem()
-    with pytest.raises(ValueError, match=f"not those of its recipe: .*Missing key.*{name}"):
+    with pytest.raises(ValueError, match=f"do not match its recipe: .*Missing key.*{name}"):
         load(saved(tmp_path / "a.ckpt", state_dict=state))
     state[name] = torch.zeros(7, 7)
-    with pytest.raises(ValueError, match=f"not those of its recipe: .*size mismatch for {name}"):
+    with pytest.raises(ValueError, match=f"do not match its recipe: .*size mismatch for {name}"):
         load(saved(tmp_path / "a.ckpt", state_dict=state))
 
 
@@ -443,7 +443,7 @@ def test_weights_are_of_the_type_that_the_network_has(kind: torch.dtype, tmp_pat
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
     state = build(RECIPE).state_dict()
     name = next(iter(state))
     state[name][0] = value
@@ -498,7 +498,7 @@ def test_only_a_training_is_gone_on_with(tmp_path: Path) -> None:
             trained_epochs(saved(tmp_path / "a.ckpt", **{**training, "epoch": epoch}))
 
 
-def test_the_schema_takes_what_is_there() -> None:
+def test_the_schema_accepts_a_valid_recipe() -> None:
     check_recipe(RECIPE)
 
 

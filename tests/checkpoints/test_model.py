@@ -55,7 +55,7 @@ def flats() -> np.ndarray:
     return np.random.default_rng(0).normal([80, 3], [20, 1], (50, 2))
 
 
-def pictures(count: int = 20) -> np.ndarray:
+def images(count: int = 20) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 3, 4, 4), dtype=np.uint8)
 
 
@@ -115,7 +115,7 @@ def test_a_table_is_standardized_and_the_answer_is_in_original_units() -> None:
 
 
 def test_pixels_are_scaled_and_normalized_per_channel() -> None:
-    model, rows = model_of(IMAGES), pictures()
+    model, rows = model_of(IMAGES), images()
     mean, std = (torch.tensor(IMAGES[key]).view(3, 1, 1) for key in ("input_mean", "input_std"))
     inputs = (torch.from_numpy(rows).float() / 255 - mean) / std
     probabilities = model.method.predictive(inputs, 5).double().softmax(-1)
@@ -142,13 +142,13 @@ def test_pixels_are_scaled_and_normalized_per_channel() -> None:
 )
 @pytest.mark.filterwarnings("error")
 def test_the_type_of_the_rows_does_not_matter(convert: Any) -> None:
-    model, rows = model_of(IMAGES), pictures()
+    model, rows = model_of(IMAGES), images()
     assert equal(model.predict(convert(rows)), model.predict(rows))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float64, torch.bfloat16])
 def test_tensors_give_tensors(dtype: torch.dtype) -> None:
-    model, rows = model_of(IMAGES), pictures()
+    model, rows = model_of(IMAGES), images()
     answer = classify(model, torch.from_numpy(rows).to(dtype))
     assert isinstance(answer.probabilities, Tensor)
     assert isinstance(answer.labels, Tensor)
@@ -218,7 +218,7 @@ def test_a_row_has_the_same_answer_alone_and_in_batches() -> None:
     assert np.allclose(alone.samples[:, 0], whole.samples[:, 30], rtol=1e-5)
 
 
-BAD_PICTURES = [
+BAD_IMAGES = [
     (lambda x: x[0], r"rows of shape \[3, 4, 4\]: expected \[N, 3, 4, 4\]; .*rows\[None\]"),
     (lambda x: x.transpose(0, 2, 3, 1), "move the channels to the front"),
     (lambda x: x[:, :1], r"rows of shape \[20, 1, 4, 4\]: .*the size of the training"),
@@ -244,17 +244,17 @@ BAD_TYPES: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), BAD_PICTURES)
-def test_wrong_pictures_are_refused_with_a_remedy(change: Any, message: str) -> None:
+@pytest.mark.parametrize(("change", "message"), BAD_IMAGES)
+def test_wrong_images_are_refused_with_a_remedy(change: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        model_of(IMAGES).predict(change(pictures()))
+        model_of(IMAGES).predict(change(images()))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_TYPES)
-def test_what_holds_no_numbers_is_a_type_error(change: Any, message: str) -> None:
+def test_rows_without_numbers_are_a_type_error(change: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message) as caught:
-        model_of(IMAGES).predict(change(pictures()))
+        model_of(IMAGES).predict(change(images()))
     assert "\n" not in str(caught.value)
 
 
@@ -297,7 +297,7 @@ def test_a_checkpoint_without_normalization_loads_and_says_why_it_cannot_predict
     model = model_of(old)
     assert model.method.predictive(torch.zeros(2, 3, 4, 4), 2).shape == (2, 2, 3)
     with pytest.raises(ValueError, match=r"does not store how its inputs .*; train it again"):
-        model.predict(pictures())
+        model.predict(images())
 
 
 def test_load_names_a_missing_file(tmp_path: Path) -> None:

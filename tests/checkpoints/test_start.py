@@ -1,4 +1,4 @@
-"""A training of Bayes-by-backprop starts at a pointwise run, and nothing else begins there."""
+"""Bayes-by-backprop is initialized from a pointwise run; other files are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from bqnn.checkpoints.recipe import build, load, start_keys
 from bqnn.checkpoints.start import start_from
 from bqnn.methods import METHODS, BayesByBackprop, Method
-from tests.small_methods import ADAM, NUM_ROWS, picture_method, table_method
+from tests.small_methods import ADAM, NUM_ROWS, image_method, table_method
 
 
 def recipe_of(method: str, **options: Any) -> dict[str, Any]:
@@ -55,14 +55,14 @@ def test_another_method_another_network_and_no_file_are_refused_by_the_argument(
     path = saved(table_method("mcdropout"), "mcdropout", tmp_path)
     with pytest.raises(ValueError, match=r"^init_from=.*: this is a mcdropout run; give a point"):
         start_from(bbb(), path)
-    path = saved(picture_method("pointwise"), "pointwise", tmp_path)
+    path = saved(image_method("pointwise"), "pointwise", tmp_path)
     with pytest.raises(ValueError, match=r"^init_from=.*: its network is not this one, they diff"):
         start_from(bbb(), path)
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         start_from(bbb(), str(tmp_path / "missing.ckpt"))
 
 
-def test_a_model_that_is_built_or_loaded_does_not_begin_anew(tmp_path: Path) -> None:
+def test_building_and_loading_a_model_ignore_the_start_of_training(tmp_path: Path) -> None:
     options = {"prior_std": 1.0, "init_rho": -3.0, "beta": 0.5}
     recipe = recipe_of("bbb", init_from="missing.ckpt", **options)
     model = build(recipe)

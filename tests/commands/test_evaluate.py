@@ -1,4 +1,4 @@
-"""evaluate.py run for real, on trained and on quantized networks."""
+"""evaluate.py on trained and on quantized networks."""
 
 import csv
 import json
@@ -63,8 +63,8 @@ def test_everything_at_once_with_another_number_of_draws(
     assert np.load(run / "uncertainty.npz")["ood/uniform/entropy"].shape == (364,)
     with (run / "shift_noise.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 6
-    pictures = {"reliability", "confidence", "shift", "risk_coverage", "ood", "convergence"}
-    assert {path.stem for path in run.glob("*.png")} == pictures
+    figures = {"reliability", "confidence", "shift", "risk_coverage", "ood", "convergence"}
+    assert {path.stem for path in run.glob("*.png")} == figures
     assert "ood/uniform/auroc_entropy" in (run / "csv" / "metrics.csv").read_text()
 
 

@@ -1,4 +1,4 @@
-"""Odd data, drawn by hypothesis: it is used, or refused in one line that says where it is."""
+"""Random invalid data from hypothesis: they are used, or refused in one line with the place."""
 
 import tempfile
 import warnings
@@ -38,7 +38,7 @@ FINITE = st.one_of(st.integers(-5, 5), st.floats(-1e6, 1e6), st.sampled_from([1e
 
 @st.composite
 def tables(draw: st.DrawFn, cells: st.SearchStrategy[float] = NUMBERS) -> list[list[float]]:
-    """2 to 12 rows of 2 to 5 numbers, some columns constant; the last column is the target."""
+    """Draw 2 to 12 rows of 2 to 5 numbers, some columns constant; the last one is the target."""
     num_rows, num_columns = draw(st.integers(2, 12)), draw(st.integers(2, 5))
     columns = [
         draw(
@@ -81,7 +81,7 @@ def read(data_dir: str) -> UCIData:
 
 
 def attempt(action: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
-    """What it returns and no text, or nothing and what the refusal says, which is one line."""
+    """Return the result and an empty string, or None and the error message of one line."""
     try:
         return action(*arguments), ""
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
@@ -152,7 +152,7 @@ def test_any_text_in_a_file_is_read_or_refused_with_its_path(name: str, text: st
 
 
 class Given(TableData):
-    """A table in memory: all but the first row train, the first one tests."""
+    """A table in memory: the first row is for testing, the others are for training."""
 
     def __init__(self, table: list[list[float]], batch_size: int) -> None:
         super().__init__(data_dir="", seed=0, batch_size=batch_size, validation_share=0.0)
@@ -206,7 +206,7 @@ def trained_metrics(name: str, table: list[list[float]], batch_size: int) -> dic
 @example([[1.0, 2.0]] * 5, 4)  # constant features and targets
 @example([[float(x)] * 3000 for x in range(4)], 2)  # thousands of columns
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_on_what_is_finite(
+def test_every_method_trains_on_finite_rows(
     name: str, table: list[list[float]], batch_size: int
 ) -> None:
     metrics, refusal = attempt(trained_metrics, name, table, batch_size)
@@ -306,7 +306,7 @@ def test_cells_of_a_csv_file_are_used_or_refused(cells: list[list[str]], options
     check_csv_table("\n".join(lines).encode(errors="surrogatepass"), options)
 
 
-# ---- pictures
+# ---- images
 
 
 @settings(max_examples=15)
@@ -314,7 +314,7 @@ def test_cells_of_a_csv_file_are_used_or_refused(cells: list[list[str]], options
 @example(b"", ".png")
 @example(b"\x89PNG\r\n\x1a\n", ".png")
 @example(b"BM" + bytes(60), ".bmp")
-def test_bytes_that_are_no_picture_are_refused_with_their_path(
+def test_bytes_that_are_not_an_image_are_refused_with_their_path(
     content: bytes, extension: str
 ) -> None:
     with tempfile.TemporaryDirectory() as root:

@@ -1,4 +1,4 @@
-"""A package of one's own adds a network, a method and a data set to the command line."""
+"""Another package adds a network, a method and a data set to the command line."""
 
 import json
 import os
@@ -27,7 +27,7 @@ OPTIONS = ["net.width=8", "method.noise=0.2", "task.num_rows=200"]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of installed packages that has the package, as pip would leave it."""
+    """Create a folder of installed packages that contains the package, as pip does."""
     folder = tmp_path_factory.mktemp("site")
     shutil.copy(PACKAGE / "example_plugin.py", folder)
     project = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]

@@ -1,4 +1,4 @@
-"""quantize.py run for real, and train.py with quantization from the start."""
+"""quantize.py, and train.py with quantization from the start."""
 
 import csv
 import json

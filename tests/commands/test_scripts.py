@@ -1,4 +1,4 @@
-"""train.py run for real: what it leaves behind, what it says of mistakes, how it ends."""
+"""train.py: the files that it writes, its error messages and its exit codes."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ def status(folder: Path) -> dict:
 
 
 def short(method: str) -> list[str]:
-    """Overrides that make a run of this method short and still collect ensemble members."""
+    """Return overrides for a short run of a method that still collects ensemble members."""
     samples = {"pointwise": ["logger=none"]}.get(method, SHORT)
     members = ["method.burn_in=1", "method.collect_every=1"] if method == "sghmc" else []
     return [f"method={method}", "trainer.max_epochs=3", *samples, *members]
@@ -62,10 +62,10 @@ def test_every_method_trains_on_digits_and_synthetic(
     assert _keys(digits, "test") == _keys(digits, "val") == quality
     quality = {"rmse", "nll", "nll_mixture", "coverage95", "rmse_standardized", "nll_standardized"}
     assert _keys(synthetic, "test") == _keys(synthetic, "val") == quality
-    pictures = {path.name for path in digits.glob("*.png")}
-    assert pictures == {"curves.png", "reliability.png", "confidence.png"}
-    pictures = {path.name for path in synthetic.glob("*.png")}
-    assert pictures == {"curves.png", "fit.png", "interval_calibration.png"}
+    figures = {path.name for path in digits.glob("*.png")}
+    assert figures == {"curves.png", "reliability.png", "confidence.png"}
+    figures = {path.name for path in synthetic.glob("*.png")}
+    assert figures == {"curves.png", "fit.png", "interval_calibration.png"}
 
 
 def test_a_run_is_described_by_its_folder(
@@ -269,10 +269,10 @@ REFUSED = [
     (["+trainer.max_time=00:00:00:00"], "trainer.max_time=00:00:00:00"),
     (["+trainer.min_epochs=4", "trainer.max_epochs=2"], "min_epochs=4: training ends at trainer.m"),
     (["+trainer.min_steps=4", "+trainer.max_steps=2"], "min_steps=4: training ends at trainer.max"),
-    (["+trainer.num_nodes=2"], "trainer.num_nodes=2: nothing says which machine this is"),
+    (["+trainer.num_nodes=2"], "trainer.num_nodes=2: the environment does not identify"),
     (["trainer.devices=0"], "trainer.devices=0"),
-    (["trainer.devices=-1"], "trainer.devices=-1: the CPU is no list of devices"),
-    (["trainer.devices=[0,1]"], "trainer.devices=[0, 1]: the CPU is no list of devices"),
+    (["trainer.devices=-1"], "trainer.devices=-1: CPUs have no device numbers"),
+    (["trainer.devices=[0,1]"], "trainer.devices=[0, 1]: CPUs have no device numbers"),
     (["trainer.accelerator=gpu"], "trainer.accelerator=gpu: torch finds no GPU"),
     (["trainer=gpu"], "trainer.accelerator=gpu: torch finds no GPU"),
     (
@@ -380,7 +380,11 @@ def test_options_that_the_program_has_not_are_one_line_and_exit_code_2(
     [
         ("quantize", "+trainer.fast_dev_run=1", "trainer.fast_dev_run=1: leave it out"),
         ("quantize", "trainer.accelerator=gpu", "torch finds no GPU"),
-        ("quantize", "trainer.devices=2", "trainer.devices=2: several devices train one model"),
+        (
+            "quantize",
+            "trainer.devices=2",
+            "only a single training can use several devices",
+        ),
         ("quantize", "+quant.fine_tuning.optimizer.lrr=1", "did you mean"),
         ("quantize", "~quant.fine_tuning.optimizer", "this key is needed"),
         ("evaluate", "trainer.accelerator=gpu", "torch finds no GPU"),
@@ -388,7 +392,7 @@ def test_options_that_the_program_has_not_are_one_line_and_exit_code_2(
         ("evaluate", "suite.splits=3", "suite.splits=3"),
     ],
 )
-def test_what_the_other_scripts_cannot_do_is_told_before_anything_is_written(
+def test_invalid_options_of_other_scripts_are_refused_before_files_are_written(
     verb: str, argument: str, said: str, script_here: ScriptHere, tmp_path: Path
 ) -> None:
     (tmp_path / "x.ckpt").touch()
@@ -399,7 +403,7 @@ def test_what_the_other_scripts_cannot_do_is_told_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["x.ckpt"]
 
 
-def test_what_lightning_finds_out_about_the_machine_is_told_at_the_start(
+def test_devices_that_do_not_exist_are_refused_at_the_start(
     monkeypatch: pytest.MonkeyPatch, script_here: ScriptHere, tmp_path: Path
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -410,21 +414,21 @@ def test_what_lightning_finds_out_about_the_machine_is_told_at_the_start(
     assert code == 1
     assert len(errors.strip().splitlines()) == 1
     assert "trainer.devices=1" in errors
-    assert ": no such thing here; trainer.devices=1 trainer.accelerator=auto takes" in errors
+    assert ": no such thing here; choose trainer.devices=1 trainer.accelerator=auto" in errors
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     "arguments", [["--cfg", "all", "--resolve"], ["--help"], ["--info", "searchpath"]], ids=str
 )
-def test_what_only_asks_leaves_nothing(
+def test_informational_options_leave_no_files(
     arguments: list[str], script_here: ScriptHere, tmp_path: Path
 ) -> None:
     assert script_here("train", *arguments)[0] == 0
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_checkpoint_is_told_before_torch_is_imported(
+def test_a_missing_checkpoint_is_refused_before_torch_is_imported(
     script: Script, tmp_path: Path
 ) -> None:
     hook = "import sys; sys.modules['torch'] = None"  # an import would fail
@@ -541,18 +545,18 @@ def test_a_csv_file_of_ones_own_goes_all_the_way(
         assert "the data of task 'flats.csv' have changed since the training" in errors
 
 
-def test_pictures_of_any_size_in_folders_of_classes_go_all_the_way(
+def test_images_of_any_size_in_class_folders_are_trained_on_and_quantized(
     script_here: ScriptHere, tmp_path: Path
 ) -> None:
     from PIL import Image
 
     for name, width in (("cat", 9), ("dog", 12)):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "my_images" / name).mkdir(parents=True)
         for i in range(10):
             Image.new("RGB", (width + i, 10), (20 * i, 0, 0)).save(
-                tmp_path / "pictures" / name / f"{i}.png"
+                tmp_path / "my_images" / name / f"{i}.png"
             )
-    task = ["task=images", "task.root=pictures", "task.size=8", "task.channels=1"]
+    task = ["task=images", "task.root=my_images", "task.size=8", "task.channels=1"]
     task += ["task.test_share=0.2", "net=lenet", "method=pointwise", "trainer=smoke"]
     common = ["logger=none", "plots=false"]
     assert script_here("train", *task, *common, "hydra.run.dir=run")[0] == 0
@@ -563,9 +567,11 @@ def test_pictures_of_any_size_in_folders_of_classes_go_all_the_way(
     assert np.load(tmp_path / "quantized" / "predictions.npz")["targets"].tolist() == [0, 0, 1, 1]
 
 
-def test_pictures_of_ones_own_train(script_here: ScriptHere, tmp_path: Path) -> None:
-    _write_pictures(tmp_path / "pictures")
-    arguments = ["task=images", "task.root=pictures", "task.flip=true", "trainer=smoke"]
+def test_a_network_is_trained_on_a_folder_of_images(
+    script_here: ScriptHere, tmp_path: Path
+) -> None:
+    _write_images(tmp_path / "my_images")
+    arguments = ["task=images", "task.root=my_images", "task.flip=true", "trainer=smoke"]
     arguments += ["logger=csv", "net.width=4", "hydra.run.dir=run"]
     assert script_here("train", *arguments)[0] == 0
     recipe = read_checkpoint(tmp_path / "run" / "checkpoint.ckpt")["recipe"]
@@ -574,12 +580,12 @@ def test_pictures_of_ones_own_train(script_here: ScriptHere, tmp_path: Path) -> 
     assert (tmp_path / "run" / "metrics.csv").exists()
 
 
-def test_pictures_outside_are_read_of_a_checkpoint_that_is_trusted(
+def test_images_outside_are_read_for_a_trusted_checkpoint(
     script_here: ScriptHere, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    pictures = tmp_path_factory.mktemp("out\x1b[31mside")
-    _write_pictures(pictures)
-    arguments = ["task=images", f'task.root="{pictures}"', "trainer=smoke", "logger=none"]
+    images = tmp_path_factory.mktemp("out\x1b[31mside")
+    _write_images(images)
+    arguments = ["task=images", f'task.root="{images}"', "trainer=smoke", "logger=none"]
     arguments += ["net.width=4", "plots=false", "method.num_samples=1", "method=pointwise"]
     assert script_here("train", *arguments, "hydra.run.dir=run")[0] == 0
     common = ["checkpoint=run", "logger=none", "plots=false"]
@@ -622,12 +628,12 @@ def test_a_given_folder_is_used_as_given_and_never_twice(
     before = {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
     code, errors = script_here("train", *arguments, "hydra.run.dir=mine")
     assert code == 1
-    assert "holds a job already" in errors
+    assert "already holds a job" in errors
     after = {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
     assert before == after
 
 
-def test_a_given_folder_keeps_what_is_not_of_a_job(script_here: ScriptHere, tmp_path: Path) -> None:
+def test_foreign_files_in_a_given_folder_are_kept(script_here: ScriptHere, tmp_path: Path) -> None:
     arguments = ["logger=none", "trainer=smoke", "plots=false", "task=synthetic"]
     for name in ("config.yaml", "checkpoint.ckpt", "curves.png"):
         (tmp_path / name).write_text("mine")
@@ -669,7 +675,7 @@ def test_a_sweep_goes_on_after_a_failed_job(script_here: ScriptHere, tmp_path: P
     assert states == ["FAILED", "DONE"]
 
 
-def test_the_command_that_goes_on_can_be_typed_whatever_the_folder_is_called(
+def test_the_resume_command_works_for_any_name_of_the_folder(
     script: Script, tmp_path: Path
 ) -> None:
     sweep = ["-m", "logger=none", "trainer=smoke", "plots=false", "task=synthetic"]
@@ -760,7 +766,7 @@ def _no_network(*_: object, **__: object) -> None:
     raise OSError("no network in tests")
 
 
-def _write_pictures(root: Path) -> None:
+def _write_images(root: Path) -> None:
     from PIL import Image
 
     random = np.random.default_rng(0)

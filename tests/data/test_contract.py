@@ -18,7 +18,7 @@ from tests.data.test_uci import write_table
 
 
 class InFolder(DataContract):
-    """The contract of a data set whose files are in a folder."""
+    """The contract for a data set with files in a folder."""
 
     @pytest.fixture(autouse=True)
     def _folder(self, tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ class TestMNIST(InFolder):
 
 
 class TestImageFolder(InFolder):
-    has_unique_rows = False  # the pictures of the two parts are alike
+    has_unique_rows = False  # the two parts have equal images
 
     def write(self) -> None:
         write_images(self.folder)

@@ -1,4 +1,4 @@
-"""CSV files as text: separators, quotes, encodings, and files that are no table."""
+"""CSV files as text: separators, quotes, encodings and invalid files."""
 
 import hashlib
 import os
@@ -88,7 +88,7 @@ def test_names_may_be_numbers(tmp_path, names):
         ("a,a\x1b[2J,a\x1b[2J\n1,2,3\n", r"has the name 'a\\x1b\[2J' twice"),
     ],
 )
-def test_what_is_no_table_is_refused_in_one_line(tmp_path, content, message):
+def test_files_that_are_not_tables_are_refused_in_one_line(tmp_path, content, message):
     path = written(tmp_path, content)
     with pytest.raises(ValueError, match=message) as error:
         read_csv(path)

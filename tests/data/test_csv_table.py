@@ -1,4 +1,4 @@
-"""Tables in a CSV file: columns, targets, missing values, and the split."""
+"""Tables in CSV files: columns, targets, missing values and the split."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ CITIES = ["Ghent", "Aalst", "Ypres"]
 
 
 def rows(count: int = 30) -> list[list[object]]:
-    """Rows with a price that a test can recompute from the other columns."""
+    """Return rows with a price that a test can recompute from the other columns."""
     return [
         [f"F{i}", 40 + 2 * i, CITIES[i % 3], i % 2 == 0, 3 * i + 10 * (i % 3) + 0.5]
         for i in range(count)
@@ -61,7 +61,7 @@ def test_rows_are_encoded_and_standardized_by_the_training_rows(tmp_path):
     assert data.input_std[0].item() == pytest.approx(train.std())
 
 
-def test_the_facts_have_what_reads_new_rows(tmp_path):
+def test_new_rows_are_read_with_the_facts_alone(tmp_path):
     data = read(write(tmp_path))
     facts = data.facts()
     assert json.loads(json.dumps(facts)) == facts
@@ -134,7 +134,7 @@ def test_categories_have_a_limit(tmp_path):
         read(path, "y", ignore=[], categories=["zip"])
 
 
-def test_a_category_of_a_test_row_alone_is_none(tmp_path, caplog):
+def test_a_category_only_in_test_rows_is_not_an_input(tmp_path, caplog):
     table = [[i, f"c{i}", i] for i in range(10)]
     data = read(write(tmp_path, table, "a,b,y"), "y", ignore=[])
     assert data.test.inputs.shape == (2, 9)
@@ -171,14 +171,14 @@ def test_missing_values_are_refused_or_dropped(tmp_path, cell, column, caplog):
     assert "1 of 30 rows have missing values and are left out" in caplog.text
 
 
-def test_what_is_ignored_may_be_missing(tmp_path):
+def test_ignored_columns_may_have_missing_values(tmp_path):
     table = rows()
     table[6][0] = ""
     assert len(read(write(tmp_path, table)).test) == 6
 
 
 def changed(column: int, *values: object) -> list[list[object]]:
-    """The usual rows, with other values of a column from the fourth row on."""
+    """Return the usual rows with other values in a column from the fourth row on."""
     table = rows()
     for row, value in zip(table[3:], values, strict=False):
         row[column] = value
@@ -224,8 +224,8 @@ def test_a_value_that_cannot_be_used_is_named(tmp_path, table, message):
         ({"ignore": ["size"]}, "ignore='size': .* no such column"),
         ({"categories": [9]}, "categories=9: .* no such column"),
         ({"features": ["area", "price"]}, "features: 'price' is the column to predict"),
-        ({"features": []}, "no column is left for the inputs beside 'price'"),
-        ({"ignore": [0, 1, 2, 3]}, "no column is left for the inputs"),
+        ({"features": []}, "no input column is left besides 'price'"),
+        ({"ignore": [0, 1, 2, 3]}, "no input column is left"),
         ({"kind": "ranking"}, "kind='ranking': choose auto or regression or classification"),
         ({"missing": "mean"}, "missing='mean': choose refuse or drop"),
         ({"decimal": ","}, "decimal=',': choose point or comma"),
@@ -252,7 +252,7 @@ def test_a_constant_column_and_one_class_with_one_row_are_fine(tmp_path, caplog)
     data = read(write(tmp_path, table, "a,b,c,y"), "y", ignore=[])
     assert data.class_names == ["rare", "usual"]
     assert data.train.targets.tolist().count(0) == 1
-    assert "1 of 2 classes have one row only" in caplog.text
+    assert "1 of 2 classes have a single row" in caplog.text
     assert not data.train.inputs[:, 0].any()
     assert data.train.inputs[:, 1].all()
 

@@ -1,4 +1,4 @@
-"""Distortions of pictures, on cases whose outcome is known."""
+"""Distortions of images whose results are known."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from bqnn.data.distortions import DISTORTIONS, Distortion, blur, brighten, disto
 LEVELS = range(1, 6)
 
 
-def pictures(white: int = 255, size: int = 28, channels: int = 1) -> Tensor:
+def random_images(white: int = 255, size: int = 28, channels: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (5, channels, size, size)
     return torch.randint(white + 1, shape, dtype=torch.uint8, generator=generator)
@@ -24,7 +24,7 @@ def test_the_levels_are_those_of_the_paper():
 
 
 def test_a_quarter_turn_moves_every_pixel_counter_clockwise():
-    images = pictures(channels=3)
+    images = random_images(channels=3)
     turned = distort(images, Distortion(rotate, (90,)), 1, white=255)
     assert torch.equal(turned, torch.rot90(images, 1, (2, 3)))
 
@@ -37,7 +37,7 @@ def test_a_rotated_disc_stays_where_it_is_and_corners_turn_black():
 
 
 def test_a_shift_is_by_whole_pixels_to_the_right_and_black_follows():
-    images = pictures() / 255.0
+    images = random_images() / 255.0
     moved = shift(images, 0.1)  # 2.8 pixels of 28
     assert torch.equal(moved[..., 3:], images[..., :-3])
     assert (moved[..., :3] == 0).all()
@@ -51,7 +51,7 @@ def test_brightness_is_a_factor_up_to_white():
 
 @pytest.mark.parametrize("sigma", [0.5, 2.5])
 def test_blur_is_a_gaussian_filter(sigma):
-    images = pictures() / 255.0
+    images = random_images() / 255.0
     radius = int(np.ceil(3 * sigma))
     expected = scipy.ndimage.gaussian_filter(
         images[0, 0].double().numpy(), sigma, mode="mirror", radius=radius
@@ -72,7 +72,7 @@ def test_noise_has_its_standard_deviation_and_grows_from_one_draw():
 @pytest.mark.parametrize("white", [255, 16])
 @pytest.mark.parametrize("name", DISTORTIONS)
 def test_every_level_gives_pixels_again_and_the_same_each_time(name, white):
-    images = pictures(white, size=8)
+    images = random_images(white, size=8)
     before = images.clone()
     state = torch.get_rng_state()
     changes = []
@@ -92,7 +92,7 @@ def test_every_level_gives_pixels_again_and_the_same_each_time(name, white):
 @pytest.mark.parametrize("name", ["rotation", "shift", "brightness", "noise"])
 def test_nothing_changes_nothing(name):
     kind = DISTORTIONS[name]
-    images = pictures()
+    images = random_images()
     assert torch.equal(
         distort(images, Distortion(kind.change, (kind.nothing,)), 1, white=255), images
     )

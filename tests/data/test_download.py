@@ -1,4 +1,4 @@
-"""What is downloaded is what was expected, and stays where it belongs."""
+"""Downloads are verified, limited, and written only to their folder."""
 
 import gzip
 import hashlib
@@ -27,7 +27,7 @@ CONTENT = b"x" * 1000
 
 
 class Server:
-    """Answers every request with a status, headers and then parts of a body, as it is told."""
+    """Answers every request with a given status, given headers and then parts of a body."""
 
     def __init__(self) -> None:
         self.status, self.headers = 200, dict[str, str]()
@@ -59,7 +59,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server that stands for every https address."""
+    """Start a server that replaces every https address."""
     made, original = Server(), download.urlopen
     monkeypatch.setattr(
         download, "urlopen", lambda url, timeout: original(made.address, timeout=timeout)
@@ -121,9 +121,7 @@ def test_a_body_without_an_end_is_cut_off(
 
 
 @pytest.mark.parametrize("where", ["body", "headers", "chunk sizes"])
-def test_what_comes_byte_by_byte_is_given_up(
-    server: Server, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slow_downloads_fail(server: Server, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "_PATIENCE", 0.3)
     server.body = endless(b"1", pause=0.02)  # type: ignore[method-assign]
     if where == "headers":
@@ -141,7 +139,7 @@ def test_what_comes_byte_by_byte_is_given_up(
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    """Files that a server here gives out under whatever https address; `cut` is cut short."""
+    """Serve files at every https address; `cut` truncates all of them."""
     files: Served = {}
 
     class Handler(BaseHTTPRequestHandler):
@@ -185,7 +183,7 @@ def tar_of(*members: tuple[tarfile.TarInfo, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def test_what_has_the_right_hash_is_taken(served: Served) -> None:
+def test_files_with_the_right_hash_are_accepted(served: Served) -> None:
     served["a"] = CONTENT
     assert fetch("https://x/a", hashlib.sha256(CONTENT).hexdigest(), "") == CONTENT
     assert fetch("https://x/a", md5(CONTENT), "", kind="md5") == CONTENT

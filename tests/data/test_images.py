@@ -178,7 +178,7 @@ def test_mnist_opens_no_other_files_beside_its_own(tmp_path):
 
 
 def write_images(root: Path, size: tuple[int, int] = (4, 3), mode: str = "RGB") -> None:
-    """Three train and two test images for each of two classes; red tells class and number."""
+    """Write three training and two test images per class; red encodes class and number."""
     for part, count in (("train", 3), ("test", 2)):
         for label, name in enumerate(["cat", "dog"]):
             folder = root / part / name
@@ -281,7 +281,7 @@ def test_channels_are_converted(tmp_path):
 
 
 def write_classes(root: Path, counts: dict[str, int]) -> None:
-    """Images of 4x3 pixels in `<root>/<class>/*`; red tells class and number."""
+    """Write images of 4x3 pixels to `<root>/<class>/*`; red encodes class and number."""
     for label, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)
         for i in range(count):
@@ -314,7 +314,7 @@ def test_drawing_test_images_needs_class_folders(tmp_path):
     with pytest.raises(ValueError, match=r"test_share=0.2: .* has folders train and test"):
         ready(ImageFolderData(str(tmp_path / "split"), test_share=0.2))
     write_classes(tmp_path / "one", {"cat": 1, "dog": 1})
-    with pytest.raises(ValueError, match=r"test_share=0.2: 2 rows have no row for the test"):
+    with pytest.raises(ValueError, match=r"test_share=0.2: 2 rows are too few for a test row"):
         ready(ImageFolderData(str(tmp_path / "one"), test_share=0.2))
 
 
@@ -347,13 +347,13 @@ def test_the_first_image_that_differs_is_named(tmp_path, image, message):
 
 
 def arrow(mode: str = "RGB") -> Image.Image:
-    """4x4 pixels, no two rows or columns alike."""
+    """Create 4x4 pixels without two equal rows or columns."""
     pixels = np.arange(16, dtype=np.uint8).reshape(4, 4) * 16
     return Image.fromarray(pixels).convert(mode)
 
 
 def read_one(folder: Path, suffix: str, save: Callable[[Path], None]) -> torch.Tensor:
-    """The picture that `save` writes as the first of a data set of 4x4 pixels: [C, 4, 4]."""
+    """Return the first image [C, 4, 4] of a data set, which `save` writes."""
     write_images(folder, size=(4, 4))
     for path in folder.rglob("*.png"):
         path.unlink()
@@ -365,9 +365,9 @@ def read_one(folder: Path, suffix: str, save: Callable[[Path], None]) -> torch.T
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_as_they_are_displayed(tmp_path, suffix, orientation):
+def test_images_are_rotated_as_they_are_displayed(tmp_path, suffix, orientation):
     shown = np.asarray(arrow())
-    # What stands first in the file, by the EXIF standard: 6 is to be turned clockwise, and so on.
+    # The pixels in the file for each orientation of the EXIF standard: 6 is rotated clockwise.
     stored = {
         1: shown,
         2: shown[:, ::-1],
@@ -382,15 +382,15 @@ def test_pictures_are_turned_as_they_are_displayed(tmp_path, suffix, orientation
     exif[0x0112] = orientation
 
     def save(path: Path) -> None:
-        picture = Image.fromarray(np.ascontiguousarray(stored))
-        picture.save(path, exif=exif, quality=100, lossless=True)
+        image = Image.fromarray(np.ascontiguousarray(stored))
+        image.save(path, exif=exif, quality=100, lossless=True)
 
     found = read_one(tmp_path, suffix, save).permute(1, 2, 0).int().numpy()
     np.testing.assert_allclose(found, shown, atol=4 if suffix == ".jpg" else 0)
 
 
 def png(header: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG file of black pixels: what IHDR says after the size, and other chunks."""
+    """Create a PNG file of black pixels from the end of IHDR and from other chunks."""
     depth, kind = header[0], header[1]
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
     rows = bytes(4 * (1 + -(-4 * channels * depth // 8)))
@@ -404,7 +404,7 @@ def png(header: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
 
 
 def bmp(color_space: bytes) -> bytes:
-    """A BMP file of black pixels with a header of version 5, little-endian."""
+    """Create a BMP file of black pixels with a header of version 5, little-endian."""
     size, header = 4 * 12, 124
     start = b"BM" + (14 + header + size).to_bytes(4, "little") + bytes(4)
     start += (14 + header).to_bytes(4, "little") + header.to_bytes(4, "little")
@@ -435,7 +435,7 @@ def with_profile(name: str) -> Callable[[Path], None]:
     return lambda path: arrow().save(path, icc_profile=profile.tobytes(), quality=100)
 
 
-REFUSED_PICTURES = {
+REFUSED_IMAGES = {
     "16-bit RGB": (".png", written(png(bytes([16, 2, 0, 0, 0]))), "16 bits"),
     "16-bit gray": (".png", written(png(bytes([16, 0, 0, 0, 0]))), "mode I;16"),
     "alpha": (".png", written(png(bytes([8, 6, 0, 0, 0]))), "mode RGBA"),
@@ -462,16 +462,16 @@ REFUSED_PICTURES = {
 }
 
 
-@pytest.mark.parametrize("kind", REFUSED_PICTURES)
-def test_pictures_whose_colors_are_not_those_of_their_pixels_are_refused(tmp_path, kind):
-    suffix, save, said = REFUSED_PICTURES[kind]
+@pytest.mark.parametrize("kind", REFUSED_IMAGES)
+def test_images_displayed_in_other_colors_than_their_pixels_are_refused(tmp_path, kind):
+    suffix, save, said = REFUSED_IMAGES[kind]
     with pytest.raises(ValueError, match=said) as error:
         read_one(tmp_path, suffix, save)
     assert str(tmp_path / "train" / "cat" / f"0{suffix}") in str(error.value)
     assert "\n" not in str(error.value)
 
 
-TAKEN_PICTURES = {
+ACCEPTED_IMAGES = {
     "1-bit": (".png", lambda path: arrow("1").save(path)),
     "4-bit": (".png", lambda path: arrow("P").quantize(16).save(path, bits=4)),
     "the usual gamma": (".png", written(png(RGB8, USUAL_GAMMA))),
@@ -482,15 +482,15 @@ TAKEN_PICTURES = {
 }
 
 
-@pytest.mark.parametrize("kind", TAKEN_PICTURES)
-def test_what_changes_no_color_is_taken(tmp_path, kind):
-    suffix, save = TAKEN_PICTURES[kind]
+@pytest.mark.parametrize("kind", ACCEPTED_IMAGES)
+def test_metadata_that_change_no_color_are_accepted(tmp_path, kind):
+    suffix, save = ACCEPTED_IMAGES[kind]
     found = read_one(tmp_path, suffix, save)
     plain = np.asarray(Image.open(tmp_path / "train" / "cat" / f"0{suffix}").convert("RGB"))
     assert np.array_equal(found.expand(3, 4, 4).permute(1, 2, 0), plain)
 
 
-def test_a_picture_too_large_to_be_one_is_named(tmp_path, monkeypatch):
+def test_an_image_above_the_limit_of_pixels_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     for folder, pixels in (("warned", 12), ("refused", 30)):
         write_images(tmp_path / folder, size=(pixels // 3, 3))
@@ -500,7 +500,7 @@ def test_a_picture_too_large_to_be_one_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["FIFO", "folder"])
-def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, make):
+def test_paths_that_are_not_files_are_named_without_blocking(tmp_path, make):
     write_images(tmp_path)
     path = tmp_path / "train" / "dog" / "1.png"
     path.unlink()
@@ -574,10 +574,10 @@ def test_the_real_mnist_has_its_published_sizes():
     ]
 
 
-def test_a_file_that_is_no_picture_is_named_once(tmp_path):
+def test_a_file_that_is_not_an_image_is_named_once(tmp_path):
     write_images(tmp_path)
     path = tmp_path / "train" / "cat" / "0.png"
-    path.write_text("no picture")
+    path.write_text("not an image")
     with pytest.raises(ValueError, match="it is not a BMP, JPEG, PNG or WEBP file") as caught:
         ready(ImageFolderData(str(tmp_path)))
     assert str(caught.value).count(str(path)) == 1

@@ -1,4 +1,4 @@
-"""The loader: order, ranks, and what Lightning asks of it."""
+"""TensorLoader: order of rows, ranks, and the interface that Lightning needs."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The facts of a data set hold its normalization: raw rows become the inputs of its batches."""
+"""The facts of a data set contain its normalization: raw rows become its batch inputs."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_digits_are_scaled() -> None:
     assert torch.equal(stored(data)(rows.double()), data.normalize(rows))
 
 
-def test_pictures_are_normalized_per_channel(tmp_path: Path) -> None:
+def test_images_are_normalized_per_channel(tmp_path: Path) -> None:
     colors = np.random.default_rng(0).integers(0, 256, (4, 5, 6, 3), dtype=np.uint8)
     for part in ("train", "test"):
         for row, pixels in enumerate(colors):

@@ -1,4 +1,4 @@
-"""Sets that a network was not trained for."""
+"""Out-of-distribution sets."""
 
 import os
 from pathlib import Path

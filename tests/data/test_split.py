@@ -1,4 +1,4 @@
-"""Test rows that the seed draws."""
+"""Random test rows."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_small_classes_are_in_both_parts_if_they_can_be(caplog):
         drawn = labels[draw_test_rows(labels, share, seed=0)].bincount(minlength=3)
         assert 1 <= drawn[0] <= 19
         assert drawn[1:].tolist() == [1, 0]
-    assert "1 of 3 classes have one row only" in caplog.text
+    assert "1 of 3 classes have a single row" in caplog.text
 
 
 def test_every_row_is_as_likely_as_another():
@@ -37,5 +37,5 @@ def test_a_share_is_above_0_and_below_1(share):
 
 
 def test_one_row_cannot_be_split():
-    with pytest.raises(ValueError, match=r"test_share=0.2: 1 rows have no row for the test"):
+    with pytest.raises(ValueError, match=r"test_share=0.2: 1 rows are too few for a test row"):
         draw_test_rows(torch.zeros(1), 0.2, seed=0)

@@ -1,4 +1,4 @@
-"""Synthetic data, and what every data set inherits."""
+"""Synthetic data, and the behavior of all data sets."""
 
 import json
 
@@ -70,7 +70,7 @@ def test_train_rows_have_mean_zero_and_std_one():
 
 
 def all_rows(data: SyntheticData) -> tuple[set[float], set[float]]:
-    """Train and validation inputs in original units, rounded."""
+    """Return training and validation inputs in original units, rounded."""
     assert data.val is not None
     train, val = (
         {round(x, 4) for x in original_inputs(data, rows.inputs).flatten().tolist()}
@@ -114,7 +114,7 @@ def test_facts_survive_json():
 
 
 class Recorder(LightningModule):
-    """Trains nothing and remembers the targets of each epoch."""
+    """Records the targets of each epoch without training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Recorder(LightningModule):
 
 
 class Marked(SyntheticData):
-    """Leaves a mark of which hooks an input went through."""
+    """Marks inputs with the hooks that they went through."""
 
     def normalize(self, inputs):
         return inputs * 0 + 2 * (inputs == -1) + 3

@@ -19,7 +19,7 @@ DATA_DIR = os.environ.get("BQNN_DATA_DIR", "")
 
 
 def write_table(data_dir: Path, table: np.ndarray = TABLE, **files: str) -> Path:
-    """A table `t` with two splits whose last column is the target; `files` replace by stem."""
+    """Write a table `t` with two splits, whose last column is the target; `files` override it."""
     folder = data_dir / "uci" / "t" / "data"
     folder.mkdir(parents=True)
     np.savetxt(folder / "data.txt", table)
@@ -134,14 +134,14 @@ def test_a_data_file_cut_at_a_row_is_noticed(tmp_path):
         read(tmp_path)
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path):
+def test_bytes_that_are_not_text_are_refused(tmp_path):
     folder = write_table(tmp_path)
     (folder / "data.txt").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(ValueError, match=r"data\.txt"):
         read(tmp_path)
 
 
-def test_a_mark_of_utf_8_in_front_is_no_number(tmp_path):
+def test_a_byte_order_mark_is_not_a_number(tmp_path):
     write_table(tmp_path, data="\ufeff" + NUMBERS)
     assert len(read(tmp_path).train) == 8
 
@@ -198,7 +198,7 @@ def test_a_read_only_folder_works(tmp_path):
 
 @pytest.fixture
 def served(tmp_path, monkeypatch) -> dict[str, bytes]:
-    """Files that the network serves as table `yacht`, and a manifest that lists them."""
+    """Serve the files of a table `yacht`, and a manifest that lists them."""
     folder = write_table(tmp_path / "served")
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     lines = [f"{hashlib.sha256(data).hexdigest()}  yacht/{name}" for name, data in files.items()]

@@ -1,4 +1,4 @@
-"""What a run leaves: finite metrics, numbers that fit a table, and all that was promised."""
+"""Results of a run: finite metrics, numbers that fit a table, and complete files."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def test_a_metric_that_is_not_finite_costs_no_other_one(tmp_path: Path) -> None:
     require_results(tmp_path, kept, ["metrics.json", tmp_path / "metrics.json"])
 
 
-def test_what_was_promised_and_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_files_of_a_job_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"checkpoint\.ckpt is missing"):
         require_results(tmp_path, {}, ["checkpoint.ckpt"])
     with pytest.raises(FileNotFoundError, match="no epoch was validated while it trained"):

@@ -1,4 +1,4 @@
-"""Which sets a suite has, and what is said of predictions made by hand."""
+"""The sets of a suite, and its metrics of hand-made predictions."""
 
 import csv
 import math
@@ -29,7 +29,7 @@ def ready(dataset: str, **options: object) -> TensorData:
 
 
 def sure_of(*probabilities: float) -> Tensor:
-    """One draw with this probability of the first of two classes in each row."""
+    """Return one draw with this probability of the first of two classes in each row."""
     first = torch.tensor(probabilities, dtype=torch.float64)
     return torch.stack([first.log(), (1 - first).log()], -1)[None]
 
@@ -91,7 +91,7 @@ def test_metrics_of_a_hand_case():
     assert all(math.isfinite(value) for value in metrics.values())
 
 
-def test_what_is_written_says_the_same(tmp_path: Path):
+def test_written_files_agree_with_each_other(tmp_path: Path):
     predictions = by_hand()
     findings = judge(predictions, convergence=True)
     metrics = findings.metrics

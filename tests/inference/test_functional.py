@@ -1,4 +1,4 @@
-"""Each measure against a hand-computed case or another library's answer."""
+"""Functional metrics against hand-computed cases and other libraries."""
 
 import math
 
@@ -23,7 +23,7 @@ from bqnn.inference.functional import (
 
 
 def gaussian_draws(num_samples: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Means and log variances [S, N], and targets [N], in float64."""
+    """Return means and log variances [S, N], and targets [N], in float64."""
     generator = torch.Generator().manual_seed(0)
     draws = torch.randn(2, num_samples, num_rows, generator=generator, dtype=torch.float64)
     targets = torch.randn(num_rows, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Metrics are the formulas over all rows, whatever the batches; torchmetrics users can use them."""
+"""Metrics equal their formulas over all rows for any batches, and work with torchmetrics."""
 
 import pickle
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def regressed(num_samples: int = 5, num_rows: int = 103) -> tuple[Tensor, Tensor
 
 
 def expected_of_classes(samples: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """The formulas of docs/metrics.md over all rows at once."""
+    """Compute the formulas of docs/metrics.md over all rows at once."""
     logits = samples.double()
     probabilities = logits.softmax(-1)
     mean = probabilities.mean(0)
@@ -162,7 +162,7 @@ def test_a_cast_of_the_module_leaves_states_in_float64(
 def test_sums_of_processes_are_the_metrics_of_all_rows(
     likelihood: Likelihood, samples: Tensor, targets: Tensor, formulas: Formulas
 ) -> None:
-    """What torchmetrics gathers from processes it reduces by each state's function."""
+    """torchmetrics reduces the states of all processes by each state's function."""
     parts = [likelihood.metrics() for _ in range(3)]
     whole = likelihood.metrics()
     whole.update(samples, targets)
@@ -238,7 +238,7 @@ def test_arguments_that_make_no_metric_are_refused(
 
 
 class Classifier(LightningModule):
-    """Another program's module, which draws by dropout and logs metrics as torchmetrics has it."""
+    """A module of another program, which draws by dropout and logs metrics with torchmetrics."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Mixtures of draws against scipy, and the same mixtures from running means."""
+"""Mixtures of draws against scipy, and equal mixtures from running means."""
 
 import math
 

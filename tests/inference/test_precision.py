@@ -1,4 +1,4 @@
-"""Full precision of float32 products: on while results are to be exact, and put back after."""
+"""full_precision makes float32 products exact, and restores the setting."""
 
 import threading
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ SETTINGS = (
 
 @pytest.fixture(params=SETTINGS, ids=lambda setting: setting.__name__.strip("<>"))
 def before(request: pytest.FixtureRequest) -> Iterator[list[str]]:
-    """The settings of a process that wants speed, in the ways that torch has for it."""
+    """Set lower precision by each interface of torch, and return the settings."""
     as_started = precisions()
     request.param()
     yield precisions()
@@ -59,7 +59,7 @@ def is_exact() -> bool:
 
 
 class Watcher(nn.Module):
-    """The identity, which notes whether products are exact."""
+    """The identity; it records whether products are exact."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def test_the_last_of_several_threads_puts_settings_back(before: list[str]) -> No
 
 
 @pytest.mark.parametrize("before", [fast_everywhere], indirect=True)
-def test_what_inherits_goes_on_inheriting(before: list[str]) -> None:
+def test_inherited_precision_stays_inherited(before: list[str]) -> None:
     assert before[0] == "tf32"
     with full_precision():
         pass

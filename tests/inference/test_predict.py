@@ -1,4 +1,4 @@
-"""Prediction by draws: their values, their seeds, and what is left as it was."""
+"""Monte-Carlo prediction: values, seeds, and the state that it leaves unchanged."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from bqnn.seeds import Stream, stream_seed
 
 
 class Counter(Drawn):
-    """Multiplies by the index of the held draw, and counts how many were made."""
+    """Multiplies by the index of the held draw, and counts the draws."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,10 +39,10 @@ def dropout_net() -> nn.Module:
     return to_mcdropout(MLP([4], [1, 1]), rate=0.3).eval()
 
 
-PICTURES = torch.linspace(-1, 1, 7 * 64).view(7, 1, 8, 8)
+IMAGES = torch.linspace(-1, 1, 7 * 64).view(7, 1, 8, 8)
 TABLE = torch.linspace(-1, 1, 28).view(7, 4)
 RANDOM = [
-    pytest.param(bayes_net, PICTURES, id="bbb"),
+    pytest.param(bayes_net, IMAGES, id="bbb"),
     pytest.param(dropout_net, TABLE, id="mcdropout"),
 ]
 
@@ -62,8 +62,8 @@ def test_a_draw_is_made_once_for_all_batches_and_released():
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_batches_share_the_weights_of_a_draw(batch_size):
-    whole = predictive(bayes_net(), PICTURES, 3)
-    parts = predictive(bayes_net(), PICTURES, 3, batch_size=batch_size)
+    whole = predictive(bayes_net(), IMAGES, 3)
+    parts = predictive(bayes_net(), IMAGES, 3, batch_size=batch_size)
     torch.testing.assert_close(parts, whole)
 
 
@@ -154,20 +154,20 @@ def test_draws_of_an_ensemble_are_its_members_newest_first():
 
 def test_a_network_in_training_and_no_draws_are_refused():
     with pytest.raises(ValueError, match="in training mode"):
-        predictive(bayes_net().train(), PICTURES, 1)
+        predictive(bayes_net().train(), IMAGES, 1)
     with pytest.raises(ValueError, match="num_samples=0"):
-        predictive(bayes_net(), PICTURES, 0)
+        predictive(bayes_net(), IMAGES, 0)
 
 
 def test_passes_are_equal_while_a_draw_is_held_and_differ_after():
     net = bayes_net()
     with torch.no_grad():
         with held_draw(net, 0):
-            held = net(PICTURES)
-            assert torch.equal(net(PICTURES), held)
-        assert not torch.equal(net(PICTURES), held)
+            held = net(IMAGES)
+            assert torch.equal(net(IMAGES), held)
+        assert not torch.equal(net(IMAGES), held)
         with held_draw(net, 1):
-            assert not torch.equal(net(PICTURES), held)
+            assert not torch.equal(net(IMAGES), held)
 
 
 def test_a_draw_is_released_when_a_pass_fails():
@@ -175,7 +175,7 @@ def test_a_draw_is_released_when_a_pass_fails():
     with pytest.raises(RuntimeError), held_draw(net, 0):
         net(torch.ones(2, 5))
     with torch.no_grad():
-        assert not torch.equal(net(PICTURES), net(PICTURES))
+        assert not torch.equal(net(IMAGES), net(IMAGES))
 
 
 def test_a_held_draw_is_the_mean_plus_sigma_times_noise():
@@ -190,7 +190,7 @@ def test_a_held_draw_is_the_mean_plus_sigma_times_noise():
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_what_comes_before_the_first_random_layer_is_computed_once(
+def test_layers_before_the_first_random_layer_run_once(
     kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []

@@ -1,4 +1,4 @@
-"""Metrics of an order of rows: cases counted by hand, and against their definitions."""
+"""Ranking metrics against hand-counted cases and their definitions."""
 
 import pickle
 
@@ -12,7 +12,7 @@ from bqnn.inference.ranking import AURC, detection_metrics
 
 
 def detection(*batches: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """The metrics of batches of familiar and unfamiliar scores."""
+    """Compute the metrics of batches of familiar and unfamiliar scores."""
     metrics = detection_metrics()
     for familiar, unfamiliar in batches:
         scores = torch.cat([familiar, unfamiliar])

@@ -1,4 +1,4 @@
-"""Threads: predictions made at the same time are those that serial calls give, bit for bit."""
+"""Predictions in concurrent threads are bit-equal to those of serial calls."""
 
 import copy
 import threading
@@ -18,7 +18,7 @@ from bqnn.quant.integer import convert
 from bqnn.quant.simulated import calibrate, prepare
 from bqnn.quant.spec import QuantSpec
 from tests.quant.conftest import float_net, inputs
-from tests.small_methods import picture_method
+from tests.small_methods import image_method
 
 NUM_THREADS = 8
 METHODS = ("pointwise", "bbb", "mcdropout", "sghmc")
@@ -33,7 +33,7 @@ def make(method: str, net: str, numeric: str, engine: str = "fbgemm") -> nn.Modu
 
 
 def at_once(calls: list[Callable[[], Tensor]]) -> list[Tensor]:
-    """What the calls return, made by eight threads that start together."""
+    """Return the results of calls in eight threads that start together."""
     start = threading.Barrier(NUM_THREADS)
 
     def run(number: int) -> list[Tensor]:
@@ -52,7 +52,7 @@ def assert_as_serial(calls: list[Callable[[], Tensor]]) -> None:
 
 
 def calls_of(net: nn.Module, x: Tensor, num_samples: int, count: int) -> list[Callable[[], Tensor]]:
-    """Predictions that differ in seed, draws and batches, so that no two take equally long."""
+    """Create predictions with different seeds, draws and batches, and different durations."""
 
     def call(index: int) -> Callable[[], Tensor]:
         samples, batch_size = 1 + index % num_samples, (5, 16, 64)[index % 3]
@@ -72,7 +72,7 @@ def test_one_network_predicts_for_many_threads(method: str, net: str, numeric: s
 
 @pytest.mark.parametrize("name", METHODS)
 def test_one_model_predicts_for_many_threads(name: str) -> None:
-    model = picture_method(name, num_samples=1 if name == "sghmc" else 20).eval()
+    model = image_method(name, num_samples=1 if name == "sghmc" else 20).eval()
     x = torch.linspace(-1, 1, 16 * 64).view(16, 1, 8, 8)
 
     def call(rows: int) -> Callable[[], Tensor]:

@@ -1,6 +1,6 @@
-"""One of two processes that train every method together; it leaves what it saw in a file.
+"""One of two processes that train every method together, and write their results to a file.
 
-python worker.py <rank> <port> <folder>
+python rank_worker.py <rank> <port> <folder>
 """
 
 import os
@@ -51,7 +51,7 @@ def make(name: str, data: SyntheticData) -> Method:
 
 
 def with_batch_norm(data: SyntheticData) -> Method:
-    """A residual network, which here sees each number as a picture of one colour."""
+    """Make a residual network that sees each number as an image of one color."""
     data.setup()
     torch.manual_seed(0)
     net = ResNet([1, 8, 8], [1, 1], width=4, blocks_per_stage=[1])
@@ -68,7 +68,7 @@ class Spread(torch.nn.Module):
 
 
 def fit(method: Method, data: SyntheticData, callbacks: list[pl.Callback], **options: Any) -> Any:
-    """Two epochs, then a test: the metrics, and the state of the method."""
+    """Train two epochs and test; return the metrics and the state of the method."""
     trainer = bare_trainer(
         2,
         callbacks=[ShareBuffers(), *callbacks],

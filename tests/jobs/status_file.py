@@ -1,4 +1,4 @@
-"""Reading and changing a status.json, as other programs do."""
+"""Read and change a status.json, as other programs may."""
 
 import json
 from pathlib import Path

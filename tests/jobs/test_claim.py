@@ -1,4 +1,4 @@
-"""A folder belongs to one job, and only that job goes on in it."""
+"""A folder belongs to one Job, and only this Job can continue in it."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def test_a_folder_belongs_to_one_job(tmp_path: Path) -> None:
     with Job(tmp_path, "train") as second:
         second.claim()
     assert second.state == "FAILED"
-    assert "holds a job already" in (second.status.error or "")
+    assert "already holds a job" in (second.status.error or "")
     assert (tmp_path / "status.json").read_text() == before
 
 

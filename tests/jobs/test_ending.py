@@ -1,4 +1,4 @@
-"""However a job ends, all that belongs to its end is done."""
+"""All steps of the end of a Job run, however the Job ends."""
 
 import contextlib
 import io
@@ -38,7 +38,7 @@ def test_a_status_that_cannot_be_written_fails_the_job_in_one_line(
 
 
 class Broken(io.StringIO):
-    """A stream whose reader is gone; `seen` is called at every write."""
+    """A stream without a reader; `seen` is called at every write."""
 
     def __init__(self, seen: Callable[[], object] = lambda: None) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Broken(io.StringIO):
 
 
 @pytest.mark.parametrize("error", [None, ValueError("rate=2"), KeyboardInterrupt()])
-def test_status_actions_and_unlocking_come_before_what_is_said(
+def test_status_actions_and_unlocking_precede_messages(
     error: BaseException | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[tuple[str, list[int], bool]] = []
@@ -75,7 +75,7 @@ def test_status_actions_and_unlocking_come_before_what_is_said(
     assert bool(found) == (error is not None)
 
 
-def test_a_log_that_cannot_be_written_is_not_told_at_length(
+def test_an_unwritable_log_prints_no_tracebacks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Full(io.StringIO):
@@ -97,7 +97,7 @@ def test_a_log_that_cannot_be_written_is_not_told_at_length(
 
 
 @pytest.mark.parametrize("failure", [OSError("full"), SystemExit(130), KeyboardInterrupt()])
-def test_what_is_to_be_done_at_the_end_is_done_after_a_failure_of_it(
+def test_a_failed_action_at_the_end_does_not_stop_the_others(
     failure: BaseException, tmp_path: Path
 ) -> None:
     codes: list[int] = []

@@ -1,4 +1,4 @@
-"""A new folder is never shared, and one in use is locked."""
+"""New folders are unique, and folders in use are locked."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A run is recognized by what its results depend on."""
+"""A Run is recognized by what its results depend on."""
 
 import os
 from pathlib import Path

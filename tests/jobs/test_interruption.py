@@ -1,4 +1,4 @@
-"""A signal ends a job, whatever libraries make of it."""
+"""A signal ends a Job, even if a library swallows the exception."""
 
 import contextlib
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Jobs that share a process leave nothing to each other."""
+"""Jobs in one process do not affect each other."""
 
 import logging
 import signal
@@ -33,7 +33,7 @@ def resident_mib() -> float:
     return pages * 4096 / 2**20
 
 
-def test_what_a_job_changes_is_put_back(tmp_path: Path) -> None:
+def test_process_wide_state_is_restored_after_a_job(tmp_path: Path) -> None:
     before = process_state()
     other = next(e for e in torch.backends.quantized.supported_engines if e != before["engine"])
     with Job(tmp_path, "train") as job:

@@ -1,4 +1,4 @@
-"""A job writes what became of it, and keeps its failure to itself."""
+"""A Job records its state and does not propagate its failure."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a path or a pattern of the command line stands for."""
+"""Checkpoint files of a path or a pattern on the command line."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from bqnn.jobs.locate import canonical, is_pattern, locate, locate_all
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two runs in a sweep, one without a checkpoint, and a file beside them."""
+    """Create a sweep of two runs, one without a checkpoint, and a file beside them."""
     for name in ("a", "b=1,(x) [y]", "empty"):
         (tmp_path / "sweep" / name).mkdir(parents=True)
     for name in ("a/checkpoint.ckpt", "a/best.ckpt", "b=1,(x) [y]/checkpoint.ckpt", "sweep.json"):
@@ -54,7 +54,7 @@ def test_all_below_a_folder_are_its_checkpoints_each_once(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["nowhere", "sweep/empty", "nowhere/*", "sweep/empty/*", "~/x"])
-def test_what_is_not_there_is_told_by_its_key_and_path(runs: Path, path: str) -> None:
+def test_missing_checkpoints_are_named_by_key_and_path(runs: Path, path: str) -> None:
     for find in (locate_all, canonical):
         with pytest.raises(FileNotFoundError) as error:
             find("method.init_from", path)
@@ -93,6 +93,6 @@ def test_a_checkpoint_that_is_a_link_to_nowhere_is_not_dropped(runs: Path) -> No
 
 
 @pytest.mark.parametrize("path", ["x" * 5000, "x" * 300, "x" * 300 + "*", "a\0b", "a\0*"])
-def test_what_is_no_path_is_not_there(runs: Path, path: str) -> None:
+def test_an_invalid_path_does_not_exist(runs: Path, path: str) -> None:
     with pytest.raises(FileNotFoundError, match="checkpoint: no checkpoint at"):
         locate_all("checkpoint", path)

@@ -1,4 +1,4 @@
-"""Each match of a pattern is a part with a folder of its own."""
+"""Each match of a pattern is a part with its own folder."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from bqnn.jobs.parts import run_parts
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU to be found")
-def test_parts_have_folders_whatever_their_tasks_are_called(tmp_path: Path) -> None:
+def test_parts_have_valid_folders_for_any_name_of_a_task(tmp_path: Path) -> None:
     names = ["é" * 200, "x" * 200, "a/b", "\x1b[2J", ".", "digits"]
     parts: dict[str, Any] = {"checkpoint": "*.ckpt", "method": {"name": "bbb"}}
     ran = []

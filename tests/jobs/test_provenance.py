@@ -1,4 +1,4 @@
-"""Versions and commits of runs, also of code that is not installed."""
+"""Versions and commits of Runs, with and without an installation."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Two gloo processes train one model: the same as one process would, and the same on both."""
+"""Two gloo processes train one model, equal to each other and to a single process."""
 
 import json
 import os
@@ -34,7 +34,7 @@ worker: Any = runpy.run_path(str(WORKER))  # the same models, to be trained by o
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
-    """What each of the two processes saw."""
+    """Return the results of the two processes."""
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -73,7 +73,7 @@ def test_ranks_end_bit_equal(name: str, both: tuple[dict, dict]) -> None:
 def test_two_ranks_train_what_one_process_would(
     name: str, quantized: bool, both: tuple[dict, dict]
 ) -> None:
-    """Equal batches, KL, noise of the sampler, ranges: all but the order of sums."""
+    """Batches, KL, noise and ranges are equal; only the order of sums differs."""
     data = worker["rows"](worker["GLOBAL_BATCH"])
     callbacks = [QuantizationCallback(QuantSpec(), freeze_epochs=1)] if quantized else []
     alone = worker["fit"](worker["make"](name, data), data, callbacks)
@@ -247,7 +247,7 @@ def test_a_job_of_one_device_leaves_all_its_files(
     before = (tmp_path / "run" / "status.json").read_bytes()
     code, errors = script_here("train", *arguments)
     assert code == 1
-    assert "holds a job already" in errors
+    assert "already holds a job" in errors
     assert (tmp_path / "run" / "status.json").read_bytes() == before
 
 

@@ -1,4 +1,4 @@
-"""A record is read as what it is, whatever somebody left in its place."""
+"""Records are read safely, whatever file is in their place."""
 
 import os
 import threading
@@ -46,7 +46,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_what_is_no_record_is_a_value_error_in_one_line(tmp_path, name):
+def test_invalid_records_are_a_value_error_of_one_line(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(ODD[name])
     with pytest.raises(ValueError, match=name.replace(".", r"\.")) as caught:
@@ -63,7 +63,7 @@ def test_a_number_that_is_too_long_is_called_so(tmp_path, name):
         read_record(path)
 
 
-def test_a_folder_and_a_fifo_are_no_records(tmp_path):
+def test_a_folder_and_a_fifo_are_refused_as_records(tmp_path):
     (tmp_path / "status.json").mkdir()
     with pytest.raises(ValueError, match=r"regular file|directory"):
         read_record(tmp_path / "status.json")
@@ -97,5 +97,5 @@ def test_instants_compare_across_a_change_of_utc_offset():
 
 
 @pytest.mark.parametrize("odd", [None, 5, "", "yesterday", "9999-12-31T23:59:59-23:00", [], {}])
-def test_what_names_no_instant_is_none(odd):
+def test_invalid_timestamps_are_none(odd):
     assert instant(odd) is None

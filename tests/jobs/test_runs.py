@@ -1,4 +1,4 @@
-"""Runs are found by their configuration, whatever else lies around."""
+"""Runs are found by their configuration among other folders."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("content", [*ODD.values(), None], ids=[*ODD, "folder"])
-def test_a_status_that_is_none_is_said_and_stops_no_search(
+def test_an_invalid_status_is_printed_and_does_not_stop_a_search(
     content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("a", "b", "c/d"):

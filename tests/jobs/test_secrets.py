@@ -1,4 +1,4 @@
-"""Keys in the environment are in no file that a job leaves behind."""
+"""Secrets of the environment are in no file of a Job."""
 
 import logging
 from collections.abc import Callable
@@ -105,7 +105,7 @@ def test_a_secret_anywhere_on_the_command_line_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == []
 
 
-def test_what_fails_with_a_secret_in_its_words_is_recorded_without_it(
+def test_secrets_in_error_messages_are_masked(
     keys: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DB_PASS", 'with space/"quote')
@@ -147,7 +147,7 @@ NAMES = {
 }
 
 
-def test_names_of_secrets_are_told_from_others() -> None:
+def test_names_of_secrets_are_recognized() -> None:
     assert [name for name in NAMES["secret"] if not is_secret_name(name)] == []
     assert [name for name in NAMES["none"] if is_secret_name(name)] == []
 
@@ -169,7 +169,7 @@ def test_paths_short_values_and_words_of_the_configuration_are_no_secrets(
     )
 
 
-def test_only_what_is_named_like_a_secret_and_long_enough_is_one(
+def test_secrets_need_a_matching_name_and_a_minimum_length(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SHORT_KEY", "data")

@@ -1,4 +1,4 @@
-"""A sweep goes on after failures, says what is missing, and does only that when resumed."""
+"""A sweep continues after failures, records them, and runs only these when it is resumed."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def states(sweep: Path) -> dict[str, str]:
     return {Path(job["folder"]).name: job["state"] for job in record(sweep)["jobs"]}
 
 
-def test_what_failed_is_said_and_the_rest_runs_also_in_later_batches(
+def test_a_sweep_continues_after_failures_and_reports_them(
     script_here: ScriptHere, tmp_path: Path
 ) -> None:
     arguments = ["-m", *QUICK, "method=mcdropout", "method.rate=7,0.1,0.2", "hydra.sweep.dir=s"]
@@ -79,7 +79,7 @@ def test_a_key_that_only_swept_choices_have_is_refused_with_a_way_to_write_it(
     assert script_here("train", *arguments, "method.rate=choice(0.1)")[0] == 0
 
 
-def test_a_resumed_sweep_does_what_is_not_done(
+def test_a_resumed_sweep_runs_only_unfinished_jobs(
     script_here: ScriptHere, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = tmp_path / "s"
@@ -142,7 +142,7 @@ def test_an_interrupted_run_that_was_found_goes_on_in_its_folder(
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "5", '{"start": 5, "jobs": {}}'])
-def test_an_odd_record_of_a_sweep_is_said_and_another_one_is_resumed(
+def test_an_invalid_record_of_a_sweep_is_reported_and_another_one_is_resumed(
     content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = {"state": "FAILED", "verb": "train", "overrides": ["seed=0,1"]}
@@ -160,7 +160,7 @@ def test_an_odd_record_of_a_sweep_is_said_and_another_one_is_resumed(
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"folder": 5}', '{"folder": "\\u0000"}'])
-def test_an_odd_elsewhere_is_said_and_its_job_is_not_done(
+def test_an_invalid_link_to_a_job_is_reported_and_the_job_is_not_done(
     content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "0_a").mkdir()
@@ -233,9 +233,7 @@ def test_a_sweep_whose_record_cannot_be_written_fails_in_one_line(
     assert len(list((tmp_path / "s").glob("*/metrics.json"))) == jobs
 
 
-def test_a_checkpoint_trained_anew_is_evaluated_anew(
-    script_here: ScriptHere, tmp_path: Path
-) -> None:
+def test_a_retrained_checkpoint_is_evaluated_again(script_here: ScriptHere, tmp_path: Path) -> None:
     for seed in (0, 1):
         trained = [*QUICK, "method=pointwise", f"seed={seed}", f"hydra.run.dir=f{seed}"]
         assert script_here("train", *trained)[0] == 0
@@ -372,7 +370,7 @@ def test_a_sweep_ends_alike_under_every_launcher(
         assert states(tmp_path / "s") == {name(0): "failed", name(1): "skipped"}
 
 
-def test_the_slurm_launcher_asks_for_what_the_configuration_says(tmp_path: Path) -> None:
+def test_the_slurm_launcher_requests_the_configured_resources(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install bqnn[slurm]")
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate

@@ -1,4 +1,4 @@
-"""What is printed can fail in many ways, and none of them ends a job."""
+"""Failures of printing never end a Job."""
 
 import io
 import json
@@ -38,7 +38,7 @@ NOWHERE = [
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
 @pytest.mark.parametrize("flags", ["", "-u"])
 @pytest.mark.parametrize("nowhere", NOWHERE)
-def test_a_program_goes_on_where_its_output_cannot(
+def test_a_program_continues_after_its_output_breaks(
     nowhere: str, flags: str, tmp_path: Path
 ) -> None:
     if "/dev/full" in nowhere and not Path("/dev/full").exists():
@@ -66,9 +66,7 @@ class Broken(io.StringIO):
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "full"), ValueError("closed")])
-def test_nothing_is_said_to_a_stream_that_takes_nothing(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_broken_streams_are_ignored(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     for stream in (Broken(error), None):
         monkeypatch.setattr(sys, "stdout", stream)
         monkeypatch.setattr(sys, "stderr", stream)
@@ -76,14 +74,14 @@ def test_nothing_is_said_to_a_stream_that_takes_nothing(
         say("a", error=True)
 
 
-def test_what_an_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_outside_the_encoding_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     say("é \udce9")
     assert written.getvalue() == b"\\xe9 \\udce9\n"
 
 
-def test_a_sweep_and_a_report_are_made_though_nobody_reads_what_they_say(tmp_path: Path) -> None:
+def test_a_sweep_and_a_report_finish_without_a_reader_of_their_output(tmp_path: Path) -> None:
     def run_unread(*arguments: str) -> int:
         reader, writer = os.pipe()
         os.close(reader)

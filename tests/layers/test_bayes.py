@@ -1,4 +1,4 @@
-"""Gaussian weights: KL and sigma against torch, output draws against their closed-form moments."""
+"""Gaussian weights: KL and sigma against torch, output draws against their moments."""
 
 import copy
 import math
@@ -45,14 +45,14 @@ def bayes_conv(in_channels: int = 4, bias: bool = True, **geometry: int) -> Baye
 
 
 def plain_map(layer: GaussianWeight, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What torch makes of `x` with these weights, by its own functions."""
+    """Apply torch's own functions to `x` with these weights."""
     if isinstance(layer, BayesConv2d):
         return F.conv2d(x, weight, bias, *layer.geometry)
     return F.linear(x, weight, bias)
 
 
 def assert_moments(draws: Tensor, mean: Tensor, variance: Tensor) -> None:
-    """Within 5 standard errors: the mean's is sigma / sqrt(n), the variance's sqrt(2 / n)."""
+    """Allow 5 standard errors: sigma / sqrt(n) of a mean, sqrt(2 / n) of a variance."""
     num_draws = len(draws)
     scale = variance.sqrt().clamp_min(1e-6)
     assert ((draws.mean(0) - mean) / scale).abs().max() < 5 / math.sqrt(num_draws)
@@ -103,7 +103,7 @@ def test_kl_of_a_network_is_the_sum_over_its_layers_whatever_the_layout():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_joint_posterior_gives_layers_what_they_compute_on_their_own(layout):
+def test_a_joint_posterior_equals_the_results_of_the_layers(layout):
     net = nn.Sequential(
         bayes_conv(),
         nn.ReLU(),
@@ -334,7 +334,7 @@ def test_a_geometry_that_pads_one_side_more_is_refused():
         Geometry.of(nn.Conv2d(1, 1, 2, padding="same"))
 
 
-def test_conversion_refuses_what_it_cannot_convert():
+def test_conversion_refuses_unsupported_modules():
     net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     to_bayes(net, 1.0, -5.0)
     with pytest.raises(TypeError, match="0 is a BayesLinear"):

@@ -1,4 +1,4 @@
-"""torch.compile and torch.export: what they make of a network of any method is that network."""
+"""Networks of every method are equal after torch.compile and torch.export."""
 
 import copy
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from bqnn.quant.spec import QuantSpec
 
 
 def _traces_context_variables() -> bool:
-    """Whether this torch can compile a read of a ContextVar, which random layers make."""
+    """Whether this torch can compile a read of a ContextVar, as random layers do."""
     variable: ContextVar[int] = ContextVar("variable", default=1)
     try:
         torch.compile(lambda x: x + variable.get(), backend="eager", fullgraph=True)(torch.ones(1))
@@ -43,7 +43,7 @@ BACKENDS = [
     "aot_eager",
     pytest.param("inductor", marks=pytest.mark.slow),  # compiles C++ for a minute
 ]
-PICTURES = torch.linspace(-1, 1, 4 * 64).view(4, 1, 8, 8)
+IMAGES = torch.linspace(-1, 1, 4 * 64).view(4, 1, 8, 8)
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def make(method: str) -> nn.Module:
 def gradients(net: nn.Module, run: nn.Module) -> list[Tensor]:
     torch.manual_seed(1)
     net.zero_grad()
-    run(PICTURES).square().sum().backward()
+    run(IMAGES).square().sum().backward()
     return [param.grad for param in net.parameters() if param.grad is not None]
 
 
@@ -93,7 +93,7 @@ def test_a_step_with_a_joint_posterior_compiles(compiles: str) -> None:
 
     def step(run: nn.Module) -> Tensor:
         with JointPosterior(net) as posterior:
-            nll = run(PICTURES).square().sum()
+            nll = run(IMAGES).square().sum()
         return nll + posterior.kl()
 
     def gradients_of(step: Callable[[nn.Module], Tensor], run: nn.Module) -> list[Tensor]:
@@ -125,10 +125,10 @@ def test_a_compiled_network_makes_the_same_draws(method: str, backend: str) -> N
     net = make(method).eval()
     compiled = torch.compile(net, backend=backend)
     num_samples = NUM_MEMBERS
-    expected = predictive(net, PICTURES, num_samples)
-    torch.testing.assert_close(predictive(compiled, PICTURES, num_samples), expected)
+    expected = predictive(net, IMAGES, num_samples)
+    torch.testing.assert_close(predictive(compiled, IMAGES, num_samples), expected)
     with torch.no_grad(), held_draw(net, 1):
-        held = [compiled(PICTURES) for _ in range(2)]
+        held = [compiled(IMAGES) for _ in range(2)]
     assert torch.equal(held[0], held[1]) == (method != "mcdropout")  # whose masks are per pass
 
 
@@ -137,7 +137,7 @@ def test_a_compiled_network_makes_the_same_draws(method: str, backend: str) -> N
 def test_a_compiled_network_left_alone_makes_a_draw_per_call(method: str, context: type) -> None:
     compiled = torch.compile(make(method).eval(), backend="aot_eager", fullgraph=True)
     with context():
-        assert not torch.equal(compiled(PICTURES), compiled(PICTURES))
+        assert not torch.equal(compiled(IMAGES), compiled(IMAGES))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -157,17 +157,17 @@ def test_compiled_dropout_drops_by_its_rate(rate: float, training: bool, backend
 
 @pytest.mark.parametrize("method", ["pointwise", "bbb", "mcdropout"])
 def test_simulated_networks_refuse_to_be_traced(method: str) -> None:
-    net = calibrate(prepare(fuse(make(method)), QuantSpec()), [PICTURES])
+    net = calibrate(prepare(fuse(make(method)), QuantSpec()), [IMAGES])
     for trace in (
-        lambda: torch.compile(net, backend="eager")(PICTURES),
-        lambda: torch.compile(net, backend="eager", fullgraph=True)(PICTURES),
-        lambda: torch.export.export(net, (PICTURES,), strict=False),
-        lambda: torch.export.export(net, (PICTURES,), strict=True),
+        lambda: torch.compile(net, backend="eager")(IMAGES),
+        lambda: torch.compile(net, backend="eager", fullgraph=True)(IMAGES),
+        lambda: torch.export.export(net, (IMAGES,), strict=False),
+        lambda: torch.export.export(net, (IMAGES,), strict=True),
     ):
         torch.compiler.reset()
         with pytest.raises(Exception, match="a quantized network cannot be traced"):
             trace()
-    assert net(PICTURES).isfinite().all()
+    assert net(IMAGES).isfinite().all()
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -180,12 +180,12 @@ def test_an_exported_network_is_as_random_as_it_was(
         pytest.skip("which member answers is decided outside of a graph; strict=False takes one")
     net = make(method).train(training)
     dynamic = ({0: torch.export.Dim("rows")},)
-    program = torch.export.export(net, (PICTURES,), strict=strict, dynamic_shapes=dynamic).module()
-    outputs = [program(PICTURES) for _ in range(2)]
+    program = torch.export.export(net, (IMAGES,), strict=strict, dynamic_shapes=dynamic).module()
+    outputs = [program(IMAGES) for _ in range(2)]
     assert torch.equal(outputs[0], outputs[1]) == (method not in RANDOM)
-    assert program(PICTURES[:3]).shape == (3, 3)
+    assert program(IMAGES[:3]).shape == (3, 3)
     if method == "pointwise":
-        torch.testing.assert_close(outputs[0], net(PICTURES))
+        torch.testing.assert_close(outputs[0], net(IMAGES))
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -193,22 +193,22 @@ def test_an_exported_network_is_as_random_as_it_was(
 def test_export_freezes_no_draw_that_is_held(method: str, strict: bool) -> None:
     net = make(method).eval()
     with torch.no_grad(), held_draw(net, 0):
-        program = torch.export.export(net, (PICTURES,), strict=strict).module()
-        assert not torch.equal(program(PICTURES), program(PICTURES))
+        program = torch.export.export(net, (IMAGES,), strict=strict).module()
+        assert not torch.equal(program(IMAGES), program(IMAGES))
 
 
 @pytest.mark.parametrize("method", METHODS[:3])
 def test_integer_networks_compile_and_refuse_to_be_exported(method: str) -> None:
     spec = QuantSpec()
-    net = convert(calibrate(prepare(fuse(make(method)), spec), [PICTURES]), spec.engine)
+    net = convert(calibrate(prepare(fuse(make(method)), spec), [IMAGES]), spec.engine)
     compiled = torch.compile(net, backend="aot_eager")
-    assert torch.equal(predictive(compiled, PICTURES, 3), predictive(net, PICTURES, 3))
+    assert torch.equal(predictive(compiled, IMAGES, 3), predictive(net, IMAGES, 3))
     with pytest.raises(TypeError, match="a quantized network cannot be traced"):
-        torch.export.export(net, (PICTURES,), strict=False)
+        torch.export.export(net, (IMAGES,), strict=False)
 
 
 def test_copies_of_a_network_share_no_draw() -> None:
     net = make("bbb").eval()
     with torch.no_grad(), held_draw(net, 0):
-        mine = net(PICTURES)
-        assert not torch.equal(copy.deepcopy(net)(PICTURES), mine)
+        mine = net(IMAGES)
+        assert not torch.equal(copy.deepcopy(net)(IMAGES), mine)

@@ -1,4 +1,4 @@
-"""Monte-Carlo dropout: what is dropped, how the rest is scaled, where it happens."""
+"""Monte-Carlo dropout: which values are dropped, the scale of the others, and the places."""
 
 import math
 
@@ -20,7 +20,7 @@ def dropouts(net: nn.Module) -> list[MCDropout]:
 
 
 def kinds_in_order(net: nn.Module) -> list[type[nn.Module]]:
-    """Dropouts and weight layers in the order in which the network calls them."""
+    """Return dropouts and weight layers in the order in which the network calls them."""
     called: list[type[nn.Module]] = []
     hooks = [
         module.register_forward_hook(lambda module, *_: called.append(type(module)))
@@ -34,7 +34,7 @@ def kinds_in_order(net: nn.Module) -> list[type[nn.Module]]:
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.8])
-def test_what_is_kept_is_scaled_and_the_mean_is_preserved(rate):
+def test_kept_values_are_scaled_so_that_the_mean_is_preserved(rate):
     torch.manual_seed(0)
     out = MCDropout(rate)(torch.full((500, 200), 3.0))
     kept = out != 0
@@ -43,7 +43,7 @@ def test_what_is_kept_is_scaled_and_the_mean_is_preserved(rate):
     assert abs(kept.float().mean() - (1 - rate)) < 5 * math.sqrt(rate * (1 - rate) / out.numel())
 
 
-def test_whole_channels_of_a_picture_are_dropped_and_each_row_has_its_own_mask():
+def test_whole_channels_of_an_image_are_dropped_and_each_row_has_its_own_mask():
     torch.manual_seed(0)
     out = MCDropout(0.5)(torch.ones(64, 32, 3, 5))
     channels = out.flatten(2)
@@ -70,7 +70,7 @@ def test_layout_and_dtype_are_kept():
     assert out.dtype == torch.bfloat16
 
 
-def test_gradient_flows_through_what_is_kept_only():
+def test_gradients_flow_only_through_kept_values():
     torch.manual_seed(0)
     x = torch.ones(10, 10, requires_grad=True)
     out = MCDropout(0.75)(x)

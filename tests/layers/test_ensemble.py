@@ -1,4 +1,4 @@
-"""The ensemble: which copies it keeps, who answers, and that it reloads exactly."""
+"""Ensemble: the members that it keeps, their draws, and exact reloading."""
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ ONE = torch.ones(1, 1)
 
 
 def scale(factor: float) -> nn.Linear:
-    """A network that multiplies by `factor`, so that an answer tells whose it is."""
+    """Create a network that multiplies by `factor`, so that outputs identify it."""
     net = nn.Linear(1, 1, bias=False)
     nn.init.constant_(net.weight, factor)
     return net
 
 
 def collected(factors: list[float], num_members: int) -> Ensemble:
-    """An ensemble that collected the current network at each of these factors."""
+    """Create an ensemble that has collected the current network at each of these factors."""
     ensemble = Ensemble(scale(0), num_members)
     for factor in factors:
         nn.init.constant_(ensemble.current.weight, factor)
@@ -27,7 +27,7 @@ def collected(factors: list[float], num_members: int) -> Ensemble:
 
 
 def members(ensemble: Ensemble) -> list[float]:
-    """What each held draw answers to 1."""
+    """Return the output of each held draw for the input 1."""
     answers = []
     for index in range(len(ensemble)):
         with held_draw(ensemble, index):
@@ -91,7 +91,7 @@ def test_a_draw_beyond_the_members_is_refused():
         Ensemble(scale(1), num_members=0)
 
 
-def test_what_cannot_be_copied_is_refused_before_any_training():
+def test_networks_that_cannot_be_copied_are_refused_before_training():
     norms = (torch.nn.utils.spectral_norm, torch.nn.utils.parametrizations.spectral_norm)
     old, new = (nn.Sequential(norm(nn.Linear(2, 2))) for norm in norms)
     with pytest.raises(TypeError, match=r"^0\.weight is a tensor but neither a parameter"):

@@ -1,4 +1,4 @@
-"""Inputs that are not finite are refused alike in float, simulated and in int8."""
+"""Inputs that are not finite raise the same error in float, simulated and int8."""
 
 import copy
 import math
@@ -22,7 +22,7 @@ def net() -> nn.Module:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_pixel_that_is_none_is_refused_alike(bad: float) -> None:
+def test_a_nan_pixel_gives_the_same_error(bad: float) -> None:
     x = torch.randn(6, 4)
     simulated = calibrate(prepare(fuse(net()), QuantSpec()), [x])
     integer = convert(copy.deepcopy(simulated), "fbgemm")

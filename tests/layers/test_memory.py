@@ -1,4 +1,4 @@
-"""Layers whose parameters share memory are refused where that would be lost."""
+"""Layers with shared memory are refused if a conversion would break the sharing."""
 
 import copy
 from collections.abc import Callable
@@ -21,14 +21,14 @@ def net(size: int = 4) -> nn.Sequential:
 
 
 def tied(make: Callable[[torch.Tensor], torch.Tensor]) -> nn.Sequential:
-    """A network whose second weight is made of the memory of the first."""
+    """Create a network whose second weight uses the memory of the first."""
     made = net()
     made[3].weight = nn.Parameter(make(made[1].weight.detach()))
     return made
 
 
 def parts(first: tuple[int, ...], second: tuple[int, ...]) -> nn.Sequential:
-    """A network whose weights are the parts of one vector from these places on, with steps."""
+    """Create a network whose weights are views of one vector, each with a start and strides."""
     made, vector = net(), torch.randn(64)
     for layer, (start, *steps) in ((made[1], first), (made[3], second)):
         layer.weight = nn.Parameter(vector.as_strided((4, 4), steps, start))
@@ -75,7 +75,7 @@ OVERLAPPING: dict[str, Callable[[], nn.Sequential]] = {
 
 
 def flattened() -> nn.Sequential:
-    """As vector_to_parameters leaves it: all parameters are parts of one vector."""
+    """Make all parameters parts of one vector, as vector_to_parameters does."""
     made = net()
     vector_to_parameters(parameters_to_vector(made.parameters()).detach(), made.parameters())
     return made
@@ -98,7 +98,7 @@ CONVERSIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @pytest.mark.parametrize("made", OVERLAPPING)
 @pytest.mark.parametrize("conversion", CONVERSIONS)
-def test_what_lies_in_the_same_memory_is_refused(conversion, made):
+def test_shared_memory_is_refused(conversion, made):
     overlapping = OVERLAPPING[made]()
     before = copy.deepcopy(overlapping.state_dict())
     with pytest.raises(

@@ -118,7 +118,7 @@ def test_coins_of_any_number_have_the_shape_of_the_tensor(size, probability):
     assert coins_like(torch.empty(size, 1), probability).shape == (size, 1)
 
 
-def test_coins_beside_each_other_are_independent():
+def test_neighboring_coins_are_independent():
     torch.manual_seed(0)
     for probability in (0.3, 1e-3):
         coins = coins_like(torch.empty(2**20, 8), probability).double()

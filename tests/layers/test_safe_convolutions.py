@@ -1,4 +1,4 @@
-"""Convolutions in whose backward pass oneDNN writes past a buffer are not left to it."""
+"""Convolutions for which oneDNN would write past a buffer get safe arguments."""
 
 import itertools
 import os
@@ -32,7 +32,7 @@ LAST = torch.channels_last
 
 
 class Calls:
-    """What convolutions ask for gradients, and what torch's own kernel is given for it."""
+    """Records calls of `convolution_backward`, and the arguments that torch's kernel gets."""
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
@@ -48,7 +48,7 @@ class Calls:
 
 
 def is_dangerous(call: Any) -> bool:
-    """Whether these arguments of `convolution_backward` may corrupt memory."""
+    """Return whether these arguments of `convolution_backward` may corrupt memory."""
     return corrupts_memory(call[2], call[4], call[5], call[9])
 
 
@@ -127,7 +127,7 @@ def test_the_simulation_of_a_narrow_network_asks_for_no_dangerous_convolution(ca
     ],
     ids=str,
 )
-def test_what_may_corrupt_memory(changes, expected):
+def test_convolutions_that_may_corrupt_memory_are_recognized(changes, expected):
     case: dict[str, Any] = {"channels": 7, "kernel": (1, 1), "stride": (2, 2), "padding": (0, 0)}
     case |= {"groups": 1, "device": "cpu", **changes}
     weight = torch.empty(24, case["channels"], *case["kernel"], device=case["device"])

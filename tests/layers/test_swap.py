@@ -1,4 +1,4 @@
-"""Swapping by type: what is replaced, what is kept, what is refused."""
+"""Replacement by type: which layers are replaced, kept and refused."""
 
 import types
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from bqnn.quant.spec import QuantSpec
 
 
 class Wider(nn.Linear):
-    """A subclass, which no replacement of Linear may take for one."""
+    """A subclass, which a replacement of Linear must not match."""
 
 
 def to_identity(layer: nn.Linear) -> nn.Module:
@@ -191,7 +191,7 @@ LOST: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 @pytest.mark.parametrize("convert", [lambda net: to_bayes(net, 1.0, -3.0), fuse], ids=["bbb", "q"])
 @pytest.mark.parametrize("case", LOST)
-def test_what_a_conversion_would_lose_is_refused_by_the_layer(case, convert):
+def test_parts_that_a_conversion_would_lose_are_refused(case, convert):
     net = plain()
     change, message = LOST[case]
     change(net)
@@ -252,7 +252,7 @@ def test_a_refused_ensemble_is_prepared_in_no_member():
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-def test_what_is_made_plain_again_is_converted():
+def test_layers_without_their_parametrization_are_converted():
     net = plain()
     torch_utils.spectral_norm(net[5])
     prune.l1_unstructured(net[1], "weight", 0.5)
@@ -321,7 +321,7 @@ def test_one_gaussian_layer_in_two_places_is_not_quantized_to_two_draws():
 
 
 @pytest.mark.parametrize("mode", [True, False])
-def test_what_a_conversion_makes_is_in_the_mode_of_the_network(mode):
+def test_converted_layers_keep_the_training_mode(mode):
     net = plain()
     net[4] = DropoutSite()
     net.train(mode)

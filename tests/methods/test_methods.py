@@ -1,4 +1,4 @@
-"""The methods in a real Trainer: their losses, their members, their checkpoints."""
+"""The methods in a Trainer: losses, members and checkpoints."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,9 +27,9 @@ from tests.bare_trainer import bare_trainer
 from tests.small_methods import (
     NUM_ROWS,
     OPTIONS,
+    image_method,
+    images,
     mlp,
-    picture_method,
-    pictures,
     table,
     table_method,
 )
@@ -40,7 +40,7 @@ def trainer(max_epochs: int = 1, **options: Any) -> pl.Trainer:
 
 
 class AtEpochEnd(pl.Callback):
-    """Keeps what `look` sees in the method at the end of every epoch."""
+    """Records what `look` returns for the method at the end of every epoch."""
 
     def __init__(self, look: Callable[[Any], Any]) -> None:
         self.look = look
@@ -112,7 +112,7 @@ def test_validation_draws_fewer_samples_while_training_than_after(monkeypatch):
 
 
 class At(pl.Callback):
-    """Does something to the method before the batch of a global step."""
+    """Calls a function with the method before the batch of a global step."""
 
     def __init__(self, step: int, act: Callable[[Any], object]) -> None:
         self.step = step
@@ -214,7 +214,7 @@ def test_fine_tuned_members_are_watched_too():
 
 
 class LoggedRate(pl.Callback):
-    """Keeps the learning rate that each epoch logs."""
+    """Records the learning rate that each epoch logs."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []
@@ -271,7 +271,7 @@ def test_bad_numbers_of_the_other_methods_are_refused_too():
 
 
 class Recorded(BayesByBackprop):
-    """Keeps the terms of every training step."""
+    """Records the terms of every training step."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -324,12 +324,12 @@ def small_resnet() -> nn.Module:
 
 def test_means_are_those_of_a_pointwise_state_and_sigma_is_in_proportion():
     torch.manual_seed(5)
-    pointwise = picture_method("pointwise", net=small_resnet())
+    pointwise = image_method("pointwise", net=small_resnet())
     with torch.no_grad():
         pointwise.net.output.heads[0].linear.weight[0, 0] = 0
         for buffer in pointwise.buffers():
             buffer.copy_(torch.full_like(buffer, 3))
-    bayes = picture_method("bbb", net=small_resnet(), init_delta=0.2)
+    bayes = image_method("bbb", net=small_resnet(), init_delta=0.2)
     bayes.initialize_from(pointwise.state_dict())
 
     trained, layers = pointwise.state_dict(), 0
@@ -347,7 +347,7 @@ def test_means_are_those_of_a_pointwise_state_and_sigma_is_in_proportion():
         assert torch.equal(own[name], value)
 
 
-@pytest.mark.parametrize("other", [picture_method("pointwise"), table_method("bbb")])
+@pytest.mark.parametrize("other", [image_method("pointwise"), table_method("bbb")])
 def test_a_state_of_another_network_or_method_is_refused_and_changes_nothing(other):
     bayes = table_method("bbb")
     before = weights_of(bayes)
@@ -360,18 +360,18 @@ def test_a_state_of_another_network_or_method_is_refused_and_changes_nothing(oth
 
 
 def test_evaluation_drops_and_leaves_batch_norm_as_it_was():
-    method = picture_method("mcdropout", net=small_resnet())
+    method = image_method("mcdropout", net=small_resnet())
     assert isinstance(method, MCDropoutMethod)
     evaluate = trainer()
     before = {name: buffer.clone() for name, buffer in method.named_buffers()}
-    evaluate.validate(method, pictures(), verbose=False)
-    evaluate.test(method, pictures(), verbose=False)
-    draws = method.eval().predictive(pictures().inputs, 2)
+    evaluate.validate(method, images(), verbose=False)
+    evaluate.test(method, images(), verbose=False)
+    draws = method.eval().predictive(images().inputs, 2)
     assert not torch.equal(draws[0], draws[1])
     assert len(before) == 6 * 3
     for name, buffer in method.named_buffers():
         assert torch.equal(buffer, before[name])
-    trainer().fit(method.train(), pictures())
+    trainer().fit(method.train(), images())
     moved = [
         name for name, buffer in method.named_buffers() if not torch.equal(buffer, before[name])
     ]
@@ -450,7 +450,7 @@ def test_burn_in_is_in_epochs_however_many_steps_they_have(options, burn_in, ste
 
 
 class SumOfGradients(pl.Callback):
-    """Adds up the gradients that the optimizer gets."""
+    """Sums the gradients that the optimizer gets."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -517,7 +517,7 @@ def test_a_run_too_short_for_a_member_warns_at_its_start(caplog):
 
 
 def test_fine_tuning_pulls_members_to_the_prior_that_the_sampler_draws() -> None:
-    method = picture_method("sghmc")
+    method = image_method("sghmc")
     assert isinstance(method, SGHMCEnsemble)
     tuning = method.fine_tuning({"name": "adam", "lr": 1e-3}, prior_weight=1.0)
     assert len(method.net) == 1
@@ -532,7 +532,7 @@ def test_fine_tuning_pulls_members_to_the_prior_that_the_sampler_draws() -> None
 
 
 def test_metrics_are_no_part_of_the_module():
-    """A device without float64 can train: only the network moves there."""
+    """Only the network moves to the device, so a device without float64 can train."""
     method = table_method("pointwise")
     trainer().test(method, table(), verbose=False)
     assert not [module for module in method.modules() if isinstance(module, Metric)]

@@ -1,4 +1,4 @@
-"""The architectures: parameters counted by hand, shapes, and what they refuse."""
+"""Networks: hand-counted parameters, shapes, and refused inputs."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ LENET_8 = LENET_CONVOLUTIONS + 50 * 2 * 2 * 500 + 500 * 10
 
 
 def stage_parameters(width: int) -> int:
-    """A stage that halves the picture: 3x3 from half the channels, 1x1 beside it, three 3x3."""
+    """Count a stage that halves the image: 3x3 from half the channels, 1x1, three 3x3."""
     half = width // 2
     return half * width * 9 + half * width + 3 * width * width * 9 + 5 * (2 * width)
 
@@ -97,8 +97,8 @@ def test_every_output_of_a_resnet_depends_on_every_pixel():
 def test_add_is_a_sum_with_a_relu_and_pool_an_average():
     x, y = torch.tensor([1.0, -3.0]), torch.tensor([2.0, 1.0])
     assert Add()(x, y).tolist() == [3, 0]
-    picture = torch.arange(8.0).view(1, 2, 2, 2)
-    assert Pool()(picture).tolist() == [[1.5, 5.5]]
+    image = torch.arange(8.0).view(1, 2, 2, 2)
+    assert Pool()(image).tolist() == [[1.5, 5.5]]
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -109,7 +109,7 @@ def test_one_way_into_the_integer_region_and_one_out_of_it_per_head(net):
 
 
 @pytest.mark.parametrize(("net", "smallest"), [(LeNet, 4), (ResNet, 8)])
-def test_pictures_that_are_too_small_and_tables_are_refused(net, smallest):
+def test_images_that_are_too_small_and_tables_are_refused(net, smallest):
     net([1, smallest, smallest], [2])
     with pytest.raises(ValueError, match=rf"images of {smallest}x{smallest - 1} are too small"):
         net([1, smallest, smallest - 1], [2])

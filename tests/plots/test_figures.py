@@ -1,4 +1,4 @@
-"""Every figure is drawn, written as a whole PNG, and shows the numbers that it was given."""
+"""Figures are written completely as PNG, and show the given numbers."""
 
 import os
 import subprocess
@@ -211,7 +211,7 @@ def test_numbers_of_any_size_are_drawn(size: float, tmp_path: Path) -> None:
         assert save(figure, tmp_path / f"{number}.png").stat().st_size > 1000
 
 
-def test_matplotlib_has_nothing_to_say_where_home_takes_no_files(tmp_path: Path) -> None:
+def test_matplotlib_does_not_warn_about_a_read_only_home(tmp_path: Path) -> None:
     code = (
         "import logging; logging.basicConfig(level=logging.INFO); "
         "from bqnn.plots.figures import panels, save; "

@@ -45,10 +45,10 @@ class NoisyDropout(Method):
 
     Args:
         net: The network.
-        likelihood: What the network's outputs mean.
+        likelihood: The likelihood of the network's outputs.
         noise: Standard deviation of the noise.
-        rate: The share of values that is dropped.
-        options: For `Method`.
+        rate: The share of values that are dropped.
+        options: Arguments of `Method`.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class TwoMoons(TensorData):
     Args:
         num_rows: The number of rows; every fourth is a test row.
         spread: Standard deviation of the noise.
-        options: For `TensorData`.
+        options: Arguments of `TensorData`.
     """
 
     def __init__(self, *, num_rows: int = 400, spread: float = 0.1, **options: Any) -> None:

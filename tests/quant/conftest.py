@@ -25,7 +25,7 @@ Make = Callable[..., nn.Module]
 
 
 def float_net(method: str, net: str) -> nn.Module:
-    """A network in eval mode whose batch norms are far from the identity."""
+    """Create a network in evaluation mode whose batch norms are far from the identity."""
     torch.manual_seed(3)
     made = NETS[net](SHAPES[net], (10,), **OPTIONS[net])
     for module in made.modules():
@@ -55,7 +55,7 @@ def inputs(net: str, rows: int = 64) -> Tensor:
 
 @pytest.fixture
 def simulated() -> Make:
-    """make(method, net, **spec): a calibrated network, its outputs as coarse as the rest."""
+    """Return make(method, net, **spec): a calibrated network without extra bits for outputs."""
 
     def make(method: str, net: str, **options: object) -> nn.Module:
         options = {"activation_observer": "minmax", "output_bits": None, **options}

@@ -1,4 +1,4 @@
-"""QuantizationCallback in a Trainer and a module that are not ours."""
+"""QuantizationCallback in a Trainer and a module of another program."""
 
 import copy
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.bare_trainer import bare_trainer
 
 
 class Classifier(pl.LightningModule):
-    """What a user might have written; it keeps no recipe."""
+    """A module as a user could write it, without a recipe."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ def test_a_network_in_eval_mode_is_put_in_train_mode(
     module.net.eval()
     before = module.net[2].running_mean.clone()
     trainer(tmp_path, 1).fit(module, data(), data())
-    assert "was in eval mode" in caplog.text
+    assert "was in evaluation mode" in caplog.text
     convert(module.net, "fbgemm")  # every range was seen
     trained = Classifier()
     trainer(tmp_path, 1).fit(trained, data())

@@ -1,4 +1,4 @@
-"""Exactness: int8 layers compute the integers that the simulation promised."""
+"""int8 layers compute exactly the integers of the simulation."""
 
 import copy
 
@@ -40,7 +40,7 @@ def members(net: nn.Module) -> int:
 
 
 def assert_same_integers(made: nn.Module, engine: str, x: Tensor) -> None:
-    """Every layer, fed what its simulated twin reads, and the network as a whole."""
+    """Compare every layer on the inputs of its simulated twin, and the whole network."""
     integer = convert(copy.deepcopy(made), engine)
     for index in range(members(made)):
         for name, found in disagreements(made, integer, x, index).items():
@@ -63,7 +63,7 @@ def test_int8_computes_the_simulated_integers(
 
 
 def saturates(made: nn.Module) -> bool:
-    """Whether some layer's sums can be wrong on this CPU."""
+    """Return whether the sums of a layer can be wrong on this CPU."""
     try:
         refuse_saturation(made)
     except ValueError:
@@ -116,7 +116,7 @@ def test_sums_that_no_float32_holds_are_exact() -> None:
 
 @torch.no_grad()
 def in_float64(layer: SimulatedLayer, x: Tensor) -> Tensor:
-    """The outputs before rounding, from the rounded weights that are held."""
+    """Compute the outputs before rounding from the rounded weights, in float64."""
     factor, bias = layer.fold()
     weight = layer.rounded_weight(factor).double()
     out = layer.linear_map(x.double(), weight, None if bias is None else bias.double())
@@ -126,7 +126,7 @@ def in_float64(layer: SimulatedLayer, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_simulation_rounds_what_float64_gives(method: str, net: str, simulated: Make) -> None:
-    """Independent of any engine: it differs at rounding ties alone, by one step."""
+    """For any engine, it differs only at rounding ties, by one step."""
     num_layers = wrong_outputs = outputs = 0
     for engine in ENGINES:
         made = simulated(method, net, weight_bits=8, engine=engine)
@@ -152,7 +152,7 @@ def test_the_simulation_rounds_what_float64_gives(method: str, net: str, simulat
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_see_the_same_network(method: str, simulated: Make) -> None:
-    """With gradients wanted the simulation computes in floats: at most a step away, at ties."""
+    """With gradients, the simulation computes in floats: at most one step away, at ties."""
     made = simulated(method, "mlp")
     x = inputs("mlp", rows=512)
     with held_draw(made, 0):
@@ -245,28 +245,28 @@ def calibrated(net: nn.Module, x: Tensor, **options: object) -> nn.Module:
     return calibrate(prepare(fuse(net), spec), [x])
 
 
-PICTURES = torch.randn(8, 16, 6, 6, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(8, 16, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
 def test_saturating_bits_are_refused_unless_asked_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(fbgemm, "has_vnni", lambda: False)
-    net = calibrated(small_conv(), PICTURES, activation_bits=8)
+    net = calibrated(small_conv(), IMAGES, activation_bits=8)
     with pytest.raises(
         ValueError, match=r"the first is 1\) would saturate .*bits=7, .* with allow_sat"
     ):
         convert(copy.deepcopy(net), "fbgemm")
     convert(copy.deepcopy(net), "fbgemm", allow_saturation=True)
     assert "can differ from the simulation" in caplog.text
-    asked = calibrated(small_conv(), PICTURES, activation_bits=8, allow_saturation=True)
+    asked = calibrated(small_conv(), IMAGES, activation_bits=8, allow_saturation=True)
     convert(asked, "fbgemm")
     for bits in ({"activation_bits": 7}, {"activation_bits": 8, "weight_bits": 7}):
-        convert(calibrated(small_conv(), PICTURES, **bits), "fbgemm")
+        convert(calibrated(small_conv(), IMAGES, **bits), "fbgemm")
 
 
 def test_depthwise_kernels_are_refused_where_they_saturate() -> None:
-    """FBGEMM adds their products up in 16 bits, on CPUs with VNNI as well."""
+    """FBGEMM sums their products in 16 bits, even on CPUs with VNNI."""
     x = 255 * torch.ones(8, 16, 6, 6)
     net = small_conv(groups=16)
     nn.init.constant_(net[1].weight, 1)
@@ -307,18 +307,18 @@ def test_linear_layers_take_any_number_of_leading_dimensions(method: str, engine
             assert torch.equal(integer(x), expected)
 
 
-def test_pictures_without_a_batch_dimension_are_refused_in_one_line() -> None:
-    made = calibrated(small_conv(), PICTURES)
+def test_images_without_a_batch_dimension_are_refused_in_one_line() -> None:
+    made = calibrated(small_conv(), IMAGES)
     for net in (made, convert(copy.deepcopy(made), "fbgemm")):
         with pytest.raises(ValueError, match=r"takes \[B, C, H, W\]; add the batch dimension"):
-            net(PICTURES[0])
+            net(IMAGES[0])
 
 
 def test_a_probe_refuses_other_integers_and_warns_of_ties(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = calibrated(small_conv(), PICTURES)
-    convert(copy.deepcopy(made), "fbgemm", probe=PICTURES)
+    made = calibrated(small_conv(), IMAGES)
+    convert(copy.deepcopy(made), "fbgemm", probe=IMAGES)
     assert not caplog.text
     run = fbgemm.PackedWeight.__call__
 
@@ -331,13 +331,13 @@ def test_a_probe_refuses_other_integers_and_warns_of_ties(
         return other
 
     monkeypatch.setattr(fbgemm.PackedWeight, "__call__", off(1))
-    convert(copy.deepcopy(made), "fbgemm", probe=PICTURES)
+    convert(copy.deepcopy(made), "fbgemm", probe=IMAGES)
     assert "by up to 1 steps" in caplog.text
     monkeypatch.setattr(fbgemm.PackedWeight, "__call__", off(9))
     with pytest.raises(ValueError, match=r"by up to 9 steps; evaluate it with numeric=simulated"):
-        convert(copy.deepcopy(made), "fbgemm", probe=PICTURES)
+        convert(copy.deepcopy(made), "fbgemm", probe=IMAGES)
 
 
 def test_another_engine_than_the_simulated_one_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    convert(calibrated(small_conv(), PICTURES), "x86")
+    convert(calibrated(small_conv(), IMAGES), "x86")
     assert "the simulation rounds like fbgemm" in caplog.text

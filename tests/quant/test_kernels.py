@@ -1,4 +1,4 @@
-"""The int8 kernels of this CPU: `requantize` follows them at rounding ties, on every engine."""
+"""int8 kernels of this CPU: `requantize` equals them at rounding ties, on every engine."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ def inputs_of(kind: str, rows: int) -> tuple[int, ...]:
 
 
 def near_ties(kind: str, rows: int, seed: int, *, per_channel: bool, affine: bool) -> dict:
-    """A layer whose sums often land on the middle between two integers, give or take a rounding."""
+    """Create a layer whose sums are often halfway between two integers, up to rounding."""
     generator = torch.Generator().manual_seed(seed)
     shape, groups = KINDS[kind]
     geometry = Geometry((1, 1), (1, 1), (1, 1), groups) if len(shape) == 4 else None
@@ -107,7 +107,7 @@ def test_ties_fall_on_the_side_that_the_kernel_takes(engine: str, kind: str, sch
 
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
 def test_ties_are_followed_on_lesser_cpus(isa: str) -> None:
-    """As far as a variable of the environment makes this CPU one; FBGEMM does not read it."""
+    """An environment variable limits the CPU features of oneDNN; FBGEMM ignores it."""
     command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "ties_fall and not fbgemm"]
     env = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
     done = subprocess.run(command, env=env, capture_output=True, text=True)

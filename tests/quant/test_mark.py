@@ -1,4 +1,4 @@
-"""Networks of plain torch become integers as simulated, or are refused before any training."""
+"""Networks of plain torch run in integers as simulated, or are refused before training."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -27,7 +27,7 @@ Forward = Callable[["Net", Tensor], Tensor]
 
 
 class Net(nn.Module):
-    """Layers for a `forward` that is given."""
+    """Layers for a given `forward`."""
 
     def __init__(self, forward: Forward) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Net(nn.Module):
 
 
 def made_norm() -> nn.BatchNorm2d:
-    """A batch norm that is far from the identity."""
+    """Create a batch norm that is far from the identity."""
     bn = nn.BatchNorm2d(8)
     nn.init.normal_(bn.weight, 1, 0.3)
     nn.init.normal_(bn.bias)
@@ -173,7 +173,7 @@ by_name = pytest.mark.parametrize("forward", FORWARDS, ids=lambda forward: forwa
 
 
 def assert_int8_is_simulated(simulated: nn.Module, x: Tensor = X) -> None:
-    """The outputs are equal for several draws; `convert` compares every integer."""
+    """Compare the outputs of several draws; `convert` compares every integer."""
     integer = convert(deepcopy(simulated), probe=x)
     assert any("Integer" in type(module).__name__ for module in integer.modules())
     simulated.eval()
@@ -306,7 +306,7 @@ def test_what_has_no_integers_is_refused_by_name(name: str) -> None:
 
 
 class Odd(nn.Conv2d):
-    """A layer whose forward integers would ignore."""
+    """A layer with its own forward, which integers would ignore."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -359,7 +359,7 @@ def test_a_network_with_its_own_markers_is_left_alone() -> None:
 
 
 class Gate(nn.Module):
-    """Squeeze and excitation, which has no integers, and cannot be traced."""
+    """Squeeze and excitation, which has no integers and cannot be traced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -415,7 +415,7 @@ def test_floats_before_and_after_the_layers_are_free(caplog: pytest.LogCaptureFi
     ).eval()
     x = torch.randint(10, (8, 2))
     assert_int8_is_simulated(calibrate(prepare_qat(net, SPEC), [x]), x)
-    assert "in float: 0 (Embedding), 2 (LayerNorm)" in caplog.text
+    assert "stay in float: 0 (Embedding), 2 (LayerNorm)" in caplog.text
 
 
 def test_batch_norm_after_a_linear_layer_is_fused() -> None:

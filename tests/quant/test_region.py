@@ -1,4 +1,4 @@
-"""What stands between Enter and Leave is executed as simulated, or refused before training."""
+"""Modules between Enter and Leave run as simulated, or are refused before training."""
 
 from collections.abc import Callable
 
@@ -95,7 +95,7 @@ KEPT_CALLS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Call(nn.Module):
-    """A call in a `forward`, which decides by its inputs if it is not to be traced."""
+    """A call in a `forward`; if it must not be traced, it depends on its inputs."""
 
     def __init__(self, call: Callable[[Tensor], Tensor], traceable: bool = True) -> None:
         super().__init__()

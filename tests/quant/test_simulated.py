@@ -1,4 +1,4 @@
-"""Fused and fake-quantized networks: what they compute, what they watch, what they refuse."""
+"""Fused and fake-quantized networks: results, observers and refused networks."""
 
 import copy
 
@@ -190,7 +190,7 @@ def test_overrides_change_single_layers(simulated: Make) -> None:
 
 
 def output_layers(net: nn.Module) -> dict[str, int]:
-    """The layers that end the integer region, and the bits of what they give."""
+    """Return the layers that end the integer region, with the bits of their outputs."""
     layers = {n: m for n, m in net.named_modules() if isinstance(m, SimulatedLayer)}
     return {n: m.output_quant.bits for n, m in layers.items() if m.is_output}
 

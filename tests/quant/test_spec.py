@@ -1,4 +1,4 @@
-"""QuantSpec refuses what cannot be, by name, value, reason and remedy."""
+"""QuantSpec refuses invalid values with name, value, reason and remedy."""
 
 import json
 

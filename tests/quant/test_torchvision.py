@@ -1,4 +1,4 @@
-"""Networks of torchvision, unedited: Bayesian, quantized after and during training, in integers."""
+"""Unmodified networks of torchvision: Bayesian, quantized after or during training, in int8."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -37,7 +37,7 @@ def images(rows: int = 16) -> Tensor:
 
 
 def made(make: Callable[..., nn.Module], **options: Any) -> nn.Module:
-    """A network whose batch norms know the images, in evaluation mode."""
+    """Create a network in evaluation mode with batch norm statistics of the images."""
     torch.manual_seed(0)
     net = make(num_classes=10, **options).train()
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_one_call_quantizes_a_copy(make: Callable[..., nn.Module]) -> None:
 
 
 class Classifier(pl.LightningModule):
-    """What a user might have written."""
+    """A module as a user could write it."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

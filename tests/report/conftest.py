@@ -1,4 +1,4 @@
-"""Folders as runs leave them, written by hand, with numbers that are easy to compute with."""
+"""Hand-written folders of runs, with numbers that are easy to compute with."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ WriteRun = Callable[..., Path]
 
 @pytest.fixture
 def write_run(tmp_path: Path) -> WriteRun:
-    """Write a run's files below `runs`: of train.py, or, where bits are given, of quantize.py."""
+    """Write the files of a run below `runs`: of quantize.py if bits are given, else of train.py."""
 
     def write(
         name: str,
@@ -61,9 +61,10 @@ def write_run(tmp_path: Path) -> WriteRun:
 
 @pytest.fixture
 def sweep(write_run: WriteRun, tmp_path: Path) -> Path:
-    """Two methods, two seeds, 2, 4 and 8 weight bits; NLL 1 in float and 1 + 1 / bits in int8.
+    """Write two methods, two seeds, and 2, 4 and 8 weight bits.
 
-    bbb is better than pointwise by 0.5, and seed 1 better than seed 0 by 0.1.
+    NLL is 1 in float and 1 + 1 / bits in int8. bbb is better than pointwise by 0.5, and seed 1
+    better than seed 0 by 0.1.
     """
     for method, better in (("bbb", 0.5), ("pointwise", 0.0)):
         for seed in (0, 1):

@@ -1,4 +1,4 @@
-"""One odd run, of whatever kind, costs the report that run alone; nothing in it becomes markup."""
+"""An invalid run is excluded alone from a report, and its content never becomes markup."""
 
 import csv
 import json
@@ -65,7 +65,7 @@ KINDS = [(name, content) for name, contents in ODD_FILES.items() for content in 
 
 
 def only_the_good_one(tmp_path: Path, write_run: WriteRun) -> str:
-    """Report on the odd run and a good one: why the odd one is not among the numbers."""
+    """Report on an invalid and a good run; return why the invalid one is excluded."""
     write_run("good", {"test/nll": 1.0}, method="sghmc")
     assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) is None
     runs = read_runs([tmp_path / "runs"])
@@ -102,7 +102,7 @@ def test_an_odd_value_costs_its_run_alone(
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "status.json", "config.yaml", "size.json"])
-def test_a_fifo_and_a_folder_in_place_of_a_file_are_no_run(
+def test_a_fifo_and_a_folder_in_place_of_a_file_are_not_a_run(
     tmp_path: Path, write_run: WriteRun, name: str
 ) -> None:
     path = write_run("odd", {"test/nll": 2.0}, size=10) / name
@@ -148,8 +148,8 @@ def test_odd_names_are_drawn_and_written(tmp_path: Path, write_run: WriteRun, na
     out = tmp_path / "out"
     assert main([str(tmp_path / "runs"), "--out", str(out)]) is None
     assert len(read_runs([tmp_path / "runs"]).runs) == 2
-    pictures = list((out / "plots").iterdir())
-    assert any("weight_bits" in picture.name for picture in pictures)
+    figures = list((out / "plots").iterdir())
+    assert any("weight_bits" in figure.name for figure in figures)
     assert "\x1b" not in (out / "report.md").read_text() + (out / "index.html").read_text()
 
 
@@ -244,9 +244,7 @@ def test_only_quantized_runs_are_drawn_against_size(tmp_path: Path, write_run: W
     assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) is None
 
 
-def test_a_place_that_cannot_be_written_to_is_told_in_one_line(
-    tmp_path: Path, write_run: WriteRun
-) -> None:
+def test_an_unwritable_folder_is_an_error_of_one_line(tmp_path: Path, write_run: WriteRun) -> None:
     write_run("a", {"test/nll": 1.0})
     (tmp_path / "file").touch()
     (tmp_path / "out" / "results.csv").mkdir(parents=True)
@@ -304,7 +302,7 @@ def test_a_text_in_markdown_is_shown_as_it_is(text: str) -> None:
     assert not re.search("<(li|ol|ul|h2|hr)", html)
 
 
-def test_dollars_in_markdown_are_no_mathematics() -> None:
+def test_dollars_in_markdown_are_not_mathematics() -> None:
     assert plain("$x$") == "<span>$</span>x<span>$</span>"  # what GitHub's documentation says
     assert plain("-0.5") == "-0.5"
     assert plain("1.5") == "1.5"

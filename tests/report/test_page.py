@@ -1,4 +1,4 @@
-"""The page: runs and pictures in one file, nothing from outside, sortable, dark where wanted."""
+"""The HTML page: self-contained, with sortable tables, embedded figures and a dark mode."""
 
 import json
 import re
@@ -20,7 +20,7 @@ EVIL = '<script src="https://example.org/x.js">&"'
 
 
 class Seen(HTMLParser):
-    """Tags, what they refer to, and how deep they are nested at the end."""
+    """Records tags, what they refer to, and the depth of nesting at the end."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Seen(HTMLParser):
 
 @pytest.fixture
 def report(sweep: Path, write_run: WriteRun, tmp_path: Path) -> Path:
-    """Of the sweep, a failed run with a malicious error, and a method with a bad name."""
+    """Report on the sweep, a failed run with a malicious error, and an invalid method name."""
     folder = write_run("failed", {}, seed=9)
     (folder / "status.json").write_text(json.dumps({"state": "FAILED", "error": EVIL}))
     write_run("evil", {"test/nll": 10.0}, method=EVIL, task="other")
@@ -100,7 +100,7 @@ def test_figures_show_the_means_the_spread_and_the_float_value(sweep: Path) -> N
     assert list(before.get_xdata()) == pytest.approx([4 * 14 / 3])
 
 
-def test_no_runs_are_said_to_be_none(tmp_path: Path) -> None:
+def test_a_report_without_runs_says_so(tmp_path: Path) -> None:
     said = main([str(tmp_path), "--out", str(tmp_path / "out")])
     assert said is not None
     assert "no runs" in said
@@ -153,7 +153,7 @@ def test_a_browser_sorts_fits_and_darkens(report: Path, tmp_path: Path) -> None:
 
 
 def browse(page: Path, *options: str) -> dict:
-    """What the probe found in headless Chromium, in its narrowest window."""
+    """Return the measurements of the probe in headless Chromium, in its narrowest window."""
     assert CHROMIUM is not None
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,900"]
     command += [*options, f"--user-data-dir={page.parent}/profile", "--dump-dom", page.as_uri()]

@@ -1,4 +1,4 @@
-"""Every folder with a run's files is a row or is listed with the reason why it is none."""
+"""Every folder with the files of a run is a row, or is listed with a reason."""
 
 import json
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def test_scripts_stages_and_bits_are_told_apart(write_run: WriteRun, tmp_path: P
     assert STAGES == WRITTEN
 
 
-def test_what_is_no_finished_run_is_listed(write_run: WriteRun, tmp_path: Path) -> None:
+def test_unfinished_runs_are_listed(write_run: WriteRun, tmp_path: Path) -> None:
     write_run("fine", {"test/nll": 1.0})
     for state in ("FAILED", "INTERRUPTED", "RUNNING"):
         folder = write_run(state.lower(), {"test/nll": 9.0}, state=state, seed=5)
@@ -81,7 +81,7 @@ def test_what_is_no_finished_run_is_listed(write_run: WriteRun, tmp_path: Path) 
     assert len(found) == 9
 
 
-def test_the_folder_of_a_pattern_is_no_run_of_its_own(write_run: WriteRun, tmp_path: Path) -> None:
+def test_the_folder_of_a_pattern_is_not_a_run(write_run: WriteRun, tmp_path: Path) -> None:
     whole = write_run("whole", {})
     (whole / "metrics.json").unlink()
     write_run("whole/0_bbb_digits", {"test/nll": 1.0})
@@ -129,7 +129,7 @@ def test_the_best_epoch_is_another_network_than_the_last(
     assert sorted(runs["setting"]) == ["checkpoint=best.ckpt", "checkpoint=checkpoint.ckpt"]
 
 
-def test_a_preset_is_said_in_one_word() -> None:
+def test_a_preset_is_labelled_by_its_name() -> None:
     default = flatten({"quant": {"name": "default", "granularity": "channel", "lr": 1}})
     paper = flatten({"quant": {"name": "paper", "granularity": "tensor", "lr": 2}})
     assert method_labels([default, paper]) == ["", ""]
@@ -145,7 +145,7 @@ def test_methods_are_compared_in_one_scheme_and_in_one_network_alone() -> None:
     assert labels == ["quant.engine=fbgemm", "quant.engine=x86"]
 
 
-def test_epochs_are_chosen_for_each_method_and_what_others_have_goes_without_saying() -> None:
+def test_options_chosen_for_each_method_are_left_out_of_labels() -> None:
     short, long = ({"trainer.max_epochs": number} for number in ("5", "40"))
     assert setting_labels([short, long], ["bbb", "pointwise"], ["", ""]) == ["", ""]
     labels = setting_labels([short, long, long], ["bbb", "bbb", "pointwise"], [""] * 3)

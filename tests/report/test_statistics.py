@@ -1,4 +1,4 @@
-"""Means, comparisons and paired tests give what is computed by hand, or by scipy alone."""
+"""Means, comparisons and paired tests against hand-computed values and scipy."""
 
 import itertools
 import math
@@ -53,7 +53,7 @@ def test_only_shared_seeds_are_set_side_by_side(write_run: WriteRun, tmp_path: P
     assert math.isnan(wine["float, pointwise"])
 
 
-def test_what_others_have_and_one_lacks_is_listed(
+def test_missing_runs_of_a_method_are_listed(
     sweep: Path, write_run: WriteRun, tmp_path: Path
 ) -> None:
     assert missing_cells(read_runs([sweep]).runs) == []
@@ -92,7 +92,7 @@ def test_a_paired_test_by_hand() -> None:
     assert result["p_wilcoxon"][0] == 0.25  # all of one sign: 2 of 8 orders
 
 
-def test_too_few_pairs_are_said_to_be_too_few() -> None:
+def test_too_few_pairs_have_a_remark() -> None:
     one = paired_test(np.array([[2.0]]), np.array([[1.0]]))
     assert one["difference"][0] == 1.0
     assert all(math.isnan(one[name][0]) for name in ("std", "p_t", "p_wilcoxon"))
@@ -101,7 +101,7 @@ def test_too_few_pairs_are_said_to_be_too_few() -> None:
     assert remark(6) == ""
 
 
-def test_no_difference_is_no_warning_and_no_number() -> None:
+def test_equal_values_give_neither_a_warning_nor_a_p_value() -> None:
     result = paired_test(np.ones((4, 2)), np.array([[1.0, 2.0]] * 4))
     assert list(result["difference"]) == [0.0, -1.0]
     assert np.isnan(result["p_wilcoxon"][0])
@@ -177,7 +177,7 @@ def test_equal_differences_have_no_t_test_and_say_so(a: list, b: list) -> None:
     assert "all differences are equal: no t test" in result["remark"][0]
 
 
-def test_what_differs_by_more_than_rounding_is_tested() -> None:
+def test_differences_above_rounding_are_tested() -> None:
     a, b = np.array([[0.03], [0.02], [0.05]]), np.array([[0.02], [0.01], [0.04 + 1e-9]])
     assert paired_test(a, b)["p_t"][0] == pytest.approx(stats.ttest_rel(a, b).pvalue[0], rel=1e-4)
 
@@ -276,6 +276,6 @@ def test_tables_without_pairs_or_columns_have_no_test() -> None:
     [([[1], [2]], [[1]], ValueError), ([], [], ValueError), ([1, 2], [3, 4], ValueError),
      ([[10**400]], [[1]], ValueError), ([["x"]], [[1]], TypeError), ([[1j]], [[1]], TypeError)],
 )  # fmt: skip
-def test_what_is_no_pair_of_tables_is_refused_in_one_line(a: list, b: list, error: type) -> None:
+def test_invalid_pairs_of_tables_are_refused_in_one_line(a: list, b: list, error: type) -> None:
     with pytest.raises(error, match=r"^(a|b) [^\n]*(give|pair)[^\n]*$"):
         paired_test(a, b)

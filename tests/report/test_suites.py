@@ -1,4 +1,4 @@
-"""Evaluations on distorted images and on other data are shown, with the means that are computed."""
+"""Evaluations on distorted images and other data are shown with the right means."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ WriteRun = Callable[..., Path]
 
 @pytest.fixture
 def suites(write_run: WriteRun, tmp_path: Path) -> Path:
-    """Two methods, two seeds: NLL is seed + level, and 10 more for pointwise."""
+    """Write two methods and two seeds: NLL is seed + level, and 10 more for pointwise."""
     for method, more in (("bbb", 0.0), ("pointwise", 10.0)):
         for seed in range(2):
             metrics = {"test/nll": more + seed, "test/ape": 0.1, "ood/uniform/ape": 1.0}
@@ -64,7 +64,7 @@ def test_the_page_shows_them_and_has_no_empty_sections(suites: Path, tmp_path: P
     assert "beside the pointwise" not in text  # evaluations of trained networks have no column
 
 
-def test_without_pointwise_runs_nothing_claims_to_be_beside_them(
+def test_without_pointwise_runs_there_is_no_comparison_with_them(
     write_run: WriteRun, tmp_path: Path
 ) -> None:
     write_run("a", {"test/nll": 1.0})

@@ -1,4 +1,4 @@
-"""Every cell of the configuration composes, and says what the scripts rely on."""
+"""Every combination of groups composes, with the values that the scripts need."""
 
 import math
 from inspect import signature
@@ -25,14 +25,14 @@ from bqnn.text import valid_name
 
 
 def group(name: str) -> list[str]:
-    """The choices of a group; `own` is completed by a plug-in."""
+    """Return the choices of a group; a plug-in completes `own`."""
     return sorted(path.stem for path in (CONF / name).glob("*.yaml") if path.stem != "own")
 
 
 FACTS = {"likelihood": "regression", "input_shape": [3], "num_train": 1}
 REQUIRED = {
     "uci": ["task.table=yacht"],
-    "images": ["task.root=pictures"],
+    "images": ["task.root=my_images"],
     "table": ["task.file=flats.csv", "task.target=price"],
 }
 
@@ -89,7 +89,7 @@ def test_plug_ins_compose_and_have_free_options() -> None:
         "a." + "b" * 200,
     ],
 )
-def test_what_is_no_path_of_a_class_is_refused(target: str) -> None:
+def test_invalid_paths_of_classes_are_refused(target: str) -> None:
     for name in ("method", "net", "task"):
         with pytest.raises(ValueError, match=rf"^{name}\._target_=.*choose the dotted path"):
             check_options({name: {"name": "x", "_target_": target}})
@@ -232,9 +232,7 @@ def test_a_name_with_more_of_it_than_a_letter_is_the_nearest() -> None:
         ("evaluate", ["checkpoint=x"], "_default"),
     ],
 )
-def test_folders_are_named_by_what_is_fit_for_names(
-    verb: str, overrides: list[str], end: str
-) -> None:
+def test_folders_have_valid_names(verb: str, overrides: list[str], end: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose(verb, overrides, return_hydra_config=True)
         config.hydra.job.num = 3

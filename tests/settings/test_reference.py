@@ -1,4 +1,4 @@
-"""docs/configuration.md is up to date, and defaults in the code are those of conf/."""
+"""docs/configuration.md is up to date, and defaults in the code equal those of conf/."""
 
 from collections.abc import Mapping
 from inspect import Parameter, signature

@@ -1,4 +1,4 @@
-"""Where a training starts, and how its errors name what is to be changed."""
+"""The start of a training, and the keys that its errors name."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ QUICK = ["task=synthetic", "task.num_train=200", "logger=none", "plots=false", "
 
 
 def sigma_is_a_share_of_the_mean(path: Path) -> bool:
-    """Whether each rho is where `init_from` puts it."""
+    """Return whether each rho has the value that `init_from` sets."""
     state = read_checkpoint(path)["state_dict"]
     shares = [
         torch.nn.functional.softplus(state[name.replace(".mean", ".rho")]) / mean.abs()
@@ -23,7 +23,7 @@ def sigma_is_a_share_of_the_mean(path: Path) -> bool:
     return all((share.median() - 0.1).abs() < 1e-2 for share in shares)
 
 
-def test_what_starts_at_a_run_needs_it_once(script_here: ScriptHere, tmp_path: Path) -> None:
+def test_a_run_to_start_from_is_needed_only_once(script_here: ScriptHere, tmp_path: Path) -> None:
     pointwise = ["method=pointwise", "trainer.max_epochs=1", "hydra.run.dir=p"]
     assert script_here("train", *QUICK, *pointwise)[0] == 0
     bbb = [*QUICK, "method=bbb", "method.init_from=p/checkpoint.ckpt", "hydra.run.dir=b"]

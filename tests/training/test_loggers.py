@@ -1,4 +1,4 @@
-"""metrics.csv has a row per logged epoch, on disk at once; W&B gets curves of what changes."""
+"""metrics.csv has a row per logged epoch; W&B gets curves of metrics that change."""
 
 import csv
 import re
@@ -116,11 +116,11 @@ def test_a_resumed_job_keeps_the_csv_of_its_earlier_starts(tmp_path: Path) -> No
 
 
 class Summary(dict[str, float]):
-    """What wandb.Run.summary is, as far as it is used."""
+    """The part of wandb.Run.summary that bqnn uses."""
 
 
 class FakeRun:
-    """Keeps what a wandb.Run is given; `broken` makes it fail as one does whose service died."""
+    """Records what a wandb.Run gets; `broken` makes it fail like a run whose service died."""
 
     def __init__(self, **options: Any) -> None:
         self.options = options
@@ -137,7 +137,7 @@ class FakeRun:
         self.history.append(row)
 
     def define_metric(self, name: str, **options: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def finish(self, exit_code: int) -> None:
         if self.broken:
@@ -147,7 +147,7 @@ class FakeRun:
         self.artifacts.append(artifact.name)
 
 
-def test_only_what_changes_over_epochs_is_history() -> None:
+def test_only_changing_metrics_have_a_history() -> None:
     run: Any = FakeRun()
     history = WandbHistory(run)
     for epoch, (loss, beta) in enumerate([(3.0, 0.1), (2.0, 0.1), (1.0, 0.1), (1.0, 0.2)]):
@@ -166,7 +166,7 @@ def test_only_what_changes_over_epochs_is_history() -> None:
     assert {"train/lr": 0.5, "test/nll": 0.7, "num_samples": 20}.items() <= run.summary.items()
 
 
-def test_what_fails_on_the_way_to_wandb_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_of_wandb_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     run: Any = FakeRun()
     history = WandbHistory(run)
     run.broken = True
@@ -175,7 +175,7 @@ def test_what_fails_on_the_way_to_wandb_is_said_once(caplog: pytest.LogCaptureFi
     (message,) = caplog.messages
     assert "Connection lost" in message
     history.finish(0)
-    assert "wandb sync run/wandb/offline-run-1 does that later" in caplog.messages[-1]
+    assert "complete it with wandb sync run/wandb/offline-run-1" in caplog.messages[-1]
 
 
 def test_names_are_made_valid_before_anything_starts(

@@ -1,4 +1,4 @@
-"""What torch is told before a training."""
+"""Setup of torch before a training."""
 
 import ctypes
 from pathlib import Path

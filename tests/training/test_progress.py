@@ -1,4 +1,4 @@
-"""A training and an evaluation say how far they are: a bar on a terminal, few lines elsewhere."""
+"""Progress of a training and an evaluation: a bar on a terminal, else a few lines."""
 
 import logging
 from functools import partial
@@ -112,7 +112,7 @@ def test_an_evaluation_says_which_set_and_which_draw(capsys: pytest.CaptureFixtu
         assert progress is None
 
 
-def test_every_set_and_draw_is_told_once() -> None:
+def test_every_set_and_draw_is_reported_once() -> None:
     data = SyntheticData(num_train=40, num_test=4, batch_size=16, validation_share=0.2)
     data.setup()
     told: list[tuple[int, int]] = []

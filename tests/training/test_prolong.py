@@ -1,4 +1,4 @@
-"""A training that is resumed with more epochs goes on to them."""
+"""A training that is resumed with more epochs continues to the new end."""
 
 import json
 import math
@@ -50,14 +50,14 @@ def test_more_epochs_continue_from_the_last_checkpoint(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_cosine_schedule_is_planned_anew_and_says_so(
+def test_a_cosine_schedule_is_stretched_with_a_warning(
     script_here: ScriptHere, tmp_path: Path
 ) -> None:
     run = [*COMMON, "method=pointwise", "method.optimizer.lr=0.01", "hydra.run.dir=run"]
     assert script_here("train", *run, "task.max_epochs=4")[0] == 0
     code, errors = script_here("train", *run, "task.max_epochs=8", "resume=true")
     assert code == 0, errors
-    assert "planned for 4 epochs and now is for 8" in errors
+    assert "had 4 epochs and now has 8" in errors
     rate = content(tmp_path / "run")["optimizer_states"][0]["param_groups"][0]["lr"]
     assert rate == pytest.approx(0, abs=1e-12)  # the end of the new plan
     rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
@@ -83,7 +83,7 @@ def test_anything_else_than_more_epochs_is_another_job(
         assert code == 1
         assert "another configuration" in errors
     code, errors = script_here("train", *run, "trainer.max_epochs=3")  # without resume
-    assert "holds a job already" in errors
+    assert "already holds a job" in errors
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and resumed ends bit-equal to one that never was."""
+"""A run that is killed at any time and resumed is bit-equal to an uninterrupted one."""
 
 import json
 import multiprocessing
@@ -46,7 +46,7 @@ def status(folder: Path) -> dict[str, Any]:
 
 
 def run_script(name: str, arguments: list[str], folder: Path) -> None:
-    """What a killed process runs."""
+    """Run in the process that is killed."""
     os.chdir(folder)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     sys.argv = [f"{name}.py", *arguments]
@@ -54,7 +54,7 @@ def run_script(name: str, arguments: list[str], folder: Path) -> None:
 
 
 def kill_at_random(name: str, arguments: list[str], run: Path, seconds: float) -> None:
-    """Run a script in a process of its own, and kill it within that time of claiming its folder."""
+    """Run a script in a subprocess, and kill it within this time after it claims its folder."""
     process = FORKS.Process(target=run_script, args=(name, arguments, run.parent))
     process.start()
     while not (run / "status.json").exists():
@@ -66,7 +66,7 @@ def kill_at_random(name: str, arguments: list[str], run: Path, seconds: float) -
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
-    """Where two checkpoints differ in a single bit, progress counters aside."""
+    """Return where two checkpoints differ in a bit, except for progress counters."""
     if isinstance(a, dict):
         keys = (a.keys() | b.keys()) - {"loops"}
         return [d for k in keys for d in differences(a.get(k), b.get(k), f"{where}/{k}")]
@@ -103,7 +103,7 @@ def kill_and_resume(
     script_here: ScriptHere,
     times: int,
 ) -> list[int]:
-    """Kill and resume in new folders until it was interrupted so often: from which epochs."""
+    """Kill and resume new runs; return the epochs of this many interruptions."""
     described = status(reference)
     start, end = (
         time.mktime(time.strptime(described[k][:19], "%Y-%m-%dT%H:%M:%S")) for k in ("start", "end")
@@ -128,7 +128,7 @@ def kill_and_resume(
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted training of each method."""
+    """Train each method without interruption."""
     folder = tmp_path_factory.mktemp("references")
     for method, options in TRAINING.items():
         with pytest.MonkeyPatch.context() as patch:

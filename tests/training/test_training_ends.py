@@ -1,4 +1,4 @@
-"""However a training ends, what was asked for is there, or the job says what is not."""
+"""However a training ends, its results are complete, or the job reports what is missing."""
 
 import csv
 import json
@@ -71,7 +71,7 @@ def test_a_training_without_a_step_is_refused(
         ("+trainer.limit_test_batches=0.5", "trainer.limit_test_batches=0.5: leave it out"),
     ],
 )
-def test_what_leaves_out_a_promised_file_is_refused_before_training(
+def test_options_that_prevent_a_requested_file_are_refused_before_training(
     option: str, said: str, script_here: ScriptHere, tmp_path: Path
 ) -> None:
     arguments = [*QUICK, "trainer.save_best=true", option, "hydra.run.dir=run"]
@@ -117,7 +117,7 @@ def test_batch_norm_that_would_see_one_value_is_refused_before_training(
 
 
 def test_one_row_with_many_positions_is_trained_on(script_here: ScriptHere, tmp_path: Path) -> None:
-    """LeNet has no batch norm; a ResNet whose last batch is not used meets no single row."""
+    """LeNet has no batch norm; the ResNet's last batch, of one row, is not used."""
     small = ["task=digits", "logger=none", "plots=false", "trainer.max_epochs=1"]
     few = ["task.batch_size=1289", "trainer.limit_train_batches=1"]
     assert script_here("train", *small, "task.batch_size=1289", "hydra.run.dir=lenet")[0] == 0

@@ -1,4 +1,4 @@
-"""What W&B shows of each job, read back from its offline run with `wandb leet inspect`."""
+"""W&B's view of each job, read from its offline run by `wandb leet inspect`."""
 
 import contextlib
 import csv
@@ -23,7 +23,7 @@ INSPECT = [sys.executable, "-m", "wandb", "leet", "inspect", "--json"]
 
 @cache
 def inspect(folder: Path, *options: str) -> str:
-    """What `wandb leet inspect` says of the one run below a job's folder."""
+    """Return the output of `wandb leet inspect` for the one run below a job's folder."""
     (log,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     result = subprocess.run([*INSPECT, *options, str(log)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -40,7 +40,7 @@ def records(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def sweep_arguments() -> tuple[dict[str, Any], list[str]]:
-    """docs/wandb_sweep.yaml, and what its agent passes on for the first of its jobs."""
+    """Return docs/wandb_sweep.yaml, and what its agent passes to the first of its jobs."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     sweep = yaml.safe_load((ROOT / "docs" / "wandb_sweep.yaml").read_text())
@@ -57,7 +57,7 @@ def sweep_arguments() -> tuple[dict[str, Any], list[str]]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a training, its quantization twice, and a training that fails."""
+    """Create a folder with a training, its quantization twice, and a failed training."""
     usage = subprocess.run([*INSPECT, "--help"], capture_output=True, text=True).stdout
     if "inspect [OPTIONS]" not in usage:
         pytest.skip("this wandb has no `leet inspect`, and we parse no file of its own")
@@ -91,7 +91,7 @@ JOBS = [
 
 
 @pytest.mark.parametrize(("folder", "name", "job_type", "group"), JOBS)
-def test_every_job_is_a_run_that_says_what_it_is(
+def test_every_job_is_a_run_with_its_configuration(
     folder: str, name: str, job_type: str, group: str | None, project: Path
 ) -> None:
     run = project / folder
@@ -108,26 +108,26 @@ def test_every_job_is_a_run_that_says_what_it_is(
     assert shown["summary"]["most_uncertain"]["nrows"] == 50
 
 
-def test_what_a_training_shows(project: Path) -> None:
+def test_a_training_logs_metrics_and_figures(project: Path) -> None:
     run = project / "float"
     shown = summary(run)["summary"]
     assert shown["time/epoch_seconds"] > 0
-    pictures = {key: value["_type"] for key, value in shown.items() if key.startswith("plots/")}
+    figures = {key: value["_type"] for key, value in shown.items() if key.startswith("plots/")}
     names = ("curves", "reliability", "confidence")
-    assert pictures == dict.fromkeys((f"plots/{name}" for name in names), "images/separated")
+    assert figures == dict.fromkeys((f"plots/{name}" for name in names), "images/separated")
     epochs = [record["item"] for record in records(run, "history")]
     assert [item["epoch"] for item in epochs if "train/nll" in item] == [0, 1, 2]
     curves: dict[str, list[float]] = {}
     for item in epochs:
         for name, value in item.items():
-            # Others are W&B's own, and what it says of pictures and tables.
+            # Other entries are W&B's own, and its descriptions of images and tables.
             if isinstance(value, int | float) and name[0] != "_" and "." not in name:
                 curves.setdefault(name, []).append(value)
     assert {"train/loss", "val/nll", "epoch"} <= curves.keys()
     assert [name for name, values in curves.items() if len(set(values)) == 1] == []
 
 
-def test_what_a_quantization_shows(project: Path) -> None:
+def test_a_quantization_logs_sizes_and_layers(project: Path) -> None:
     run = project / "ptq"
     shown = summary(run)["summary"]
     size = json.loads((run / "size.json").read_text())
@@ -141,9 +141,9 @@ def test_what_a_quantization_shows(project: Path) -> None:
 
 def test_the_most_uncertain_images_come_first(project: Path) -> None:
     table = logged_table(project / "float", "most_uncertain")
-    assert table["columns"][:4] == ["picture", "truth", "prediction", "entropy"]
-    pictures, truth, prediction, entropy, *_ = zip(*table["data"], strict=True)
-    assert {(p["_type"], p["width"], p["height"]) for p in pictures} == {("image-file", 64, 64)}
+    assert table["columns"][:4] == ["image", "truth", "prediction", "entropy"]
+    images, truth, prediction, entropy, *_ = zip(*table["data"], strict=True)
+    assert {(p["_type"], p["width"], p["height"]) for p in images} == {("image-file", 64, 64)}
     assert {*truth, *prediction} <= set("0123456789")
 
     kept = np.load(project / "float" / "predictions.npz")
@@ -176,7 +176,7 @@ def test_a_failed_job_shows_as_failed_and_keeps_no_artifact(project: Path) -> No
 
 
 def logged_table(folder: Path, name: str) -> dict[str, Any]:
-    """A table with its media, which is an artifact of its own."""
+    """Return a logged table, which is an artifact together with its images."""
     (entries,) = (
         record["manifest"]["contents"]
         for record in records(folder, "artifact")

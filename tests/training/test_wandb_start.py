@@ -1,4 +1,4 @@
-"""A W&B run starts, or is kept offline, whatever the network, the key and the home folder do."""
+"""Runs of W&B start online or offline with any network, key and home folder."""
 
 import json
 import os
@@ -33,7 +33,7 @@ print(json.dumps(modes))
 
 @pytest.fixture
 def server() -> Iterator[Callable[[int], tuple[str, list[str]]]]:
-    """Start a server that answers everything with this code: its address, and what it is asked."""
+    """Start a server that answers with this code; return its address and its requests."""
     servers = []
 
     def start(code: int) -> tuple[str, list[str]]:
@@ -50,7 +50,7 @@ def server() -> Iterator[Callable[[int], tuple[str, list[str]]]]:
             do_POST = do_GET
 
             def log_message(self, *_: object) -> None:
-                """Nothing."""
+                """Do nothing."""
 
         made = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
         servers.append(made)
@@ -65,14 +65,14 @@ def server() -> Iterator[Callable[[int], tuple[str, list[str]]]]:
 
 @pytest.fixture
 def closed() -> str:
-    """An address at which nothing listens."""
+    """Return an address without a server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
 def start_twice(folder: Path, **environment: str) -> tuple[list[bool], str]:
-    """Start two runs in one process: whether each is offline, and what stderr got."""
+    """Start two runs in one process; return whether each is offline, and stderr."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     command = [sys.executable, "-c", START, str(folder)]
     result = subprocess.run(
@@ -82,7 +82,7 @@ def start_twice(folder: Path, **environment: str) -> tuple[list[bool], str]:
     return json.loads(result.stdout.splitlines()[-1]), result.stderr
 
 
-def test_a_server_that_answers_is_told_from_one_that_does_not(
+def test_servers_that_answer_are_recognized(
     server: Callable[[int], tuple[str, list[str]]], closed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "ANSWER_SECONDS", 0.5)
@@ -94,7 +94,7 @@ def test_a_server_that_answers_is_told_from_one_that_does_not(
     assert "no connection" in str(tracking._why_silent("no address"))
 
 
-def test_a_server_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_does_not_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "ANSWER_SECONDS", 0.2)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -110,7 +110,7 @@ def test_without_network_runs_are_offline_and_the_server_is_asked_once(
     assert offline == [True, True]
     (line,) = errors.strip().splitlines()
     assert closed in line
-    assert "kept offline" in line
+    assert "stored offline" in line
 
 
 @pytest.mark.parametrize("key", [KEY, "short"])
@@ -122,13 +122,13 @@ def test_a_key_that_is_refused_leaves_runs_offline(
     assert offline == [True, True]
     said = [line for line in errors.splitlines() if not line.startswith("Failed to export")]
     assert len(said) == 1  # scripts silence the other loggers
-    assert "kept offline" in said[0]
+    assert "stored offline" in said[0]
     assert asked.count("GET /") == 1
     for number in range(2):
         assert list((tmp_path / str(number)).glob("wandb/offline-run-*/run-*.wandb"))
 
 
-def test_without_a_home_and_a_key_nothing_is_said(
+def test_without_a_home_and_a_key_nothing_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HOME", raising=False)
@@ -154,7 +154,7 @@ def test_a_sweep_without_network_and_home_is_trained(
         if not line.startswith(("CPU threads", "epoch ", "evaluating "))
     ]
     assert len(foreign) == 1, result.stderr
-    assert "kept offline" in foreign[0]
+    assert "stored offline" in foreign[0]
     for number in (0, 1):
         job = tmp_path / "sweep" / f"{number}_pointwise_synthetic_s{number}"
         assert json.loads((job / "status.json").read_text())["state"] == "DONE"
@@ -162,7 +162,7 @@ def test_a_sweep_without_network_and_home_is_trained(
 
 
 @pytest.mark.parametrize("home", [None, "/dev/null/home", "relative", "."])
-def test_where_home_takes_no_files_caches_are_elsewhere(
+def test_caches_move_if_home_is_read_only(
     home: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR")
@@ -175,9 +175,7 @@ def test_where_home_takes_no_files_caches_are_elsewhere(
         assert Path(os.environ[name]).parent == tmp_path
 
 
-def test_a_user_without_a_home_gets_one_for_whatever_asks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_user_without_a_home_gets_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"WANDB_{kind}_DIR" for kind in ("CACHE", "DATA", "CONFIG")]
     names += [f"XDG_{kind}_HOME" for kind in ("CACHE", "DATA", "CONFIG")]
     for name in names:

@@ -1,1 +1,1 @@
-"""The command line: what is typed, composed, refused and answered. Only it knows Hydra."""
+"""The command line: arguments, configurations, refusals and messages. It alone uses Hydra."""

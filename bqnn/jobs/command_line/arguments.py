@@ -1,4 +1,4 @@
-"""The words on the command line, before Hydra composes a configuration from them."""
+"""Parse and check the command line, before Hydra composes a configuration from it."""
 
 import argparse
 import re
@@ -28,7 +28,7 @@ def read_arguments() -> argparse.Namespace:
         The options and, as `overrides`, the list of all key=value.
 
     Raises:
-        UsageError: An option is unknown, or stands after a key=value.
+        UsageError: An option is unknown, or follows a key=value.
     """
 
     def refuse(message: str) -> NoReturn:
@@ -44,7 +44,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def refuse_malformed(arguments: argparse.Namespace, verb: str) -> None:
-    """Refuse arguments that Hydra would report unclearly, or not check.
+    """Refuse arguments that Hydra would report unclearly, or would not check.
 
     Args:
         arguments: The arguments from `read_arguments`.
@@ -56,7 +56,7 @@ def refuse_malformed(arguments: argparse.Namespace, verb: str) -> None:
     if arguments.experimental_rerun is not None:
         raise ValueError(
             "--experimental-rerun: it would unpickle a file, which can run any code; write the "
-            "overrides again, with resume=true to go on with a run"
+            "overrides again, with resume=true to resume a run"
         )
     if arguments.config_name is not None or arguments.config_path is not None:
         raise ValueError(

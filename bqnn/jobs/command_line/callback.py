@@ -25,7 +25,7 @@ from bqnn.jobs.terminal import describe, say
 
 @dataclass
 class Launch:
-    """What this process launches. Hydra creates the callback, so a context variable passes it.
+    """The launch of this process, which a context variable passes to the callback of Hydra.
 
     Args:
         check: The check of the verb, or None.

@@ -110,7 +110,7 @@ def _refuse_folders(config: DictConfig) -> None:
     name = config.hydra.job.name
     if name != valid_name(name):
         raise ValueError(
-            f"hydra.job.name={one_line(name)}: the log file is named so; choose a name of letters, "
+            f"hydra.job.name={one_line(name)}: it is the name of the log file; choose letters, "
             "digits, dots, dashes and underscores"
         )
 

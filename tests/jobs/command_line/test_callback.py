@@ -1,4 +1,4 @@
-"""The callback travels to the processes of launchers."""
+"""The callback also works in the processes of launchers."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""Overrides that name a plug-in are completed, and all others stay as they are."""
+"""Overrides that name a plug-in are completed, and all others are unchanged."""
 
 import pytest
 
