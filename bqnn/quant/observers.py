@@ -140,7 +140,7 @@ class Observer(nn.Module):
 
 
 def _take_old_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Accept the state of torch.ao's observers, which earlier checkpoints have.
+    """Accept the state of torch's observers, which earlier checkpoints hold.
 
     Their constant `eps` and their histogram are not needed. Per channel, `min_val` and `max_val`
     are empty before the first data.
