@@ -194,23 +194,24 @@ class LeastSquaresObserver(Observer):
         """Record all values of `x`, of any shape."""
         x = x.detach().float().flatten()
         x = x.cpu() if x.is_mps else x  # it has no float64
-        is_infinite = x.isinf()
-        if is_infinite.any():
+        if x.numel() > 0 and any(end.isinf() for end in x.aminmax()):
             warnings.warn("ignoring infinite values in the range of a tensor", stacklevel=2)
-            x = x[~is_infinite]
+            x = x[~x.isinf()]
         super().forward(x)
         if x.numel() > 0 and not self.min_val.isnan():
             self._count(x)
 
     def _count(self, x: Tensor) -> None:
         """Add finite values [N] to the histogram."""
-        histogram = torch.zeros(2, 2 * SIZE + 1, dtype=torch.float64, device=x.device)
         largest = torch.maximum(-self.min_val, self.max_val).float()
         first_bin = max(int(_bin(largest)) - SIZE, 0)
-        if self._histogram is not None:
-            histogram += _merged(self._histogram.to(x.device), first_bin - self._first_bin)
+        if self._histogram is None:
+            histogram = torch.zeros(2, 2 * SIZE + 1, dtype=torch.float64, device=x.device)
+        else:
+            histogram = _merged(self._histogram.to(x.device), first_bin - self._first_bin)
+        sign = x.view(torch.int32) >> 31  # -1 or 0
         distance = (_bin(x) - first_bin).clamp_(min=0)
-        place = torch.where(x < 0, SIZE - distance, SIZE + distance)
+        place = (distance ^ sign).sub_(sign).add_(SIZE)  # SIZE - distance or SIZE + distance
         histogram[0] += torch.bincount(place, minlength=2 * SIZE + 1)
         histogram[1].index_add_(0, place, x.double())  # deterministic on a GPU, unlike bincount
         self._histogram, self._first_bin = histogram, first_bin
@@ -249,6 +250,8 @@ def _bin(x: Tensor) -> Tensor:
 
 def _merged(histogram: Tensor, count: int) -> Tensor:
     """Merge the `count` bins on either side of 0 with that of 0, and move the others inwards."""
+    if count == 0:
+        return histogram
     kept = max(SIZE - count, 0)
     low, middle, high = histogram.split([kept, 2 * (SIZE - kept) + 1, kept], dim=1)
     free = histogram.new_zeros(2, SIZE - kept)

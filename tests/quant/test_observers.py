@@ -99,10 +99,9 @@ def test_the_order_and_the_size_of_batches_do_not_matter() -> None:
 @pytest.mark.parametrize("factor", [1e-12, 1e12])
 def test_a_search_scales_with_the_data(factor: float) -> None:
     scale, zero_point = searched([noise()], 0, 127)
-    assert searched([factor * noise()], 0, 127) == (
-        pytest.approx(factor * scale, rel=0.01),
-        zero_point,
-    )
+    scaled, same = searched([factor * noise()], 0, 127)
+    assert scaled == pytest.approx(factor * scale, rel=0.01)
+    assert same == zero_point
 
 
 def test_an_outlier_that_outweighs_all_other_values_is_kept() -> None:
@@ -239,5 +238,5 @@ def test_a_state_with_other_channels_is_refused() -> None:
 def test_unknown_observers_are_refused() -> None:
     with pytest.raises(ValueError, match="running_minmax, moving_average, histogram"):
         make_observer("median", 0, 7)
-    with pytest.raises(ValueError, match="choose one of minmax, running_minmax, moving_average$"):
+    with pytest.raises(ValueError, match=r"choose one of minmax, running_minmax, moving_average$"):
         make_observer("histogram", 0, 7, channels=3)
