@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 SMALLEST_SCALE = 2.0**-60  # 2**-23, usual elsewhere, would round small standard deviations to 0
+# For each kind of recorded range, the weight of the newest tensor.
 MOMENTA = {"minmax": 1.0, "running_minmax": None, "moving_average": 0.01}
 
 
@@ -166,7 +167,8 @@ class LeastSquaresObserver(Observer):
 
     The bins are spaced logarithmically, so that the histogram extends to any range without changes
     to its bins. They keep the count and the sum of their values. The grid depends on neither the
-    order nor the size of the tensors. Infinite values are ignored, with a warning.
+    order nor the size of the tensors. Infinite values are ignored, with a warning; NaN values raise
+    a ValueError.
 
     Args:
         quant_min: The smallest integer.
@@ -194,11 +196,15 @@ class LeastSquaresObserver(Observer):
         """Record all values of `x`, of any shape."""
         x = x.detach().float().flatten()
         x = x.cpu() if x.is_mps else x  # it has no float64
-        if x.numel() > 0 and any(end.isinf() for end in x.aminmax()):
+        if x.numel() > 0 and not all(end.isfinite() for end in x.aminmax()):
+            if x.isnan().any():
+                raise ValueError(
+                    "an activation is NaN, so it has no range; check the network's outputs in float"
+                )
             warnings.warn("ignoring infinite values in the range of a tensor", stacklevel=2)
             x = x[~x.isinf()]
-        super().forward(x)
-        if x.numel() > 0 and not self.min_val.isnan():
+        if x.numel() > 0:
+            super().forward(x)
             self._count(x)
 
     def _count(self, x: Tensor) -> None:
@@ -219,7 +225,7 @@ class LeastSquaresObserver(Observer):
     @property
     def has_data(self) -> bool:
         """Whether there is a histogram to compute a grid from, which checkpoints do not have."""
-        return self._histogram is not None or bool(self.min_val.isnan())
+        return self._histogram is not None
 
     @torch.no_grad()
     def grid(self) -> tuple[Tensor, Tensor]:

@@ -144,7 +144,12 @@ def test_a_search_ignores_infinite_values() -> None:
     assert observer.grid()[0].item() == searched([noise()], 0, 7)[0]
 
 
-@pytest.mark.parametrize("kind", ["minmax", "running_minmax", "moving_average", "histogram"])
+def test_a_search_refuses_nan_values() -> None:
+    with pytest.raises(ValueError, match="an activation is NaN"):
+        LeastSquaresObserver(0, 7)(torch.tensor([torch.inf, 1.0, torch.nan]))
+
+
+@pytest.mark.parametrize("kind", ["minmax", "running_minmax", "moving_average"])
 def test_nan_values_leave_no_range(kind: str) -> None:
     quant = make_fake_quant(3, signed=False, observer=kind)
     with warnings.catch_warnings():
