@@ -1,31 +1,24 @@
 """The backend: fake quantizers, and torch's int8 operators.
 
-Only this module of the package uses torch.ao and torch.ops.quantized. Upstream has deprecated
-torch.ao, but has no other int8 convolution for the CPU. To remove the dependency, replace the
-observers in `_observer` and the calls of torch.ops.quantized in `PackedWeight` and `add`. The
-rounding in `FakeQuant` already uses core operators.
+Only this module of the package uses torch.ops.quantized. Upstream has deprecated its quantized
+tensors. To remove the dependency, replace the calls in `PackedWeight` and `add`. The rounding in
+`FakeQuant` and the observers use core operators.
 """
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.ao.quantization.observer import (
-    HistogramObserver,
-    MinMaxObserver,
-    MovingAverageMinMaxObserver,
-    MovingAveragePerChannelMinMaxObserver,
-    ObserverBase,
-)
 
 from bqnn.arguments import ArgumentError
 from bqnn.layers.linear_map import Geometry
 from bqnn.quant.grids import Grid
+from bqnn.quant.observers import LeastSquaresObserver, Observer, make_observer
 
 # torch 2.13 and newer warn of each quantized type. Only the warnings of this package are silenced.
 warnings.filterwarnings(
@@ -38,7 +31,6 @@ warnings.filterwarnings(
 )
 
 _packing = Lock()  # the engine is a process-wide setting of torch
-SMALLEST_SCALE = 2.0**-60  # torch's default, 2**-23, would round small standard deviations to 0
 
 
 class FakeQuant(nn.Module):
@@ -65,10 +57,10 @@ class FakeQuant(nn.Module):
 
     scale: Tensor
     zero_point: Tensor
-    observer: ObserverBase | None
+    observer: Observer | None
 
     def __init__(
-        self, observer: ObserverBase | None, quant_min: int, quant_max: int, channels: int | None
+        self, observer: Observer | None, quant_min: int, quant_max: int, channels: int | None
     ) -> None:
         super().__init__()
         self.observer = observer
@@ -90,21 +82,18 @@ class FakeQuant(nn.Module):
         if not self.training or self.frozen or self.observer is None:
             return
         self.observer(_extremes_of_all_ranks(x.detach(), self.channels))
-        if not isinstance(self.observer, HistogramObserver):  # its search is slow: call settle()
+        if not isinstance(self.observer, LeastSquaresObserver):  # its search is slow: call settle()
             self.settle()
 
     @torch.no_grad()
     def settle(self) -> None:
         """Set scale and zero point from the observer, if it has seen data."""
-        if self.observer is None:
+        if self.observer is None or not self.observer.has_data:
             return
-        smallest: Any = self.observer.min_val  # empty or infinite before the first data
-        if smallest.numel() == 0 or smallest.isinf().any():
-            return
-        if smallest.isnan().any():  # the loss becomes NaN; its error is clearer than torch 2.9's
+        if self.observer.min_val.isnan().any():  # the loss becomes NaN, which is refused
             self.scale.fill_(torch.nan)
             return
-        scale, zero_point = self.observer.calculate_qparams()
+        scale, zero_point = self.observer.grid()
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 
@@ -193,18 +182,13 @@ def make_fake_quant(
         >>> make_fake_quant(4, signed=True, symmetric=True)
         FakeQuant(
           -8 to 7, channels=None
-          (observer): MovingAverageMinMaxObserver(min_val=inf, max_val=-inf)
+          (observer): Observer(min_val=inf, max_val=-inf)
         )
     """
     low = -(2 ** (bits - 1)) if signed else 0
     high = low + 2**bits - 1
-    options = {
-        "dtype": torch.qint8 if signed else torch.quint8,
-        "quant_min": low,
-        "quant_max": high,
-        "eps": SMALLEST_SCALE,
-    }
-    return FakeQuant(_observer(observer, symmetric, channels, options), low, high, channels)
+    made = make_observer(observer, low, high, symmetric=symmetric, channels=channels)
+    return FakeQuant(made, low, high, channels)
 
 
 def make_fixed_fake_quant(bits: int, largest: float) -> FakeQuant:
@@ -222,30 +206,6 @@ def make_fixed_fake_quant(bits: int, largest: float) -> FakeQuant:
     quant = FakeQuant(None, -high, high, None)
     quant.scale.fill_(largest / high)
     return quant
-
-
-def _observer(
-    kind: str, symmetric: bool, channels: int | None, options: dict[str, Any]
-) -> ObserverBase:
-    scheme = "symmetric" if symmetric else "affine"
-    if channels is not None:
-        options = {**options, "qscheme": getattr(torch, f"per_channel_{scheme}")}
-        constants = {"minmax": 1.0, "moving_average": 0.01}
-        return MovingAveragePerChannelMinMaxObserver(constants[kind], **options)
-    options = {**options, "qscheme": getattr(torch, f"per_tensor_{scheme}")}
-    match kind:
-        case "minmax":
-            return MovingAverageMinMaxObserver(1.0, **options)
-        case "moving_average":
-            return MovingAverageMinMaxObserver(0.01, **options)
-        case "running_minmax":
-            return MinMaxObserver(**options)
-        case "histogram":
-            observer = HistogramObserver(**options)
-            # The observer would otherwise minimize the error of 256 levels at every bit width.
-            observer.dst_nbins = options["quant_max"] - options["quant_min"] + 1
-            return observer
-    raise ValueError(f"observer={kind!r}: unknown")
 
 
 def has_vnni() -> bool:
