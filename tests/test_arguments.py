@@ -43,7 +43,7 @@ def test_groups_nest_and_errors_survive_another_process() -> None:
     assert (str(copy), copy.names) == (str(error.value), ("method.optimizer.lr",))
 
 
-def test_a_name_may_become_any_text_and_other_errors_stay_as_they_are() -> None:
+def test_a_name_may_become_any_text_and_other_errors_stay_with_non_finite() -> None:
     key = {"state": "init_from=a"}.__getitem__
     with pytest.raises(ArgumentError, match=r"^init_from=a: no$"), renamed(key):
         raise ArgumentError("state: no", "state")

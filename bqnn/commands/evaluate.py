@@ -39,7 +39,7 @@ def check(config: dict[str, Any], is_sweep: bool) -> None:
     Raises:
         ValueError: The devices are refused.
     """
-    refuse_devices(config["trainer"], may_be_several=False)
+    refuse_devices(config["trainer"], allow_several=False)
 
 
 def run(job: Job) -> None:

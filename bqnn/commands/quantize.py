@@ -58,7 +58,7 @@ def check(config: dict[str, Any], is_sweep: bool) -> None:
         ValueError: The devices, the optimizer or its options are refused.
     """
     QuantSpec.from_config(config["quant"])
-    refuse_devices(config["trainer"], may_be_several=False)
+    refuse_devices(config["trainer"], allow_several=False)
     check_optimizer("quant.fine_tuning.optimizer", config["quant"]["fine_tuning"]["optimizer"])
 
 

@@ -42,7 +42,7 @@ def check(config: dict[str, Any], is_sweep: bool) -> None:
         ValueError: A name, an option or a device is refused.
     """
     check_training(config)
-    refuse_devices(config["trainer"], may_be_several=not is_sweep)
+    refuse_devices(config["trainer"], allow_several=not is_sweep)
 
 
 def run(job: Job) -> None:

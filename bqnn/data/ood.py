@@ -22,10 +22,10 @@ FASHION_MNIST = (
     "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
 )
 
-Unfamiliar = tuple[Tensor, Tensor | None]  # inputs, and targets or None
+OODSet = tuple[Tensor, Tensor | None]  # inputs, and targets or None
 
 
-def unfamiliar_sets(data: TensorData, names: Sequence[str] | None) -> dict[str, Unfamiliar]:
+def ood_sets(data: TensorData, names: Sequence[str] | None) -> dict[str, OODSet]:
     """Make out-of-distribution sets for a data set.
 
     Inputs have the format of `data.test`. Other data sets are downloaded to `data_dir` if they are
@@ -45,10 +45,10 @@ def unfamiliar_sets(data: TensorData, names: Sequence[str] | None) -> dict[str, 
         >>> from bqnn.data.digits import DigitsData
         >>> data = DigitsData()
         >>> data.setup()
-        >>> list(unfamiliar_sets(data, names=None))
+        >>> list(ood_sets(data, names=None))
         ['uniform', 'inverted']
     """
-    makers: dict[str, Callable[[Any], Unfamiliar]] = {}
+    makers: dict[str, Callable[[Any], OODSet]] = {}
     for kind, of_kind in _MAKERS.items():
         if isinstance(data, kind):
             makers |= of_kind
@@ -60,7 +60,7 @@ def unfamiliar_sets(data: TensorData, names: Sequence[str] | None) -> dict[str, 
     return {name: makers[name](data) for name in (makers if names is None else names)}
 
 
-def fashion_mnist(data: MNISTData) -> Unfamiliar:
+def fashion_mnist(data: MNISTData) -> OODSet:
     """Return the test images of FashionMNIST (Xiao et al. 2017) and their class indices."""
     from torchvision.datasets import FashionMNIST
 
@@ -70,7 +70,7 @@ def fashion_mnist(data: MNISTData) -> Unfamiliar:
     return rows.inputs, rows.targets
 
 
-def svhn(data: CIFAR10Data) -> Unfamiliar:
+def svhn(data: CIFAR10Data) -> OODSet:
     """Return the test images of SVHN (Netzer et al. 2011), house numbers, and their digits."""
     from torchvision.datasets import SVHN
 
@@ -90,19 +90,19 @@ def svhn(data: CIFAR10Data) -> Unfamiliar:
     return torch.from_numpy(part.data).contiguous(), torch.from_numpy(part.labels).long()
 
 
-def uniform_noise(data: ImageData) -> Unfamiliar:
+def uniform_noise(data: ImageData) -> OODSet:
     """Return images of uniform noise, as many as test images, without targets."""
     generator = torch.Generator().manual_seed(0)
     shape = data.test.inputs.shape
     return torch.randint(data.white + 1, shape, dtype=torch.uint8, generator=generator), None
 
 
-def inverted(data: ImageData) -> Unfamiliar:
+def inverted(data: ImageData) -> OODSet:
     """Return the negatives of the test images and their class indices."""
     return data.white - data.test.inputs, data.test.targets
 
 
-def out_of_range(data: TableData) -> Unfamiliar:
+def out_of_range(data: TableData) -> OODSet:
     """Return rows outside the training range in every input, by up to half of that range.
 
     The side and the distance are uniformly random for each input of each row. Rows have no targets.
@@ -115,7 +115,7 @@ def out_of_range(data: TableData) -> Unfamiliar:
     return torch.where(is_above, high + distance, low - distance), None
 
 
-_MAKERS: dict[type[TensorData], dict[str, Callable[[Any], Unfamiliar]]] = {
+_MAKERS: dict[type[TensorData], dict[str, Callable[[Any], OODSet]]] = {
     MNISTData: {"fashion_mnist": fashion_mnist},
     CIFAR10Data: {"svhn": svhn},
     ImageData: {"uniform": uniform_noise, "inverted": inverted},

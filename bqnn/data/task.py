@@ -82,5 +82,5 @@ def _require_near(root: Path, folders: list[Path]) -> None:
         raise ValueError(
             f"the task of the checkpoint reads {short(str(root), 200)}, which is neither "
             "below the working directory nor below data_dir; if you trust the checkpoint, "
-            "add trust=true"
+            "add trust=true (which also lets the checkpoint name code to import)"
         )

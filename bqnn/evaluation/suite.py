@@ -14,8 +14,8 @@ from torch import Tensor
 from bqnn.data import TensorData
 from bqnn.data.distortions import DISTORTIONS, distort
 from bqnn.data.images import ImageData
-from bqnn.data.ood import unfamiliar_sets
-from bqnn.inference.predictions import Prediction, as_they_are, score, score_uncertainty
+from bqnn.data.ood import ood_sets
+from bqnn.inference.predictions import Prediction, score, score_uncertainty, with_non_finite
 from bqnn.inference.ranking import AURC, detection_metrics
 from bqnn.methods import Method
 
@@ -84,7 +84,7 @@ def make_sets(data: TensorData, suite: Mapping[str, Any]) -> dict[str, Evaluatio
             "test, with which all other sets are compared"
         )
     sets = split_sets(data, suite["splits"])
-    for name, (inputs, targets) in unfamiliar_sets(data, suite["ood"]).items():
+    for name, (inputs, targets) in ood_sets(data, suite["ood"]).items():
         sets[f"ood/{name}"] = EvaluationSet(inputs, targets)
     for name in suite["distortions"]:
         if name not in DISTORTIONS:
@@ -133,7 +133,7 @@ def score_sets(predictions: Mapping[str, Prediction]) -> dict[str, float]:
     return {
         f"{name}/{metric}": value
         for name, prediction in predictions.items()
-        for metric, value in as_they_are(score, prediction).items()
+        for metric, value in with_non_finite(score, prediction).items()
     }
 
 
@@ -196,8 +196,8 @@ def _detection(familiar: Prediction, unfamiliar: Prediction) -> dict[str, float]
 
 
 def _set_metrics(each: Prediction, areas: Mapping[str, AURC]) -> dict[str, float]:
-    uncertainty = as_they_are(score_uncertainty, each)
+    uncertainty = with_non_finite(score_uncertainty, each)
     if each.targets is None:
         return uncertainty
     risks = {f"aurc_{name}": area.compute().item() for name, area in areas.items()}
-    return as_they_are(score, each) | uncertainty | risks
+    return with_non_finite(score, each) | uncertainty | risks

@@ -92,7 +92,7 @@ def score_uncertainty(prediction: Prediction) -> dict[str, float]:
     return metrics.finite_numbers()
 
 
-def as_they_are(
+def with_non_finite(
     measure: Callable[[Prediction], dict[str, float]], prediction: Prediction
 ) -> dict[str, float]:
     """Return `measure(prediction)`, also if some metrics are not finite."""

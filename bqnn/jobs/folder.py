@@ -6,6 +6,8 @@ from types import TracebackType
 
 from filelock import FileLock, Timeout
 
+from bqnn.text import one_line
+
 OUTPUTS = Path("outputs")  # new folders are created below it
 
 
@@ -17,6 +19,9 @@ def fresh_folder(name: str) -> str:
 
     Returns:
         The path, with the suffix `_2`, `_3` and so on if it exists.
+
+    Raises:
+        ValueError: The folder cannot be created.
     """
     number = 1
     while True:
@@ -25,6 +30,11 @@ def fresh_folder(name: str) -> str:
             folder.mkdir(parents=True)
         except FileExistsError:
             number += 1
+        except OSError as error:
+            raise ValueError(
+                f"the folder {one_line(str(folder))} cannot be created ({error.strerror}); choose "
+                "one where you may write with hydra.run.dir, or hydra.sweep.dir for a sweep"
+            ) from error
         else:
             return str(folder)
 

@@ -99,15 +99,15 @@ def make_trainer(
 MACHINE_OPTIONS = ("accelerator", "devices", "num_nodes", "strategy", "precision")
 
 
-def refuse_devices(options: Mapping[str, Any], may_be_several: bool) -> None:
+def refuse_devices(options: Mapping[str, Any], allow_several: bool) -> None:
     """Refuse devices that this machine does not have.
 
     Args:
         options: The group `trainer` of a configuration.
-        may_be_several: Whether the job can use several devices.
+        allow_several: Whether the job can use several devices.
 
     Raises:
-        ValueError: A device does not exist, or there are several although `may_be_several` is
+        ValueError: A device does not exist, or there are several although `allow_several` is
             False.
     """
     given = {key: options[key] for key in MACHINE_OPTIONS if key in options}
@@ -137,7 +137,7 @@ def refuse_devices(options: Mapping[str, Any], may_be_several: bool) -> None:
             f"{shown}: {reason}; choose trainer.devices=1 trainer.accelerator=auto, which uses "
             "what the machine has"
         ) from error
-    if found.world_size > 1 and not may_be_several:
+    if found.world_size > 1 and not allow_several:
         raise ValueError(_single(devices))
 
 

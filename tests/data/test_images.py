@@ -365,7 +365,7 @@ def read_one(folder: Path, suffix: str, save: Callable[[Path], None]) -> torch.T
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_rotated_as_they_are_displayed(tmp_path, suffix, orientation):
+def test_images_are_rotated_with_non_finite_displayed(tmp_path, suffix, orientation):
     shown = np.asarray(arrow())
     # The pixels in the file for each orientation of the EXIF standard: 6 is rotated clockwise.
     stored = {
@@ -509,7 +509,7 @@ def test_paths_that_are_not_files_are_named_without_blocking(tmp_path, make):
         ready(ImageFolderData(str(tmp_path)))
 
 
-def test_names_of_files_reach_no_terminal_as_they_are(tmp_path):
+def test_names_of_files_reach_no_terminal_with_non_finite(tmp_path):
     write_images(tmp_path)
     (tmp_path / "train" / "cat" / "\x1b[2J.png").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"cat/\\x1b\[2J.png cannot be read"):

@@ -13,7 +13,7 @@ from bqnn.data import build_data, download
 from bqnn.data.base import TensorData
 from bqnn.data.cifar10 import CIFAR10Data
 from bqnn.data.mnist import MNISTData
-from bqnn.data.ood import fashion_mnist, svhn, unfamiliar_sets
+from bqnn.data.ood import fashion_mnist, ood_sets, svhn
 
 DATA_DIR = os.environ.get("BQNN_DATA_DIR", "")
 
@@ -27,7 +27,7 @@ def ready(dataset: str, data_dir: str = "", **options: object) -> TensorData:
 
 def test_images_have_noise_and_negatives():
     data = ready("digits")
-    sets = unfamiliar_sets(data, None)
+    sets = ood_sets(data, None)
     assert list(sets) == ["uniform", "inverted"]
     noise, no_targets = sets["uniform"]
     assert no_targets is None
@@ -41,7 +41,7 @@ def test_images_have_noise_and_negatives():
 
 def test_rows_out_of_range_are_so_in_every_input_by_half_the_range_at_most():
     data = ready("synthetic", function="linear")
-    rows, no_targets = unfamiliar_sets(data, ["out_of_range"])["out_of_range"]
+    rows, no_targets = ood_sets(data, ["out_of_range"])["out_of_range"]
     assert no_targets is None
     low, high = data.train.inputs.amin(0), data.train.inputs.amax(0)
     assert len(rows) == len(data.test)
@@ -53,11 +53,11 @@ def test_rows_out_of_range_are_so_in_every_input_by_half_the_range_at_most():
 
 def test_equal_sets_each_time_and_none_that_the_task_lacks():
     data = ready("digits")
-    first, second = (unfamiliar_sets(data, ["uniform"])["uniform"][0] for _ in range(2))
+    first, second = (ood_sets(data, ["uniform"])["uniform"][0] for _ in range(2))
     assert torch.equal(first, second)
     with pytest.raises(ValueError, match="no set 'svhn' for this task; choose from uniform, inv"):
-        unfamiliar_sets(data, ["svhn"])
-    assert unfamiliar_sets(data, []) == {}
+        ood_sets(data, ["svhn"])
+    assert ood_sets(data, []) == {}
 
 
 def test_svhn_is_checked_read_and_labelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -97,7 +97,7 @@ def test_a_damaged_file_is_named(tmp_path: Path):
 @pytest.mark.skipif(not DATA_DIR, reason="BQNN_DATA_DIR is not set")
 def test_fashion_mnist():
     data = ready("mnist", DATA_DIR)
-    images, targets = unfamiliar_sets(data, ["fashion_mnist"])["fashion_mnist"]
+    images, targets = ood_sets(data, ["fashion_mnist"])["fashion_mnist"]
     assert images.shape == data.test.inputs.shape
     assert targets.bincount().tolist() == [1000] * 10
     assert not torch.equal(images, data.test.inputs)

@@ -12,7 +12,7 @@ from bqnn.evaluation.results import require_results, write_metrics, write_predic
 from bqnn.evaluation.tables import split_table
 from bqnn.inference.likelihoods import Regression
 from bqnn.inference.metrics import NotFiniteError
-from bqnn.inference.predictions import Prediction, as_they_are, score, score_uncertainty
+from bqnn.inference.predictions import Prediction, score, score_uncertainty, with_non_finite
 
 NAN, INF = float("nan"), float("inf")
 
@@ -42,7 +42,7 @@ def test_metrics_that_are_finite_come_with_those_that_are_not() -> None:
     samples[:, 1, 1] = 1000.0  # a log variance
     with pytest.raises(NotFiniteError, match=r"^nll: 1 of 3 rows are not finite"):
         score(Prediction(likelihood, samples, targets))
-    found = as_they_are(score, Prediction(likelihood, samples, targets))
+    found = with_non_finite(score, Prediction(likelihood, samples, targets))
     assert found.keys() == whole.keys()
     assert found["rmse"] == 0.0
     assert found["nll"] == INF

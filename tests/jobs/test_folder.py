@@ -21,3 +21,11 @@ def test_a_running_job_is_not_resumed(tmp_path: Path) -> None:
         with pytest.raises(BlockingIOError, match="another process"):
             Job(tmp_path, "train").take({"seed": 0}, resume=True)
     assert not is_running(tmp_path)
+
+
+def test_a_folder_that_cannot_be_created_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ValueError, match=r"file/a cannot be created \(Not a directory\); choose one"
+    ):
+        fresh_folder(str(tmp_path / "file" / "a"))

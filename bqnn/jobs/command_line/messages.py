@@ -46,6 +46,9 @@ def explain(error: Exception, verb: str) -> str:
         r"Missing mandatory value: (\S+)|Interpolation key '(\S+)' not found", text
     ):
         return f"{match[1] or match[2]} is missing; give it on the command line"
+    if match := re.search(r"hydra_plugins\.hydra_(joblib|ray|submitit)_launcher", text):
+        extra = {"submitit": "slurm"}.get(match[1], match[1])
+        return f'hydra/launcher: it needs more packages; pip install "bqnn[{extra}]"'
     if match := re.match(r"Ambiguous value for argument '(.*)'\n", text):
         return _in_quotes(match[1]) or _line(text)
     if not isinstance(error, HydraException):

@@ -41,5 +41,5 @@ def test_a_group_with_a_plug_in_is_composed_from_own(
         ["network.name=x", "hydra.job.name=x", "x", "=", "net", "net._target"],
     ],
 )
-def test_other_command_lines_stay_as_they_are(arguments: list[str]) -> None:
+def test_other_command_lines_stay_with_non_finite(arguments: list[str]) -> None:
     assert choose_own(arguments) == arguments
