@@ -5,7 +5,6 @@ roundings are those of the runtime, so its integers differ from bqnn's int8 now 
 """
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bqnn.export.exact import attributes_of
@@ -48,7 +47,7 @@ class QdqForm:
         quant = layer.weight_grid
         inputs = [self.leave(x), self._weight(layer.rounded_weight(factor), quant)]
         if bias is not None:
-            inputs.append(self._bias(bias, quant.scale * x.integers.scale, quant))
+            inputs.append(graph.constant(bias.detach().numpy()))
         if layer.geometry is not None:
             out = graph.call("Conv", *inputs, **attributes_of(layer.geometry))
         elif x.example.dim() == 2:
@@ -100,20 +99,9 @@ class QdqForm:
         return scale, self.graph.constant(np.uint8(grid.zero_point))
 
     def _weight(self, weight: Tensor, quant: FakeQuant) -> str:
-        return self._dequantized(quant.integers(weight), quant.scale, quant.zero_point, quant)
-
-    def _bias(self, bias: Tensor, scale: Tensor, quant: FakeQuant) -> str:
-        """Round a bias to int32 in the scale of the sums, as hardware adds it."""
-        steps = (bias.double() / scale).round().clamp(-(2**31), 2**31 - 1)
-        zero_point = torch.zeros_like(quant.zero_point)
-        return self._dequantized(steps.to(torch.int32), scale, zero_point, quant)
-
-    def _dequantized(
-        self, integers: Tensor, scale: Tensor, zero_point: Tensor, quant: FakeQuant
-    ) -> str:
-        constant = self.graph.constant
-        zeros = zero_point.to(integers.dtype)
+        integers = quant.integers(weight)
+        scale, zero_point = quant.scale, quant.zero_point.to(integers.dtype)
         if quant.channels is None:
-            scale, zeros = scale[0], zeros[0]
-        arrays = (each.detach().numpy() for each in (integers, scale, zeros))
-        return self.graph.call("DequantizeLinear", *map(constant, arrays), axis=0)
+            scale, zero_point = scale[0], zero_point[0]
+        arrays = (each.numpy() for each in (integers, scale, zero_point))
+        return self.graph.call("DequantizeLinear", *map(self.graph.constant, arrays), axis=0)

@@ -1,0 +1,57 @@
+"""Measure a file in a process of its own: python measure.py model.onnx rows.npy threads.
+
+Prints JSON: the milliseconds of each batch size, and the peak of the memory in bytes. It imports
+nothing but NumPy and ONNX Runtime, as a user of the file does.
+"""
+
+import json
+import statistics
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+BATCHES = (1, 32, 256)
+SECONDS = 1.0  # for each batch size
+
+
+def latencies(session: Any, rows: np.ndarray) -> dict[str, float]:
+    """Return the median milliseconds of a call for each batch size."""
+    found = {}
+    for size in BATCHES:
+        batch = np.resize(rows, (size, *rows.shape[1:]))
+        session.run(None, {"inputs": batch})
+        times: list[float] = []
+        while sum(times) < SECONDS and len(times) < 100:
+            start = time.perf_counter()
+            session.run(None, {"inputs": batch})
+            times.append(time.perf_counter() - start)
+        found[str(size)] = 1000 * statistics.median(times)
+    return found
+
+
+def peak_bytes() -> int | None:
+    """Return the peak of the memory of this process, or None where it is not known."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def main(model: str, rows: str, threads: str) -> None:
+    """Measure a model and print the result."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = int(threads)
+    providers = ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(model, options, providers=providers)
+    found = latencies(session, np.load(rows, allow_pickle=False))
+    print(json.dumps({"milliseconds": found, "peak_bytes": peak_bytes()}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
