@@ -66,7 +66,9 @@ def make_card(
         "seed": recipe["seed"],
         "test_rows": record["rows"],
         "metrics": metrics_with_errors(verification.prediction),
-        "verification": {k: record[k] for k in ("outputs", "differing", "largest_difference_steps")},
+        "verification": {
+            k: record[k] for k in ("outputs", "differing", "largest_difference_steps")
+        },
         "bytes": {"file": path.stat().st_size, **sizes(model.net)},
         "speed": {
             **_measured(path, rows, threads),
@@ -176,7 +178,9 @@ def snippet(card: Mapping[str, Any]) -> list[str]:
     """Return lines of Python that run the file without bqnn."""
     shape = ", ".join(map(str, card["inputs"]["shape"][1:]))
     largest = card["inputs"]["largest_pixel"]
-    what = "features in their original units" if largest is None else f"pixels from 0 to {largest:g}"
+    what = (
+        "features in their original units" if largest is None else f"pixels from 0 to {largest:g}"
+    )
     is_classifier = card["likelihood"] == "classification"
     shown = 'answer["probabilities"].argmax(-1), answer["mutual_information"]'
     if not is_classifier:

@@ -94,18 +94,17 @@ class ExactForm:
         if averages.is_global:
             zero_point = graph.constant(np.int32(x.integers.zero_point))
             centered = graph.call("Sub", graph.cast(x.name, np.int32), zero_point)
-            sums = graph.call("ReduceSum", centered, graph.constant(np.int64([2, 3])), keepdims=1)
+            sums = graph.call(
+                "ReduceSum", centered, graph.constant(np.array([2, 3], np.int64)), keepdims=1
+            )
         else:
             rows = graph.call("Reshape", x.name, graph.constant(averages.flat_shape))
             windows = graph.constant(averages.windows.numpy().astype(np.uint8))
             zero_points = (self._zero_point(x.integers), graph.constant(np.uint8(0)))
             sums = graph.call("MatMulInteger", rows, windows, *zero_points)
         means = graph.cast(sums, np.float32)
-        if not averages.is_global:
-            for divisor in averages.divisors:
-                means = graph.call("Div", means, graph.constant(divisor.numpy()))
-        else:
-            means = graph.call("Div", means, graph.constant(np.float32(averages.divisors[0][0])))
+        for divisor in averages.divisors:
+            means = graph.call("Div", means, graph.constant(divisor.numpy()))
         means = graph.call("Reshape", means, graph.constant(averages.output_shape))
         floats = self._by(means, floats_of(x.integers.scale))
         return self.enter(floats, quant)

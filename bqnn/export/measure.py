@@ -8,6 +8,7 @@ import json
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,14 @@ def latencies(session: Any, rows: np.ndarray) -> dict[str, float]:
 
 def peak_bytes() -> int | None:
     """Return the peak of the memory of this process, or None where it is not known."""
-    try:
+    if sys.platform == "darwin":
         import resource
-    except ImportError:  # on Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # On Linux, the number of `resource` is at least that of the process that started this one.
+    status = Path("/proc/self/status").read_text() if sys.platform == "linux" else ""
+    peaks = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    return 1024 * int(peaks[0]) if peaks else None
 
 
 def main(model: str, rows: str, threads: str) -> None:

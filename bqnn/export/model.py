@@ -64,9 +64,7 @@ def export(model: Method, num_samples: int, form: str = "exact") -> Exported:
     shape: list[int] = facts["input_shape"]
     inputs, port = write_normalization(graph, _normalization(facts), shape)
     writer = NetworkWriter(graph, _form(form, graph))
-    example = torch.randn(
-        NUM_EXAMPLES, *shape, generator=torch.Generator().manual_seed(0)
-    )
+    example = torch.randn(NUM_EXAMPLES, *shape, generator=torch.Generator().manual_seed(0))
     net = deepcopy(model.net).cpu().eval()
     draws = []
     with one_mask_for_all_rows(net):

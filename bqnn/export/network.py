@@ -31,6 +31,7 @@ from bqnn.quant.simulated import (
 )
 from bqnn.quant.traced import Traced
 
+FLOAT_MODULES = (nn.Linear, nn.Conv2d, nn.LogSoftmax, nn.Softmax, Cat)
 UNCHANGED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, DropoutSite)
 RELUS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 FUNCTIONS_CAT = (torch.cat, torch.concat, torch.concatenate)
@@ -162,9 +163,7 @@ class NetworkWriter:
         grid = grid_of(x.example)
         assert grid is not None
         dropped = OnGrid.of(example * kept * factor, grid._replace(scale=grid.scale * factor))
-        integers = Integers(
-            x.integers.scale * factor, x.integers.zero_point, x.integers.quant_max
-        )
+        integers = Integers(x.integers.scale * factor, x.integers.zero_point, x.integers.quant_max)
         return Value(self.form.dropout(x, kept), dropped, integers)
 
     def _relu(self, x: Value) -> Value:
@@ -188,17 +187,17 @@ class NetworkWriter:
 
     def _float_module(self, name: str, module: nn.Module, args: list[Any]) -> Value:
         x, kind = args[0], type(module)
-        if x.integers is None:
-            if kind is nn.Linear:
+        if x.integers is None and kind in FLOAT_MODULES:
+            if isinstance(module, nn.Linear):
                 return self._computed(name, x, module, write_linear(self.graph, x.name, module))
-            if kind is nn.Conv2d:
+            if isinstance(module, nn.Conv2d):
                 return self._computed(name, x, module, write_conv(self.graph, x.name, module))
-            if kind in (nn.LogSoftmax, nn.Softmax):
-                axis = -1 if module.dim is None else module.dim
-                written = self.graph.call(kind.__name__, x.name, axis=axis)
-                return self._computed(name, x, module, written)
-            if kind is Cat:
+            if isinstance(module, Cat):
                 return self._cat(args, module.dim)
+            axis = -1 if module.dim is None else module.dim
+            return self._computed(
+                name, x, module, self.graph.call(kind.__name__, x.name, axis=axis)
+            )
         raise TypeError(
             f"export: {name}, a {kind.__name__}, cannot be exported; in float, a file can have "
             "Linear, Conv2d, ReLU, MaxPool2d, Flatten, Softmax and LogSoftmax"
@@ -220,9 +219,7 @@ class NetworkWriter:
             steps = torch.cat([x.steps for x in inputs], axis - 1)
         return Value(name, torch.cat(examples, axis), None, steps)
 
-    def _function(
-        self, function: Any, node: fx.Node, args: Any, kwargs: Mapping[str, Any]
-    ) -> Any:
+    def _function(self, function: Any, node: fx.Node, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Write the call of a function, or compute it if it is about sizes."""
         x = args[0] if args else next(iter(kwargs.values()), None)
         if not _holds_value([args, kwargs]):
@@ -267,4 +264,5 @@ def _example(value: Any) -> Any:
 
 
 def _pair(sizes: Any) -> tuple[int, int]:
-    return tuple(sizes) if isinstance(sizes, tuple | list) else (sizes, sizes)  # type: ignore
+    height, width = sizes if isinstance(sizes, tuple | list) else (sizes, sizes)
+    return height, width

@@ -136,9 +136,10 @@ def verify(
     executed = predict_executed(integer, rows, len(exported.steps))
     end = time.perf_counter()
     names = [output.name for output in session.get_outputs()]
-    axes = [int(name == "samples") for name in names]
-    arrays = [np.concatenate(each, a) for a, each in zip(axes, zip(*batches), strict=True)]
-    found = {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
+    found = {
+        name: torch.from_numpy(np.concatenate([b[place] for b in batches], int(name == "samples")))
+        for place, name in enumerate(names)
+    }
     prediction = Prediction(integer.likelihood, found.pop("samples"), targets)
     return Verification(
         form,
