@@ -25,8 +25,7 @@ def check(config: dict[str, Any], is_sweep: bool) -> None:
     """Refuse a GPU, and a format whose packages are missing.
 
     Raises:
-        ValueError: The devices are refused.
-        ModuleNotFoundError: A package is missing.
+        ValueError: The devices are refused, or a package is missing.
     """
     refuse_devices(config["trainer"], may_be_several=False)
     require_packages()
