@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from bqnn.export.exact import attributes_of
 from bqnn.export.graph import Graph
+from bqnn.export.pooling import Averages
 from bqnn.layers.linear_map import Geometry
 
 
@@ -25,6 +26,19 @@ def write_conv(graph: Graph, x: str, layer: nn.Conv2d) -> str:
     parameters = [layer.weight, *([] if layer.bias is None else [layer.bias])]
     constants = [graph.constant(each.detach().numpy()) for each in parameters]
     return graph.call("Conv", x, *constants, **attributes_of(Geometry.of(layer)))
+
+
+def write_average(graph: Graph, x: str, averages: Averages) -> str:
+    """Write an average pooling in float32."""
+    if averages.is_global:
+        means = graph.call("GlobalAveragePool", x)
+    else:
+        shares = averages.windows.float()
+        for divisor in averages.divisors:
+            shares = shares / divisor
+        rows = graph.call("Reshape", x, graph.constant(averages.flat_shape))
+        means = graph.call("MatMul", rows, graph.constant(shares.numpy()))
+    return graph.call("Reshape", means, graph.constant(averages.output_shape))
 
 
 def _log_softmax(input: Any, dim: int | None = None, *_: Any, **__: Any) -> tuple[str, int]:
@@ -48,3 +62,4 @@ SOFTMAXES: Mapping[Any, Callable[..., tuple[str, int]]] = {
     torch.softmax: _softmax,
     Tensor.softmax: _softmax,
 }
+POOLS = (F.avg_pool2d, F.adaptive_avg_pool2d, torch.mean, Tensor.mean)

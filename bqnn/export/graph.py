@@ -9,7 +9,7 @@ import numpy as np
 
 OPSET = 17
 IR_VERSION = 8  # of the first release of ONNX with this opset
-LARGEST_FILE = 2**31 - 1  # bytes, the limit of protobuf
+LARGEST_FILE = 2**31 - 2**26  # bytes of constants; protobuf allows 2 GiB for the whole file
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,26 @@ class Graph:
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.constants: dict[str, np.ndarray] = {}
+        self.num_bytes = 0  # of all constants
         self._outputs: dict[Any, str] = {}
         self._names: dict[Any, str] = {}
 
     def constant(self, values: Any) -> str:
-        """Return the name of a constant with these values, a NumPy array or number."""
+        """Return the name of a constant with these values, a NumPy array or number.
+
+        Raises:
+            ValueError: The constants together are too large for a file.
+        """
         array = np.ascontiguousarray(values).reshape(np.shape(values))
         key = (array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest())
         if key not in self._names:
             self._names[key] = f"constant_{len(self._names)}"
             self.constants[self._names[key]] = array
+            self.num_bytes += array.nbytes
+            if self.num_bytes > LARGEST_FILE:
+                raise ValueError(
+                    "the file would have 2 GiB, and ONNX allows less; use a smaller num_samples"
+                )
         return self._names[key]
 
     def call(self, operator: str, *inputs: str, **attributes: Any) -> str:
@@ -93,11 +103,6 @@ class Graph:
         """Return `x` with elements of a type of NumPy."""
         return self.call("Cast", x, to=TYPES[np.dtype(dtype).name])
 
-    @property
-    def num_bytes(self) -> int:
-        """The bytes of all constants."""
-        return sum(array.nbytes for array in self.constants.values())
-
     def to_onnx(
         self,
         inputs: Sequence[Port],
@@ -112,15 +117,10 @@ class Graph:
             metadata: Texts by name.
 
         Raises:
-            ValueError: The model is too large for a file, or violates the standard.
+            ValueError: The model violates the standard.
         """
         import onnx
 
-        if self.num_bytes + 200 * len(self.calls) > LARGEST_FILE:
-            raise ValueError(
-                f"the file would have {self.num_bytes / 2**30:.1f} GiB, and ONNX allows less than "
-                "2; use a smaller num_samples"
-            )
         nodes = [
             onnx.helper.make_node(c.operator, c.inputs, [c.output], c.output, **dict(c.attributes))
             for c in self.calls

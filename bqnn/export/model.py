@@ -1,5 +1,6 @@
 """A model as one ONNX file: normalization, the network once for each draw, and their mixture."""
 
+import json
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from bqnn.export.mixture import write_mixture
 from bqnn.export.network import Form, NetworkWriter
 from bqnn.export.qdq import QdqForm
 from bqnn.export.values import Value
+from bqnn.inference.likelihoods import Classification
 from bqnn.inference.predict import evaluation_draw
 from bqnn.layers.dropout import one_mask_for_all_rows
 from bqnn.methods import Method
@@ -75,9 +77,17 @@ def export(model: Method, num_samples: int, form: str = "exact") -> Exported:
     samples, outputs = write_mixture(graph, [draw.name for draw in draws], model.likelihood)
     sizes = (num_samples, "N", model.likelihood.num_outputs)
     outputs = {samples: Port("samples", np.dtype(np.float32), sizes), **outputs}
-    proto = graph.to_onnx([port], outputs, {"bqnn.form": form})
+    proto = graph.to_onnx([port], outputs, metadata(form, model))
     steps = torch.stack([_steps(draw) for draw in draws])
     return Exported(proto, steps, sorted(writer.float_parts))
+
+
+def metadata(form: str, model: Method) -> dict[str, str]:
+    """Return what stands in a file besides its graph: its form, and the names of classes."""
+    found = {"bqnn.form": form, "bqnn.seed": str(model.seed)}
+    if isinstance(model.likelihood, Classification):
+        found["bqnn.class_names"] = json.dumps(model.likelihood.class_names)
+    return found
 
 
 def write_normalization(

@@ -1,13 +1,13 @@
 """Write a simulated network into a graph, one draw after the other."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from bqnn.export.floats import SOFTMAXES, write_conv, write_linear
+from bqnn.export.floats import POOLS, SOFTMAXES, write_average, write_conv, write_linear
 from bqnn.export.graph import Graph
 from bqnn.export.moves import Move, write_move
 from bqnn.export.pooling import Averages
@@ -15,7 +15,7 @@ from bqnn.export.values import Integers, Value, row_of
 from bqnn.layers.draws import Drawn
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
-from bqnn.layers.markers import Cat, DropoutSite, Pool
+from bqnn.layers.markers import Cat, DropoutSite, Pool, SpatialMean
 from bqnn.layers.trace import function_of, trace
 from bqnn.quant.fbgemm import FakeQuant
 from bqnn.quant.grids import ASKING, OnGrid, grid_of, keeps_grid, plain
@@ -31,7 +31,8 @@ from bqnn.quant.simulated import (
 )
 from bqnn.quant.traced import Traced
 
-FLOAT_MODULES = (nn.Linear, nn.Conv2d, nn.LogSoftmax, nn.Softmax, Cat)
+AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, SpatialMean)
+FLOAT_MODULES = (nn.Linear, nn.Conv2d, nn.LogSoftmax, nn.Softmax, Cat, *AVERAGES)
 UNCHANGED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, DropoutSite)
 RELUS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 FUNCTIONS_CAT = (torch.cat, torch.concat, torch.concatenate)
@@ -194,14 +195,20 @@ class NetworkWriter:
                 return self._computed(name, x, module, write_conv(self.graph, x.name, module))
             if isinstance(module, Cat):
                 return self._cat(args, module.dim)
+            if kind in AVERAGES:
+                return self._average(name, x, module)
             axis = -1 if module.dim is None else module.dim
             return self._computed(
                 name, x, module, self.graph.call(kind.__name__, x.name, axis=axis)
             )
         raise TypeError(
             f"export: {name}, a {kind.__name__}, cannot be exported; in float, a file can have "
-            "Linear, Conv2d, ReLU, MaxPool2d, Flatten, Softmax and LogSoftmax"
+            "Linear, Conv2d, ReLU, max and average pools, Flatten, Softmax and LogSoftmax"
         )
+
+    def _average(self, name: str, x: Value, pool: Callable[[Tensor], Tensor]) -> Value:
+        averages = Averages.of(pool, x.example, name)
+        return self._computed(name, x, pool, write_average(self.graph, x.name, averages))
 
     def _computed(self, name: str, x: Value, module: Any, written: str) -> Value:
         """Return the output of an operation that computes in float."""
@@ -239,6 +246,8 @@ class NetworkWriter:
             operator, axis = SOFTMAXES[function](*args, **kwargs)
             called = lambda t: function(t, *args[1:], **kwargs)  # noqa: E731
             return self._computed(name, x, called, self.graph.call(operator, x.name, axis=axis))
+        elif function in POOLS and x.integers is None and x.example.dim() == 4:
+            return self._average(name, x, lambda t: function(t, *args[1:], **kwargs))
         elif "max_pool2d" in name:
             return self._max_pool(x, nn.MaxPool2d(*args[1:], **kwargs))
         elif keeps_grid(function, args, kwargs):
@@ -247,7 +256,8 @@ class NetworkWriter:
             return write_move(self.graph, x, move, name)
         raise TypeError(
             f"export: the function {name} cannot be exported; a file can have what moves "
-            "elements, relu, max_pool2d, cat, softmax and log_softmax outside of the integers"
+            "elements, relu, max_pool2d and, outside of the integers, averages, cat, softmax and "
+            "log_softmax"
         )
 
 

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MOST_PIXELS = 2**12  # of an image whose windows are averaged: their matrix has its square
+
 
 @dataclass(frozen=True, eq=False)
 class Averages:
@@ -42,10 +44,8 @@ class Averages:
             TypeError: The pooling is not an average.
         """
         _, channels, height, width = example.shape
-        pixels = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)
-        shares = pool(pixels).flatten(1)  # 1 / divisor inside of a window
-        windows = shares > 0
-        divisor = (1 / shares.amax(0)).round().float()
+        output = pool(example.contiguous())
+        windows, divisor = _windows(pool, height, width, output[0, 0].numel(), name)
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(-255, 256, (64, 1, height, width), generator=generator).float()
         sums, expected = images.flatten(1) @ windows.float(), pool(images).flatten(1)
@@ -55,9 +55,26 @@ class Averages:
                 means = means / each
             if torch.equal(means, expected):
                 flat = np.array([-1, channels, height * width], np.int64)
-                shape = np.array([-1, *pool(example.contiguous()).shape[1:]], np.int64)
+                shape = np.array([-1, *output.shape[1:]], np.int64)
                 return cls(windows, divisors, flat, shape)
         raise TypeError(f"export: {name} cannot be exported, because it is not an average")
+
+
+def _windows(
+    pool: Callable[[Tensor], Tensor], height: int, width: int, count: int, name: str
+) -> tuple[Tensor, Tensor]:
+    """Measure which pixels are in each window, and what their sums are divided by."""
+    size = height * width
+    if count == 1:
+        return torch.ones(size, 1, dtype=torch.bool), torch.tensor([float(size)])
+    if size > MOST_PIXELS:
+        raise TypeError(
+            f"export: {name} cannot be exported, because it averages windows of an image of "
+            f"{height}x{width}, and an export allows {MOST_PIXELS} pixels"
+        )
+    pixels = torch.eye(size, dtype=torch.float64).view(-1, 1, height, width)
+    shares = pool(pixels).flatten(1)  # 1 / divisor inside of a window
+    return shares > 0, (1 / shares.amax(0)).round().float()
 
 
 def _by_sides(windows: Tensor, height: int, width: int) -> list[tuple[Tensor, ...]]:

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from bqnn.export.exact import attributes_of
+from bqnn.export.floats import write_average
 from bqnn.export.graph import Graph
 from bqnn.export.pooling import Averages
 from bqnn.export.values import Integers, Value
@@ -70,17 +71,7 @@ class QdqForm:
 
     def average(self, x: Value, averages: Averages, quant: FakeQuant) -> str:
         """Average windows of an image."""
-        graph, floats = self.graph, self.leave(x)
-        if averages.is_global:
-            means = graph.call("GlobalAveragePool", floats)
-        else:
-            shares = averages.windows.float()
-            for divisor in averages.divisors:
-                shares = shares / divisor
-            rows = graph.call("Reshape", floats, graph.constant(averages.flat_shape))
-            means = graph.call("MatMul", rows, graph.constant(shares.numpy()))
-        means = graph.call("Reshape", means, graph.constant(averages.output_shape))
-        return self.enter(means, quant)
+        return self.enter(write_average(self.graph, self.leave(x), averages), quant)
 
     def dropout(self, x: Value, kept: Tensor) -> str:
         """Set dropped integers to the zero point."""

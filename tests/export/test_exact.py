@@ -1,5 +1,6 @@
 """Files in the form `exact`, whose outputs are bit-equal to those of bqnn."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.export.networks import (
     rows_for,
     run,
 )
+from tests.quant.test_torchvision import SMALL, made
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -119,6 +121,18 @@ def test_a_network_of_plain_torch(pool: nn.Module, drops: bool) -> None:
     expected = predict_executed(model, rows, len(exported.steps)).numpy()
     found = run(exported, rows)["samples"]
     np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("make", SMALL, ids=lambda make: make.__name__)
+def test_networks_of_torchvision(make: Callable[..., nn.Module]) -> None:
+    model = quantized(made(make), (3, 32, 32))
+    exported, rows = export(model, 1), rows_for(model, 16)
+    expected = predict_executed(model, rows, 1).numpy()
+    found = run(exported, rows)["samples"]
+    if exported.float_parts:
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    else:
+        assert np.array_equal(found, expected)
 
 
 def test_draws_and_masks_are_those_of_a_row_that_is_predicted_alone() -> None:

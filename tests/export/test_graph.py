@@ -26,10 +26,10 @@ def test_a_graph_that_violates_the_standard_is_refused() -> None:
         graph.to_onnx([Port("x", FLOAT, ("N",))], {out: Port("y", FLOAT, ("N",))}, {})
 
 
-def test_a_file_that_would_be_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnx")
-    monkeypatch.setattr("bqnn.export.graph.LARGEST_FILE", 100)
+def test_constants_that_are_too_large_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bqnn.export.graph.LARGEST_FILE", 1000)
     graph = Graph()
-    out = graph.call("Add", "x", graph.constant(np.zeros(200, np.float32)))
-    with pytest.raises(ValueError, match="smaller num_samples"):
-        graph.to_onnx([Port("x", FLOAT, (200,))], {out: Port("y", FLOAT, (200,))}, {})
+    for _ in range(2):  # the second one is the first
+        graph.constant(np.zeros(200, np.float32))
+    with pytest.raises(ValueError, match="use a smaller num_samples"):
+        graph.constant(np.ones(200, np.float32))
