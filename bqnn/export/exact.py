@@ -37,7 +37,10 @@ class ExactForm:
 
     def leave(self, x: Value) -> str:
         """Convert integers to floats."""
-        return self._floats(x, self._centered(x))
+        assert x.integers is not None
+        zero_point = self.graph.constant(np.float32(x.integers.zero_point))
+        centered = self.graph.call("Sub", self.graph.cast(x.name, np.float32), zero_point)
+        return self._by(centered, floats_of(x.integers.scale))
 
     def layer(self, x: Value, layer: SimulatedLayer) -> str:
         """Apply a linear layer or a convolution, with the weights of the held draw."""
@@ -198,16 +201,6 @@ class ExactForm:
 
     def _by(self, x: str, factor: Tensor) -> str:
         return self.graph.call("Mul", x, self.graph.constant(factor.detach().numpy()))
-
-    def _centered(self, x: Value) -> str:
-        assert x.integers is not None
-        floats = self.graph.cast(x.name, np.float32)
-        zero_point = self.graph.constant(np.float32(x.integers.zero_point))
-        return self.graph.call("Sub", floats, zero_point)
-
-    def _floats(self, x: Value, centered: str) -> str:
-        assert x.integers is not None
-        return self._by(centered, floats_of(x.integers.scale))
 
     def _looked_up(self, x: str, table: Tensor) -> str:
         """Replace each integer by its entry in a table."""

@@ -10,19 +10,51 @@ from torch.nn import functional as F
 from bqnn.export.exact import attributes_of
 from bqnn.export.graph import Graph
 from bqnn.export.pooling import Averages
+from bqnn.export.values import Value
 from bqnn.layers.linear_map import Geometry
+from bqnn.layers.markers import SpatialMean
+
+AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, SpatialMean)
 
 
-def write_linear(graph: Graph, x: str, layer: nn.Linear) -> str:
-    """Write a linear layer in float32."""
+def write_module(graph: Graph, x: Value, module: nn.Module, name: str) -> str:
+    """Write a module in float32.
+
+    Args:
+        graph: The graph to write into.
+        x: Its input.
+        module: The module.
+        name: Its name in the network.
+
+    Returns:
+        The name of its output.
+
+    Raises:
+        TypeError: The module cannot be exported.
+    """
+    kind = type(module)
+    if kind is nn.Linear:
+        return _linear(graph, x.name, module)
+    if kind is nn.Conv2d:
+        return _conv(graph, x.name, module)
+    if kind in AVERAGES:
+        return write_average(graph, x.name, Averages.of(module, x.example, name))
+    if kind in (nn.Softmax, nn.LogSoftmax):
+        return graph.call(kind.__name__, x.name, axis=_axis(module.dim))  # type: ignore[arg-type]
+    raise TypeError(
+        f"export: {name}, a {kind.__name__}, cannot be exported; in float, a file can have "
+        "Linear, Conv2d, ReLU, max and average pools, Flatten, Softmax and LogSoftmax"
+    )
+
+
+def _linear(graph: Graph, x: str, layer: Any) -> str:
     out = graph.call("MatMul", x, graph.constant(layer.weight.detach().t().numpy()))
     if layer.bias is None:
         return out
     return graph.call("Add", out, graph.constant(layer.bias.detach().numpy()))
 
 
-def write_conv(graph: Graph, x: str, layer: nn.Conv2d) -> str:
-    """Write a convolution in float32."""
+def _conv(graph: Graph, x: str, layer: Any) -> str:
     parameters = [layer.weight, *([] if layer.bias is None else [layer.bias])]
     constants = [graph.constant(each.detach().numpy()) for each in parameters]
     return graph.call("Conv", x, *constants, **attributes_of(Geometry.of(layer)))

@@ -1,13 +1,13 @@
 """Write a simulated network into a graph, one draw after the other."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from bqnn.export.floats import POOLS, SOFTMAXES, write_average, write_conv, write_linear
+from bqnn.export.floats import POOLS, SOFTMAXES, write_average, write_module
 from bqnn.export.graph import Graph
 from bqnn.export.moves import Move, write_move
 from bqnn.export.pooling import Averages
@@ -15,7 +15,7 @@ from bqnn.export.values import Integers, Value, row_of
 from bqnn.layers.draws import Drawn
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
-from bqnn.layers.markers import Cat, DropoutSite, Pool, SpatialMean
+from bqnn.layers.markers import Cat, DropoutSite, Pool
 from bqnn.layers.trace import function_of, trace
 from bqnn.quant.fbgemm import FakeQuant
 from bqnn.quant.grids import ASKING, OnGrid, grid_of, keeps_grid, plain
@@ -31,8 +31,6 @@ from bqnn.quant.simulated import (
 )
 from bqnn.quant.traced import Traced
 
-AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, SpatialMean)
-FLOAT_MODULES = (nn.Linear, nn.Conv2d, nn.LogSoftmax, nn.Softmax, Cat, *AVERAGES)
 UNCHANGED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, DropoutSite)
 RELUS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 FUNCTIONS_CAT = (torch.cat, torch.concat, torch.concatenate)
@@ -67,6 +65,7 @@ class NetworkWriter:
         self.form = form
         self.float_parts: set[str] = set()
         self._traces: dict[nn.Module, fx.Graph] = {}
+        self._measured: dict[tuple[str, torch.Size], Averages] = {}
 
     @torch.no_grad()
     def write(self, net: nn.Module, x: Value) -> Value:
@@ -99,7 +98,8 @@ class NetworkWriter:
                 )
             elif node.op == "call_module":
                 name = str(node.target)
-                values[node] = self._module(name, net.get_submodule(name), list(args))
+                inputs = [*args, *kwargs.values()]
+                values[node] = self._module(name, net.get_submodule(name), inputs)
             else:
                 values[node] = self._function(function_of(node), node, args, kwargs)
         raise AssertionError("a graph ends with its output")
@@ -148,8 +148,13 @@ class NetworkWriter:
             return form.cat(args, module)
         assert isinstance(module, SimulatedPool | SimulatedAvgPool)
         pool = module.pool if isinstance(module, SimulatedAvgPool) else Pool()
-        averages = Averages.of(pool, plain(x.example), name)
-        return form.average(x, averages, module.output_quant)
+        return form.average(x, self._averages(pool, x, name), module.output_quant)
+
+    def _averages(self, pool: nn.Module, x: Value, name: str) -> Averages:
+        key = (name, x.example.shape[2:])
+        if key not in self._measured:
+            self._measured[key] = Averages.of(pool, plain(x.example), name)
+        return self._measured[key]
 
     def _dropout(self, x: Value, module: MCDropout) -> Value:
         if module.rate == 0:
@@ -157,7 +162,6 @@ class NetworkWriter:
         example, factor = plain(x.example), 1 / (1 - module.rate)
         kept = module.kept(example)[:1]
         if x.integers is None:
-            self.float_parts.add("MCDropout")
             scaled = kept.float().mul_(factor)
             name = self.graph.call("Mul", x.name, self.graph.constant(scaled.numpy()))
             return Value(name, example * scaled, None, x.steps)
@@ -187,28 +191,12 @@ class NetworkWriter:
         return x.moved(name, out, None if x.steps is None else row_of(out, x.steps.max().item()))
 
     def _float_module(self, name: str, module: nn.Module, args: list[Any]) -> Value:
-        x, kind = args[0], type(module)
-        if x.integers is None and kind in FLOAT_MODULES:
-            if isinstance(module, nn.Linear):
-                return self._computed(name, x, module, write_linear(self.graph, x.name, module))
-            if isinstance(module, nn.Conv2d):
-                return self._computed(name, x, module, write_conv(self.graph, x.name, module))
+        x = args[0]
+        if x.integers is None:
             if isinstance(module, Cat):
                 return self._cat(args, module.dim)
-            if kind in AVERAGES:
-                return self._average(name, x, module)
-            axis = -1 if module.dim is None else module.dim
-            return self._computed(
-                name, x, module, self.graph.call(kind.__name__, x.name, axis=axis)
-            )
-        raise TypeError(
-            f"export: {name}, a {kind.__name__}, cannot be exported; in float, a file can have "
-            "Linear, Conv2d, ReLU, max and average pools, Flatten, Softmax and LogSoftmax"
-        )
-
-    def _average(self, name: str, x: Value, pool: Callable[[Tensor], Tensor]) -> Value:
-        averages = Averages.of(pool, x.example, name)
-        return self._computed(name, x, pool, write_average(self.graph, x.name, averages))
+            return self._computed(name, x, module, write_module(self.graph, x, module, name))
+        raise TypeError(f"export: {name}, a {type(module).__name__}, has no form in integers")
 
     def _computed(self, name: str, x: Value, module: Any, written: str) -> Value:
         """Return the output of an operation that computes in float."""
@@ -228,7 +216,7 @@ class NetworkWriter:
 
     def _function(self, function: Any, node: fx.Node, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Write the call of a function, or compute it if it is about sizes."""
-        x = args[0] if args else next(iter(kwargs.values()), None)
+        x = args[0] if args else None
         if not _holds_value([args, kwargs]):
             return function(*args, **kwargs)
         name = getattr(node.target, "__name__", str(node.target))
@@ -247,7 +235,9 @@ class NetworkWriter:
             called = lambda t: function(t, *args[1:], **kwargs)  # noqa: E731
             return self._computed(name, x, called, self.graph.call(operator, x.name, axis=axis))
         elif function in POOLS and x.integers is None and x.example.dim() == 4:
-            return self._average(name, x, lambda t: function(t, *args[1:], **kwargs))
+            pool = lambda t: function(t, *args[1:], **kwargs)  # noqa: E731
+            averages = Averages.of(pool, x.example, name)
+            return self._computed(name, x, pool, write_average(self.graph, x.name, averages))
         elif "max_pool2d" in name:
             return self._max_pool(x, nn.MaxPool2d(*args[1:], **kwargs))
         elif keeps_grid(function, args, kwargs):
