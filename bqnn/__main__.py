@@ -13,6 +13,7 @@ VERBS = {
     "train": "train a network: bqnn train method=bbb task=digits",
     "quantize": "quantize a trained network: bqnn quantize checkpoint=<file or folder of a run>",
     "evaluate": "measure accuracy and uncertainty: bqnn evaluate checkpoint=... suite=shift",
+    "export": "write a quantized network as an ONNX file: bqnn export checkpoint=...",
     "report": "compare all runs below a folder: bqnn report outputs",
 }
 HELP = "\n".join(

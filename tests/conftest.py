@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.running import ROOT, run_script
+from tests.running import ROOT, kept_logging, run_script
 
 _VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
 _GPU_IS_AVAILABLE = torch.cuda.is_available
@@ -74,6 +74,27 @@ def script_here(
                 return 1, capsys.readouterr().err
             return int(stop.code or 0), capsys.readouterr().err
         return 0, capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def program_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Run `bqnn *arguments` in this process: the exit code and stderr."""
+    from bqnn.__main__ import main
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["bqnn", *arguments])
+        capsys.readouterr()
+        try:
+            with kept_logging():
+                code = main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, capsys.readouterr().err
 
     return run
 

@@ -13,7 +13,12 @@ import pytest
 from tests.running import ROOT
 
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PAGES = ("index", "quantize_model", "serving")  # tests/test_own_pages.py runs the own_*.md
+PAGES = (
+    "index",
+    "quantize_model",
+    "serving",
+    "export",
+)  # tests/test_own_pages.py runs the own_*.md
 SHORT = ["trainer.max_epochs=1", "logger=none", "plots=false", "method.num_samples=2"]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
@@ -36,11 +41,13 @@ def test_the_reference_has_all_public_names() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_the_examples_of_a_page_run_in_their_order(
     page: str,
-    script_here: Callable[..., tuple[int, str]],
+    program_here: Callable[..., tuple[int, str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if page == "export":
+        pytest.importorskip("onnxruntime")
     namespace: dict[str, Any] = {"__name__": page}
     blocks = BLOCK.findall((ROOT / "docs" / f"{page}.md").read_text())
     assert blocks
@@ -53,8 +60,8 @@ def test_the_examples_of_a_page_run_in_their_order(
             assert program == "bqnn"
             if verb == "report":
                 continue  # tests/report runs it
-            short = SHORT if verb == "train" else ["logger=none", "plots=false"]
-            code, errors = script_here(verb, *arguments, *short)
+            short = {"train": SHORT, "export": []}.get(verb, ["logger=none", "plots=false"])
+            code, errors = program_here(verb, *arguments, *short)
             assert code == 0, errors
 
 

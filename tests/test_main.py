@@ -27,7 +27,7 @@ def test_an_unknown_verb_is_one_line_that_names_the_verbs(
     assert main([verb, "method=bbb"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("bqnn: ")
-    assert line.endswith("choose one of train, quantize, evaluate, report")
+    assert line.endswith("choose one of train, quantize, evaluate, export, report")
     assert line.isprintable()
 
 

@@ -67,9 +67,9 @@ def find_checkpoints(
         )
     if not found:
         raise ValueError(
-            f"checkpoint={pattern}: not quantized, so float is its only numeric; leave numeric "
-            "out, or quantize the checkpoint first "
-            f"({command_line('quantize')} checkpoint={pattern})"
+            f"checkpoint={pattern}: not quantized, so float is its only numeric; quantize the "
+            f"checkpoint first ({command_line('quantize')} checkpoint={pattern}), or evaluate it "
+            "without numeric"
         )
     if len(found) < len(paths):
         log.info("skipped %d checkpoints that are not %s", len(paths) - len(found), stage)

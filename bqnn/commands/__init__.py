@@ -1,4 +1,4 @@
-"""The verbs of the command line that run jobs: train, quantize and evaluate.
+"""The verbs of the command line that run jobs: train, quantize, evaluate and export.
 
 The module of a verb has `check`, which validates a configuration before the job starts, and `run`,
 which runs the job. These modules import torch, so `main` imports them after a first check of the
@@ -19,7 +19,7 @@ def main(verb: str, arguments: Sequence[str] | None = None) -> None:
     """Run a verb and exit.
 
     Args:
-        verb: train, quantize or evaluate.
+        verb: train, quantize, evaluate or export.
         arguments: The arguments of the verb; None for all arguments of this process.
     """
     typed = sys.argv

@@ -1,6 +1,7 @@
 """Monte-Carlo prediction."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -102,17 +103,37 @@ def predictive_sets(
         passes = [_one_pass(net, x.split(batch_size), prepare, room) for x in group]
         draws: list[list[Tensor]] = [[] for _ in group]
         for index in range(num_samples):
-            generator = torch.Generator("cpu")
-            generator.manual_seed(stream_seed(seed, Stream.EVALUATION_WEIGHTS, index))
-            with posterior, held_draw(net, index, generator):
-                mask_seed = stream_seed(seed, Stream.EVALUATION_MASKS, index)
+            with posterior, evaluation_draw(net, index, seed) as restart_masks:
                 for place, (one_pass, outputs) in enumerate(zip(passes, draws, strict=True)):
-                    generator.manual_seed(mask_seed)  # masks do not depend on the other sets
+                    restart_masks()  # masks do not depend on the other sets
                     outputs.append(one_pass())
                     if progress is not None:
                         progress(len(samples) + place, index)
         samples += [torch.stack(outputs) for outputs in draws]
     return samples
+
+
+@contextmanager
+def evaluation_draw(net: nn.Module, index: int, seed: int) -> Iterator[Callable[[], None]]:
+    """Hold the draw of a network with which predictions begin that have this seed.
+
+    Args:
+        net: The network, in evaluation mode.
+        index: The number of the draw.
+        seed: The seed of the run.
+
+    Yields:
+        A function to call before each set of rows, which then gets the same masks of MC dropout.
+    """
+    generator = torch.Generator("cpu")
+    generator.manual_seed(stream_seed(seed, Stream.EVALUATION_WEIGHTS, index))
+    mask_seed = stream_seed(seed, Stream.EVALUATION_MASKS, index)
+
+    def restart_masks() -> None:
+        generator.manual_seed(mask_seed)
+
+    with held_draw(net, index, generator):
+        yield restart_masks
 
 
 def _one_pass(

@@ -1,6 +1,7 @@
 """Monte-Carlo dropout: dropout that stays active in evaluation mode."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,6 +43,8 @@ class MCDropout(Stochastic):
         tensor([0., 2.])
     """
 
+    one_for_all = False  # whether all rows of a batch have one mask, as in an exported file
+
     def __init__(self, rate: float, dims: int | None = None) -> None:
         super().__init__()
         reason = "the share of dropped values must be at least 0 and less than 1"
@@ -56,7 +59,7 @@ class MCDropout(Stochastic):
     def kept(self, x: Tensor) -> Tensor:
         """Draw what is kept of each row: booleans that broadcast over `x`."""
         dims = (2 if x.dim() == 4 else 0) if self.dims is None else self.dims
-        first = x
+        first = x[:1] if self.one_for_all else x
         for _ in range(dims):
             first = first[..., 0]
         # The dropped values are drawn, not the kept ones: 1 - rate would lose a tiny rate.
@@ -65,6 +68,23 @@ class MCDropout(Stochastic):
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}" + ("" if self.dims is None else f", dims={self.dims}")
+
+
+@contextmanager
+def one_mask_for_all_rows(net: nn.Module) -> Iterator[None]:
+    """Give all rows of a batch one mask in each draw: that of its first row.
+
+    Args:
+        net: A network. Its masks are per row again after the context.
+    """
+    dropouts = [module for module in net.modules() if isinstance(module, MCDropout)]
+    for dropout in dropouts:
+        dropout.one_for_all = True
+    try:
+        yield
+    finally:
+        for dropout in dropouts:
+            dropout.one_for_all = False
 
 
 def to_mcdropout(

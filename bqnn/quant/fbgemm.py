@@ -6,7 +6,7 @@ tensors. To remove the dependency, replace the calls in `PackedWeight` and `add`
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import Literal
@@ -318,14 +318,15 @@ def requantized_sum(
         output: The grid of the outputs.
         relu: Whether a ReLU follows.
     """
-    total = _multiplied_and_added(x, x_grid) + _multiplied_and_added(y, y_grid)
+    total = dequantized_for_sum(x, x_grid) + dequantized_for_sum(y, y_grid)
     zero_point = int(output.zero_point)
     steps = (total.relu_() if relu else total).mul_(1 / output.scale).round_()
     steps.clamp_(output.quant_min - zero_point, output.quant_max - zero_point)
     return steps.mul_(output.scale)
 
 
-def _multiplied_and_added(x: Tensor, grid: Grid) -> Tensor:
+def dequantized_for_sum(x: Tensor, grid: Grid) -> Tensor:
+    """Return activations on a grid as the operator of a residual sum reads them."""
     scale = x.new_tensor(grid.scale)  # float32, as in the operator
     integers = (x / scale).round_() + grid.zero_point
     offset = (scale * grid.zero_point).double()
@@ -424,7 +425,7 @@ def from_integers(integers: Tensor, scale: float) -> Tensor:
     return integers * integers.new_tensor(scale)
 
 
-def pooled(integers: Tensor, scale: float, pool: nn.Module) -> Tensor:
+def pooled(integers: Tensor, scale: float, pool: Callable[[Tensor], Tensor]) -> Tensor:
     """Average integers without zero point over windows; equal in every memory layout.
 
     Args:

@@ -145,14 +145,14 @@ class IntegerAdd(Add):
 
 
 class IntegerPool(Pool):
-    """Global average pooling in float, because torch's int8 result depends on the memory layout."""
+    """Global average pooling of integers in float, rounded once."""
 
     def __init__(self, pool: SimulatedPool) -> None:
         super().__init__()
         self.grid = ActivationGrid(pool.output_quant)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.grid.quantize(super().forward(x.dequantize()))
+        return self.grid.quantize(pooled(centered(x), x.q_scale(), super().forward))
 
 
 class IntegerAvgPool(AvgPool):

@@ -319,11 +319,14 @@ class SimulatedAdd(OutputOnGrid, Add):
 
 
 class SimulatedPool(OutputOnGrid, Pool):
-    """Global average pooling, rounded."""
+    """Global average pooling of integers in float, rounded once."""
 
     def forward(self, x: Tensor) -> Tensor:
-        self.grids_of(x)
-        return self.rounded(super().forward(plain(x)))
+        grids = self.grids_of(x)
+        if grids is None or self.training or torch.is_grad_enabled():
+            return self.rounded(super().forward(plain(x)))
+        scale = grids[0].scale
+        return self.rounded(pooled((plain(x) / scale).round_(), scale, super().forward))
 
 
 class SimulatedAvgPool(OutputOnGrid, AvgPool):

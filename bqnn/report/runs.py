@@ -249,8 +249,8 @@ def read(folder: Path, has_parts: bool) -> Run | Problem | None:
         has_parts: Whether there are runs below the folder.
 
     Returns:
-        The run, or the problem with it. None if the folder is not a run: it only contains runs, or
-        belongs to a command line that failed before its job started.
+        The run, or the problem with it. None if the folder is not a run: it only contains runs, has
+        an exported file, or belongs to a command line that failed before its job started.
     """
     try:
         status = read_record(folder / "status.json")
@@ -271,7 +271,10 @@ def read(folder: Path, has_parts: bool) -> Run | Problem | None:
     if state != "DONE":
         return _broken(folder, f"status.json has the unknown state {short(state)}")
     if not metrics.exists():
-        return None if has_parts else _problem(folder, "MISSING", "there is no metrics.json")
+        is_export = (folder / "verification.json").exists()
+        if has_parts or is_export:
+            return None
+        return _problem(folder, "MISSING", "there is no metrics.json")
     try:
         config = _config(folder / "config.yaml")
         run = Run(folder, config, _numbers(metrics), instant(status.get("start")))

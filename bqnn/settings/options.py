@@ -61,6 +61,8 @@ JOB: Table = {
     "num_samples": maybe(DRAWS),
     "numeric": maybe(one_of("unquantized", "simulated", "int8")),
     "select": one_of("all", "best"),
+    "format": one_of("onnx"),
+    "form": one_of("exact", "qdq"),
 }
 
 # The options of data sets, and the defaults of a task for its training.

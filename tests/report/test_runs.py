@@ -63,6 +63,8 @@ def test_unfinished_runs_are_listed(write_run: WriteRun, tmp_path: Path) -> None
     write_run("nan", {"test/nll": float("nan")}, seed=11)
     (write_run("foreign", {}, seed=9) / "config.yaml").write_text("a: 1")
     (write_run("claimed", {}, seed=10) / "status.json").write_text("")
+    exported = write_run("exported", {}, seed=12)  # a file of a run that is compared itself
+    (exported / "metrics.json").rename(exported / "verification.json")
     refused = tmp_path / "runs" / "refused"  # a command line that never became a job
     refused.mkdir()
     (refused / "status.json").write_text('{"state": "FAILED", "error": "method=nonsense"}')

@@ -138,6 +138,7 @@ CELLS = [
     *(("train", f"trainer={trainer}") for trainer in group("trainer")),
     *(("quantize", f"quant={quant}", "checkpoint=x") for quant in ("default", "paper")),
     *(("evaluate", f"suite={suite}", "checkpoint=x") for suite in group("suite")),
+    ("export", "checkpoint=x"),
 ]
 
 

@@ -1,0 +1,226 @@
+"""The form `exact`: operators on integers, and float32 operators in the order of bqnn's int8.
+
+A sum of products is an operator on integers (ConvInteger, MatMulInteger), so that it is exact in
+any correct runtime. Float32 operators then round it in the order of `requantize`, so that even
+ties round equally. What reads one integer and rounds once is a table of 256 entries.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bqnn.export.graph import Graph
+from bqnn.export.pooling import Averages
+from bqnn.export.values import Integers, Value
+from bqnn.inference.predict import BATCH_SIZE
+from bqnn.layers.linear_map import Geometry
+from bqnn.quant import kernels
+from bqnn.quant.fbgemm import FakeQuant, Rounding, dequantized_for_sum, from_integers
+from bqnn.quant.grids import Grid
+from bqnn.quant.simulated import SimulatedAdd, SimulatedCat, SimulatedLayer
+
+
+class ExactForm:
+    """Writes the modules of a simulated network as operators on integers.
+
+    Args:
+        graph: The graph to write into.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+
+    def enter(self, x: str, quant: FakeQuant) -> str:
+        """Round floats to a grid."""
+        steps = self.graph.call("Mul", x, self.graph.constant((1 / quant.scale).numpy()))
+        return self._integers(self.graph.call("Round", steps), quant)
+
+    def leave(self, x: Value) -> str:
+        """Convert integers to floats."""
+        assert x.integers is not None
+        zero_point = self.graph.constant(np.float32(x.integers.zero_point))
+        centered = self.graph.call("Sub", self.graph.cast(x.name, np.float32), zero_point)
+        return self._by(centered, floats_of(x.integers.scale))
+
+    def layer(self, x: Value, layer: SimulatedLayer) -> str:
+        """Apply a linear layer or a convolution, with the weights of the held draw."""
+        assert x.integers is not None
+        factor, bias = layer.fold()
+        quant = layer.weight_grid
+        weight = layer.rounded_weight(factor)
+        weight = (weight / quant.along(weight, quant.scale)).round()
+        sums = self.graph.cast(self._sums(x, weight, layer.geometry), np.float32)
+        shape = (BATCH_SIZE, *x.example.shape[1:])
+        if layer.geometry is None:
+            shape = (BATCH_SIZE, x.example.shape[-1])
+        rounding = kernels.rounding_of(layer.kernel(x.integers.zero_point), shape)
+        along = (1, -1, *[1] * (weight.dim() - 2))
+        output = layer.output_quant
+        if rounding in ("onednn", "onednn_product"):
+            steps = self._as_onednn(sums, x.integers.scale, quant, bias, output, along, rounding)
+        else:
+            product = quant.scale * x.integers.scale
+            if bias is not None:
+                sums = self._plus_bias(sums, bias, product, along, rounding, quant)
+            steps = self._by(sums, (product / output.scale).view(along))
+            steps = self.graph.call("Round", steps)
+        return self._integers(steps, output, relu=layer.relu)
+
+    def add(self, x: Value, y: Value, module: SimulatedAdd) -> str:
+        """Add activations."""
+        tables = []
+        for each in (x, y):
+            grid = each.integers
+            assert grid is not None
+            floats = (torch.arange(256.0) - grid.zero_point) * floats_of(grid.scale)
+            table = dequantized_for_sum(floats, Grid(grid.scale, grid.zero_point, 255))
+            tables.append(self._looked_up(each.name, table))
+        total = self.graph.call("Add", *tables)
+        if module.relu:
+            total = self.graph.call("Relu", total)
+        steps = self._by(total, 1 / module.output_quant.scale)
+        return self._integers(self.graph.call("Round", steps), module.output_quant)
+
+    def cat(self, inputs: list[Value], module: SimulatedCat) -> str:
+        """Concatenate activations, each requantized to one grid."""
+        parts = []
+        for x in inputs:
+            assert x.integers is not None
+            floats = from_integers(torch.arange(256.0) - x.integers.zero_point, x.integers.scale)
+            parts.append(self._looked_up(x.name, module.output_quant.integers(floats)))
+        return self.graph.call("Concat", *parts, axis=module.dim)
+
+    def average(self, x: Value, averages: Averages, quant: FakeQuant) -> str:
+        """Average windows of an image."""
+        graph = self.graph
+        assert x.integers is not None
+        if averages.is_global:
+            zero_point = graph.constant(np.int32(x.integers.zero_point))
+            centered = graph.call("Sub", graph.cast(x.name, np.int32), zero_point)
+            sums = graph.call(
+                "ReduceSum", centered, graph.constant(np.array([2, 3], np.int64)), keepdims=1
+            )
+        else:
+            rows = graph.call("Reshape", x.name, graph.constant(averages.flat_shape))
+            windows = graph.constant(averages.windows.numpy().astype(np.uint8))
+            zero_points = (self._zero_point(x.integers), graph.constant(np.uint8(0)))
+            sums = graph.call("MatMulInteger", rows, windows, *zero_points)
+        means = graph.cast(sums, np.float32)
+        for divisor in averages.divisors:
+            means = graph.call("Div", means, graph.constant(divisor.numpy()))
+        means = graph.call("Reshape", means, graph.constant(averages.output_shape))
+        floats = self._by(means, floats_of(x.integers.scale))
+        return self.enter(floats, quant)
+
+    def dropout(self, x: Value, kept: Tensor) -> str:
+        """Set dropped integers to the zero point."""
+        assert x.integers is not None
+        kept_name = self.graph.constant(kept.numpy())
+        return self.graph.call("Where", kept_name, x.name, self._zero_point(x.integers))
+
+    def relu(self, x: Value) -> str:
+        """Clamp integers to the zero point and above."""
+        assert x.integers is not None
+        return self.graph.call("Clip", x.name, self._zero_point(x.integers))
+
+    def _sums(self, x: Value, weight: Tensor, geometry: Geometry | None) -> str:
+        """Sum products of integers; exact also where instructions for 8 bits would saturate."""
+        assert x.integers is not None
+        low = weight.clamp(-128, 127)  # affine weights can be further from their zero point
+        parts = [low, weight - low] if not torch.equal(low, weight) else [weight]
+        sums = [self._product(x.name, x.integers, part, geometry) for part in parts]
+        return sums[0] if len(sums) == 1 else self.graph.call("Add", *sums)
+
+    def _product(self, x: str, grid: Integers, weight: Tensor, geometry: Geometry | None) -> str:
+        graph = self.graph
+        # CPUs without VNNI add pairs of products of an unsigned and a signed integer in 16 bits.
+        # Runtimes multiply two unsigned integers in a wider type.
+        is_wide = 2 * grid.quant_max * int(weight.abs().max()) > 32_767
+        dtype, zero = (np.uint8, 128) if is_wide else (np.int8, 0)
+        array = (weight + zero).numpy().astype(dtype)
+        zero_points = (self._zero_point(grid), graph.constant(dtype(zero)))
+        if geometry is None:
+            return graph.call("MatMulInteger", x, graph.constant(array.T), *zero_points)
+        return graph.call(
+            "ConvInteger", x, graph.constant(array), *zero_points, **attributes_of(geometry)
+        )
+
+    def _plus_bias(
+        self,
+        sums: str,
+        bias: Tensor,
+        product: Tensor,
+        along: tuple[int, ...],
+        rounding: Rounding,
+        weight: FakeQuant,
+    ) -> str:
+        """Compute sums + bias / product as FBGEMM does."""
+        graph = self.graph
+        if rounding == "fbgemm_fused":
+            steps = (bias.double() * (1 / product).double()).view(along)
+            total = graph.call(
+                "Add", graph.cast(sums, np.float64), graph.constant(steps.detach().numpy())
+            )
+            return graph.cast(total, np.float32)
+        steps = bias * (1 / product) if weight.channels is None else bias / product
+        return graph.call("Add", sums, graph.constant(steps.detach().view(along).numpy()))
+
+    def _as_onednn(
+        self,
+        sums: str,
+        scale: float,
+        weight: FakeQuant,
+        bias: Tensor | None,
+        output: FakeQuant,
+        along: tuple[int, ...],
+        rounding: Rounding,
+    ) -> str:
+        """Round as oneDNN does, and subtract the zero point."""
+        graph = self.graph
+        s_x = 1 / (1 / output.scale.new_tensor(scale))
+        s_w = (weight.scale if len(along) == 4 else 1 / (1 / weight.scale)).view(along)
+        if rounding == "onednn":
+            steps = self._by(self._by(sums, s_x), s_w)
+        else:
+            steps = self._by(sums, s_x * s_w)
+        if bias is not None:
+            steps = graph.call("Add", steps, graph.constant(bias.detach().view(along).numpy()))
+        zero_point = graph.constant(np.float32(int(output.zero_point)))
+        steps = graph.call("Add", self._by(steps, 1 / output.scale), zero_point)
+        return graph.call("Sub", graph.call("Round", steps), zero_point)
+
+    def _integers(self, steps: str, quant: FakeQuant, relu: bool = False) -> str:
+        """Clamp rounded steps from the zero point, and convert them to integers."""
+        graph, zero_point = self.graph, int(quant.zero_point)
+        low = graph.constant(np.float32(0 if relu else -zero_point))
+        high = graph.constant(np.float32(quant.quant_max - zero_point))
+        clamped = graph.call("Clip", steps, low, high)
+        if zero_point:
+            clamped = graph.call("Add", clamped, graph.constant(np.float32(zero_point)))
+        return graph.cast(clamped, np.uint8)
+
+    def _by(self, x: str, factor: Tensor) -> str:
+        return self.graph.call("Mul", x, self.graph.constant(factor.detach().numpy()))
+
+    def _looked_up(self, x: str, table: Tensor) -> str:
+        """Replace each integer by its entry in a table."""
+        index = self.graph.cast(x, np.int32)
+        return self.graph.call("Gather", self.graph.constant(table.numpy()), index, axis=0)
+
+    def _zero_point(self, grid: Integers) -> str:
+        return self.graph.constant(np.uint8(grid.zero_point))
+
+
+def floats_of(scale: float) -> Tensor:
+    """Return a scale in float32."""
+    return torch.tensor(scale, dtype=torch.float32)
+
+
+def attributes_of(geometry: Geometry) -> dict[str, object]:
+    """Return the attributes of a convolution."""
+    return {
+        "strides": tuple(geometry.stride),
+        "pads": (*geometry.padding, *geometry.padding),
+        "dilations": tuple(geometry.dilation),
+        "group": geometry.groups,
+    }

@@ -1,0 +1,144 @@
+"""A model as one ONNX file: normalization, the network once for each draw, and their mixture."""
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bqnn.data.normalization import Normalization
+from bqnn.export.exact import ExactForm
+from bqnn.export.graph import Graph, Port
+from bqnn.export.mixture import write_mixture
+from bqnn.export.network import Form, NetworkWriter
+from bqnn.export.qdq import QdqForm
+from bqnn.export.values import Value
+from bqnn.inference.likelihoods import Classification
+from bqnn.inference.predict import evaluation_draw
+from bqnn.layers.dropout import one_mask_for_all_rows
+from bqnn.methods import Method
+
+NUM_EXAMPLES = 3  # rows with which the network is walked
+FORMS: Mapping[str, Any] = {"exact": ExactForm, "qdq": QdqForm}
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """A model of ONNX, and what its outputs come from.
+
+    Attributes:
+        proto: The model, an onnx.ModelProto.
+        steps: The step of the grid of each output of each draw [S, num_outputs].
+        float_parts: What computes in float, outside of the integers.
+    """
+
+    proto: Any
+    steps: Tensor
+    float_parts: list[str]
+
+
+@torch.no_grad()
+def export(model: Method, num_samples: int, form: str = "exact") -> Exported:
+    """Write a quantized model as ONNX.
+
+    Draw s of the file is draw s of bqnn's int8 with the seed of the model. MC dropout has one mask
+    in each draw for all rows: that of a row that bqnn predicts alone.
+
+    Args:
+        model: The model with fake quantization, in evaluation mode, with its recipe.
+        num_samples: The number of draws S.
+        form: `exact` or `qdq`.
+
+    Returns:
+        The model of ONNX, checked against the standard.
+
+    Raises:
+        ValueError: The recipe has no normalization, or the file would be too large.
+        TypeError: The network has an operation that cannot be exported. The message names it.
+    """
+    assert model.recipe is not None
+    facts = model.recipe["facts"]
+    graph = Graph()
+    shape: list[int] = facts["input_shape"]
+    inputs, port = write_normalization(graph, _normalization(facts), shape)
+    writer = NetworkWriter(graph, _form(form, graph))
+    example = torch.randn(NUM_EXAMPLES, *shape, generator=torch.Generator().manual_seed(0))
+    net = deepcopy(model.net).cpu().eval()
+    draws = []
+    with one_mask_for_all_rows(net):
+        for index in range(num_samples):
+            with evaluation_draw(net, index, model.seed) as restart_masks:
+                restart_masks()
+                draws.append(writer.write(net, Value(inputs, example)))
+    samples, outputs = write_mixture(graph, [draw.name for draw in draws], model.likelihood)
+    sizes = (num_samples, "N", model.likelihood.num_outputs)
+    outputs = {samples: Port("samples", np.dtype(np.float32), sizes), **outputs}
+    proto = graph.to_onnx([port], outputs, metadata(form, model))
+    steps = torch.stack([_steps(draw) for draw in draws])
+    return Exported(proto, steps, sorted(writer.float_parts))
+
+
+def metadata(form: str, model: Method) -> dict[str, str]:
+    """Return what stands in a file besides its graph: its form, and the names of classes."""
+    found = {"bqnn.form": form, "bqnn.seed": str(model.seed)}
+    if isinstance(model.likelihood, Classification):
+        found["bqnn.class_names"] = json.dumps(model.likelihood.class_names)
+    return found
+
+
+def write_normalization(
+    graph: Graph, normalization: Normalization, shape: list[int]
+) -> tuple[str, Port]:
+    """Write the normalization of rows in the units of the data, as `Normalization` computes it.
+
+    Args:
+        graph: The graph to write into.
+        normalization: The normalization.
+        shape: The shape of a row.
+
+    Returns:
+        The name of the normalized rows, and the input `inputs`: pixels [N, C, H, W] in uint8 or
+        features [N, F] in float64.
+    """
+    scale = normalization.scale
+    dtype = np.float64 if scale is None else np.float32
+    rows = "inputs"
+    if scale is not None:
+        rows = graph.call("Div", graph.cast(rows, np.float32), graph.constant(np.float32(scale)))
+    along = (-1,) if scale is None else (-1, 1, 1)
+    mean, std = (
+        graph.constant(np.array(values, dtype).reshape(along))
+        for values in (normalization.mean, normalization.std)
+    )
+    rows = graph.call("Div", graph.call("Sub", rows, mean), std)
+    if scale is None:
+        rows = graph.cast(rows, np.float32)
+    kind = np.dtype(np.float64 if scale is None else np.uint8)
+    return rows, Port("inputs", kind, ("N", *shape))
+
+
+def _form(name: str, graph: Graph) -> Form:
+    form: Form = FORMS[name](graph)
+    return form
+
+
+def _normalization(facts: Mapping[str, Any]) -> Normalization:
+    found = Normalization.from_facts(facts)
+    if found is None:
+        raise ValueError(
+            "export: the checkpoint does not store how its inputs are normalized, so a file could "
+            "not read rows in the units of the data; its data set needs input_mean and input_std "
+            "in its facts (see Normalization.facts), and a new training"
+        )
+    return found
+
+
+def _steps(draw: Value) -> Tensor:
+    """Return the steps of an output [num_outputs]."""
+    if draw.steps is None:
+        raise TypeError("export: the network has no Leave before its output")
+    return draw.steps

@@ -1,0 +1,83 @@
+"""Operations that move elements within their rows, such as views, permutations and slices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bqnn.export.graph import Graph
+from bqnn.export.values import Value
+from bqnn.quant.grids import plain
+
+Move = Callable[[Tensor], Any]
+
+
+def write_move(graph: Graph, x: Value, move: Move, name: str) -> Value | list[Value]:
+    """Write an operation that moves elements; what it does is measured.
+
+    Args:
+        graph: The graph to write into.
+        x: The activation.
+        move: The operation, as a function of the activation.
+        name: The name of the operation, for errors.
+
+    Returns:
+        The output, or a list if the operation has several.
+
+    Raises:
+        TypeError: The operation mixes rows, or its size depends on their number.
+    """
+    found = move(x.example)
+    places = torch.arange(x.example.numel(), dtype=torch.int64).view(x.example.shape)
+    moved = move(places)
+    if isinstance(found, Tensor):
+        return _write(graph, x, move, found, moved, name)
+    return [
+        _write(graph, x, lambda t, i=i: move(t)[i], each, to, name)  # type: ignore[misc]
+        for i, (each, to) in enumerate(zip(found, moved, strict=True))
+    ]
+
+
+def _write(graph: Graph, x: Value, move: Move, found: Tensor, places: Tensor, name: str) -> Value:
+    rows, size = len(x.example), x.example[0].numel()
+    starts = torch.arange(rows).mul_(size).view(-1, *[1] * (places.dim() - 1))
+    if places.dim() == 0 or len(places) != rows or not torch.equal(places - starts, _rows(places)):
+        raise TypeError(
+            f"export: {name} changes the axis of the rows, and the number of rows of a file is "
+            "free; keep the rows in the first dimension"
+        )
+    order = places[0].flatten()
+    steps = None if x.steps is None else x.steps.flatten()[order].view(found.shape[1:])
+    if torch.equal(order, torch.arange(size)):
+        if found.shape == x.example.shape:
+            return x.moved(x.name, found, steps)
+        shape = graph.constant(np.array([-1, *found.shape[1:]], np.int64))
+        return x.moved(graph.call("Reshape", x.name, shape), found, steps)
+    axes = _permutation(move, x.example.dim())
+    if axes is not None:
+        return x.moved(graph.call("Transpose", x.name, perm=axes), found, steps)
+    flat = graph.call("Reshape", x.name, graph.constant(np.array([-1, size], np.int64)))
+    taken = graph.call("Gather", flat, graph.constant(order.numpy()), axis=1)
+    shape = graph.constant(np.array([-1, *found.shape[1:]], np.int64))
+    return x.moved(graph.call("Reshape", taken, shape), found, steps)
+
+
+def _rows(places: Tensor) -> Tensor:
+    return places[:1].expand_as(places)
+
+
+def _permutation(move: Move, dims: int) -> tuple[int, ...] | None:
+    """Return the order of the axes if the operation only permutes them."""
+    sizes = tuple(range(2, 2 + dims))
+    try:
+        out = move(torch.empty(sizes))
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return None
+    axes = tuple(size - 2 for size in out.shape) if isinstance(out, Tensor) else ()
+    is_view = sorted(axes) == list(range(dims))
+    if not is_view:
+        return None
+    places = torch.arange(int(np.prod(sizes))).view(sizes)
+    return axes if torch.equal(plain(move(places)), places.permute(axes)) else None

@@ -1,0 +1,61 @@
+"""Values: what a node of a network is in the file."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from bqnn.quant.fbgemm import FakeQuant
+
+
+@dataclass(frozen=True)
+class Integers:
+    """The grid of integers in the file, uint8: x = scale * (integer - zero_point).
+
+    Attributes:
+        scale: The step of the grid.
+        zero_point: The integer of x = 0.
+        quant_max: The largest integer.
+    """
+
+    scale: float
+    zero_point: int
+    quant_max: int
+
+    @classmethod
+    def of(cls, quant: FakeQuant) -> Self:
+        """Return the grid of a fake quantizer of activations."""
+        return cls(float(quant.scale), int(quant.zero_point), quant.quant_max)
+
+    @property
+    def bits(self) -> int:
+        """The bit width."""
+        return self.quant_max.bit_length()
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """An activation: its name in the file, and what the simulation has at that place.
+
+    Attributes:
+        name: The name in the file, of uint8 integers on a grid, or of float32 numbers.
+        example: The activation in the simulation for a few rows, with its shape and grid.
+        integers: The grid, or None for floats.
+        steps: The step of the grid that each float of a row comes from, shaped like the row; None
+            before the integers.
+    """
+
+    name: str
+    example: Tensor
+    integers: Integers | None = None
+    steps: Tensor | None = None
+
+    def moved(self, name: str, example: Tensor, steps: Tensor | None = None) -> Self:
+        """Return the value after an operation that moves or selects elements."""
+        return replace(self, name=name, example=example, steps=steps)
+
+
+def row_of(x: Tensor, step: float) -> Tensor:
+    """Return the step of each element of a row of `x`."""
+    return torch.full(x.shape[1:], step, dtype=torch.float64)

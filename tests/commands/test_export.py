@@ -1,0 +1,194 @@
+"""bqnn export run for real: the files that it leaves, and what it refuses."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bqnn.methods import METHODS
+
+ScriptHere = Callable[..., tuple[int, str]]
+Export = Callable[..., tuple[int, str]]
+FILES = {"model.onnx", "verification.json", "card.md", "card.json", "status.json"}
+
+
+@pytest.fixture
+def export(program_here: Callable[..., tuple[int, str]]) -> Export:
+    """Run `bqnn export *arguments` in this process: the exit code and stderr."""
+    return partial(program_here, "export")
+
+
+def read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def call_without_bqnn(folder: Path) -> str:
+    """What the Python of the card prints, in a process that starts beside the file."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", (folder / "card.md").read_text(), re.M | re.S)
+    assert len(code.splitlines()) <= 10
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_exported_verified_and_described(
+    method: str, trained: Path, script_here: ScriptHere, export: Export, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    arguments = [f"checkpoint={trained}/{method}_0", "quant.mode=ptq", "logger=none"]
+    assert script_here("quantize", *arguments, "plots=false", "hydra.run.dir=int8")[0] == 0
+    code, errors = export("checkpoint=int8", "hydra.run.dir=out")
+    assert code == 0, errors
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} >= FILES
+    record, card = read(out / "verification.json"), read(out / "card.json")
+    draws = {"pointwise": 1, "sghmc": 2}.get(method, 3)
+    assert (record["rows"], record["num_samples"], record["differing"]) == (364, draws, 0)
+    assert record["outputs"] == 364 * draws * 10
+    metrics = read(tmp_path / "int8" / "metrics.json")
+    if method != "mcdropout":  # there, each row has its own mask
+        for name in ("error", "nll", "mi"):
+            found = record["metrics"][f"onnx/{name}"]
+            assert found == pytest.approx(metrics[f"int8/test/{name}"], abs=1e-9)
+            assert card["metrics"][name]["value"] == found
+    assert card["bytes"]["file"] == (out / "model.onnx").stat().st_size
+    assert set(card["speed"]["milliseconds"]) == {"1", "32", "256"}
+    assert call_without_bqnn(out)
+
+
+def test_a_table_is_read_in_its_units(
+    script_here: ScriptHere, export: Export, tmp_path: Path
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    generator = np.random.default_rng(0)
+    sizes, rooms = generator.uniform(20, 200, 300), generator.integers(1, 8, 300)
+    prices = 3000 * sizes + 10_000 * rooms + generator.normal(0, 20_000, 300)
+    lines = ["size,rooms,price"]
+    lines += [f"{s:.1f},{r},{p:.0f}" for s, r, p in zip(sizes, rooms, prices, strict=True)]
+    (tmp_path / "flats.csv").write_text("\n".join(lines) + "\n")
+    arguments = ["method=bbb", "task=table", "task.file=flats.csv", "task.target=price"]
+    arguments += ["trainer.max_epochs=3", "logger=none", "plots=false", "hydra.run.dir=float"]
+    assert script_here("train", *arguments)[0] == 0
+    quick = ["quant.mode=ptq", "logger=none", "plots=false", "hydra.run.dir=int8"]
+    assert script_here("quantize", "checkpoint=float", *quick)[0] == 0
+    code, errors = export("checkpoint=int8", "num_samples=4", "hydra.run.dir=out")
+    assert code == 0, errors
+    assert read(tmp_path / "out" / "verification.json")["differing"] == 0
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    names = [output.name for output in session.get_outputs()]
+    assert names == ["samples", "mean", "std", "aleatoric_std", "epistemic_std"]
+    rows = np.array([[30.0, 1.0], [190.0, 7.0]])
+    values = dict(zip(names, session.run(names, {"inputs": rows}), strict=True))
+    assert values["samples"].shape == (4, 2, 2)
+    import bqnn
+
+    answer = bqnn.load(tmp_path / "int8", "int8").predict(rows, num_samples=4)
+    np.testing.assert_allclose(values["mean"], answer.mean, rtol=1e-9)
+    np.testing.assert_allclose(values["epistemic_std"], answer.epistemic, rtol=1e-9)
+    assert call_without_bqnn(tmp_path / "out")
+
+
+def test_the_form_for_hardware(quantized: Path, export: Export, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    code, errors = export(f"checkpoint={quantized}", "form=qdq", "hydra.run.dir=out")
+    assert code == 0, errors
+    assert read(tmp_path / "out" / "verification.json")["form"] == "qdq"
+    assert "in the form `qdq`" in (tmp_path / "out" / "card.md").read_text()
+
+
+def test_a_file_that_differs_is_a_failure(
+    quantized: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    from bqnn.export.exact import ExactForm
+    from bqnn.export.values import Value
+
+    def wrong(self: ExactForm, x: Value) -> str:
+        assert x.integers is not None  # the zero point is left out
+        scale = self.graph.constant(np.float32(x.integers.scale))
+        return self.graph.call("Mul", self.graph.cast(x.name, np.float32), scale)
+
+    monkeypatch.setattr(ExactForm, "leave", wrong)
+    code, errors = export(f"checkpoint={quantized}", "hydra.run.dir=out")
+    assert code == 1
+    (line,) = errors.splitlines()
+    assert "outputs differ from int8, by up to" in line
+    out = tmp_path / "out"
+    assert read(out / "status.json")["state"] == "FAILED"
+    assert read(out / "verification.json")["differing"] > 0
+    assert not (out / "model.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["num_samples=0"], "num_samples=0"),
+        (["format=tflite"], "format=tflite: choose onnx"),
+        (["form=fast"], "form=fast: choose exact or qdq"),
+        (["trainer.accelerator=gpu"], "trainer.accelerator=gpu"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(
+    arguments: list[str], message: str, quantized: Path, export: Export, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    code, errors = export(f"checkpoint={quantized}", *arguments, "hydra.run.dir=out")
+    assert code == 1
+    (line,) = errors.splitlines()
+    assert line.startswith("bqnn export: ")
+    assert message in line
+
+
+def test_a_float_checkpoint_is_refused(trained: Path, export: Export) -> None:
+    pytest.importorskip("onnxruntime")
+    code, errors = export(f"checkpoint={trained}/bbb_0", "hydra.run.dir=out")
+    assert code == 1
+    assert "quantize the checkpoint first (bqnn quantize" in errors
+
+
+def test_a_damaged_checkpoint_is_refused(quantized: Path, export: Export, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    content = (quantized / "checkpoint.ckpt").read_bytes()
+    (tmp_path / "damaged.ckpt").write_bytes(content[: len(content) // 2])
+    code, errors = export("checkpoint=damaged.ckpt", "hydra.run.dir=out")
+    assert code == 1
+    (line,) = errors.splitlines()
+    assert "cannot be read as a checkpoint" in line
+
+
+def test_missing_packages_are_named_before_any_work(
+    quantized: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bqnn.export.packages.find_spec", lambda name: None)
+    code, errors = export(f"checkpoint={quantized}", "hydra.run.dir=out")
+    assert code == 1
+    (line,) = errors.splitlines()
+    assert line == (
+        "bqnn export: format=onnx: onnx and onnxruntime must be installed; "
+        "run: pip install 'bqnn[onnx]'"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pattern_is_exported_in_parts(quantized: Path, export: Export, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    for name in ("a", "b"):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        shutil.copy(quantized / "checkpoint.ckpt", tmp_path / "all" / name)
+    arguments = ["checkpoint=all/*/checkpoint.ckpt", "num_samples=1", "hydra.run.dir=out"]
+    code, errors = export(*arguments)
+    assert code == 0, errors
+    for part in ("0_bbb_digits", "1_bbb_digits"):
+        assert {path.name for path in (tmp_path / "out" / part).iterdir()} >= FILES

@@ -1,0 +1,100 @@
+"""Small quantized models to export, and their files in ONNX Runtime."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bqnn.export.model import Exported
+from bqnn.export.verification import predict_executed, start_session
+from bqnn.inference.likelihoods import Classification
+from bqnn.layers.bayes import to_bayes
+from bqnn.layers.dropout import to_mcdropout
+from bqnn.layers.ensemble import Ensemble
+from bqnn.methods import METHODS, Method
+from bqnn.methods.base import channels_last
+from bqnn.nets import NETS
+from bqnn.quant.fuse import fuse
+from bqnn.quant.mark import mark
+from bqnn.quant.simulated import calibrate, prepare
+from bqnn.quant.spec import QuantSpec
+
+SHAPES = {"mlp": (6,), "lenet": (1, 8, 8), "resnet": (3, 8, 8)}
+OPTIONS: dict[str, dict] = {
+    "mlp": {"hidden_features": [24, 24]},
+    "lenet": {"channels": [6, 8], "hidden_features": 32},
+    "resnet": {"width": 4, "blocks_per_stage": [1, 1]},
+}
+NUM_SAMPLES = {"pointwise": 1, "sghmc": 2, "bbb": 3, "mcdropout": 3}
+
+
+def float_net(net: str) -> nn.Module:
+    """A network whose batch norms are far from the identity."""
+    torch.manual_seed(3)
+    made = NETS[net](SHAPES[net], (10,), **OPTIONS[net])
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)  # half of them negative
+            nn.init.normal_(module.bias)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return made
+
+
+def converted(net: nn.Module, method: str) -> nn.Module:
+    """The network with the layers of a method."""
+    if method == "bbb":
+        net = to_bayes(net, prior_std=0.3, init_rho=-3.0)
+    elif method == "mcdropout":
+        net = to_mcdropout(net, rate=0.25)
+    elif method == "sghmc":
+        net = Ensemble(net, num_members=2)
+        for _ in range(2):
+            for param in net.current.parameters():
+                param.data.add_(0.1 * torch.randn_like(param) * param.abs().mean())
+            net.collect()
+    return net.to(memory_format=torch.channels_last).eval()
+
+
+def quantized(net: nn.Module, shape: tuple[int, ...], **options: Any) -> Method:
+    """A model with a calibrated network that reads pixels, or rows of a table."""
+    options = {"activation_observer": "minmax", "output_bits": None, **options}
+    spec = QuantSpec(**options)
+    torch.manual_seed(5)
+    inputs = channels_last(torch.randn(64, *shape))
+    simulated = calibrate(prepare(fuse(mark(net, trains=False)), spec), [inputs])
+    likelihood = Classification([str(digit) for digit in range(10)])
+    adam = {"name": "adam", "lr": 0.01}
+    model = METHODS["pointwise"](nn.Linear(1, 10), likelihood, num_train=1, seed=7, optimizer=adam)
+    model.net = simulated
+    facts: dict[str, Any] = {"input_shape": list(shape), "input_mean": [0.4] * shape[0]}
+    facts |= {"input_std": [0.3] * shape[0]}
+    if len(shape) == 3:
+        facts["input_scale"] = 255.0
+    model.recipe = {"facts": facts}
+    return model.eval()
+
+
+def rows_for(model: Method, count: int = 100) -> Tensor:
+    """Rows in the units of the data."""
+    shape = model.recipe["facts"]["input_shape"]
+    generator = torch.Generator().manual_seed(11)
+    if len(shape) == 3:
+        return torch.randint(256, (count, *shape), generator=generator, dtype=torch.uint8)
+    return torch.randn(count, *shape, generator=generator, dtype=torch.float64)
+
+
+def run(exported: Exported, rows: Tensor, *, optimized: bool = True) -> dict[str, np.ndarray]:
+    """The outputs of a file by name."""
+    session = start_session(exported.proto.SerializeToString(), 1, optimized=optimized)
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, {"inputs": rows.numpy()}), strict=True))
+
+
+def differing(exported: Exported, model: Method, *, optimized: bool = True) -> int:
+    """How many outputs differ from the simulation, which never saturates."""
+    rows = rows_for(model)
+    expected = predict_executed(model, rows, len(exported.steps))
+    found = run(exported, rows, optimized=optimized)["samples"]
+    assert found.shape == expected.shape
+    return int((found != expected.numpy()).sum())

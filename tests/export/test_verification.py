@@ -1,0 +1,70 @@
+"""The comparison of a file with int8, and the card."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from bqnn.export.card import metrics_with_errors
+from bqnn.export.measure import latencies, peak_bytes
+from bqnn.export.model import Exported, export
+from bqnn.export.verification import Verification, start_session, verify
+from bqnn.inference.likelihoods import Classification
+from bqnn.inference.predictions import Prediction
+from bqnn.methods import Method
+from bqnn.quant.integer import convert
+from tests.export.networks import SHAPES, converted, float_net, quantized, rows_for
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+
+def verified(model: Method, exported: Exported, form: str = "exact") -> Verification:
+    rows = rows_for(model)
+    session = start_session(exported.proto.SerializeToString(), 1)
+    return verify(session, exported, form, model, rows, torch.zeros(len(rows)).long())
+
+
+def test_a_true_file_passes_and_a_changed_one_fails() -> None:
+    model = quantized(converted(float_net("lenet"), "bbb"), SHAPES["lenet"])
+    exported = export(model, 3)
+    model.net = convert(deepcopy(model.net))
+    found = verified(model, exported)
+    found.require_equal()
+    record = found.record()
+    assert (record["rows"], record["num_samples"], record["differing"]) == (100, 3, 0)
+    assert record["metrics"]["onnx/nll"] == record["metrics"]["int8/nll"]
+
+    weight = next(
+        c for c in exported.proto.graph.initializer if c.data_type == onnx.TensorProto.INT8
+    )
+    array = onnx.numpy_helper.to_array(weight).copy()
+    array.flat[0] += 3
+    weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
+    changed = verified(model, exported)
+    assert changed.differing > 0
+    with pytest.raises(ValueError, match=r"outputs differ from int8, by up to"):
+        changed.require_equal()
+    verified(model, exported, "qdq").require_equal()  # there, differences are counted
+
+
+def test_errors_of_metrics_shrink_with_the_rows() -> None:
+    torch.manual_seed(0)
+    likelihood = Classification(["a", "b"])
+    errors = []
+    for count in (100, 10_000):
+        targets = torch.randint(2, (count,))
+        prediction = Prediction(likelihood, torch.randn(1, count, 2), targets)
+        errors.append(metrics_with_errors(prediction)["error"]["standard_error"])
+    assert errors[0] == pytest.approx(0.05, rel=0.4)  # sqrt(0.25 / 100)
+    assert errors[1] == pytest.approx(0.005, rel=0.4)
+
+
+def test_a_session_is_measured() -> None:
+    model = quantized(converted(float_net("mlp"), "pointwise"), SHAPES["mlp"])
+    session = start_session(export(model, 1).proto.SerializeToString(), 1)
+    found = latencies(session, rows_for(model).numpy())
+    assert list(found) == ["1", "32", "256"]
+    assert all(value > 0 for value in found.values())
+    peak = peak_bytes()
+    assert peak is None or peak > 2**20
