@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bqnn.export import measure
 from bqnn.export.verification import Verification
-from bqnn.inference.predictions import Prediction, as_they_are, score
+from bqnn.inference.predictions import Prediction, score, with_non_finite
 from bqnn.methods import Method
 from bqnn.quant.fbgemm import has_vnni
 from bqnn.quant.summary import sizes
@@ -90,7 +90,7 @@ def metrics_with_errors(prediction: Prediction) -> dict[str, dict[str, float]]:
         `value` and `standard_error` of each metric that is finite.
     """
     assert prediction.targets is not None
-    values = as_they_are(score, prediction)
+    values = with_non_finite(score, prediction)
     generator = torch.Generator().manual_seed(0)
     count = len(prediction.targets)
     resampled: dict[str, list[float]] = {name: [] for name in values}
@@ -99,7 +99,7 @@ def metrics_with_errors(prediction: Prediction) -> dict[str, dict[str, float]]:
         part = Prediction(
             prediction.likelihood, prediction.samples[:, index], prediction.targets[index]
         )
-        for name, value in as_they_are(score, part).items():
+        for name, value in with_non_finite(score, part).items():
             resampled[name].append(value)
     errors = {name: float(np.std(each, ddof=1)) for name, each in resampled.items()}
     return {

@@ -15,7 +15,7 @@ from bqnn.data.normalization import Normalization
 from bqnn.data.tables import TableData
 from bqnn.export.model import Exported
 from bqnn.inference.predict import BATCH_SIZE, predictive_sets
-from bqnn.inference.predictions import Prediction, as_they_are, score
+from bqnn.inference.predictions import Prediction, score, with_non_finite
 from bqnn.layers.dropout import one_mask_for_all_rows
 from bqnn.methods import Method
 from bqnn.methods.base import channels_last
@@ -64,7 +64,7 @@ class Verification:
         metrics = {
             f"{name}/{metric}": value
             for name, each in (("onnx", self.prediction), ("int8", self.executed))
-            for metric, value in as_they_are(score, each).items()
+            for metric, value in with_non_finite(score, each).items()
             if np.isfinite(value)
         }
         return {
