@@ -93,6 +93,13 @@ def metrics_with_errors(prediction: Prediction) -> dict[str, dict[str, float]]:
 
     Returns:
         `value` and `standard_error` of each metric that is finite.
+
+    Examples:
+        >>> from bqnn.inference.likelihoods import Classification
+        >>> targets = torch.tensor([0, 1]).repeat(50)
+        >>> prediction = Prediction(Classification(["a", "b"]), torch.zeros(1, 100, 2), targets)
+        >>> metrics_with_errors(prediction)["error"]["value"]
+        0.5
     """
     assert prediction.targets is not None
     values = as_they_are(score, prediction)
