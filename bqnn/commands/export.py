@@ -45,23 +45,24 @@ def export(job: Job) -> None:
     """Export one network, verify the file, and describe it."""
     leave_as_found(job)
     prepare_torch(job)
-    config, form = job.config, job.config["form"]
+    config = job.config
     options = {key: config[key] for key in ("allow_saturation", "trust")}
     model = load(config["checkpoint"], "simulated", **options)
     num_samples = model.check_samples(config["num_samples"])
     data = make_data(config, model.recipe)
     rows = rows_in_units(data)
     path, threads = job.folder / "model.onnx", torch.get_num_threads()
-    exported = export_model(model, num_samples, form)
+    exported = export_model(model, num_samples, config["form"])
     content = exported.proto.SerializeToString()
     session = start_session(content, threads)
     integer = load(config["checkpoint"], "int8", **options)
-    verification = verify(session, exported, form, integer, rows, data.test.targets)
+    verification = verify(session, exported, integer, rows, data.test.targets)
     write_json(job.folder / "verification.json", verification.record())
     verification.require_equal()
     with written_beside(path) as beside:
         beside.write_bytes(content)
-    card = make_card(model, verification, path, rows, threads)
+    inputs = rows.numpy().astype(exported.inputs.dtype)
+    card = make_card(model, exported, verification, path, inputs, threads)
     write_json(job.folder / "card.json", card)
     write_text(job.folder / "card.md", write_markdown(card))
     say(_outcome(verification.record(), path))

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bqnn.export import measure
+from bqnn.export.model import Exported
 from bqnn.export.verification import Verification
 from bqnn.inference.predictions import Prediction, score, with_non_finite
 from bqnn.methods import Method
@@ -24,15 +24,21 @@ NUM_RESAMPLES = 50  # of the test rows, for the standard errors of metrics
 
 
 def make_card(
-    model: Method, verification: Verification, path: Path, rows: Tensor, threads: int
+    model: Method,
+    exported: Exported,
+    verification: Verification,
+    path: Path,
+    rows: np.ndarray,
+    threads: int,
 ) -> dict[str, Any]:
     """Describe an exported model. This runs the file in a process of its own.
 
     Args:
         model: The model with fake quantization, with its recipe.
+        exported: What the file was written from.
         verification: The comparison of the file with int8.
         path: The file.
-        rows: Rows in the units of the data [N, ...], to measure the file with.
+        rows: Inputs of the file [N, ...], to measure it with.
         threads: The number of threads to measure with.
 
     Returns:
@@ -44,7 +50,6 @@ def make_card(
     assert recipe is not None
     facts, quant = recipe["facts"], recipe["quant"]
     record = verification.record()
-    shape, scale = facts["input_shape"], facts.get("input_scale")
     return {
         "method": recipe["method"]["name"],
         "net": recipe["net"]["name"],
@@ -53,9 +58,9 @@ def make_card(
         "class_names": facts.get("class_names"),
         "num_train": facts["num_train"],
         "inputs": {
-            "shape": ["N", *shape],
-            "dtype": "uint8" if scale is not None else "float64",
-            "largest_pixel": scale,
+            "shape": list(exported.inputs.shape),
+            "dtype": exported.inputs.dtype.name,
+            "largest_pixel": facts.get("input_scale"),
             "features": facts.get("feature_names"),
         },
         "form": verification.form,
@@ -88,6 +93,13 @@ def metrics_with_errors(prediction: Prediction) -> dict[str, dict[str, float]]:
 
     Returns:
         `value` and `standard_error` of each metric that is finite.
+
+    Examples:
+        >>> from bqnn.inference.likelihoods import Classification
+        >>> targets = torch.tensor([0, 1]).repeat(50)
+        >>> prediction = Prediction(Classification(["a", "b"]), torch.zeros(1, 100, 2), targets)
+        >>> metrics_with_errors(prediction)["error"]["value"]
+        0.5
     """
     assert prediction.targets is not None
     values = with_non_finite(score, prediction)
@@ -197,11 +209,11 @@ def snippet(card: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _measured(path: Path, rows: Tensor, threads: int) -> dict[str, Any]:
+def _measured(path: Path, rows: np.ndarray, threads: int) -> dict[str, Any]:
     """Measure a file in a process of its own, whose memory is that of the runtime alone."""
     with TemporaryDirectory() as folder:
         inputs = Path(folder, "rows.npy")
-        np.save(inputs, rows[: max(measure.BATCHES)].numpy())
+        np.save(inputs, rows[: max(measure.BATCHES)])
         command = [sys.executable, str(Path(measure.__file__)), str(path), str(inputs)]
         done = subprocess.run([*command, str(threads)], capture_output=True, text=True)
     if done.returncode != 0:

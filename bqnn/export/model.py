@@ -32,11 +32,15 @@ class Exported:
 
     Attributes:
         proto: The model, an onnx.ModelProto.
+        form: `exact` or `qdq`.
+        inputs: The input of the model.
         steps: The step of the grid of each output of each draw [S, num_outputs].
         float_parts: What computes in float, outside of the integers.
     """
 
     proto: Any
+    form: str
+    inputs: Port
     steps: Tensor
     float_parts: list[str]
 
@@ -64,7 +68,7 @@ def export(model: Method, num_samples: int, form: str = "exact") -> Exported:
     facts = model.recipe["facts"]
     graph = Graph()
     shape: list[int] = facts["input_shape"]
-    inputs, port = write_normalization(graph, _normalization(facts), shape)
+    inputs, port = write_normalization(graph, _normalization(facts), shape, form)
     writer = NetworkWriter(graph, _form(form, graph))
     example = torch.randn(NUM_EXAMPLES, *shape, generator=torch.Generator().manual_seed(0))
     net = deepcopy(model.net).cpu().eval()
@@ -79,7 +83,7 @@ def export(model: Method, num_samples: int, form: str = "exact") -> Exported:
     outputs = {samples: Port("samples", np.dtype(np.float32), sizes), **outputs}
     proto = graph.to_onnx([port], outputs, metadata(form, model))
     steps = torch.stack([_steps(draw) for draw in draws])
-    return Exported(proto, steps, sorted(writer.float_parts))
+    return Exported(proto, form, port, steps, sorted(writer.float_parts))
 
 
 def metadata(form: str, model: Method) -> dict[str, str]:
@@ -91,7 +95,7 @@ def metadata(form: str, model: Method) -> dict[str, str]:
 
 
 def write_normalization(
-    graph: Graph, normalization: Normalization, shape: list[int]
+    graph: Graph, normalization: Normalization, shape: list[int], form: str
 ) -> tuple[str, Port]:
     """Write the normalization of rows in the units of the data, as `Normalization` computes it.
 
@@ -99,13 +103,15 @@ def write_normalization(
         graph: The graph to write into.
         normalization: The normalization.
         shape: The shape of a row.
+        form: The form of the file. `qdq` computes in float32, since hardware has no float64.
 
     Returns:
         The name of the normalized rows, and the input `inputs`: pixels [N, C, H, W] in uint8 or
-        features [N, F] in float64.
+        features [N, F], in float64 or, for `qdq`, float32.
     """
     scale = normalization.scale
-    dtype = np.float64 if scale is None else np.float32
+    is_double = scale is None and form == "exact"
+    dtype = np.float64 if is_double else np.float32
     rows = "inputs"
     if scale is not None:
         rows = graph.call("Div", graph.cast(rows, np.float32), graph.constant(np.float32(scale)))
@@ -115,9 +121,9 @@ def write_normalization(
         for values in (normalization.mean, normalization.std)
     )
     rows = graph.call("Div", graph.call("Sub", rows, mean), std)
-    if scale is None:
+    if is_double:
         rows = graph.cast(rows, np.float32)
-    kind = np.dtype(np.float64 if scale is None else np.uint8)
+    kind = np.dtype(dtype if scale is None else np.uint8)
     return rows, Port("inputs", kind, ("N", *shape))
 
 

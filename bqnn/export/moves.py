@@ -28,6 +28,12 @@ def write_move(graph: Graph, x: Value, move: Move, name: str) -> Value | list[Va
 
     Raises:
         TypeError: The operation mixes rows, or its size depends on their number.
+
+    Examples:
+        >>> graph = Graph()
+        >>> moved = write_move(graph, Value("x", torch.zeros(3, 2, 5)), torch.nn.Flatten(), "flat")
+        >>> graph.calls[0].operator, moved.example.shape
+        ('Reshape', torch.Size([3, 10]))
     """
     found = move(x.example)
     places = torch.arange(x.example.numel(), dtype=torch.int64).view(x.example.shape)

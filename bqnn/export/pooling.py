@@ -42,6 +42,12 @@ class Averages:
 
         Raises:
             TypeError: The pooling is not an average.
+
+        Examples:
+            >>> averages = Averages.of(torch.nn.AvgPool2d(2), torch.zeros(3, 1, 2, 4), "pool")
+            >>> averages.windows.int().T
+            tensor([[1, 1, 0, 0, 1, 1, 0, 0],
+                    [0, 0, 1, 1, 0, 0, 1, 1]], dtype=torch.int32)
         """
         _, channels, height, width = example.shape
         output = pool(example.contiguous())

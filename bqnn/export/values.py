@@ -17,6 +17,10 @@ class Integers:
         scale: The step of the grid.
         zero_point: The integer of x = 0.
         quant_max: The largest integer.
+
+    Examples:
+        >>> Integers(scale=0.5, zero_point=0, quant_max=127).bits
+        7
     """
 
     scale: float
@@ -52,10 +56,25 @@ class Value:
     steps: Tensor | None = None
 
     def moved(self, name: str, example: Tensor, steps: Tensor | None = None) -> Self:
-        """Return the value after an operation that moves or selects elements."""
+        """Return the value after an operation that moves or selects elements.
+
+        Args:
+            name: The name of the output in the file.
+            example: The output in the simulation.
+            steps: The step of each float of a row of the output.
+        """
         return replace(self, name=name, example=example, steps=steps)
 
 
 def row_of(x: Tensor, step: float) -> Tensor:
-    """Return the step of each element of a row of `x`."""
+    """Return the step of each element of a row of `x`.
+
+    Args:
+        x: An activation [N, ...].
+        step: The step of all its elements.
+
+    Examples:
+        >>> row_of(torch.zeros(5, 2), step=0.5)
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
     return torch.full(x.shape[1:], step, dtype=torch.float64)

@@ -118,20 +118,20 @@ def start_session(path: Path | bytes, threads: int, *, optimized: bool = True) -
 
 
 def verify(
-    session: Any, exported: Exported, form: str, integer: Method, rows: Tensor, targets: Tensor
+    session: Any, exported: Exported, integer: Method, rows: Tensor, targets: Tensor
 ) -> Verification:
     """Run a file and int8 on the same rows.
 
     Args:
         session: The file in ONNX Runtime.
         exported: What the file was written from.
-        form: Its form.
         integer: The model in int8, with the seed of the file.
         rows: Rows in the units of the data [N, ...].
         targets: Targets [N].
     """
     start = time.perf_counter()
-    batches = [session.run(None, {"inputs": x.numpy()}) for x in rows.split(BATCH_SIZE)]
+    parts = [part.numpy().astype(exported.inputs.dtype) for part in rows.split(BATCH_SIZE)]
+    batches = [session.run(None, {"inputs": part}) for part in parts]
     middle = time.perf_counter()
     executed = predict_executed(integer, rows, len(exported.steps))
     end = time.perf_counter()
@@ -142,7 +142,7 @@ def verify(
     }
     prediction = Prediction(integer.likelihood, found.pop("samples"), targets)
     return Verification(
-        form,
+        exported.form,
         prediction,
         Prediction(integer.likelihood, executed, targets),
         exported.steps,

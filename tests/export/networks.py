@@ -88,7 +88,8 @@ def run(exported: Exported, rows: Tensor, *, optimized: bool = True) -> dict[str
     """The outputs of a file by name."""
     session = start_session(exported.proto.SerializeToString(), 1, optimized=optimized)
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, {"inputs": rows.numpy()}), strict=True))
+    inputs = rows.numpy().astype(exported.inputs.dtype)
+    return dict(zip(names, session.run(names, {"inputs": inputs}), strict=True))
 
 
 def differing(exported: Exported, model: Method, *, optimized: bool = True) -> int:

@@ -193,11 +193,17 @@ def test_a_checkpoint_without_normalization_is_refused() -> None:
         export(model, 1)
 
 
-def test_openvino_runs_the_same_file() -> None:
+@pytest.mark.parametrize("net", SHAPES)
+def test_openvino_runs_the_same_file(net: str) -> None:
     openvino = pytest.importorskip("openvino", reason="openvino is not installed")
-    model = quantized(converted(float_net("lenet"), "bbb"), SHAPES["lenet"])
-    exported, rows = export(model, 2), rows_for(model)
-    core = openvino.Core()
-    compiled = core.compile_model(core.read_model(exported.proto.SerializeToString()), "CPU")
-    found = compiled({"inputs": rows.numpy()})["samples"]
-    assert np.array_equal(found, run(exported, rows)["samples"])
+    model = quantized(converted(float_net(net), "bbb"), SHAPES[net])
+    core, rows = openvino.Core(), rows_for(model)
+    for form, share in (("exact", 0), ("qdq", 0.1)):
+        exported = export(model, 2, form)
+        content = exported.proto.SerializeToString()
+        precise = {"INFERENCE_PRECISION_HINT": "f32"}  # the default of some CPUs is bfloat16
+        compiled = core.compile_model(core.read_model(content), "CPU", precise)
+        found = compiled({"inputs": rows.numpy().astype(exported.inputs.dtype)})["samples"]
+        expected = run(exported, rows)["samples"]
+        steps = abs(found - expected) / exported.steps[:, None].numpy()
+        assert (steps > 0.01).mean() <= share  # its floats differ in the last digit
