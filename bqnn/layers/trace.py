@@ -127,7 +127,7 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"):
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, leaves: Collection[nn.Module]) -> None:
+    def __init__(self, leaves: Collection[nn.Module] = ()) -> None:  # fx makes one to unpickle
         super().__init__()
         self.leaves = leaves
         self.failed = ""  # the innermost module whose forward raised an error

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 from torch import fx, nn
+from torch.fx.graph_module import reduce_graph_module
 
 
 class Traced(fx.GraphModule):
@@ -34,6 +35,13 @@ class Traced(fx.GraphModule):
         type(copied).__name__ = type(self).__name__
         _order_like(copied, self)
         return copied
+
+    def __copy__(self) -> "Traced":
+        return _restored(vars(self), self.graph, type(self).__name__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        _, (state, code) = super().__reduce__()
+        return _loaded, (state, code, type(self).__name__)
 
     @property
     def kept(self) -> set[str]:
@@ -76,6 +84,22 @@ def replace_call(
     node.replace_all_uses_with(made)
     net.graph.erase_node(node)
     return made
+
+
+def _loaded(state: dict[str, Any], code: str, name: str) -> Traced:
+    """Restore a pickled network."""
+    graph: Any = reduce_graph_module(dict(state), code).graph
+    return _restored(state, graph, name)
+
+
+def _restored(state: dict[str, Any], graph: fx.Graph, name: str) -> Traced:
+    """Make a network from the attributes of another one, and a graph."""
+    like = nn.Module()
+    vars(like).update(state)
+    net = Traced(like, graph)
+    type(net).__name__ = name
+    net.meta = dict(state["meta"])
+    return net
 
 
 def _order_like(net: nn.Module, like: nn.Module) -> None:

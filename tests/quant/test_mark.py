@@ -1,7 +1,10 @@
 """Networks of plain torch run in integers as simulated, or are refused before training."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from copy import deepcopy
+from io import BytesIO
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from bqnn.quant.mark import mark
 from bqnn.quant.quantize import prepare_qat, quantize
 from bqnn.quant.simulated import SimulatedLayer, calibrate, enable
 from bqnn.quant.spec import QuantSpec
+from bqnn.quant.traced import Traced
 
 X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 SPEC = QuantSpec(activation_observer="minmax")
@@ -544,3 +548,39 @@ def test_wrong_arguments_are_refused_in_one_line(
     with pytest.raises((TypeError, ValueError), match=message) as error:
         quantize(nn.Sequential(net), batches, spec)
     one_line(error.value)
+
+
+def loaded(net: nn.Module) -> nn.Module:
+    """Save a whole network, and load it."""
+    file = BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    made: nn.Module = torch.load(file, weights_only=False)
+    return made
+
+
+@pytest.mark.parametrize("again", [loaded, lambda n: pickle.loads(pickle.dumps(n)), copy.copy])
+@pytest.mark.parametrize("engine", ["fbgemm", "onednn"])
+@pytest.mark.parametrize("forward", [residual, shuffled, changed_in_place])
+def test_a_network_can_be_pickled_and_copied(
+    forward: Forward, engine: str, again: Callable[[nn.Module], nn.Module]
+) -> None:
+    spec = QuantSpec(activation_observer="minmax", engine=engine)
+    simulated = prepare_qat(Net(forward), spec)
+    simulated.train()(X)
+    simulated.eval()
+    restored = again(simulated)
+    assert isinstance(restored, Traced)
+    assert repr(restored) == repr(simulated)
+    assert list(restored.state_dict()) == list(simulated.state_dict())
+    assert torch.equal(restored(X), simulated(X))
+    integer = convert(simulated)
+    assert torch.equal(again(integer)(X), integer(X))
+    if again is not copy.copy:  # a shallow copy shares its layers
+        assert torch.equal(convert(restored)(X), integer(X))
+
+
+def test_a_bayesian_int8_network_can_be_pickled() -> None:
+    net = to_bayes(Net(functional).eval(), prior_std=0.1)
+    integer = quantize(net, [X])
+    assert torch.equal(predictive(loaded(integer), X, 2), predictive(integer, X, 2))
