@@ -13,6 +13,8 @@ from torch import fx, nn
 from bqnn.layers.draws import Stochastic
 from bqnn.layers.markers import Add, AvgPool, Cat, DropoutSite, Enter, Leave, Pool
 
+# What a trace asks the parameters of the network, and not a proxy.
+OF_PARAMETERS = ("shape", "ndim", "size", "dim", "ndimension", "numel", "nelement")
 SIZES = ("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "item")
 # Modules whose calls a trace shows, and not what they call. (So are the modules of torch.nn.)
 LEAVES = (Stochastic, DropoutSite, Enter, Leave, Add, Pool, AvgPool, Cat, nn.Linear, nn.Conv2d)
@@ -111,7 +113,13 @@ def is_tensor(node: fx.Node) -> bool:
 
 
 class _Proxy(fx.Proxy):
-    """Records operators such as `x += y`, which change x."""
+    """Records operators such as `x += y`, which change x. Sizes of parameters are constants."""
+
+    def __getattr__(self, k: str) -> Any:
+        if self.node.op == "get_attr" and k in OF_PARAMETERS:
+            parameters = dict(self.tracer.root.named_parameters(remove_duplicate=False))
+            return getattr(parameters[str(self.node.target)], k)
+        return super().__getattr__(k)
 
 
 def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:

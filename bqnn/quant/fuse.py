@@ -32,6 +32,11 @@ BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 ACTIVATIONS: dict[type[nn.Module], float | None] = {nn.ReLU: None, nn.ReLU6: 6.0}  # upper bounds
 
 
+def is_replaced(module: nn.Module) -> bool:
+    """Return whether fusion may replace a module with parameters, apart from those it keeps."""
+    return type(module) in _PARTS and owns_parameters(module)
+
+
 class Fused(nn.Module):
     """relu(bn(layer(x))), where batch norm and ReLU are optional.
 

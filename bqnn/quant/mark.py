@@ -14,7 +14,7 @@ from bqnn.layers.markers import Enter, Leave
 from bqnn.layers.swap import check_no_hooks, refuse_unknown
 from bqnn.layers.trace import UntraceableError, caller_of, function_of, is_leaf, trace
 from bqnn.quant.calls import ACTIVATIONS, replace_calls
-from bqnn.quant.fuse import LAYERS, Fused
+from bqnn.quant.fuse import LAYERS, Fused, is_replaced
 from bqnn.quant.grids import kept_in_float
 from bqnn.quant.in_place import follow_changes
 from bqnn.quant.mark_region import mark_region
@@ -93,6 +93,7 @@ def mark(net: nn.Module, *, keep: Keep = (), trains: bool = True) -> nn.Module:
     graph = _graph(net, kept, trains)
     marked = Traced(net, graph, kept)
     _check_linear(marked)
+    _check_reads(marked)
     follow_changes(marked)
     _replace_dropout(marked)
     replace_calls(marked, list(graph.nodes), ACTIVATIONS)
@@ -200,3 +201,33 @@ def _check_linear(net: Traced) -> None:
                 ", is a layer without a module; use nn.Linear or nn.Conv2d, or "
                 f"{kept_in_float(caller_of(node))}"
             )
+
+
+def _check_reads(net: Traced) -> None:
+    """Raise a TypeError if `forward` reads a tensor of a layer, which integers replace.
+
+    Its dtype and device may be asked: an empty buffer of the network answers in its place.
+    """
+    names = {m: name for _, name, m in net.named_calls() if is_replaced(m)}
+    for node in [node for node in net.graph.nodes if node.op == "get_attr"]:
+        path, _, field = str(node.target).rpartition(".")
+        layer = net.get_submodule(path)
+        if layer not in names or names[layer] in net.kept:
+            continue
+        tensor = getattr(layer, field)
+        for user in [user for user in node.users if _asks_type(user)]:
+            name = f"like_{path}_{field}".replace(".", "_")
+            net.register_buffer(name, tensor.new_empty(0, requires_grad=False))
+            with net.graph.inserting_before(user):
+                user.replace_input_with(node, net.graph.get_attr(name))
+        if node.users:
+            reader = caller_of(next(iter(node.users))) or "the network itself"
+            raise TypeError(
+                f"mark: {reader} reads the {field} of {names[layer]}, a {type(layer).__name__}, "
+                f"which becomes integers; {kept_in_float(names[layer])}"
+            )
+        net.graph.erase_node(node)
+
+
+def _asks_type(node: fx.Node) -> bool:
+    return node.target is getattr and node.args[1] in ("dtype", "device")

@@ -78,8 +78,19 @@ def _traced(net: nn.Module) -> fx.Graph | None:
         return net.graph
     try:
         return trace(net, leaves=[m for m in net.modules() if isinstance(m, MARKED)])
-    except TypeError:
+    except TypeError as error:
+        _refuse_reads(net, error.__cause__)
         return None
+
+
+def _refuse_reads(net: nn.Module, error: BaseException | None) -> None:
+    """Raise a TypeError if `forward` failed because it reads an attribute of a fused layer."""
+    if isinstance(error, AttributeError) and isinstance(error.obj, Fused):
+        name = next(name for name, module in net.named_modules() if module is error.obj)
+        raise TypeError(
+            f"prepare: forward reads {error.name} of {name}, a {type(error.obj.layer).__name__} "
+            "that becomes integers and loses it; read it in __init__, or compute it from the inputs"
+        ) from None
 
 
 def _follow(graph: fx.Graph, modules: Mapping[str, nn.Module], is_traced: bool) -> None:

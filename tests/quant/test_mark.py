@@ -584,3 +584,43 @@ def test_a_bayesian_int8_network_can_be_pickled() -> None:
     net = to_bayes(Net(functional).eval(), prior_std=0.1)
     integer = quantize(net, [X])
     assert torch.equal(predictive(loaded(integer), X, 2), predictive(integer, X, 2))
+
+
+def asking_layers(net: Net, x: Tensor) -> Tensor:
+    x = net.first(x.to(net.first.weight.dtype).to(net.head.weight.device))
+    x = F.relu(x).mean((2, 3)).view(-1, net.first.weight.shape[0])
+    return net.head(x).view(-1, net.head.out_features) * len(net.head.weight)
+
+
+def test_a_forward_may_ask_the_sizes_dtype_and_device_of_layers() -> None:
+    net = Net(asking_layers).eval()
+    assert torch.equal(mark(deepcopy(net))(X), net(X))
+    simulated = prepare_qat(net)
+    simulated.train()(X).sum().backward()
+    assert_int8_is_simulated(simulated.eval())
+    double = simulated.double()
+    assert double.like_first_weight.dtype == torch.float64  # it follows the network
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda n, x: head(n, n.first(x)) @ n.head.weight, "reads the weight of head, a Linear"),
+        (lambda n, x: head(n, n.first(x)) + n.head.bias, "reads the bias of head, a Linear"),
+        (
+            lambda n, x: n.bn(n.first(x)).mean((2, 3)) * n.bn.running_mean,
+            "reads the running_mean of bn, a BatchNorm2d",
+        ),
+    ],
+)
+def test_a_forward_that_reads_tensors_of_layers_is_refused(forward: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"{message}, which becomes integers; keep it") as error:
+        prepare_qat(Net(forward))
+    one_line(error.value)
+
+
+def test_tensors_of_layers_in_float_may_be_read() -> None:
+    net = Net(lambda n, x: head(n, n.first(x)) @ n.head.weight).eval()
+    simulated = prepare_qat(net, keep=("head",))
+    simulated.train()(X)
+    assert_int8_is_simulated(simulated.eval())
