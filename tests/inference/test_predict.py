@@ -231,3 +231,13 @@ def test_a_draw_is_made_once_for_all_sets():
     net = Counter().eval()
     predictive_sets(net, [torch.ones(10, 1)] * 17, 3, batch_size=2)
     assert net.num_draws == 3
+
+
+def test_what_a_container_does_when_it_is_called_is_kept():
+    class Doubling(nn.Sequential):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    net = nn.Sequential(Doubling(nn.Linear(3, 4)), MCDropout(0)).eval()
+    x = torch.randn(2, 3)
+    assert torch.equal(predictive(net, x, 2)[1], net(x))

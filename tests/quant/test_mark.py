@@ -348,6 +348,21 @@ def test_hooks_that_would_be_lost_are_refused() -> None:
     prepare_qat(net)
 
 
+class Doubling(nn.Sequential):
+    def __call__(self, *inputs: Any) -> Any:
+        return 2 * super().__call__(*inputs)
+
+
+@pytest.mark.parametrize("place", ["the network", "0", "0.0"])
+def test_a_call_that_would_be_lost_is_refused(place: str) -> None:
+    net: nn.Module = Doubling(nn.Linear(3, 4))
+    for _ in range(place.count("0")):
+        net = nn.Sequential(net, nn.Linear(4, 4))
+    with pytest.raises(TypeError, match=f"^{place} is a Doubling with its own __call__") as error:
+        prepare_qat(net)
+    one_line(error.value)
+
+
 def test_networks_without_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="no linear layer or convolution"):
         quantize(nn.Sequential(nn.ReLU()), [X])
