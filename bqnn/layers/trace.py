@@ -5,6 +5,7 @@ import inspect
 import operator
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def trace(
     that the network does not have; their nodes have the value as `meta["constant"]`.
 
     Args:
-        net: The network. Its modes stay as they are.
+        net: The network. It stays as it is: `forward` runs in a copy.
         training: Whether to trace in training mode.
         leaves: Further modules whose calls are shown, and not what they call.
 
@@ -58,24 +59,36 @@ def trace(
         >>> [str(node.target) for node in trace(net).nodes][1:]
         ['0', '1', 'output']
     """
-    modes = {module: module.training for module in net.modules()}
+    traced, leaves = _copy(net, leaves)
     tracer = _Tracer(leaves)
     try:
-        net.train(training)
-        with torch.random.fork_rng(devices=[]), _recorded_len(net), _constants(net) as constants:
+        with torch.random.fork_rng(devices=[]), _recorded_len(net):
             before = torch.get_rng_state()
-            graph = tracer.trace(net, _defaults(net))
-            for node in graph.nodes:
-                if node.op == "get_attr" and node.target in constants():
-                    node.meta["constant"] = getattr(net, node.target)
+            graph = tracer.trace(traced.train(training), _defaults(net))
             if not torch.equal(before, torch.get_rng_state()):
                 raise ValueError("it draws random numbers, which a trace would make constants")
-            return graph
     except Exception as error:  # a user's forward can raise anything when it is called with proxies
         raise UntraceableError(net, tracer.failed, _reason(error)) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    made = {name for name in vars(traced) if name.startswith("_tensor_constant")}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in made - vars(net).keys():
+            node.meta["constant"] = getattr(traced, node.target)
+    return graph
+
+
+def _copy(net: nn.Module, leaves: Collection[nn.Module]) -> tuple[nn.Module, Collection[nn.Module]]:
+    """Copy a network, because `forward` may set attributes; the copy shares the parameters.
+
+    Returns:
+        The copy, and its copies of `leaves`.
+    """
+    tensors = [x for m in net.modules() for x in vars(m).values() if isinstance(x, torch.Tensor)]
+    memo: dict[int, Any] = {id(each): each for each in (*net.parameters(), *tensors)}
+    try:
+        copied = deepcopy(net, memo)
+    except Exception as error:  # a user's attributes can raise anything
+        raise UntraceableError(net, "", f"it cannot be copied: {_reason(error)}") from error
+    return copied, {memo[id(leaf)] for leaf in leaves if id(leaf) in memo}
 
 
 def is_leaf(module: nn.Module, leaves: Collection[nn.Module] = ()) -> bool:
@@ -165,24 +178,6 @@ def _defaults(net: nn.Module) -> dict[str, Any]:
     """Return the arguments of `forward` that have defaults."""
     parameters = inspect.signature(type(net).forward).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
-@contextmanager
-def _constants(net: nn.Module) -> Iterator[Callable[[], set[str]]]:
-    """Remove the tensors that `forward` makes, which a trace sets as attributes of the network.
-
-    Yields a function that returns their names.
-    """
-    before = set(vars(net))
-
-    def names() -> set[str]:
-        return {name for name in vars(net).keys() - before if name.startswith("_tensor_constant")}
-
-    try:
-        yield names
-    finally:
-        for name in names():
-            delattr(net, name)
 
 
 @contextmanager

@@ -86,7 +86,9 @@ def _traced(net: nn.Module) -> fx.Graph | None:
 def _refuse_reads(net: nn.Module, error: BaseException | None) -> None:
     """Raise a TypeError if `forward` failed because it reads an attribute of a fused layer."""
     if isinstance(error, AttributeError) and isinstance(error.obj, Fused):
-        name = next(name for name, module in net.named_modules() if module is error.obj)
+        weight = next(error.obj.parameters())  # the trace ran in a copy that shares parameters
+        name = next(n for n, m in net.named_modules() if next(m.parameters(False), None) is weight)
+        name = name.removesuffix(".layer")
         raise TypeError(
             f"prepare: forward reads {error.name} of {name}, a {type(error.obj.layer).__name__} "
             "that becomes integers and loses it; read it in __init__, or compute it from the inputs"
