@@ -130,6 +130,7 @@ class _Proxy(fx.Proxy):
 
     def __getattr__(self, k: str) -> Any:
         if self.node.op == "get_attr" and k in OF_PARAMETERS:
+            assert isinstance(self.tracer, fx.Tracer)
             parameters = dict(self.tracer.root.named_parameters(remove_duplicate=False))
             return getattr(parameters[str(self.node.target)], k)
         return super().__getattr__(k)

@@ -287,6 +287,13 @@ def _fused(layer: Any, followers: list[nn.Module | None]) -> Fused:
             "a batch norm without affine parameters or running statistics cannot be fused; create "
             "it with affine=True and track_running_stats=True"
         )
+    channels = len(next(layer.parameters()))
+    if bn is not None and bn.num_features != channels:
+        raise TypeError(
+            f"a {type(bn).__name__}({bn.num_features}) after {channels} outputs normalizes another "
+            "axis, so it cannot be fused; keep it in float with keep=(its name,), or put a Leave "
+            "before it"
+        )
     return Fused(layer, bn, relu, cap, is_output).train(layer.training)
 
 

@@ -6,6 +6,9 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.graph_module import reduce_graph_module
 
+from bqnn.layers.trace import caller_of
+from bqnn.quant.grids import kept_in_float
+
 
 class Traced(fx.GraphModule):
     """A network as a graph of calls. Its modules keep the names and the order of the network's.
@@ -27,6 +30,7 @@ class Traced(fx.GraphModule):
             for name in constants:
                 del vars(net)[name]
         _order_like(self, net)
+        self.meta["given"] = {name for name, _ in self.named_modules(remove_duplicate=False)}
         self.meta["kept"] = {name for _, name, module in self.named_calls() if module in kept}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Traced":
@@ -48,6 +52,14 @@ class Traced(fx.GraphModule):
         """The names of the modules that stay in float."""
         names: set[str] = self.meta["kept"]
         return names
+
+    def remedy(self, node: fx.Node) -> str:
+        """Return how to keep a call in float: by the name of its module, or of its caller."""
+        if node.op != "call_module":
+            return kept_in_float(caller_of(node))
+        name = str(node.target)
+        is_given = name in self.meta["given"]  # and not made for the call of a function
+        return kept_in_float(name if is_given else name.rpartition(".")[0])
 
     def named_calls(self) -> list[tuple[fx.Node, str, nn.Module]]:
         """Return the calls of modules in their order: node, name and module."""

@@ -47,6 +47,8 @@ def test_a_trace_changes_nothing() -> None:
 class Remembering(nn.Module):
     """A network whose forward changes its attributes."""
 
+    count: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(3, 2)

@@ -289,6 +289,14 @@ REFUSED: dict[str, tuple[Forward, str]] = {
         lambda net, x: head(net, net.relu6(F.max_pool2d(net.first(x), 2))),
         "relu6, a ReLU6",
     ),
+    "relu6 function of a pool": (
+        lambda net, x: head(net, F.relu6(F.max_pool2d(net.first(x), 2))),
+        "relu6, a ReLU6, cannot .*; move that part to a module .* directly after a layer",
+    ),
+    "random inputs": (
+        lambda net, x: head(net, net.first(x + torch.randn_like(x))),
+        "randn_like, called by the network itself, draws random numbers",
+    ),
     "branch": (branching, "its control flow depends on the inputs.*keep"),
     "training": (with_noise_in_training, "something else in training .*second"),
     "functional layer": (functional_layer, "conv2d, called by the network itself, is a layer"),
@@ -639,3 +647,28 @@ def test_tensors_of_layers_in_float_may_be_read() -> None:
     simulated = prepare_qat(net, keep=("head",))
     simulated.train()(X)
     assert_int8_is_simulated(simulated.eval())
+
+
+def test_random_numbers_are_refused_without_training_too() -> None:
+    net = Net(lambda n, x: head(n, n.first(x + torch.rand_like(x))))
+    with pytest.raises(TypeError, match="rand_like, called by the network itself, draws"):
+        quantize(net, [X])
+
+
+def by_keywords(net: Net, x: Tensor) -> Tensor:
+    x = net.relu(input=net.second(input=F.relu(input=net.first(input=x))))
+    return net.head(torch.flatten(input=F.adaptive_avg_pool2d(input=x, output_size=1), start_dim=1))
+
+
+def test_inputs_may_be_passed_as_keywords() -> None:
+    simulated = calibrate(prepare_qat(Net(by_keywords).eval(), SPEC), [X])
+    assert_int8_is_simulated(simulated)
+
+
+def test_a_batch_norm_over_another_axis_is_refused_by_name_unless_kept() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(8, 2)).eval()
+    x = torch.randn(4, 5, 6)
+    with pytest.raises(TypeError, match=r"^0: a BatchNorm1d\(5\) after 8 outputs") as error:
+        prepare_qat(net)
+    one_line(error.value)
+    assert quantize(net, [x], keep=("1",))(x).shape == (4, 5, 2)
