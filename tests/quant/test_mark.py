@@ -672,3 +672,24 @@ def test_a_batch_norm_over_another_axis_is_refused_by_name_unless_kept() -> None
         prepare_qat(net)
     one_line(error.value)
     assert quantize(net, [x], keep=("1",))(x).shape == (4, 5, 2)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, left: Tensor, right: Tensor, scale: float = 1) -> Tensor:
+        out: Tensor = self.layer(left + right * scale)
+        return out
+
+
+def test_a_network_of_two_inputs_is_quantized_in_steps() -> None:
+    left, right = torch.randn(2, 8, 3)
+    with pytest.raises(TypeError, match=r"needs 2 inputs \(left, right\), and quantize") as error:
+        quantize(TwoInputs(), [(left, right)])
+    one_line(error.value)
+    simulated = prepare_qat(TwoInputs())
+    simulated.train()(left, right)
+    simulated.eval()
+    assert torch.equal(convert(deepcopy(simulated))(left, right), simulated(left, right))
