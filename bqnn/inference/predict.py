@@ -6,13 +6,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from bqnn.arguments import whole_number
+from bqnn.arguments import ArgumentTypeError, whole_number
 from bqnn.inference.precision import full_precision
 from bqnn.layers.bayes import JointPosterior
 from bqnn.layers.chain import is_chain
 from bqnn.layers.draws import Drawn, Stochastic, held_draw
 from bqnn.layers.finite import refuse_non_finite
 from bqnn.seeds import Stream, stream_seed
+from bqnn.text import short
 
 BATCH_SIZE = 256
 MAX_KEPT_BYTES = 512 * 2**20  # for the activations before the first random layer
@@ -38,7 +39,9 @@ def predictive(
         Draws of the output [S, B, ...].
 
     Raises:
-        ValueError: The network is in training mode, or inputs are not finite.
+        ValueError: The network is in training mode, inputs are not finite, or a number is out of
+            range.
+        TypeError: `x` is not a tensor that the network takes, or an output is not a tensor.
 
     Examples:
         >>> from bqnn.layers.bayes import to_bayes
@@ -46,7 +49,20 @@ def predictive(
         >>> predictive(net, torch.zeros(4, 3), num_samples=10).shape
         torch.Size([10, 4, 2])
     """
-    (samples,) = predictive_sets(net, [x], num_samples, seed=seed, batch_size=batch_size)
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        raise ArgumentTypeError(
+            f"x={short(x)} is not a tensor of inputs [B, ...]; use torch.as_tensor", "x"
+        )
+    try:
+        (samples,) = predictive_sets(net, [x], num_samples, seed=seed, batch_size=batch_size)
+    except RuntimeError as error:
+        if x.is_floating_point():
+            raise
+        raise ArgumentTypeError(
+            f"x has dtype {x.dtype}, which the network does not take ({short(str(error), 120)}); pass "
+            "x.float()",
+            "x",
+        ) from error
     return samples
 
 
@@ -92,6 +108,8 @@ def predictive_sets(
     if net.training:
         raise ValueError("predictive: the network is in training mode; call eval() on it first")
     num_samples = whole_number("num_samples", num_samples, "at least one draw is needed", 1)
+    batch_size = whole_number("batch_size", batch_size, "a pass takes at least one row", 1)
+    seed = whole_number("seed", seed, "choose 0 to 2**63 - 1", 0, 2**63 - 1)
     for index, x in enumerate(sets):
         refuse_non_finite(x, f"inputs of set {index}" if len(sets) > 1 else "inputs")
     # Without random weights, sets are processed one by one, and each can use all the memory.
@@ -155,8 +173,18 @@ def _one_pass(
         first = leading(prepared(batches[0]))
         if len(batches) * first.numel() * first.element_size() <= room:
             kept = [first, *(leading(prepared(rows)) for rows in batches[1:])]
-            return lambda: torch.cat([rest(rows) for rows in kept])
-    return lambda: torch.cat([net(prepared(rows)) for rows in batches])
+            return lambda: torch.cat([_tensor(rest(rows)) for rows in kept])
+    return lambda: torch.cat([_tensor(net(prepared(rows))) for rows in batches])
+
+
+def _tensor(output: object) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise ArgumentTypeError(
+            f"net: its forward returns a {type(output).__name__}, and draws are stacked from "
+            "tensors; wrap it in a module that returns one tensor",
+            "net",
+        )
+    return output
 
 
 def _split_at_first_random(net: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:

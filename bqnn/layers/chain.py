@@ -1,6 +1,15 @@
 """Detection of networks that call their children in order."""
 
-from torch import nn
+from torch import fx, nn
+
+
+def has_own_call(module: nn.Module) -> bool:
+    """Return whether calling a module does something else than its class's `forward`.
+
+    Hooks do not count.
+    """
+    own = type(module).__call__ is not nn.Module.__call__
+    return "forward" in vars(module) or (own and not isinstance(module, fx.GraphModule))
 
 
 def is_chain(module: nn.Module) -> bool:
@@ -10,4 +19,5 @@ def is_chain(module: nn.Module) -> bool:
         >>> is_chain(nn.Sequential(nn.ReLU())), is_chain(nn.ReLU())
         (True, False)
     """
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    is_plain = isinstance(module, nn.Sequential) and not has_own_call(module)
+    return is_plain and type(module).forward is nn.Sequential.forward

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from bqnn.layers.chain import has_own_call
 from bqnn.layers.memory import is_one, shared
 
 # The kinds of hooks of a module. Load-state-dict pre-hooks are missing on purpose, because
@@ -156,6 +157,11 @@ def check_no_hooks(path: str, module: nn.Module) -> None:
     """Raise a TypeError if a module that a conversion replaces has hooks."""
     hooks = [kind for kind in HOOKS if getattr(module, f"_{kind}")]
     hooks += ["a replaced forward"] if "forward" in vars(module) else []
+    if not hooks and has_own_call(module):
+        raise TypeError(
+            f"{path} is a {type(module).__name__} with its own __call__, which a conversion would "
+            "lose; move what it does to forward"
+        )
     if hooks:
         raise TypeError(
             f"{path} has {', '.join(hooks).replace('_', ' ')}, which a conversion would lose; "

@@ -5,6 +5,7 @@ import inspect
 import operator
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import fx, nn
 from bqnn.layers.draws import Stochastic
 from bqnn.layers.markers import Add, AvgPool, Cat, DropoutSite, Enter, Leave, Pool
 
+# What a trace asks the parameters of the network, and not a proxy.
+OF_PARAMETERS = ("shape", "ndim", "size", "dim", "ndimension", "numel", "nelement")
 SIZES = ("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "item")
 # Modules whose calls a trace shows, and not what they call. (So are the modules of torch.nn.)
 LEAVES = (Stochastic, DropoutSite, Enter, Leave, Add, Pool, AvgPool, Cat, nn.Linear, nn.Conv2d)
@@ -43,7 +46,7 @@ def trace(
     that the network does not have; their nodes have the value as `meta["constant"]`.
 
     Args:
-        net: The network. Its modes stay as they are.
+        net: The network. It stays as it is: `forward` runs in a copy.
         training: Whether to trace in training mode.
         leaves: Further modules whose calls are shown, and not what they call.
 
@@ -56,24 +59,36 @@ def trace(
         >>> [str(node.target) for node in trace(net).nodes][1:]
         ['0', '1', 'output']
     """
-    modes = {module: module.training for module in net.modules()}
+    traced, leaves = _copy(net, leaves)
     tracer = _Tracer(leaves)
     try:
-        net.train(training)
-        with torch.random.fork_rng(devices=[]), _recorded_len(net), _constants(net) as constants:
+        with torch.random.fork_rng(devices=[]), _recorded_len(net):
             before = torch.get_rng_state()
-            graph = tracer.trace(net, _defaults(net))
-            for node in graph.nodes:
-                if node.op == "get_attr" and node.target in constants():
-                    node.meta["constant"] = getattr(net, node.target)
+            graph = tracer.trace(traced.train(training), _defaults(net))
             if not torch.equal(before, torch.get_rng_state()):
                 raise ValueError("it draws random numbers, which a trace would make constants")
-            return graph
     except Exception as error:  # a user's forward can raise anything when it is called with proxies
         raise UntraceableError(net, tracer.failed, _reason(error)) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    made = {name for name in vars(traced) if name.startswith("_tensor_constant")}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in made - vars(net).keys():
+            node.meta["constant"] = getattr(traced, node.target)
+    return graph
+
+
+def _copy(net: nn.Module, leaves: Collection[nn.Module]) -> tuple[nn.Module, Collection[nn.Module]]:
+    """Copy a network, because `forward` may set attributes; the copy shares the parameters.
+
+    Returns:
+        The copy, and its copies of `leaves`.
+    """
+    tensors = [x for m in net.modules() for x in vars(m).values() if isinstance(x, torch.Tensor)]
+    memo: dict[int, Any] = {id(each): each for each in (*net.parameters(), *tensors)}
+    try:
+        copied = deepcopy(net, memo)
+    except Exception as error:  # a user's attributes can raise anything
+        raise UntraceableError(net, "", f"it cannot be copied: {_reason(error)}") from error
+    return copied, {memo[id(leaf)] for leaf in leaves if id(leaf) in memo}
 
 
 def is_leaf(module: nn.Module, leaves: Collection[nn.Module] = ()) -> bool:
@@ -111,7 +126,14 @@ def is_tensor(node: fx.Node) -> bool:
 
 
 class _Proxy(fx.Proxy):
-    """Records operators such as `x += y`, which change x."""
+    """Records operators such as `x += y`, which change x. Sizes of parameters are constants."""
+
+    def __getattr__(self, k: str) -> Any:
+        if self.node.op == "get_attr" and k in OF_PARAMETERS:
+            assert isinstance(self.tracer, fx.Tracer)
+            parameters = dict(self.tracer.root.named_parameters(remove_duplicate=False))
+            return getattr(parameters[str(self.node.target)], k)
+        return super().__getattr__(k)
 
 
 def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,7 +149,7 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"):
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, leaves: Collection[nn.Module]) -> None:
+    def __init__(self, leaves: Collection[nn.Module] = ()) -> None:  # fx makes one to unpickle
         super().__init__()
         self.leaves = leaves
         self.failed = ""  # the innermost module whose forward raised an error
@@ -157,24 +179,6 @@ def _defaults(net: nn.Module) -> dict[str, Any]:
     """Return the arguments of `forward` that have defaults."""
     parameters = inspect.signature(type(net).forward).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
-@contextmanager
-def _constants(net: nn.Module) -> Iterator[Callable[[], set[str]]]:
-    """Remove the tensors that `forward` makes, which a trace sets as attributes of the network.
-
-    Yields a function that returns their names.
-    """
-    before = set(vars(net))
-
-    def names() -> set[str]:
-        return {name for name in vars(net).keys() - before if name.startswith("_tensor_constant")}
-
-    try:
-        yield names
-    finally:
-        for name in names():
-            delattr(net, name)
 
 
 @contextmanager

@@ -117,3 +117,12 @@ def replace_calls(
             module, inputs = call
             replaced[node] = replace_call(net, node, module, inputs, caller_of(node))
     return replaced
+
+
+def pass_by_position(net: Traced) -> None:
+    """Pass the first input of each call by position, not as the keyword `input`."""
+    for node in net.graph.nodes:
+        if node.op.startswith("call_") and not node.args and "input" in node.kwargs:
+            options = dict(node.kwargs)
+            node.args = (options.pop("input"),)
+            node.kwargs = options

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -367,12 +367,19 @@ class PackedWeight:
         self, weight: Tensor, bias: Tensor | None, geometry: Geometry | None, engine: str
     ) -> None:
         ops = torch.ops.quantized
+        self._geometry, self._engine = geometry, engine
         self._is_conv = geometry is not None
         with _using(engine):
             if geometry is None:
                 self._packed = ops.linear_prepack(weight, bias)
             else:
                 self._packed = ops.conv2d_prepack(weight, bias, *geometry)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the weights unpacked, because torch would pack them for its current engine."""
+        ops = torch.ops.quantized
+        unpack = ops.conv2d_unpack if self._is_conv else ops.linear_unpack
+        return PackedWeight, (*unpack(self._packed), self._geometry, self._engine)
 
     def __call__(self, x: Tensor, relu: bool, scale: float, zero_point: int) -> Tensor:
         """Run the engine on quantized inputs; scale and zero point are those of the outputs."""

@@ -32,6 +32,11 @@ BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 ACTIVATIONS: dict[type[nn.Module], float | None] = {nn.ReLU: None, nn.ReLU6: 6.0}  # upper bounds
 
 
+def is_replaced(module: nn.Module) -> bool:
+    """Return whether fusion may replace a module with parameters, apart from those it keeps."""
+    return type(module) in _PARTS and owns_parameters(module)
+
+
 class Fused(nn.Module):
     """relu(bn(layer(x))), where batch norm and ReLU are optional.
 
@@ -281,6 +286,13 @@ def _fused(layer: Any, followers: list[nn.Module | None]) -> Fused:
         raise TypeError(
             "a batch norm without affine parameters or running statistics cannot be fused; create "
             "it with affine=True and track_running_stats=True"
+        )
+    channels = len(next(layer.parameters()))
+    if bn is not None and bn.num_features != channels:
+        raise TypeError(
+            f"a {type(bn).__name__}({bn.num_features}) after {channels} outputs normalizes another "
+            "axis, so it cannot be fused; keep it in float with keep=(its name,), or put a Leave "
+            "before it"
         )
     return Fused(layer, bn, relu, cap, is_output).train(layer.training)
 

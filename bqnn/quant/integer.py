@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bqnn.layers.draws import DrawnWeights, Stochastic, evaluation_noise
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
+from bqnn.layers.finite import refuse_non_finite
 from bqnn.layers.markers import Add, AvgPool, Cat, Pool
 from bqnn.quant.fbgemm import (
     ActivationGrid,
@@ -111,7 +112,7 @@ class IntegerDropout(Stochastic):
 
 
 class IntegerEnter(nn.Module):
-    """Quantizes the inputs of the network."""
+    """Quantizes the inputs of the network. Raises a ValueError if a value is not finite."""
 
     def __init__(self, enter: SimulatedEnter) -> None:
         super().__init__()
@@ -120,6 +121,7 @@ class IntegerEnter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_exporting():
             raise TypeError(UNTRACED)
+        refuse_non_finite(x)
         return self.grid.quantize(x)
 
 

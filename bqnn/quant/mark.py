@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from itertools import zip_longest
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from bqnn.arguments import ArgumentError, ArgumentTypeError
@@ -13,8 +13,8 @@ from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.markers import Enter, Leave
 from bqnn.layers.swap import check_no_hooks, refuse_unknown
 from bqnn.layers.trace import UntraceableError, caller_of, function_of, is_leaf, trace
-from bqnn.quant.calls import ACTIVATIONS, replace_calls
-from bqnn.quant.fuse import LAYERS, Fused
+from bqnn.quant.calls import ACTIVATIONS, pass_by_position, replace_calls
+from bqnn.quant.fuse import LAYERS, Fused, is_replaced
 from bqnn.quant.grids import kept_in_float
 from bqnn.quant.in_place import follow_changes
 from bqnn.quant.mark_region import mark_region
@@ -36,6 +36,16 @@ LINEAR_CALLS = frozenset(
         (F, "linear bilinear conv1d conv2d conv3d"),
         (F, "conv_transpose1d conv_transpose2d conv_transpose3d"),
         (torch, "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"),
+    )
+    for name in names.split()
+)
+RANDOM_CALLS = frozenset(
+    getattr(owner, name)
+    for owner, names in (
+        (torch, "bernoulli multinomial normal poisson rand rand_like randint randint_like randn"),
+        (torch, "randn_like randperm"),
+        (Tensor, "bernoulli bernoulli_ cauchy_ exponential_ geometric_ log_normal_ multinomial"),
+        (Tensor, "normal_ random_ uniform_"),
     )
     for name in names.split()
 )
@@ -92,7 +102,10 @@ def mark(net: nn.Module, *, keep: Keep = (), trains: bool = True) -> nn.Module:
     _check_containers(net, kept)
     graph = _graph(net, kept, trains)
     marked = Traced(net, graph, kept)
+    pass_by_position(marked)
     _check_linear(marked)
+    _check_random(marked)
+    _check_reads(marked)
     follow_changes(marked)
     _replace_dropout(marked)
     replace_calls(marked, list(graph.nodes), ACTIVATIONS)
@@ -200,3 +213,44 @@ def _check_linear(net: Traced) -> None:
                 ", is a layer without a module; use nn.Linear or nn.Conv2d, or "
                 f"{kept_in_float(caller_of(node))}"
             )
+
+
+def _check_random(net: Traced) -> None:
+    """Raise a TypeError for random numbers, which differ between int8 and its simulation."""
+    for node in net.graph.nodes:
+        if function_of(node) in RANDOM_CALLS:
+            raise TypeError(
+                f"mark: {node.name}, called by {caller_of(node) or 'the network itself'}, draws "
+                "random numbers in predictions; draw them in training mode only, or outside of the "
+                "network, or use MC dropout or Bayesian layers (to_mcdropout, to_bayes)"
+            )
+
+
+def _check_reads(net: Traced) -> None:
+    """Raise a TypeError if `forward` reads a tensor of a layer, which integers replace.
+
+    Its dtype and device may be asked: an empty buffer of the network answers in its place.
+    """
+    names = {m: name for _, name, m in net.named_calls() if is_replaced(m)}
+    for node in [node for node in net.graph.nodes if node.op == "get_attr"]:
+        path, _, field = str(node.target).rpartition(".")
+        layer = net.get_submodule(path)
+        if layer not in names or names[layer] in net.kept:
+            continue
+        tensor = getattr(layer, field)
+        for user in [user for user in node.users if _asks_type(user)]:
+            name = f"like_{path}_{field}".replace(".", "_")
+            net.register_buffer(name, tensor.new_empty(0, requires_grad=False))
+            with net.graph.inserting_before(user):
+                user.replace_input_with(node, net.graph.get_attr(name))
+        if node.users:
+            reader = caller_of(next(iter(node.users))) or "the network itself"
+            raise TypeError(
+                f"mark: {reader} reads the {field} of {names[layer]}, a {type(layer).__name__}, "
+                f"which becomes integers; {kept_in_float(names[layer])}"
+            )
+        net.graph.erase_node(node)
+
+
+def _asks_type(node: fx.Node) -> bool:
+    return node.target is getattr and node.args[1] in ("dtype", "device")

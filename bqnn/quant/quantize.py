@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
+from inspect import signature
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bqnn.arguments import ArgumentError, ArgumentTypeError
+from bqnn.arguments import ArgumentError, ArgumentTypeError, required
 from bqnn.layers.noise import reseed
 from bqnn.layers.swap import check_no_loose_tensors
 from bqnn.quant.fuse import fuse
@@ -62,6 +63,7 @@ def quantize(
     if spec is None:
         spec = QuantSpec(activation_observer="histogram")
     simulated = _prepared(net, spec, keep, trains=False)
+    _check_one_input(net)
     refuse_saturation(simulated)
     inputs = _inputs(batches, next(simulated.parameters()).device)
     first = next(inputs, None)
@@ -125,6 +127,19 @@ def _prepared(net: nn.Module, spec: QuantSpec, keep: Keep, trains: bool) -> nn.M
     check_no_loose_tensors(net)
     kept = [*spec.keep, *entries(keep)]
     return prepare(fuse(mark(deepcopy(net), keep=kept, trains=trains)), spec)
+
+
+def _check_one_input(net: nn.Module) -> None:
+    """Raise an ArgumentTypeError if `forward` needs more than the first entry of a batch."""
+    needed = required(net.forward)
+    if len(needed) > 1:
+        names = ", ".join(name for name in signature(net.forward).parameters if name in needed)
+        raise ArgumentTypeError(
+            f"net: its forward needs {len(needed)} inputs ({names}), and quantize passes the first "
+            "entry of each batch; give the others defaults, or call prepare_qat(net), then the "
+            "result in training mode on your inputs, then convert",
+            "net",
+        )
 
 
 def _inputs(batches: Iterable[Any], device: torch.device) -> Iterator[Tensor]:

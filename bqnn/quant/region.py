@@ -10,7 +10,7 @@ from bqnn.layers.dropout import MCDropout
 from bqnn.layers.markers import Add, AvgPool, Cat, Enter, Leave, Pool
 from bqnn.layers.trace import caller_of, function_of, trace
 from bqnn.quant.fuse import Fused
-from bqnn.quant.grids import ASKING, keeps_grid, kept_in_float, refusal
+from bqnn.quant.grids import ASKING, keeps_grid, refusal
 from bqnn.quant.traced import Traced
 
 # Modules that keep the grid of their input. (fuse() has removed an nn.ReLU after a layer.)
@@ -26,7 +26,7 @@ KEEPING = (
     nn.Unflatten,
     MCDropout,
 )
-SUPPORTED = "use ReLU, ReLU6, max or average pools, sums and concatenations"
+SUPPORTED = "use ReLU, ReLU6 directly after a layer, max or average pools, sums and concatenations"
 COMPUTING = (Fused, Add, Pool, AvgPool, Cat)
 MARKED = (*COMPUTING, Enter, Leave, MCDropout)
 
@@ -58,7 +58,7 @@ def check_region(net: nn.Module) -> None:
     if graph is not None:
         with torch.no_grad():
             modules = dict(net.named_modules(remove_duplicate=False))
-            _follow(graph, modules, isinstance(net, Traced))
+            _follow(graph, modules, net if isinstance(net, Traced) else None)
 
 
 def _refuse_subclass(name: str, module: nn.Module) -> None:
@@ -78,11 +78,24 @@ def _traced(net: nn.Module) -> fx.Graph | None:
         return net.graph
     try:
         return trace(net, leaves=[m for m in net.modules() if isinstance(m, MARKED)])
-    except TypeError:
+    except TypeError as error:
+        _refuse_reads(net, error.__cause__)
         return None
 
 
-def _follow(graph: fx.Graph, modules: Mapping[str, nn.Module], is_traced: bool) -> None:
+def _refuse_reads(net: nn.Module, error: BaseException | None) -> None:
+    """Raise a TypeError if `forward` failed because it reads an attribute of a fused layer."""
+    if isinstance(error, AttributeError) and isinstance(error.obj, Fused):
+        weight = next(error.obj.parameters())  # the trace ran in a copy that shares parameters
+        name = next(n for n, m in net.named_modules() if next(m.parameters(False), None) is weight)
+        name = name.removesuffix(".layer")
+        raise TypeError(
+            f"prepare: forward reads {error.name} of {name}, a {type(error.obj.layer).__name__} "
+            "that becomes integers and loses it; read it in __init__, or compute it from the inputs"
+        ) from None
+
+
+def _follow(graph: fx.Graph, modules: Mapping[str, nn.Module], traced: Traced | None) -> None:
     """Track which nodes lie on a grid, and raise a TypeError for forbidden operations on them."""
     origins: dict[fx.Node, str] = {}  # nodes on a grid, and the module that rounded them
     for node in graph.nodes:
@@ -90,7 +103,7 @@ def _follow(graph: fx.Graph, modules: Mapping[str, nn.Module], is_traced: bool) 
         if node.op == "call_module":
             name, module = str(node.target), modules[str(node.target)]
             before = [origins[each] for each in inputs]
-            if _is_on_grid_after(name, module, before, node, is_traced):
+            if _is_on_grid_after(name, module, before, node, traced):
                 is_new = isinstance(module, (Enter, *COMPUTING))
                 origins[node] = name if is_new else origins[inputs[0]]
         elif node.op == "output" and inputs:
@@ -104,13 +117,13 @@ def _follow(graph: fx.Graph, modules: Mapping[str, nn.Module], is_traced: bool) 
             kwargs = fx.node.map_arg(node.kwargs, lambda each: each if each in origins else 0)
             first = args[0] if args else None
             if first not in inputs or not keeps_grid(function_of(node), args, kwargs):
-                remedy = f"{kept_in_float(caller_of(node))}, or {SUPPORTED}" if is_traced else ""
+                remedy = f"{traced.remedy(node)}, or {SUPPORTED}" if traced else ""
                 raise TypeError(f"prepare: {refusal(_named(node), origin, remedy)}")
             origins[node] = origin
 
 
 def _is_on_grid_after(
-    name: str, module: nn.Module, origins: list[str], node: fx.Node, is_traced: bool
+    name: str, module: nn.Module, origins: list[str], node: fx.Node, traced: Traced | None
 ) -> bool:
     """Return whether a module's output lies on a grid; TypeError if its inputs are invalid."""
     kind, num_inputs = type(module).__name__, len(node.all_input_nodes)
@@ -132,7 +145,7 @@ def _is_on_grid_after(
     if not origins:
         return False
     if not isinstance(module, KEEPING) or getattr(module, "return_indices", False):
-        remedy = f"{kept_in_float(name)}, or {SUPPORTED}" if is_traced else ""
+        remedy = f"{traced.remedy(node)}, or {SUPPORTED}" if traced else ""
         raise TypeError(f"prepare: {refusal(f'{name}, a {kind},', origins[0], remedy)}")
     return True
 

@@ -4,6 +4,10 @@ from collections.abc import Collection
 from typing import Any
 
 from torch import fx, nn
+from torch.fx.graph_module import reduce_graph_module
+
+from bqnn.layers.trace import caller_of
+from bqnn.quant.grids import kept_in_float
 
 
 class Traced(fx.GraphModule):
@@ -26,6 +30,7 @@ class Traced(fx.GraphModule):
             for name in constants:
                 del vars(net)[name]
         _order_like(self, net)
+        self.meta["given"] = {name for name, _ in self.named_modules(remove_duplicate=False)}
         self.meta["kept"] = {name for _, name, module in self.named_calls() if module in kept}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Traced":
@@ -35,11 +40,26 @@ class Traced(fx.GraphModule):
         _order_like(copied, self)
         return copied
 
+    def __copy__(self) -> "Traced":
+        return _restored(vars(self), self.graph, type(self).__name__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        _, (state, code) = super().__reduce__()
+        return _loaded, (state, code, type(self).__name__)
+
     @property
     def kept(self) -> set[str]:
         """The names of the modules that stay in float."""
         names: set[str] = self.meta["kept"]
         return names
+
+    def remedy(self, node: fx.Node) -> str:
+        """Return how to keep a call in float: by the name of its module, or of its caller."""
+        if node.op != "call_module":
+            return kept_in_float(caller_of(node))
+        name = str(node.target)
+        is_given = name in self.meta["given"]  # and not made for the call of a function
+        return kept_in_float(name if is_given else name.rpartition(".")[0])
 
     def named_calls(self) -> list[tuple[fx.Node, str, nn.Module]]:
         """Return the calls of modules in their order: node, name and module."""
@@ -76,6 +96,22 @@ def replace_call(
     node.replace_all_uses_with(made)
     net.graph.erase_node(node)
     return made
+
+
+def _loaded(state: dict[str, Any], code: str, name: str) -> Traced:
+    """Restore a pickled network."""
+    graph: Any = reduce_graph_module(dict(state), code).graph
+    return _restored(state, graph, name)
+
+
+def _restored(state: dict[str, Any], graph: fx.Graph, name: str) -> Traced:
+    """Make a network from the attributes of another one, and a graph."""
+    like = nn.Module()
+    vars(like).update(state)
+    net = Traced(like, graph)
+    type(net).__name__ = name
+    net.meta = dict(state["meta"])
+    return net
 
 
 def _order_like(net: nn.Module, like: nn.Module) -> None:

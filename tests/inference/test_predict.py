@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bqnn.arguments import ArgumentError, ArgumentTypeError
 from bqnn.inference import predict
 from bqnn.inference.predict import predictive, predictive_sets
 from bqnn.layers.bayes import to_bayes
@@ -231,3 +232,46 @@ def test_a_draw_is_made_once_for_all_sets():
     net = Counter().eval()
     predictive_sets(net, [torch.ones(10, 1)] * 17, 3, batch_size=2)
     assert net.num_draws == 3
+
+
+def test_what_a_container_does_when_it_is_called_is_kept():
+    class Doubling(nn.Sequential):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    net = nn.Sequential(Doubling(nn.Linear(3, 4)), MCDropout(0)).eval()
+    x = torch.randn(2, 3)
+    assert torch.equal(predictive(net, x, 2)[1], net(x))
+
+
+class Outputs(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.layer, self.make = nn.Linear(4, 2), make
+
+    def forward(self, x):
+        return self.make(self.layer(x))
+
+
+@pytest.mark.parametrize("make", [lambda out: (out, out), lambda out: {"logits": out}])
+def test_outputs_that_are_not_one_tensor_are_refused(make):
+    with pytest.raises(ArgumentTypeError, match=r"^net: its forward returns a (tuple|dict), and"):
+        predictive(Outputs(make).eval(), TABLE, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"x": TABLE.numpy()}, ArgumentTypeError, "^x=.* is not a tensor .*torch.as_tensor"),
+        ({"x": TABLE.tolist()}, ArgumentTypeError, "^x=.* is not a tensor"),
+        ({"x": torch.ones(2, 4, dtype=torch.int64)}, ArgumentTypeError, "^x has dtype torch.int64"),
+        ({"batch_size": 0}, ArgumentError, "^batch_size=0: "),
+        ({"batch_size": 2.5}, ArgumentTypeError, "^batch_size=2.5 is not a whole number"),
+        ({"seed": "a"}, ArgumentTypeError, "^seed='a' is not a whole number"),
+        ({"seed": -1}, ArgumentError, "^seed=-1: choose 0 to"),
+    ],
+)
+def test_arguments_are_checked(options, kind, message):
+    with pytest.raises(kind, match=message) as error:
+        predictive(dropout_net(), **{"x": TABLE, "num_samples": 2, **options})
+    assert "\n" not in str(error.value)

@@ -240,3 +240,16 @@ def test_calls_of_dropout_are_refused_by_name():
 
     with pytest.raises(TypeError, match=r"dropout, called by 1, .*nn\.Dropout"):
         to_mcdropout(nn.Sequential(nn.Dropout(0.1), Functional()))
+
+
+def test_a_network_that_remembers_its_outputs_remembers_nothing_of_the_conversion():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.last = nn.Dropout(0.1), None
+
+        def forward(self, x):
+            self.last = self.drop(x)
+            return self.last
+
+    assert to_mcdropout(Net()).last is None

@@ -44,6 +44,45 @@ def test_a_trace_changes_nothing() -> None:
     assert "len" not in globals()
 
 
+class Remembering(nn.Module):
+    """A network whose forward changes its attributes."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.calls, self.seen = 0, list[Tensor]()
+        self.register_buffer("count", torch.zeros(()))
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.count += 1
+        self.last = self.layer(x)
+        self.seen.append(self.last)
+        return self.last
+
+
+def test_attributes_that_a_forward_changes_stay() -> None:
+    net = Remembering()
+    trace(net)
+    assert (net.calls, net.last, net.seen, float(net.count)) == (0, None, [], 0)
+    net(torch.ones(1, 3))  # now it holds tensors with gradients, which cannot be copied
+    trace(net)
+    assert net.calls == len(net.seen) == float(net.count) == 1
+
+
+class Uncopied(nn.Linear):
+    def __deepcopy__(self, memo: object) -> "Uncopied":
+        raise RuntimeError("no copies")
+
+
+def test_a_network_that_cannot_be_copied_is_refused() -> None:
+    with pytest.raises(UntraceableError, match="cannot be copied: no copies"):
+        trace(nn.Sequential(Uncopied(3, 2)))
+
+
 class Branch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum() > 0 else -x

@@ -1,6 +1,7 @@
 """int8 layers compute exactly the integers of the simulation."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from bqnn.quant import fbgemm
 from bqnn.quant.fbgemm import can_saturate, has_vnni
 from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import IntegerDropout, convert
+from bqnn.quant.quantize import quantize
 from bqnn.quant.saturation import refuse_saturation
 from bqnn.quant.simulated import SimulatedLayer, calibrate, prepare
 from bqnn.quant.spec import QuantSpec
@@ -341,3 +343,12 @@ def test_a_probe_refuses_other_integers_and_warns_of_ties(
 def test_another_engine_than_the_simulated_one_is_said(caplog: pytest.LogCaptureFixture) -> None:
     convert(calibrated(small_conv(), IMAGES), "x86")
     assert "the simulation rounds like fbgemm" in caplog.text
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_inputs_that_are_not_finite_are_refused(bad: float) -> None:
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    integer = quantize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), [x])
+    x[2, 1, 3, 3] = bad
+    with pytest.raises(ValueError, match=r"^1 of the 4 rows of inputs contain NaN .* first row 2"):
+        integer(x)

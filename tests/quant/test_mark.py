@@ -1,7 +1,10 @@
 """Networks of plain torch run in integers as simulated, or are refused before training."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from copy import deepcopy
+from io import BytesIO
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from bqnn.quant.mark import mark
 from bqnn.quant.quantize import prepare_qat, quantize
 from bqnn.quant.simulated import SimulatedLayer, calibrate, enable
 from bqnn.quant.spec import QuantSpec
+from bqnn.quant.traced import Traced
 
 X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 SPEC = QuantSpec(activation_observer="minmax")
@@ -285,6 +289,14 @@ REFUSED: dict[str, tuple[Forward, str]] = {
         lambda net, x: head(net, net.relu6(F.max_pool2d(net.first(x), 2))),
         "relu6, a ReLU6",
     ),
+    "relu6 function of a pool": (
+        lambda net, x: head(net, F.relu6(F.max_pool2d(net.first(x), 2))),
+        "relu6, a ReLU6, cannot .*; move that part to a module .* directly after a layer",
+    ),
+    "random inputs": (
+        lambda net, x: head(net, net.first(x + torch.randn_like(x))),
+        "randn_like, called by the network itself, draws random numbers",
+    ),
     "branch": (branching, "its control flow depends on the inputs.*keep"),
     "training": (with_noise_in_training, "something else in training .*second"),
     "functional layer": (functional_layer, "conv2d, called by the network itself, is a layer"),
@@ -342,6 +354,21 @@ def test_hooks_that_would_be_lost_are_refused() -> None:
             prepare_qat(net)
         handle.remove()
     prepare_qat(net)
+
+
+class Doubling(nn.Sequential):
+    def __call__(self, *inputs: Any) -> Any:
+        return 2 * super().__call__(*inputs)
+
+
+@pytest.mark.parametrize("place", ["the network", "0", "0.0"])
+def test_a_call_that_would_be_lost_is_refused(place: str) -> None:
+    net: nn.Module = Doubling(nn.Linear(3, 4))
+    for _ in range(place.count("0")):
+        net = nn.Sequential(net, nn.Linear(4, 4))
+    with pytest.raises(TypeError, match=f"^{place} is a Doubling with its own __call__") as error:
+        prepare_qat(net)
+    one_line(error.value)
 
 
 def test_networks_without_layers_are_refused() -> None:
@@ -544,3 +571,125 @@ def test_wrong_arguments_are_refused_in_one_line(
     with pytest.raises((TypeError, ValueError), match=message) as error:
         quantize(nn.Sequential(net), batches, spec)
     one_line(error.value)
+
+
+def loaded(net: nn.Module) -> nn.Module:
+    """Save a whole network, and load it."""
+    file = BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    made: nn.Module = torch.load(file, weights_only=False)
+    return made
+
+
+@pytest.mark.parametrize("again", [loaded, lambda n: pickle.loads(pickle.dumps(n)), copy.copy])
+@pytest.mark.parametrize("engine", ["fbgemm", "onednn"])
+@pytest.mark.parametrize("forward", [residual, shuffled, changed_in_place])
+def test_a_network_can_be_pickled_and_copied(
+    forward: Forward, engine: str, again: Callable[[nn.Module], nn.Module]
+) -> None:
+    spec = QuantSpec(activation_observer="minmax", engine=engine)
+    simulated = prepare_qat(Net(forward), spec)
+    simulated.train()(X)
+    simulated.eval()
+    restored = again(simulated)
+    assert isinstance(restored, Traced)
+    assert repr(restored) == repr(simulated)
+    assert list(restored.state_dict()) == list(simulated.state_dict())
+    assert torch.equal(restored(X), simulated(X))
+    integer = convert(simulated)
+    assert torch.equal(again(integer)(X), integer(X))
+    if again is not copy.copy:  # a shallow copy shares its layers
+        assert torch.equal(convert(restored)(X), integer(X))
+
+
+def test_a_bayesian_int8_network_can_be_pickled() -> None:
+    net = to_bayes(Net(functional).eval(), prior_std=0.1)
+    integer = quantize(net, [X])
+    assert torch.equal(predictive(loaded(integer), X, 2), predictive(integer, X, 2))
+
+
+def asking_layers(net: Net, x: Tensor) -> Tensor:
+    x = net.first(x.to(net.first.weight.dtype).to(net.head.weight.device))
+    x = F.relu(x).mean((2, 3)).view(-1, net.first.weight.shape[0])
+    return net.head(x).view(-1, net.head.out_features) * len(net.head.weight)
+
+
+def test_a_forward_may_ask_the_sizes_dtype_and_device_of_layers() -> None:
+    net = Net(asking_layers).eval()
+    assert torch.equal(mark(deepcopy(net))(X), net(X))
+    simulated = prepare_qat(net)
+    simulated.train()(X).sum().backward()
+    assert_int8_is_simulated(simulated.eval())
+    double = simulated.double()
+    assert double.like_first_weight.dtype == torch.float64  # it follows the network
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda n, x: head(n, n.first(x)) @ n.head.weight, "reads the weight of head, a Linear"),
+        (lambda n, x: head(n, n.first(x)) + n.head.bias, "reads the bias of head, a Linear"),
+        (
+            lambda n, x: n.bn(n.first(x)).mean((2, 3)) * n.bn.running_mean,
+            "reads the running_mean of bn, a BatchNorm2d",
+        ),
+    ],
+)
+def test_a_forward_that_reads_tensors_of_layers_is_refused(forward: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"{message}, which becomes integers; keep it") as error:
+        prepare_qat(Net(forward))
+    one_line(error.value)
+
+
+def test_tensors_of_layers_in_float_may_be_read() -> None:
+    net = Net(lambda n, x: head(n, n.first(x)) @ n.head.weight).eval()
+    simulated = prepare_qat(net, keep=("head",))
+    simulated.train()(X)
+    assert_int8_is_simulated(simulated.eval())
+
+
+def test_random_numbers_are_refused_without_training_too() -> None:
+    net = Net(lambda n, x: head(n, n.first(x + torch.rand_like(x))))
+    with pytest.raises(TypeError, match="rand_like, called by the network itself, draws"):
+        quantize(net, [X])
+
+
+def by_keywords(net: Net, x: Tensor) -> Tensor:
+    x = net.relu(input=net.second(input=F.relu(input=net.first(input=x))))
+    return net.head(torch.flatten(input=F.adaptive_avg_pool2d(input=x, output_size=1), start_dim=1))
+
+
+def test_inputs_may_be_passed_as_keywords() -> None:
+    simulated = calibrate(prepare_qat(Net(by_keywords).eval(), SPEC), [X])
+    assert_int8_is_simulated(simulated)
+
+
+def test_a_batch_norm_over_another_axis_is_refused_by_name_unless_kept() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(8, 2)).eval()
+    x = torch.randn(4, 5, 6)
+    with pytest.raises(TypeError, match=r"^0: a BatchNorm1d\(5\) after 8 outputs") as error:
+        prepare_qat(net)
+    one_line(error.value)
+    assert quantize(net, [x], keep=("1",))(x).shape == (4, 5, 2)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, left: Tensor, right: Tensor, scale: float = 1) -> Tensor:
+        out: Tensor = self.layer(left + right * scale)
+        return out
+
+
+def test_a_network_of_two_inputs_is_quantized_in_steps() -> None:
+    left, right = torch.randn(2, 8, 3)
+    with pytest.raises(TypeError, match=r"needs 2 inputs \(left, right\), and quantize") as error:
+        quantize(TwoInputs(), [(left, right)])
+    one_line(error.value)
+    simulated = prepare_qat(TwoInputs())
+    simulated.train()(left, right)
+    simulated.eval()
+    assert torch.equal(convert(deepcopy(simulated))(left, right), simulated(left, right))

@@ -309,3 +309,21 @@ def test_outputs_are_plain_tensors() -> None:
     net = calibrate(prepare(fuse(around()), SPEC), [X])
     assert type(net(X)) is Tensor
     assert type(net[:2](X)) is OnGrid
+
+
+class Asking(nn.Module):
+    """A network with its own markers, whose forward reads an attribute of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.layer, self.leave = Enter(), nn.Linear(3, 2), Leave()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.leave(self.layer(self.enter(x)))
+        return out.view(-1, self.layer.out_features)
+
+
+def test_attributes_that_integer_layers_lose_are_refused_before_training() -> None:
+    with pytest.raises(TypeError, match="forward reads out_features of layer, a Linear") as error:
+        prepare(fuse(Asking()), QuantSpec())
+    one_line(error.value)
