@@ -20,6 +20,7 @@ from bqnn.data.column_kinds import (
     has_numbers,
     missing_cells,
     refuse_missing,
+    refuse_notation,
 )
 from bqnn.data.columns import Column, category_of, column_facts, number
 from bqnn.data.csv_file import CSVFile, read_csv
@@ -192,6 +193,7 @@ class CSVData(TableData):
             kind = "classification" if has_classes(file, name, self.decimal) else "regression"
         if kind == "regression":
             if not has_numbers(file, name, self.decimal, "predict classes", "kind"):
+                refuse_notation(file, name, self.decimal, "predict classes (kind=classification)")
                 raise ArgumentError(
                     f"kind=regression: {file.place(0, name)}, which is not a number; choose "
                     "kind=classification, or another column",
