@@ -157,8 +157,15 @@ def has_numbers(file: CSVFile, name: str, decimal: str, remedy: str, argument: s
     return text is None
 
 
-def categories_of(file: CSVFile, name: str, decimal: str) -> list[str]:
+def categories_of(file: CSVFile, name: str, decimal: str, *, as_written: bool = False) -> list[str]:
     """Return the different categories of a column, numbers first.
+
+    Args:
+        file: The table.
+        name: The name of the column.
+        decimal: The decimal separator of numbers, `point` or `comma`.
+        as_written: Whether different text is always a different category; otherwise, 1 and 1.0 are
+            the same, and so are true and True.
 
     Raises:
         ValueError: A cell is too long for a category, or there are too many.
@@ -171,7 +178,8 @@ def categories_of(file: CSVFile, name: str, decimal: str) -> list[str]:
                 f"is not a category; leave out the column (ignore=[{_quoted(name)}])",
                 "ignore",
             )
-    numbers = {each: number(each, decimal) for each in {category_of(c, decimal) for c in cells}}
+    found = set(cells) if as_written else {category_of(cell, decimal) for cell in cells}
+    numbers = {each: number(each, decimal) for each in found}
     if len(numbers) > _MOST_LISTED:
         raise ArgumentError(
             f"{file.where}: column {short(name)} has {len(numbers)} different values, but at most "

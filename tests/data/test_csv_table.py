@@ -128,6 +128,18 @@ def test_numbers_can_be_categories(tmp_path):
     assert data.columns == [Column("zip", ("5", "1005", "2005")), Column("a")]
 
 
+def test_listed_categories_are_as_they_are_written(tmp_path, caplog):
+    table = [[["007", "7", "7.0", "0123"][i % 4], i, 2 * i] for i in range(20)]
+    data = read(write(tmp_path, table, "zip,a,y"), "y", ignore=[], categories=["zip"])
+    assert data.columns[0] == Column("zip", ("007", "7", "7.0", "0123"))
+    assert (data.train.inputs[:, :4].sum(1) == 1).all()
+    assert not caplog.text
+    new = encode_rows({"zip": ["7", "007", 123, "07"], "a": [0] * 4}, data.facts())
+    expected = [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
+    assert new[:, :4].tolist() == expected
+    assert "the categories of 1 of 4 rows are not among" in caplog.text
+
+
 def test_categories_have_a_limit(tmp_path):
     path = write(tmp_path, [[i, i, 2 * i] for i in range(13_000)], "zip,a,y")
     with pytest.raises(ValueError, match=r"'zip' has 10400 different values, .*ignore=\[zip\]"):
