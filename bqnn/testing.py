@@ -360,7 +360,9 @@ class DataContract:
             "net": {"name": "mlp"},
             "task": {"name": "digits", "dataset": "digits"},
         }
-        check_recipe({"version": 1, "stage": "float", "seed": 0, **groups, "facts": facts})
+        check_recipe(
+            {"version": 1, "stage": "float", "seed": 0, **groups, "facts": data.recipe_facts()}
+        )
 
     def test_further_calls_of_setup_read_nothing(self) -> None:
         data = self.ready()

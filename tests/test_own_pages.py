@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import bqnn
 from tests.running import ROOT
 
 PAGES = [ROOT / "docs" / f"own_{name}.md" for name in ("network", "method", "data")]
@@ -59,3 +60,6 @@ def test_the_commands_of_the_pages_run(
     code, errors = script_here(verb, *arguments, *SHORT, "hydra.run.dir=run")
     assert code == 0, errors
     assert (tmp_path / "run" / "checkpoint.ckpt").exists()
+    if "task._target_=my_data.TwoMoons" in arguments:
+        answer = bqnn.load(tmp_path / "run", trust=True).predict([[0.0, 1.0], [1.0, -0.5]])
+        assert len(answer.entropy) == 2

@@ -14,6 +14,7 @@ from bqnn.inference.predict import BATCH_SIZE, predictive_sets
 from bqnn.jobs.locate import CHECKPOINT
 from bqnn.methods import Method
 from bqnn.methods.base import channels_last
+from bqnn.settings.options import is_plugin
 
 
 def load(
@@ -181,10 +182,15 @@ class Model:
     def _normalization(self) -> Normalization:
         found = Normalization.from_facts(self.recipe["facts"])
         if found is None:
+            if is_plugin("task", self.recipe["task"]):
+                reason = (
+                    "its data set normalizes them without input_mean and input_std in its facts; "
+                    "add them and train again"
+                )
+            else:
+                reason = "it was made by an earlier version; train it again"
             raise ValueError(
-                "predict: the checkpoint does not store how its inputs are normalized, because it "
-                "was made by an earlier version, or its data set has no input_mean and input_std "
-                "in its facts; train it again, or normalize the rows and call "
-                "model.method.predictive(inputs)"
+                "predict: the checkpoint does not store how its inputs are normalized, because "
+                f"{reason}, or normalize the rows and call model.method.predictive(inputs)"
             )
         return found

@@ -49,7 +49,7 @@ def run(job: Job) -> None:
     """Train the network of a job and write its results."""
     leave_as_found(job)
     data = make_data(job.config)
-    model = build(make_recipe(job.config, data.facts()))
+    model = build(make_recipe(job.config, data.recipe_facts()))
     loggers, timer = make_loggers(job), EpochTimer(job)
     callbacks = [timer, *quantization_callbacks(job.config["quant"])]
     trainer = make_trainer(job, loggers, callbacks, validate=data.val is not None)

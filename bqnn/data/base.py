@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bqnn.arguments import ArgumentError
 from bqnn.data.loader import TensorLoader, permutation
+from bqnn.data.normalization import Normalization
 from bqnn.seeds import Stream, stream_seed
 
 
@@ -109,6 +110,23 @@ class TensorData(LightningDataModule):
         model predict rows in the units of the data.
         """
         raise NotImplementedError
+
+    def recipe_facts(self) -> dict[str, object]:
+        """Return `facts` with a normalization, if the data set has none.
+
+        A loaded model then predicts rows as `_read` returns them. A subclass that normalizes inputs
+        has its own `input_mean` and `input_std` among its facts.
+        """
+        facts = self.facts()
+        shape = facts.get("input_shape")
+        is_plain = (
+            type(self).normalize is TensorData.normalize
+            and type(self)._arrange is TensorData._arrange
+        )
+        if not is_plain or not isinstance(shape, list) or not shape:
+            return facts
+        identity = Normalization([0.0] * shape[0], [1.0] * shape[0])
+        return facts if {"input_mean", "input_std"} & facts.keys() else identity.facts() | facts
 
     def normalize(self, inputs: Tensor) -> Tensor:
         """Normalize inputs for the network."""

@@ -7,6 +7,7 @@ import re
 from bqnn.arguments import ArgumentError
 from bqnn.data.columns import category_of, is_missing, number
 from bqnn.data.csv_file import CSVFile
+from bqnn.data.notations import has_decimal_comma, odd_notation
 from bqnn.text import printable, short
 
 MOST_CATEGORIES = 100  # of a column that is not listed as one of categories
@@ -14,8 +15,6 @@ MOST_CLASSES = 1000
 _MOST_LISTED = 10_000
 _LARGEST = 1e150  # its square is in the range of float64
 _LONGEST = 200  # characters of a category
-_DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}(\D.*)?")
-_DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+([eE][-+]?\d+)?")
 
 
 def find_column(file: CSVFile, wanted: str | int, argument: str) -> str:
@@ -56,23 +55,14 @@ def has_categories(file: CSVFile, name: str, decimal: str) -> bool:
         decimal: The decimal separator of numbers, `point` or `comma`.
 
     Raises:
-        ValueError: The column has numbers and text, dates, numbers that are too large or have
-            another decimal separator, or too many categories.
+        ValueError: The column has numbers and text, numbers or dates in a notation that is not
+            read, numbers that are too large, or too many categories.
     """
     remedy = f"take each value as a category (categories=[{_quoted(name)}])"
     if has_numbers(file, name, decimal, remedy, "categories"):
         return False
     categories = categories_of(file, name, decimal)
-    if all(_DATE.fullmatch(each) for each in categories):
-        raise ArgumentError(
-            f"{file.place(0, name)}, a date; convert dates to numbers, such as the month or the "
-            f"days since the first one, or leave out the column (ignore=[{_quoted(name)}])",
-            "ignore",
-        )
-    if decimal == "point" and all(_DECIMAL_COMMA.fullmatch(each) for each in categories):
-        raise ArgumentError(
-            f"{file.place(0, name)}, which has no decimal point; set decimal=comma", "decimal"
-        )
+    refuse_notation(file, name, decimal, f"{remedy}, or leave it out (ignore=[{_quoted(name)}])")
     if len(categories) > MOST_CATEGORIES:
         raise ArgumentError(
             f"{file.place(0, name)}, and the column has {len(categories)} different texts, each of "
@@ -92,11 +82,46 @@ def has_classes(file: CSVFile, name: str, decimal: str) -> bool:
         decimal: The decimal separator of numbers, `point` or `comma`.
 
     Raises:
-        ValueError: The column has numbers and text, or a number is too large.
+        ValueError: The column has numbers and text, numbers or dates in a notation that is not
+            read, or a number is too large.
     """
     remedy = "take each value as a class (kind=classification)"
-    is_number = has_numbers(file, name, decimal, remedy, "kind")
-    return not is_number or len(set(file.columns[name])) == 2
+    if has_numbers(file, name, decimal, remedy, "kind"):
+        return len(set(file.columns[name])) == 2
+    refuse_notation(file, name, decimal, remedy)
+    return True
+
+
+def refuse_notation(file: CSVFile, name: str, decimal: str, remedy: str) -> None:
+    """Refuse a column of text that is numbers, times or dates in a notation that is not read.
+
+    Args:
+        file: The table, without missing cells.
+        name: The name of the column, which has no number.
+        decimal: The decimal separator of numbers, `point` or `comma`.
+        remedy: What to do if the text is meant as it is, for the error message.
+
+    Raises:
+        ValueError: The text is numbers, times or dates.
+    """
+    found = odd_notation(file.columns[name])
+    if found is None:
+        return
+    row, kind = found
+    if kind == "decimal comma" and decimal == "point":
+        raise ArgumentError(
+            f"{file.place(row, name)}, which has no decimal point; set decimal=comma", "decimal"
+        )
+    example = "60 or 1500.5" if decimal == "point" else "60 or 1500,5"
+    do = {
+        "date": "convert dates to numbers, such as the month or the days since the first one",
+        "time": "convert times to plain numbers, such as minutes",
+    }.get(kind, f"write plain numbers, such as {example}, without signs, units and separators")
+    what = f"a {kind}" if kind in ("date", "time") else "a number that would be read as text"
+    raise ArgumentError(
+        f"{file.place(row, name)}, {what}; {do}, or {remedy}",
+        *("kind", "categories", "ignore"),
+    )
 
 
 def has_numbers(file: CSVFile, name: str, decimal: str, remedy: str, argument: str) -> bool:
@@ -116,10 +141,12 @@ def has_numbers(file: CSVFile, name: str, decimal: str, remedy: str, argument: s
     text = next((row for row, value in enumerate(numbers) if value is None), None)
     first = next((row for row, value in enumerate(numbers) if value is not None), None)
     if text is not None and first is not None:
+        if decimal == "point" and has_decimal_comma(file.columns[name][text]):
+            remedy = f"set decimal=comma, or {remedy}"
         raise ArgumentError(
             f"{file.place(text, name)}, but line {file.lines[first]} has the number "
             f"{short(file.columns[name][first])}; correct one of them, or {remedy}",
-            argument,
+            *(argument, "decimal"),
         )
     for row, value in enumerate(numbers):
         if value is not None and not abs(value) <= _LARGEST:
@@ -130,8 +157,15 @@ def has_numbers(file: CSVFile, name: str, decimal: str, remedy: str, argument: s
     return text is None
 
 
-def categories_of(file: CSVFile, name: str, decimal: str) -> list[str]:
+def categories_of(file: CSVFile, name: str, decimal: str, *, as_written: bool = False) -> list[str]:
     """Return the different categories of a column, numbers first.
+
+    Args:
+        file: The table.
+        name: The name of the column.
+        decimal: The decimal separator of numbers, `point` or `comma`.
+        as_written: Whether different text is always a different category; otherwise, 1 and 1.0 are
+            the same, and so are true and True.
 
     Raises:
         ValueError: A cell is too long for a category, or there are too many.
@@ -144,7 +178,8 @@ def categories_of(file: CSVFile, name: str, decimal: str) -> list[str]:
                 f"is not a category; leave out the column (ignore=[{_quoted(name)}])",
                 "ignore",
             )
-    numbers = {each: number(each, decimal) for each in {category_of(c, decimal) for c in cells}}
+    found = set(cells) if as_written else {category_of(cell, decimal) for cell in cells}
+    numbers = {each: number(each, decimal) for each in found}
     if len(numbers) > _MOST_LISTED:
         raise ArgumentError(
             f"{file.where}: column {short(name)} has {len(numbers)} different values, but at most "

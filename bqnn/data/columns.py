@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,8 @@ class Column:
     def encode(self, file: CSVFile, decimal: str = "point") -> Tensor:
         """Convert the cells of a table's column to inputs, in original units.
 
-        All inputs are 0 for rows with a category that is not one of the column, with a warning.
+        A cell has the category with the same text, or else the only one with the same value, as 7
+        and 007. All inputs are 0 for rows with another category, with a warning.
 
         Args:
             file: The table. It may have other columns, too.
@@ -73,11 +75,16 @@ class Column:
         if self.categories is None:
             return self._encode_numbers(file, decimal)
         index = {category: position for position, category in enumerate(self.categories)}
+        values = Counter(_value(category, decimal) for category in index)
+        by_value = {_value(category, decimal): position for category, position in index.items()}
         positions = []
         for row, cell in enumerate(file.columns[self.name]):
             if is_missing(cell):
                 raise ValueError(f"{file.place(row, self.name)}; give a category")
-            positions.append(index.get(category_of(cell, decimal), -1))
+            position, value = index.get(cell), _value(cell, decimal)
+            if position is None and values[value] == 1:  # 7 is 007 if that is the only one
+                position = by_value[value]
+            positions.append(-1 if position is None else position)
         known = torch.tensor(positions)
         if num_unknown := int((known < 0).sum()):
             log.warning(
@@ -187,6 +194,12 @@ def category_of(cell: str, decimal: str = "point") -> str:
     if value is not None and abs(value) <= _LARGEST_WHOLE and value.is_integer():
         return str(int(value))
     return cell.casefold() if cell.casefold() in ("true", "false") else cell
+
+
+def _value(category: str, decimal: str) -> float | str:
+    """Return the number that a category is, or else the category."""
+    value = number(category, decimal)
+    return category_of(category, decimal) if value is None else value
 
 
 def _cell(value: object) -> str:

@@ -20,6 +20,7 @@ from bqnn.data.column_kinds import (
     has_numbers,
     missing_cells,
     refuse_missing,
+    refuse_notation,
 )
 from bqnn.data.columns import Column, category_of, column_facts, number
 from bqnn.data.csv_file import CSVFile, read_csv
@@ -44,7 +45,8 @@ class CSVData(TableData):
             exactly two values.
         features: The columns of inputs, by name or index; None for all but the target.
         ignore: Columns that are not inputs.
-        categories: Columns whose values are categories, even if they are numbers.
+        categories: Columns whose values are categories, even if they are numbers. Different text
+            is a different category, such as 7 and 007.
         missing: `refuse` missing values, or `drop` the rows that have them.
         decimal: The decimal separator of numbers, `point` or `comma`.
         test_share: The share of rows for the test.
@@ -136,7 +138,7 @@ class CSVData(TableData):
         is_test = draw_test_rows(labels, self.test_share, self.seed)
         train = file.take((~is_test).nonzero().flatten().tolist())
         self.columns = [
-            Column(name, tuple(categories_of(train, name, self.decimal)) if text else None)
+            Column(name, self._categories(train, name, name in listed) if text else None)
             for name, text in has_text.items()
         ]
         self.input_names = [name for column in self.columns for name in column.input_names]
@@ -163,6 +165,9 @@ class CSVData(TableData):
                 "give a table with more columns"
             )
         return names
+
+    def _categories(self, file: CSVFile, name: str, is_listed: bool) -> tuple[str, ...]:
+        return tuple(categories_of(file, name, self.decimal, as_written=is_listed))
 
     def _complete(self, file: CSVFile, features: list[str]) -> CSVFile:
         """Refuse missing values, or drop the rows that have them."""
@@ -192,6 +197,7 @@ class CSVData(TableData):
             kind = "classification" if has_classes(file, name, self.decimal) else "regression"
         if kind == "regression":
             if not has_numbers(file, name, self.decimal, "predict classes", "kind"):
+                refuse_notation(file, name, self.decimal, "predict classes (kind=classification)")
                 raise ArgumentError(
                     f"kind=regression: {file.place(0, name)}, which is not a number; choose "
                     "kind=classification, or another column",

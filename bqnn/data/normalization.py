@@ -29,7 +29,7 @@ class Normalization:
     Attributes:
         mean: The mean of each feature, or of each channel for pixels in [0, 1].
         std: The standard deviation of each feature or channel.
-        scale: The largest value of a pixel; None for tables.
+        scale: The largest value of a pixel; None if the values have no scale, as those of tables.
 
     Examples:
         >>> normalization = Normalization([0.5], [0.5], scale=255.0)
@@ -57,12 +57,16 @@ class Normalization:
         """Normalize rows [N, ...], as the data set does for its training rows.
 
         Args:
-            rows: Features [N, F], or images [N, C, H, W] with pixels from 0 to `scale`.
+            rows: Features [N, F], or images [N, C, H, W], with pixels from 0 to `scale` if there is
+                a scale.
 
         Returns:
             The inputs of the network in float32, shaped like the rows.
         """
         if self.scale is not None:
             return normalize_channels(rows.float() / self.scale, self.mean, self.std)
-        mean, std = (torch.tensor(v, dtype=torch.float64) for v in (self.mean, self.std))
+        shape = [-1, *[1] * (rows.dim() - 2)]  # one number per feature or channel
+        mean, std = (
+            torch.tensor(each, dtype=torch.float64).view(shape) for each in (self.mean, self.std)
+        )
         return standardize(rows.double(), mean, std)

@@ -296,7 +296,10 @@ def test_a_checkpoint_without_normalization_loads_and_says_why_it_cannot_predict
     old = {k: v for k, v in IMAGES.items() if k not in ("input_scale", "input_mean", "input_std")}
     model = model_of(old)
     assert model.method.predictive(torch.zeros(2, 3, 4, 4), 2).shape == (2, 2, 3)
-    with pytest.raises(ValueError, match=r"does not store how its inputs .*; train it again"):
+    with pytest.raises(ValueError, match=r"how its inputs .* by an earlier version; train it ag"):
+        model.predict(images())
+    model.recipe["task"]["_target_"] = "my_data.Own"
+    with pytest.raises(ValueError, match=r"its data set normalizes them without input_mean"):
         model.predict(images())
 
 

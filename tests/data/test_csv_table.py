@@ -128,6 +128,18 @@ def test_numbers_can_be_categories(tmp_path):
     assert data.columns == [Column("zip", ("5", "1005", "2005")), Column("a")]
 
 
+def test_listed_categories_are_as_they_are_written(tmp_path, caplog):
+    table = [[["007", "7", "7.0", "0123"][i % 4], i, 2 * i] for i in range(20)]
+    data = read(write(tmp_path, table, "zip,a,y"), "y", ignore=[], categories=["zip"])
+    assert data.columns[0] == Column("zip", ("007", "7", "7.0", "0123"))
+    assert (data.train.inputs[:, :4].sum(1) == 1).all()
+    assert not caplog.text
+    new = encode_rows({"zip": ["7", "007", 123, "07"], "a": [0] * 4}, data.facts())
+    expected = [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
+    assert new[:, :4].tolist() == expected
+    assert "the categories of 1 of 4 rows are not among" in caplog.text
+
+
 def test_categories_have_a_limit(tmp_path):
     path = write(tmp_path, [[i, i, 2 * i] for i in range(13_000)], "zip,a,y")
     with pytest.raises(ValueError, match=r"'zip' has 10400 different values, .*ignore=\[zip\]"):
@@ -152,6 +164,61 @@ def test_decimal_commas_are_read_if_the_option_says_so(tmp_path):
     area = data.train.inputs[:, 0] * data.input_std[0] + data.input_mean[0]
     target = data.train.targets * data.target_std + data.target_mean
     torch.testing.assert_close(area, target + 0.5)
+
+
+NOTATIONS = [
+    *("${}", "{} $", "EUR {}", "{} EUR", "-${}", "US${}", "{}€", "({})", "{}%", "{} %", "1'{}0"),
+    *("1.{}0,00", "1 {}0", "1\u202f{}0,5", "1_{}0", "1,{}0", "$1,{}0.50", "{} m2", "{}kg"),
+    *("{} sq ft", "{}.5 °C", "12:{}", "12:{} pm", "1:{}:05", "2024-01-{}", "{}.01.2024"),
+]
+
+
+@pytest.mark.parametrize("form", NOTATIONS)
+def test_numbers_in_other_notations_are_not_text(tmp_path, form):
+    table = [[f'"{form.format(i)}"', i, "x"] for i in [*range(10, 30)] * 2]
+    table[7][0] = "unknown"
+    path = write(tmp_path, table, "a,b,c")
+    where = f"flats.csv: line 2, column 'a' has '{form.format(10)}', a "
+    with pytest.raises(ValueError, match=r"plain numbers|dates to") as error:
+        read(path, "b", ignore=[])
+    assert where.replace("\u202f", "\\u202f") in str(error.value)
+    assert "(categories=[a])" in str(error.value)
+    for kind in ("auto", "regression"):
+        with pytest.raises(ValueError, match=r"plain numbers|dates to") as error:
+            read(path, "a", kind=kind, ignore=[])
+        assert "(kind=classification)" in str(error.value)
+    assert read(path, "b", ignore=[], categories=["a"]).columns[0].categories is not None
+    options = {"kind": "classification", "test_share": 0.5}
+    assert len(read(path, "a", ignore=[], **options).class_names or ()) == 21
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *(["4x4", "4x2", "6x4"], ["A3", "B12"], ["Q1", "Q2"], ["1st", "2nd", "3rd"]),
+        *(["3-room", "4-room"], ["36 months", "60 months"], ["16:9", "4:3"], ["10-20", "20-30"]),
+        *(["<5", "5+"], ["1012 AB", "1013 CD"], [f"{i}th" for i in range(4, 21)], ["v1.2", "v1.3"]),
+        *([f"{i}{'ABCD'[i % 4]}" for i in range(1, 21)], ["$60", "cheap", "dear", "free"]),
+    ],
+)
+def test_text_with_digits_is_categories(tmp_path, values):
+    table = [[values[i % len(values)], i] for i in range(100)]
+    path = write(tmp_path, table, "a,b")
+    assert read(path, "b", ignore=[]).columns == [Column("a", tuple(sorted(values)))]
+    assert read(path, "a", ignore=[]).class_names == sorted(values)
+
+
+@pytest.mark.parametrize("kind", ["auto", "regression"])
+def test_a_target_with_decimal_commas_is_not_classes(tmp_path, kind):
+    path = write(tmp_path, [[f"{i};{i},5"] for i in range(10)], "a;y")
+    with pytest.raises(ValueError, match=r"'y' has '0,5', which has no decimal point; set decimal"):
+        read(path, "y", ignore=[], kind=kind)
+    path = write(tmp_path, [[f"{i};{i},5"] for i in range(10)] + [["3;4"]], "a;y")
+    with pytest.raises(ValueError, match=r"has the number '4'; .*set decimal=comma"):
+        read(path, "y", ignore=[], kind=kind)
+    path = write(tmp_path, [[f"{i};{i}.5"] for i in range(10)], "a;y")
+    with pytest.raises(ValueError, match=r"has '0.5', a number that .* 1500,5, without"):
+        read(path, "y", ignore=[], kind=kind, decimal="comma")
 
 
 @pytest.mark.parametrize("cell", ["", "NA", "nan", "NaN", "N/A", "null", "?", " "])

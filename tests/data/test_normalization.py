@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -50,3 +51,38 @@ def test_tables_are_standardized_in_float64() -> None:
 
 def test_facts_without_a_mean_have_no_normalization() -> None:
     assert Normalization.from_facts({"input_shape": [3]}) is None
+
+
+class Own(TensorData):
+    """A data set of a user, with inputs [2, 3]."""
+
+    more: ClassVar[dict[str, object]] = {}
+
+    def facts(self) -> dict[str, object]:
+        return {"likelihood": "regression", "input_shape": [2, 3], "num_train": 4, **self.more}
+
+
+class Scaled(Own):
+    def normalize(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs / 2
+
+
+class Described(Own):
+    more: ClassVar[dict[str, object]] = {"input_mean": [1.0, 2.0], "input_std": [1.0, 2.0]}
+
+
+def facts_of(kind: type[Own]) -> dict[str, object]:
+    data = kind(data_dir="data", seed=0, batch_size=2, validation_share=0.0)
+    return data.recipe_facts()
+
+
+def test_a_data_set_that_does_not_normalize_has_the_identity() -> None:
+    normalization = Normalization.from_facts(facts_of(Own))
+    rows = torch.randn(5, 2, 3)
+    assert normalization is not None
+    assert torch.equal(normalization(rows), rows)
+    assert "input_mean" not in facts_of(Scaled)
+    described = Normalization.from_facts(facts_of(Described))
+    assert described == Normalization([1.0, 2.0], [1.0, 2.0])
+    channels = [(rows[:, 0] - 1), (rows[:, 1] - 2) / 2]
+    torch.testing.assert_close(described(rows), torch.stack(channels, 1))
