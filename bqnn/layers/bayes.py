@@ -15,7 +15,7 @@ from bqnn.arguments import ArgumentTypeError, real_number
 from bqnn.layers.draws import DrawnWeights, evaluation_noise
 from bqnn.layers.linear_map import Geometry, linear_map, linear_map_gradients
 from bqnn.layers.noise import in_memory_order, noise_like
-from bqnn.layers.swap import swap
+from bqnn.layers.swap import check_float, swap
 from bqnn.text import short
 
 PRIOR_STD, INIT_RHO = 1.0, -5.0  # the defaults
@@ -301,6 +301,7 @@ def to_bayes(
         raise ArgumentTypeError(
             f"keep={short(keep)}: give types of modules, such as nn.LayerNorm", "keep"
         )
+    check_float(net, "to_bayes")
     count = swap(
         net,
         {

@@ -9,7 +9,7 @@ from bqnn.arguments import ArgumentError, real_number
 from bqnn.layers.draws import Stochastic, evaluation_coins
 from bqnn.layers.markers import DropoutSite
 from bqnn.layers.noise import coins_like
-from bqnn.layers.swap import check_plain
+from bqnn.layers.swap import check_float, check_plain
 from bqnn.layers.trace import caller_of, function_of, trace
 
 # The dropout layers of torch, with the number of last dimensions that are dropped together.
@@ -95,6 +95,7 @@ def to_mcdropout(
           (1): Linear(in_features=3, out_features=2, bias=True)
         )
     """
+    check_float(net, "to_mcdropout")
     made: dict[nn.Module, MCDropout] = {}
     places = []
     for place, child in net.named_modules(remove_duplicate=False):

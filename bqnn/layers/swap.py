@@ -6,7 +6,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from bqnn.arguments import ArgumentError
 from bqnn.layers.chain import has_own_call
+from bqnn.layers.markers import Quantized
 from bqnn.layers.memory import is_one, shared
 
 # The kinds of hooks of a module. Load-state-dict pre-hooks are missing on purpose, because
@@ -166,6 +168,16 @@ def check_no_hooks(path: str, module: nn.Module) -> None:
         raise TypeError(
             f"{path} has {', '.join(hooks).replace('_', ' ')}, which a conversion would lose; "
             "remove them first, and add them to the converted module"
+        )
+
+
+def check_float(net: nn.Module, caller: str) -> None:
+    """Raise an ArgumentError if a network is quantized already."""
+    if any(isinstance(module, Quantized) for module in net.modules()):
+        raise ArgumentError(
+            f"net: it is quantized already; call {caller} on the network in float, and quantize "
+            "the result",
+            "net",
         )
 
 
