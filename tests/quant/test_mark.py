@@ -693,3 +693,12 @@ def test_a_network_of_two_inputs_is_quantized_in_steps() -> None:
     simulated.train()(left, right)
     simulated.eval()
     assert torch.equal(convert(deepcopy(simulated))(left, right), simulated(left, right))
+
+
+def test_many_modules_of_one_kind_are_kept_by_their_type() -> None:
+    net = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(4, 4), nn.SiLU()))).eval()
+    message = r"keep=\('1',\), or all of its type with keep=\(nn.SiLU,\)"
+    with pytest.raises(TypeError, match=message) as error:
+        prepare_qat(net)
+    one_line(error.value)
+    quantize(net, [torch.randn(8, 4)], keep=(nn.SiLU,))
