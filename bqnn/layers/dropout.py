@@ -107,7 +107,10 @@ def to_mcdropout(
             places.append((place, made[child]))
     _refuse_hidden(net)
     if not places:
-        raise ValueError("to_mcdropout: the network has no DropoutSite or nn.Dropout to convert")
+        raise ValueError(
+            "to_mcdropout: the network has no DropoutSite or nn.Dropout to convert; put nn.Dropout "
+            "before each linear layer or convolution but the first"
+        )
     for place, dropout in places:
         net.set_submodule(place, dropout)
     return net

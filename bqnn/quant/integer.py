@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.layers.draws import DrawnWeights, Stochastic, evaluation_noise
-from bqnn.layers.dropout import DROPOUTS, MCDropout
+from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.finite import refuse_non_finite
 from bqnn.layers.markers import Add, AvgPool, Cat, Pool, Quantized
@@ -256,7 +256,7 @@ def convert(
 
 def _replace_by_integers(net: nn.Module, engine: str) -> None:
     for module in net.modules():
-        if isinstance(module, tuple(DROPOUTS)):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0  # off in training mode, too: torch cannot drop integers
     replace_modules(
         net,

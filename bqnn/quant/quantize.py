@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from bqnn.arguments import ArgumentError, ArgumentTypeError, required
 from bqnn.layers.markers import Quantized
@@ -124,8 +123,8 @@ def _prepared(net: nn.Module, spec: QuantSpec, keep: Keep, trains: bool) -> nn.M
         )
     if any(isinstance(module, Quantized) for module in net.modules()):
         raise ArgumentError("net: it is quantized already; give the network in float", "net")
-    wrapped = "module" if isinstance(net, nn.DataParallel) else "_orig_mod"
-    if wrapped in net._modules and isinstance(net, nn.DataParallel | OptimizedModule):
+    wrapped = "module" if isinstance(net, nn.DataParallel) else "_orig_mod"  # of torch.compile
+    if wrapped in net._modules:
         raise ArgumentTypeError(
             f"net is a {type(net).__name__}, which wraps the network; give net.{wrapped}", "net"
         )
