@@ -59,8 +59,8 @@ def predictive(
         if x.is_floating_point():
             raise
         raise ArgumentTypeError(
-            f"x has dtype {x.dtype}, which the network does not take ({short(str(error), 120)}); pass "
-            "x.float()",
+            f"x has dtype {x.dtype}, which the network does not take "
+            f"({short(str(error), 120)}); pass x.float()",
             "x",
         ) from error
     return samples

@@ -15,7 +15,7 @@ from bqnn.arguments import ArgumentTypeError, real_number
 from bqnn.layers.draws import DrawnWeights, evaluation_noise
 from bqnn.layers.linear_map import Geometry, linear_map, linear_map_gradients
 from bqnn.layers.noise import in_memory_order, noise_like
-from bqnn.layers.swap import swap
+from bqnn.layers.swap import check_float, swap
 from bqnn.text import short
 
 PRIOR_STD, INIT_RHO = 1.0, -5.0  # the defaults
@@ -170,6 +170,16 @@ class BayesLinear(GaussianWeight):
         )
         return made.frozen_as(layer)
 
+    @property
+    def in_features(self) -> int:
+        """The size of the inputs."""
+        return self.mean.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """The size of the outputs."""
+        return self.mean.shape[0]
+
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 2 or x.dim() == 0:
             return super().forward(x)
@@ -257,6 +267,41 @@ class BayesConv2d(GaussianWeight):
         made.geometry = geometry
         return made.frozen_as(layer)
 
+    @property
+    def in_channels(self) -> int:
+        """The number of input channels."""
+        return self.mean.shape[1] * self.groups
+
+    @property
+    def out_channels(self) -> int:
+        """The number of output channels."""
+        return self.mean.shape[0]
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Height and width of the filters."""
+        return tuple(self.mean.shape[2:])
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """The step of the filters."""
+        return self.geometry.stride
+
+    @property
+    def padding(self) -> tuple[int, ...]:
+        """Zeros on each side."""
+        return self.geometry.padding
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        """The step between the inputs of a filter."""
+        return self.geometry.dilation
+
+    @property
+    def groups(self) -> int:
+        """The number of groups of channels."""
+        return self.geometry.groups
+
     def extra_repr(self) -> str:
         geometry = ", ".join(f"{key}={value}" for key, value in self.geometry._asdict().items())
         return f"{tuple(self.mean.shape)}, {geometry}, prior_std={self.prior_std}"
@@ -301,6 +346,13 @@ def to_bayes(
         raise ArgumentTypeError(
             f"keep={short(keep)}: give types of modules, such as nn.LayerNorm", "keep"
         )
+    check_float(net, "to_bayes")
+    for name, module in net.named_modules():
+        if isinstance(module, GaussianWeight) and not isinstance(module, kept):
+            raise TypeError(
+                f"to_bayes: {name or 'the network'} is a {type(module).__name__} already; convert "
+                f"a network once, or give keep=({type(module).__name__},)"
+            )
     count = swap(
         net,
         {

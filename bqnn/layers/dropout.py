@@ -10,7 +10,7 @@ from bqnn.arguments import ArgumentError, real_number
 from bqnn.layers.draws import Stochastic, evaluation_coins
 from bqnn.layers.markers import DropoutSite
 from bqnn.layers.noise import coins_like
-from bqnn.layers.swap import check_plain
+from bqnn.layers.swap import check_float, check_plain
 from bqnn.layers.trace import caller_of, function_of, trace
 
 # The dropout layers of torch, with the number of last dimensions that are dropped together.
@@ -115,6 +115,7 @@ def to_mcdropout(
           (1): Linear(in_features=3, out_features=2, bias=True)
         )
     """
+    check_float(net, "to_mcdropout")
     made: dict[nn.Module, MCDropout] = {}
     places = []
     for place, child in net.named_modules(remove_duplicate=False):
@@ -126,7 +127,10 @@ def to_mcdropout(
             places.append((place, made[child]))
     _refuse_hidden(net)
     if not places:
-        raise ValueError("to_mcdropout: the network has no DropoutSite or nn.Dropout to convert")
+        raise ValueError(
+            "to_mcdropout: the network has no DropoutSite or nn.Dropout to convert; put nn.Dropout "
+            "before each linear layer or convolution but the first"
+        )
     for place, dropout in places:
         net.set_submodule(place, dropout)
     return net

@@ -30,6 +30,10 @@ class Leave(nn.Identity):
     """The exit of the integer region of a quantized network; the identity in float."""
 
 
+class Quantized(nn.Module):
+    """Base class of modules that only quantized networks have, simulated or in int8."""
+
+
 class Add(nn.Module):
     """Residual sum, with ReLU: relu(x + y).
 

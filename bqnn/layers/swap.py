@@ -6,7 +6,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from bqnn.arguments import ArgumentError
 from bqnn.layers.chain import has_own_call
+from bqnn.layers.markers import Quantized
 from bqnn.layers.memory import is_one, shared
 
 # The kinds of hooks of a module. Load-state-dict pre-hooks are missing on purpose, because
@@ -54,12 +56,8 @@ def swap(
         Linear(in_features=3, out_features=5, bias=True)
     """
     known = ", ".join(kind.__name__ for kind in (*replacements, *keep))
-    unknown = (
-        f"this conversion does not support; it supports {known}; name its type in `keep` to leave "
-        "its parameters as they are"
-    )
     if owns_parameters(net) and not isinstance(net, (*replacements, *keep)):
-        refuse_unknown("the network", net, unknown)
+        refuse_unknown("the network", net, _unknown(net, known))
     check_unshared(net, replacements)
     made: dict[nn.Module, nn.Module] = {}
     places: list[tuple[nn.Module, str, nn.Module]] = []
@@ -77,10 +75,34 @@ def swap(
                     made[child] = _made(path, replacements[type(child)], child)
                 places.append((parent, child_name, made[child]))
             elif owns_parameters(child) and not isinstance(child, keep):
-                refuse_unknown(path, child, unknown)
+                refuse_unknown(path, child, _unknown(child, known))
     for parent, child_name, module in places:
         setattr(parent, child_name, module)
     return len(made)
+
+
+def _unknown(module: nn.Module, known: str) -> str:
+    """Return why a module with parameters is not converted, and how to keep them."""
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    is_converted_inside = module._modules and not any(True for _ in _parts_read_by(module))
+    return (
+        f"this conversion does not support; it supports {known}; keep=({type_name(module)},) "
+        f"leaves its own parameters ({shown}) as they are"
+        + (", and converts the layers inside" if is_converted_inside else "")
+    )
+
+
+def type_name(module: nn.Module) -> str:
+    """Return the name of a module's type as in code: `nn.SiLU`, or the class's name alone.
+
+    Examples:
+        >>> type_name(nn.SiLU())
+        'nn.SiLU'
+    """
+    kind = type(module)
+    is_of_torch = getattr(nn, kind.__name__, None) is kind
+    return f"nn.{kind.__name__}" if is_of_torch else kind.__name__
 
 
 def _parts_read_by(module: nn.Module) -> Iterator[nn.Module]:
@@ -166,6 +188,16 @@ def check_no_hooks(path: str, module: nn.Module) -> None:
         raise TypeError(
             f"{path} has {', '.join(hooks).replace('_', ' ')}, which a conversion would lose; "
             "remove them first, and add them to the converted module"
+        )
+
+
+def check_float(net: nn.Module, caller: str) -> None:
+    """Raise an ArgumentError if a network is quantized already."""
+    if any(isinstance(module, Quantized) for module in net.modules()):
+        raise ArgumentError(
+            f"net: it is quantized already; call {caller} on the network in float, and quantize "
+            "the result",
+            "net",
         )
 
 

@@ -171,7 +171,7 @@ class _Tracer(fx.Tracer):
 def _reason(error: Exception) -> str:
     text = str(error).strip().partition("\n")[0]
     if isinstance(error, fx.proxy.TraceError) or not text:
-        return "its control flow depends on the inputs"
+        return "its control flow depends on values or shapes of the inputs, as in if, for or assert"
     return text[:120]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bqnn.arguments import ArgumentError
 from bqnn.layers.linear_map import Geometry
+from bqnn.layers.markers import Quantized
 from bqnn.quant.grids import Grid
 from bqnn.quant.observers import LeastSquaresObserver, Observer, make_observer
 
@@ -33,7 +34,7 @@ warnings.filterwarnings(
 _packing = Lock()  # the engine is a process-wide setting of torch
 
 
-class FakeQuant(nn.Module):
+class FakeQuant(Quantized):
     """Rounds floats to a quantization grid, and returns floats.
 
         x_q = scale * (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point)

@@ -10,7 +10,7 @@ from bqnn.layers.draws import DrawnWeights, Stochastic, evaluation_noise
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.finite import refuse_non_finite
-from bqnn.layers.markers import Add, AvgPool, Cat, Pool
+from bqnn.layers.markers import Add, AvgPool, Cat, Pool, Quantized
 from bqnn.quant.fbgemm import (
     ActivationGrid,
     FakeQuant,
@@ -111,7 +111,7 @@ class IntegerDropout(Stochastic):
         return keep_scaled(x, self.dropout.kept(x), 1 / (1 - self.dropout.rate))
 
 
-class IntegerEnter(nn.Module):
+class IntegerEnter(Quantized):
     """Quantizes the inputs of the network. Raises a ValueError if a value is not finite."""
 
     def __init__(self, enter: SimulatedEnter) -> None:
@@ -255,6 +255,9 @@ def convert(
 
 
 def _replace_by_integers(net: nn.Module, engine: str) -> None:
+    for module in net.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0  # off in training mode, too: torch cannot drop integers
     replace_modules(
         net,
         {

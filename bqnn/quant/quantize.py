@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.arguments import ArgumentError, ArgumentTypeError, required
+from bqnn.layers.markers import Quantized
 from bqnn.layers.noise import reseed
 from bqnn.layers.swap import check_no_loose_tensors
 from bqnn.quant.fuse import fuse
-from bqnn.quant.integer import IntegerEnter, convert
+from bqnn.quant.integer import convert
 from bqnn.quant.mark import Keep, entries, mark
 from bqnn.quant.saturation import refuse_saturation
-from bqnn.quant.simulated import calibrate, is_prepared, prepare
+from bqnn.quant.simulated import calibrate, prepare
 from bqnn.quant.spec import QuantSpec
 from bqnn.seeds import Stream, stream_seed
 from bqnn.text import short
@@ -120,8 +121,13 @@ def _prepared(net: nn.Module, spec: QuantSpec, keep: Keep, trains: bool) -> nn.M
         raise ArgumentTypeError(
             f"spec={short(spec)} is not a QuantSpec; give QuantSpec(...)", "spec"
         )
-    if is_prepared(net) or any(isinstance(module, IntegerEnter) for module in net.modules()):
+    if any(isinstance(module, Quantized) for module in net.modules()):
         raise ArgumentError("net: it is quantized already; give the network in float", "net")
+    wrapped = "module" if isinstance(net, nn.DataParallel) else "_orig_mod"  # of torch.compile
+    if wrapped in net._modules:
+        raise ArgumentTypeError(
+            f"net is a {type(net).__name__}, which wraps the network; give net.{wrapped}", "net"
+        )
     if trains:
         spec.check_trainable()
     check_no_loose_tensors(net)

@@ -8,8 +8,9 @@ from torch import Tensor, fx, nn
 
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.markers import Add, AvgPool, Cat, Enter, Leave, Pool
+from bqnn.layers.swap import type_name
 from bqnn.layers.trace import caller_of, function_of, trace
-from bqnn.quant.fuse import Fused
+from bqnn.quant.fuse import ACTIVATIONS, Fused
 from bqnn.quant.grids import ASKING, keeps_grid, refusal
 from bqnn.quant.traced import Traced
 
@@ -145,9 +146,19 @@ def _is_on_grid_after(
     if not origins:
         return False
     if not isinstance(module, KEEPING) or getattr(module, "return_indices", False):
-        remedy = f"{traced.remedy(node)}, or {SUPPORTED}" if traced else ""
+        remedy = f"{_kept(traced, node, module)}, or {SUPPORTED}" if traced else ""
         raise TypeError(f"prepare: {refusal(f'{name}, a {kind},', origins[0], remedy)}")
     return True
+
+
+def _kept(net: Traced, node: fx.Node, module: nn.Module) -> str:
+    """Return how to keep a module in float, alone or with all others of its type."""
+    are_many = sum(type(other) is type(module) for _, _, other in net.named_calls()) > 1
+    if are_many and not isinstance(
+        module, (*KEEPING, *ACTIVATIONS, nn.BatchNorm1d, nn.BatchNorm2d)
+    ):
+        return f"{net.remedy(node)}, or all of its type with keep=({type_name(module)},)"
+    return net.remedy(node)
 
 
 def _only_asks(node: fx.Node) -> bool:

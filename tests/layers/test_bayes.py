@@ -402,7 +402,7 @@ def test_linear_layers_take_any_leading_dimensions(shape, training):
 
 def test_kept_types_stay_point_valued():
     net = nn.Sequential(nn.Embedding(9, 8), nn.LayerNorm(8), nn.Linear(8, 2), nn.BatchNorm1d(2))
-    with pytest.raises(TypeError, match=r"0 is a Embedding.* name its type in `keep`"):
+    with pytest.raises(TypeError, match=r"0 is a Embedding.*; keep=\(nn.Embedding,\) leaves"):
         to_bayes(net)
     to_bayes(net, keep=(nn.Embedding, nn.LayerNorm))
     assert [type(module) for module in net] == [
@@ -426,3 +426,35 @@ def test_modules_of_torch_that_read_their_layers_are_kept_whole():
     made = to_bayes(net(), keep=nn.TransformerEncoderLayer)
     assert [name for name, m in made.named_modules() if isinstance(m, GaussianWeight)] == ["1"]
     assert made(torch.randn(2, 3, 8)).shape == (2, 3, 2)
+
+
+def test_layers_have_the_sizes_of_the_layers_of_torch():
+    linear, conv = nn.Linear(3, 2), nn.Conv2d(4, 6, (3, 5), 2, (1, 2), (2, 1), groups=2)
+    for name in ("in_features", "out_features"):
+        assert getattr(BayesLinear.like(linear), name) == getattr(linear, name)
+    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"):
+        assert getattr(BayesConv2d.like(conv), name) == getattr(conv, name)
+    assert BayesConv2d.like(conv).groups == conv.groups
+
+
+def test_own_parameters_of_a_network_are_named_with_the_remedy():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.position = nn.Linear(3, 2), nn.Parameter(torch.zeros(3))
+
+    message = r"keep=\(Net,\) leaves its own parameters \(position\) as they are, and converts the"
+    for net in (Net(), nn.Sequential(Net())):
+        with pytest.raises(TypeError, match=message):
+            to_bayes(net)
+        to_bayes(net, keep=(Net,))
+    with pytest.raises(
+        TypeError, match=r"keep=\(nn.Embedding,\) leaves its own parameters .weight"
+    ):
+        to_bayes(nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 1)))
+
+
+def test_a_bayesian_network_is_not_converted_again():
+    net = to_bayes(nn.Sequential(nn.Linear(3, 2)))
+    with pytest.raises(TypeError, match="0 is a BayesLinear already; convert a network once"):
+        to_bayes(net)

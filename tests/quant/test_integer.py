@@ -2,11 +2,13 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bqnn.arguments import ArgumentError
 from bqnn.inference.predict import predictive
 from bqnn.layers.bayes import to_bayes
 from bqnn.layers.draws import held_draw
@@ -17,7 +19,7 @@ from bqnn.quant import fbgemm
 from bqnn.quant.fbgemm import can_saturate, has_vnni
 from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import IntegerDropout, convert
-from bqnn.quant.quantize import quantize
+from bqnn.quant.quantize import prepare_qat, quantize
 from bqnn.quant.saturation import refuse_saturation
 from bqnn.quant.simulated import SimulatedLayer, calibrate, prepare
 from bqnn.quant.spec import QuantSpec
@@ -352,3 +354,20 @@ def test_inputs_that_are_not_finite_are_refused(bad: float) -> None:
     x[2, 1, 3, 3] = bad
     with pytest.raises(ValueError, match=r"^1 of the 4 rows of inputs contain NaN .* first row 2"):
         integer(x)
+
+
+def with_dropout() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 2)).eval()
+
+
+@pytest.mark.parametrize("change", [to_mcdropout, to_bayes])
+def test_quantized_networks_stay_what_they_are(change: Callable[[nn.Module], nn.Module]) -> None:
+    for net in (prepare_qat(with_dropout()), quantize(with_dropout(), [torch.randn(8, 4)])):
+        with pytest.raises(ArgumentError, match=f"quantized already; call {change.__name__} on"):
+            change(net)
+
+
+def test_the_mode_of_an_int8_network_does_not_matter() -> None:
+    x = torch.randn(8, 4)
+    integer = quantize(with_dropout(), [x])
+    assert torch.equal(integer.train()(x), integer.eval()(x))

@@ -297,7 +297,7 @@ REFUSED: dict[str, tuple[Forward, str]] = {
         lambda net, x: head(net, net.first(x + torch.randn_like(x))),
         "randn_like, called by the network itself, draws random numbers",
     ),
-    "branch": (branching, "its control flow depends on the inputs.*keep"),
+    "branch": (branching, "its control flow depends on .*the inputs.*keep"),
     "training": (with_noise_in_training, "something else in training .*second"),
     "functional layer": (functional_layer, "conv2d, called by the network itself, is a layer"),
     "part changed": (changing_a_part, "changes getitem in place, which is read later as first"),
@@ -693,3 +693,18 @@ def test_a_network_of_two_inputs_is_quantized_in_steps() -> None:
     simulated.train()(left, right)
     simulated.eval()
     assert torch.equal(convert(deepcopy(simulated))(left, right), simulated(left, right))
+
+
+def test_many_modules_of_one_kind_are_kept_by_their_type() -> None:
+    net = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(4, 4), nn.SiLU()))).eval()
+    message = r"keep=\('1',\), or all of its type with keep=\(nn.SiLU,\)"
+    with pytest.raises(TypeError, match=message) as error:
+        prepare_qat(net)
+    one_line(error.value)
+    quantize(net, [torch.randn(8, 4)], keep=(nn.SiLU,))
+
+
+def test_wrappers_of_a_network_are_refused_with_the_network() -> None:
+    for wrap, inner in ((nn.DataParallel, "module"), (torch.compile, "_orig_mod")):
+        with pytest.raises(TypeError, match=f"wraps the network; give net.{inner}"):
+            prepare_qat(wrap(nn.Sequential(nn.Linear(3, 2))))
