@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bqnn.data.csv_file import read_csv
+from bqnn.data.csv_file import read_csv, read_names
 
 FLATS = {"area": ["70", "62.5"], "city": ["Ghent", "Aalst, north"]}
 
@@ -32,7 +32,9 @@ def written(folder: Path, content: str | bytes, name: str = "flats.csv") -> Path
     ],
 )
 def test_the_usual_ways_to_write_a_table_are_one(tmp_path, content):
-    assert read_csv(written(tmp_path, content)).columns == FLATS
+    path = written(tmp_path, content)
+    assert read_csv(path).columns == FLATS
+    assert list(read_names(path).columns) == list(FLATS)
 
 
 def test_lines_are_those_of_the_file(tmp_path):
@@ -94,6 +96,13 @@ def test_files_that_are_not_tables_are_refused_in_one_line(tmp_path, content, me
         read_csv(path)
     assert str(error.value).startswith(str(path))
     assert str(error.value).isprintable()
+
+
+def test_names_are_read_without_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("bqnn.data.csv_file._START", 20)
+    for encoding in ("utf-8", "utf-16"):
+        path = written(tmp_path, ('a,b\n1,"é' + "é" * 50).encode(encoding))
+        assert read_names(path).columns == {"a": [], "b": []}
 
 
 def test_only_regular_files_are_read(tmp_path):

@@ -291,8 +291,8 @@ def test_a_value_that_cannot_be_used_is_named(tmp_path, table, message):
         ({"ignore": ["size"]}, "ignore='size': .* no such column"),
         ({"categories": [9]}, "categories=9: .* no such column"),
         ({"features": ["area", "price"]}, "features: 'price' is the column to predict"),
-        ({"features": []}, "no input column is left besides 'price'"),
-        ({"ignore": [0, 1, 2, 3]}, "no input column is left"),
+        ({"features": []}, "no input column is left besides 'price'; list other.*features=null"),
+        ({"ignore": [0, 1, 2, 3]}, "no input column is left .*; leave one out of ignore"),
         ({"kind": "ranking"}, "kind='ranking': choose auto or regression or classification"),
         ({"missing": "mean"}, "missing='mean': choose refuse or drop"),
         ({"decimal": ","}, "decimal=',': choose point or comma"),
@@ -305,6 +305,12 @@ def test_an_option_that_does_not_fit_the_table_is_named(tmp_path, options, messa
     with pytest.raises(ValueError, match=message) as error:
         read(write(tmp_path), **{"target": "price", **options})
     assert str(error.value).isprintable()
+
+
+def test_a_file_with_other_separators_is_told_which_ones_there_are(tmp_path):
+    path = write(tmp_path, [["1 2 3"]] * 5, "a b y")
+    with pytest.raises(ValueError, match="besides 'a b y'; separate columns by commas, semicolons"):
+        read(path, -1, ignore=[])
 
 
 def test_a_target_needs_two_classes_and_not_too_many(tmp_path):
