@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bqnn.files import open_regular
-from bqnn.text import one_line, printable, short
+from bqnn.text import counted, one_line, printable, short
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +100,9 @@ def read_csv(path: Path) -> CSVFile:
     for row, line in zip(rows[1:], lines[1:], strict=True):
         if len(row) != len(names):
             raise ValueError(
-                f"{where}: line {line} has {len(row)} cells, but line {lines[0]} names "
-                f"{len(names)} columns; correct the line, and quote text that has a separator"
+                f"{where}: line {line} has {counted(len(row), 'cell')}, but line {lines[0]} names "
+                f"{counted(len(names), 'column')}; correct the line, and quote text that "
+                "has a separator"
             )
     cells = zip(*rows[1:], strict=True) if len(rows) > 1 else iter([()] * len(names))
     columns = {name: list(column) for name, column in zip(names, cells, strict=True) if name}

@@ -26,7 +26,7 @@ from bqnn.data.columns import Column, category_of, column_facts, number
 from bqnn.data.csv_file import CSVFile, read_csv, read_names
 from bqnn.data.split import draw_test_rows
 from bqnn.data.tables import TableData
-from bqnn.text import printable, short
+from bqnn.text import counted, printable, short
 
 log = logging.getLogger(__name__)
 
@@ -196,8 +196,8 @@ class CSVData(TableData):
             file = file.take([row for row in range(len(file.lines)) if row not in dropped])
         if len(file.lines) < 2:
             raise ValueError(
-                f"{file.where} has {len(file.lines)} complete rows below its line of names; a "
-                "table needs at least two, one to train and one to test"
+                f"{file.where} has {counted(len(file.lines), 'complete row')} below its line of "
+                "names; a table needs at least two, one to train and one to test"
             )
         return file
 
@@ -215,13 +215,20 @@ class CSVData(TableData):
                     "kind=classification, or another column",
                     "kind",
                 )
-            return torch.tensor([number(cell, self.decimal) for cell in cells], dtype=torch.float64)
+            values = [number(cell, self.decimal) for cell in cells]
+            if len(set(values)) == 1:
+                raise ArgumentError(
+                    f"{file.where}: column {short(name)} has {short(cells[0])} in every row, so "
+                    "there is nothing to predict; choose another column (target)",
+                    "target",
+                )
+            return torch.tensor(values, dtype=torch.float64)
         self.class_names = categories_of(file, name, self.decimal)
         if not 2 <= len(self.class_names) <= MOST_CLASSES:
             raise ArgumentError(
-                f"{file.where}: column {short(name)} has {len(self.class_names)} different values, "
-                f"but a classification has 2 to {MOST_CLASSES} classes; choose another column, or "
-                "kind=regression for numbers",
+                f"{file.where}: column {short(name)} has "
+                f"{counted(len(self.class_names), 'different value')}, but a classification has 2 "
+                f"to {MOST_CLASSES} classes; choose another column, or kind=regression for numbers",
                 "kind",
             )
         index = {each: position for position, each in enumerate(self.class_names)}

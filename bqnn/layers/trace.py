@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from bqnn.layers.draws import Stochastic
 from bqnn.layers.markers import Add, AvgPool, Cat, DropoutSite, Enter, Leave, Pool
+from bqnn.text import with_article
 
 SIZES = ("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "item")
 # Modules whose calls a trace shows, and not what they call. (So are the modules of torch.nn.)
@@ -29,7 +30,7 @@ class UntraceableError(TypeError):
 
     def __init__(self, net: nn.Module, module: str, reason: str) -> None:
         kind = type(dict(net.named_modules())[module]).__name__
-        name = f"{module}, a {kind}," if module else kind
+        name = f"{module}, {with_article(kind)}," if module else kind
         super().__init__(f"the forward of {name} cannot be traced: {reason}")
         self.module = module
 

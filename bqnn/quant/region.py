@@ -12,6 +12,7 @@ from bqnn.layers.trace import caller_of, function_of, trace
 from bqnn.quant.fuse import Fused
 from bqnn.quant.grids import ASKING, keeps_grid, kept_in_float, refusal
 from bqnn.quant.traced import Traced
+from bqnn.text import type_of, with_article
 
 # Modules that keep the grid of their input. (fuse() has removed an nn.ReLU after a layer.)
 KEEPING = (
@@ -66,7 +67,7 @@ def _refuse_subclass(name: str, module: nn.Module) -> None:
     kind = next((kind for kind in MARKED if isinstance(module, kind)), None)
     if kind is not None and type(module) is not kind:
         raise TypeError(
-            f"prepare: {name} is a {type(module).__name__}, a subclass of {kind.__name__} whose "
+            f"prepare: {name} is {type_of(module)}, a subclass of {kind.__name__} whose "
             f"changes int8 would ignore; use {kind.__name__} itself, and move the changes outside "
             "the integer region, to a module that is not a marker of bqnn"
         )
@@ -125,15 +126,15 @@ def _is_on_grid_after(
         if len(origins) < num_inputs:
             what = type(module.layer).__name__ if isinstance(module, Fused) else kind
             raise TypeError(
-                f"prepare: {name} is a {what} outside the integer region; put an Enter before it, "
-                "and a Leave only after the last layer (bqnn.layers.markers)"
+                f"prepare: {name} is {with_article(what)} outside the integer region; put an Enter "
+                "before it, and a Leave only after the last layer (bqnn.layers.markers)"
             )
         return not isinstance(module, Leave)
     if not origins:
         return False
     if not isinstance(module, KEEPING) or getattr(module, "return_indices", False):
         remedy = f"{kept_in_float(name)}, or {SUPPORTED}" if is_traced else ""
-        raise TypeError(f"prepare: {refusal(f'{name}, a {kind},', origins[0], remedy)}")
+        raise TypeError(f"prepare: {refusal(f'{name}, {with_article(kind)},', origins[0], remedy)}")
     return True
 
 

@@ -75,7 +75,7 @@ def test_names_may_be_numbers(tmp_path, names):
         ("1.5,2,3\n4,5,6\n", "line 1 has only numbers; add a line with the names"),
         ("a,b,a\n1,2,3\n", "line 1 has the name 'a' twice; rename"),
         ("a,b\n1,2\n\n3,4,5\n", "line 4 has 3 cells, but line 1 names 2 columns"),
-        ("a,b\n1\n", "line 2 has 1 cells, but line 1 names 2 columns"),
+        ("a,b\n1\n", "line 2 has 1 cell, but line 1 names 2 columns"),
         ('a,b\n1,"2\n3,4\n', r"line \d cannot be split into cells .*; close each quote"),
         ('a,b\n1,"2"x\n', "line 2 cannot be split into cells"),
         ("a,b\n1," + "x" * 200_000 + "\n", "line 2 cannot be split into cells .*field limit"),
