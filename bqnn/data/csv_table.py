@@ -251,8 +251,9 @@ class CSVData(TableData):
         how = " (kind=auto)" if self.kind == "auto" else ""
         numbers = [column for column in self.columns if column.categories is None]
         log.info(
-            "%s: %d rows; %s%s of column %s; %d columns of numbers; columns of categories: %s",
-            *(file.where, len(file.lines), what, how, short(self.target_name), len(numbers)),
+            "%s: %d rows; %s%s of column %s; %s of numbers; columns of categories: %s",
+            *(file.where, len(file.lines), what, how, short(self.target_name)),
+            counted(len(numbers), "column"),
             _shown([column for column in self.columns if column.categories is not None]),
         )
 
