@@ -16,6 +16,7 @@ from bqnn.arguments import real_number
 from bqnn.layers.bayes import BayesConv2d, BayesLinear, GaussianWeight
 from bqnn.layers.linear_map import Geometry
 from bqnn.layers.swap import check_no_hooks
+from bqnn.text import type_of
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ def _take_over(
         elif isinstance(layer, (*readers, *others)):
             known = ", ".join(kind.__name__ for kind in readers)
             raise TypeError(
-                f"{path} is a {type(layer).__name__}, which {caller} does not support; it converts "
+                f"{path} is {type_of(layer)}, which {caller} does not support; it converts "
                 f"{known}; replace the layer by one of these"
             )
     if not made:
@@ -162,7 +163,7 @@ def _read(path: str, reader: Callable[[Any], Posterior], layer: nn.Module) -> Po
     try:
         return reader(layer)
     except TypeError as error:
-        raise TypeError(f"{path} is a {type(layer).__name__} that {error}") from None
+        raise TypeError(f"{path} is {type_of(layer)} that {error}") from None
 
 
 def _converted(

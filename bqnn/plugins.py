@@ -16,7 +16,7 @@ from typing import Any
 
 from bqnn.settings.conf import NAME_KEYS
 from bqnn.settings.suggest import did_you_mean
-from bqnn.text import one_line, short
+from bqnn.text import one_line, short, type_of
 
 # The groups of a configuration, and the entry points for each.
 ENTRY_POINTS = {"method": "bqnn.methods", "net": "bqnn.nets", "task": "bqnn.data"}
@@ -60,7 +60,7 @@ def find_class(
         raise ValueError(_unknown(group, str(options.get(key)), own))
     found = _loaded(named, load)
     if not _is_kind(found, group, base):
-        kind = "a class" if isinstance(found, type) else f"a {type(found).__name__}"
+        kind = "a class" if isinstance(found, type) else type_of(found)
         maker = f", or of a function that returns a {base.__name__}" if group == "net" else ""
         raise ValueError(
             f"{named}: it is {kind}; give the path of a subclass of "

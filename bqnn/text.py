@@ -59,10 +59,43 @@ def short(value: object, length: int = 60) -> str:
     if type(value) is str:
         cut = value if len(value) <= length else value[: length - 3] + "..."
         return f"'{printable(cut)}'"
-    kind = printable(type(value).__name__)
+    kind = type_of(value)
     if type(value) in (list, tuple, dict, set, bytes, bytearray):
-        return f"a {kind} of {len(value)}"  # type: ignore[arg-type]
-    return f"a {kind}"
+        return f"{kind} of {len(value)}"  # type: ignore[arg-type]
+    return kind
+
+
+def type_of(value: object) -> str:
+    """Name the type of a value for an error message, with an article.
+
+    Examples:
+    >>> type_of(3), type_of([])
+    ('an int', 'a list')
+    """
+    return with_article(printable(type(value).__name__))
+
+
+def with_article(name: str) -> str:
+    """Put "a" or "an" before the name of a class, as it is spoken.
+
+    Examples:
+    >>> with_article("int"), with_article("LSTM"), with_article("Unfold"), with_article("Linear")
+    ('an int', 'an LSTM', 'an Unfold', 'a Linear')
+    """
+    is_spelled = name[1:2].isupper() and name[:1] in "AEFHILMNORSX"
+    is_vowel = name[:1] in "AEIOaeio" or name.lower().startswith(("un", "up"))
+    return f"{'an' if is_spelled or is_vowel else 'a'} {name}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Put a number before a noun in the singular, to which "s" or "es" is added unless it is 1.
+
+    Examples:
+    >>> counted(1, "column"), counted(2, "column"), counted(3, "class")
+    ('1 column', '2 columns', '3 classes')
+    """
+    plural = "es" if noun.endswith(("s", "x", "ch")) else "s"
+    return f"{number} {noun}{'' if number == 1 else plural}"
 
 
 def valid_name(text: str, length: int = LONGEST_NAME) -> str:

@@ -138,7 +138,7 @@ def test_names_of_bqnn_win_over_entry_points_and_paths_over_names(imported, decl
         ),
         ({"_target_": "no_such_package.Net"}, "cannot be imported .*No module named.*PYTHONPATH"),
         ({"_target_": "foreign_code.Nett"}, "cannot be imported .*has no attribute 'Nett'"),
-        ({"_target_": "foreign_code.some_object"}, "it is a MLP; give the path of a subclass of"),
+        ({"_target_": "foreign_code.some_object"}, "it is an MLP; give the path of a subclass of"),
         ({"_target_": "foreign_code.system"}, "it is a builtin_function_or_method; give the path"),
         ({"_target_": "foreign_code.OwnData"}, "it is a class; give the path of a subclass of"),
         ({"_target_": "foreign_code.Path"}, "it is a class; give the path of a subclass of torch"),

@@ -39,6 +39,14 @@ def read_rows(rows: object, facts: Mapping[str, Any]) -> Tensor:
     """
     if "feature_names" in facts and _has_columns(rows):
         values = _from_columns(rows, facts)
+    elif isinstance(rows, Sequence) and any(isinstance(row, Mapping) for row in rows):
+        raise ArgumentTypeError(
+            "rows are a list of dictionaries; give one dictionary of columns, such as "
+            "{name: [row[name] for row in rows] for name in rows[0]}, or a DataFrame"
+            if "feature_names" in facts
+            else "rows are a list of dictionaries; give an array with the numbers of each row",
+            "rows",
+        )
     elif isinstance(rows, Tensor):
         values = _from_tensor(rows)
     else:

@@ -11,7 +11,7 @@ from bqnn.checkpoints.recipe import build, load, make_recipe
 from bqnn.commands.choices import check_training
 from bqnn.commands.predictions import predict
 from bqnn.data import TensorData
-from bqnn.data.task import make_data
+from bqnn.data.task import check_data, make_data
 from bqnn.evaluation.figures import draw_results
 from bqnn.evaluation.results import require_results, write_metrics, write_predictions
 from bqnn.evaluation.suite import score_sets, split_sets
@@ -39,10 +39,12 @@ def check(config: dict[str, Any], is_sweep: bool) -> None:
     """Refuse a configuration from which no training can be built.
 
     Raises:
-        ValueError: A name, an option or a device is refused.
+        FileNotFoundError: The file or the folder of the task does not exist.
+        ValueError: A name, an option, a device or a column is refused.
     """
     check_training(config)
     refuse_devices(config["trainer"], allow_several=not is_sweep)
+    check_data(config)
 
 
 def run(job: Job) -> None:

@@ -96,6 +96,12 @@ class TensorData(LightningDataModule):
         self.order = Stream.ORDER  # the random stream of the order of training rows
         self.is_set_up = False
 
+    def check_source(self) -> None:
+        """Refuse a missing file or folder, or one without what the options name.
+
+        It is called before a training writes anything, and must not read the rows.
+        """
+
     def setup(self, stage: str | None = None) -> None:
         """Read and split the data. Further calls have no effect."""
         if self.is_set_up:

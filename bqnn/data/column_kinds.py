@@ -8,7 +8,7 @@ from bqnn.arguments import ArgumentError
 from bqnn.data.columns import category_of, is_missing, number
 from bqnn.data.csv_file import CSVFile
 from bqnn.data.notations import has_decimal_comma, odd_notation
-from bqnn.text import printable, short
+from bqnn.text import counted, printable, short
 
 MOST_CATEGORIES = 100  # of a column that is not listed as one of categories
 MOST_CLASSES = 1000
@@ -199,8 +199,9 @@ def refuse_missing(file: CSVFile, name: str, is_target: bool) -> None:
     if rows:
         remedy = "" if is_target else f", leave out the column (ignore=[{_quoted(name)}])"
         raise ArgumentError(
-            f"{file.place(rows[0], name)}, and {len(rows)} of its {len(file.lines)} cells have no "
-            f"value; fill them in{remedy}, or leave out such rows (missing=drop)",
+            f"{file.place(rows[0], name)}, and {len(rows)} of its "
+            f"{counted(len(file.lines), 'cell')} have no value; fill them in"
+            f"{remedy}, or leave out such rows (missing=drop)",
             *("ignore", "missing"),
         )
 

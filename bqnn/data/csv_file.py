@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
@@ -10,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bqnn.files import open_regular
-from bqnn.text import one_line, printable, short
+from bqnn.text import counted, one_line, printable, short
 
 log = logging.getLogger(__name__)
 
 _SEPARATORS = ",;\t|"
 _LONGEST_NAME = 200  # characters
+_START = 2**24  # bytes that have the names of the columns
 _OTHER_FORMATS = {
     b"\x1f\x8b": "is compressed; unpack it (gunzip)",
     b"BZh": "is compressed; unpack it (bunzip2)",
@@ -92,32 +94,52 @@ def read_csv(path: Path) -> CSVFile:
     where = printable(str(path))
     content = _content(path, where)
     rows, lines = _rows(_text(content, where), where)
-    if not rows:
-        raise ValueError(f"{where} is empty; give a CSV file with a line of names and rows")
-    names = rows[0]
-    if all(map(_is_number, names)) and names != [str(number) for number in range(len(names))]:
-        raise ValueError(
-            f"{where}: line {lines[0]} has only numbers; add a line with the names of the columns "
-            "before it"
-        )
-    _check_names(names, f"{where}: line {lines[0]}")
+    names = _names(rows, lines, where)
     if num_unnamed := names.count(""):
         log.warning("%s: columns without a name are left out (%d)", where, num_unnamed)
     for row, line in zip(rows[1:], lines[1:], strict=True):
         if len(row) != len(names):
             raise ValueError(
-                f"{where}: line {line} has {len(row)} cells, but line {lines[0]} names "
-                f"{len(names)} columns; correct the line, and quote text that has a separator"
+                f"{where}: line {line} has {counted(len(row), 'cell')}, but line {lines[0]} names "
+                f"{counted(len(names), 'column')}; correct the line, and quote text that "
+                "has a separator"
             )
     cells = zip(*rows[1:], strict=True) if len(rows) > 1 else iter([()] * len(names))
     columns = {name: list(column) for name, column in zip(names, cells, strict=True) if name}
     return CSVFile(path, columns, lines[1:], hashlib.sha256(content).hexdigest())
 
 
-def _content(path: Path, where: str) -> bytes:
+def read_names(path: Path) -> CSVFile:
+    """Read the names of the columns of a CSV file, without its rows.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The columns, without cells.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The first line has no names of columns.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "flats.csv")
+        ...     size = path.write_text("area;city\\n70,5;Ghent\\n")
+        ...     read_names(path).columns
+        {'area': [], 'city': []}
+    """
+    where = printable(str(path))
+    text = _text(_content(path, where, _START), where, is_whole=False)
+    rows, lines = _rows(text, where, most=1)
+    return CSVFile(path, {name: [] for name in _names(rows, lines, where) if name}, [], sha256="")
+
+
+def _content(path: Path, where: str, most: int = -1) -> bytes:
     try:
         with open_regular(path) as file:
-            return file.read()
+            return file.read(most)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"no file {where}: give the path of a CSV file, from the working directory"
@@ -127,13 +149,14 @@ def _content(path: Path, where: str) -> bytes:
         raise ValueError(f"{where} cannot be read ({reason}); give a CSV file") from error
 
 
-def _text(content: bytes, where: str) -> str:
+def _text(content: bytes, where: str, is_whole: bool = True) -> str:
     for start, refusal in _OTHER_FORMATS.items():
         if content.startswith(start):
             raise ValueError(f"{where} {refusal}")
     is_utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    decoder = codecs.getincrementaldecoder("utf-16" if is_utf_16 else "utf-8-sig")()
     try:
-        text = content.decode("utf-16" if is_utf_16 else "utf-8-sig")
+        text = decoder.decode(content, final=is_whole)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(
@@ -144,26 +167,43 @@ def _text(content: bytes, where: str) -> str:
     return text
 
 
-def _rows(text: str, where: str) -> tuple[list[list[str]], list[int]]:
-    """Split text into rows of cells, and return the line of each."""
+def _rows(text: str, where: str, most: int | None = None) -> tuple[list[list[str]], list[int]]:
+    """Split text into rows of cells, at most so many, and return the line of each."""
     first = next((line for line in io.StringIO(text) if line.strip()), "")
     separator = max(_SEPARATORS, key=first.count)
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True
     )
-    rows, lines = [], []
+    rows: list[list[str]] = []
+    lines: list[int] = []
     try:
         for row in reader:
             cells = [cell.strip() for cell in row]
             if any(cells):
                 rows.append(cells)
                 lines.append(reader.line_num)
+            if len(rows) == most:
+                break
     except csv.Error as error:
         raise ValueError(
             f"{where}: line {reader.line_num} cannot be split into cells ({one_line(str(error))}); "
             "close each quote, and double the quotes inside of quoted text"
         ) from error
     return rows, lines
+
+
+def _names(rows: list[list[str]], lines: list[int], where: str) -> list[str]:
+    """Return the first row, which names the columns."""
+    if not rows:
+        raise ValueError(f"{where} is empty; give a CSV file with a line of names and rows")
+    names = rows[0]
+    if all(map(_is_number, names)) and names != [str(number) for number in range(len(names))]:
+        raise ValueError(
+            f"{where}: line {lines[0]} has only numbers; add a line with the names of the columns "
+            "before it"
+        )
+    _check_names(names, f"{where}: line {lines[0]}")
+    return names
 
 
 def _check_names(names: list[str], where: str) -> None:

@@ -23,10 +23,10 @@ from bqnn.data.column_kinds import (
     refuse_notation,
 )
 from bqnn.data.columns import Column, category_of, column_facts, number
-from bqnn.data.csv_file import CSVFile, read_csv
+from bqnn.data.csv_file import CSVFile, read_csv, read_names
 from bqnn.data.split import draw_test_rows
 from bqnn.data.tables import TableData
-from bqnn.text import printable, short
+from bqnn.text import counted, printable, short
 
 log = logging.getLogger(__name__)
 
@@ -126,11 +126,9 @@ class CSVData(TableData):
     def _read(self) -> tuple[Rows, Rows]:
         file = read_csv(self.path)
         self.sha256 = file.sha256
-        self.target_name = find_column(file, self.target, "target")
-        features = self._features(file)
+        features, listed = self._chosen(file)
         file = self._complete(file, features)
         targets = self._targets(file)
-        listed = {find_column(file, name, "categories") for name in self.categories}
         has_text = {
             name: name in listed or has_categories(file, name, self.decimal) for name in features
         }
@@ -147,8 +145,13 @@ class CSVData(TableData):
         rows = Rows(inputs, targets)
         return rows.take(~is_test), rows.take(is_test)
 
-    def _features(self, file: CSVFile) -> list[str]:
-        """Return the names of the columns of inputs, in the order of the file."""
+    def check_source(self) -> None:
+        self._chosen(read_names(self.path))
+
+    def _chosen(self, file: CSVFile) -> tuple[list[str], set[str]]:
+        """Return the columns of inputs, in the order of the file, and the listed categories."""
+        self.target_name = find_column(file, self.target, "target")
+        listed = {find_column(file, name, "categories") for name in self.categories}
         ignored = {find_column(file, name, "ignore") for name in self.ignore}
         chosen = set(file.columns) - {self.target_name}
         if self.features is not None:
@@ -160,11 +163,20 @@ class CSVData(TableData):
             )
         names = [name for name in file.columns if name in chosen - ignored]
         if not names:
-            raise ValueError(
+            raise ArgumentError(
                 f"{file.where}: no input column is left besides {short(self.target_name)}; "
-                "give a table with more columns"
+                f"{self._more_columns(file)}",
+                *("features", "ignore"),
             )
-        return names
+        return names, listed
+
+    def _more_columns(self, file: CSVFile) -> str:
+        """Return what gives a table inputs, for an error message."""
+        if len(file.columns) == 1:
+            return "separate columns by commas, semicolons, tabs or |, or add a column"
+        if self.features is not None:
+            return "list other columns (features=null: all but the target)"
+        return "leave one out of ignore"
 
     def _categories(self, file: CSVFile, name: str, is_listed: bool) -> tuple[str, ...]:
         return tuple(categories_of(file, name, self.decimal, as_written=is_listed))
@@ -184,8 +196,8 @@ class CSVData(TableData):
             file = file.take([row for row in range(len(file.lines)) if row not in dropped])
         if len(file.lines) < 2:
             raise ValueError(
-                f"{file.where} has {len(file.lines)} complete rows below its line of names; a "
-                "table needs at least two, one to train and one to test"
+                f"{file.where} has {counted(len(file.lines), 'complete row')} below its line of "
+                "names; a table needs at least two, one to train and one to test"
             )
         return file
 
@@ -203,13 +215,20 @@ class CSVData(TableData):
                     "kind=classification, or another column",
                     "kind",
                 )
-            return torch.tensor([number(cell, self.decimal) for cell in cells], dtype=torch.float64)
+            values = [number(cell, self.decimal) for cell in cells]
+            if len(set(values)) == 1:
+                raise ArgumentError(
+                    f"{file.where}: column {short(name)} has {short(cells[0])} in every row, so "
+                    "there is nothing to predict; choose another column (target)",
+                    "target",
+                )
+            return torch.tensor(values, dtype=torch.float64)
         self.class_names = categories_of(file, name, self.decimal)
         if not 2 <= len(self.class_names) <= MOST_CLASSES:
             raise ArgumentError(
-                f"{file.where}: column {short(name)} has {len(self.class_names)} different values, "
-                f"but a classification has 2 to {MOST_CLASSES} classes; choose another column, or "
-                "kind=regression for numbers",
+                f"{file.where}: column {short(name)} has "
+                f"{counted(len(self.class_names), 'different value')}, but a classification has 2 "
+                f"to {MOST_CLASSES} classes; choose another column, or kind=regression for numbers",
                 "kind",
             )
         index = {each: position for position, each in enumerate(self.class_names)}
@@ -232,8 +251,9 @@ class CSVData(TableData):
         how = " (kind=auto)" if self.kind == "auto" else ""
         numbers = [column for column in self.columns if column.categories is None]
         log.info(
-            "%s: %d rows; %s%s of column %s; %d columns of numbers; columns of categories: %s",
-            *(file.where, len(file.lines), what, how, short(self.target_name), len(numbers)),
+            "%s: %d rows; %s%s of column %s; %s of numbers; columns of categories: %s",
+            *(file.where, len(file.lines), what, how, short(self.target_name)),
+            counted(len(numbers), "column"),
             _shown([column for column in self.columns if column.categories is not None]),
         )
 

@@ -102,6 +102,11 @@ class ImageFolderData(ImageData):
         self.test_share = test_share
         self.sha256: str | None = None  # of the files from which test rows are drawn
 
+    def check_source(self) -> None:
+        parts = ("train", "test") if self.test_share is None else ("",)
+        for part in parts:
+            _class_names(self.root / part)
+
     def facts(self) -> dict[str, object]:
         facts = super().facts()
         return facts if self.sha256 is None else {**facts, "source_sha256": self.sha256}

@@ -7,6 +7,7 @@ from typing import Any
 from bqnn.arguments import prefixed
 from bqnn.data import DATASETS, TensorData, build_data
 from bqnn.plugins import refuse_foreign
+from bqnn.settings.options import is_plugin
 from bqnn.text import printable, short
 
 # The keys of a task that configure training; all others are options of its data set.
@@ -50,20 +51,47 @@ def make_data(config: Mapping[str, Any], recipe: Mapping[str, Any] | None = None
         for key in ("root", "file"):
             if task.get(key) is not None:
                 _require_near(Path(task[key]), [Path.cwd(), Path(config["data_dir"])])
-    options = {key: value for key, value in task.items() if key not in TRAINING_KEYS}
     with prefixed("task"):
-        data = build_data(
-            task["dataset"],
-            data_dir=config["data_dir"],
-            seed=config["seed"],
-            options=options,
-            target=task.get("_target_"),
-        )
+        data = _built(config)
         data.prepare_data()
         data.setup()
     if recipe is not None:
         _require_same(data.facts(), recipe["facts"], task["name"])
     return data
+
+
+def check_data(config: Mapping[str, Any]) -> None:
+    """Refuse the options of a job's task that do not fit its file or folder, without reading it.
+
+    A data set of another package is only checked when it is read.
+
+    Args:
+        config: The configuration of a job, with the keys `task`, `data_dir` and `seed`.
+
+    Raises:
+        FileNotFoundError: The file or the folder does not exist.
+        ValueError: An option is invalid, or the file has no such columns.
+
+    Examples:
+        >>> task = {"name": "mine", "dataset": "table", "file": "a.csv", "target": "price"}
+        >>> check_data({"task": task, "data_dir": "data", "seed": 0})
+        Traceback (most recent call last):
+        FileNotFoundError: no file a.csv: give the path of a CSV file, from the working directory
+    """
+    if not is_plugin("task", config["task"]):
+        with prefixed("task"):
+            _built(config).check_source()
+
+
+def _built(config: Mapping[str, Any]) -> TensorData:
+    task = config["task"]
+    return build_data(
+        task["dataset"],
+        data_dir=config["data_dir"],
+        seed=config["seed"],
+        options={key: value for key, value in task.items() if key not in TRAINING_KEYS},
+        target=task.get("_target_"),
+    )
 
 
 def _require_same(facts: Mapping[str, Any], before: Mapping[str, Any], name: str) -> None:

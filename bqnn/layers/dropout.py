@@ -12,6 +12,7 @@ from bqnn.layers.markers import DropoutSite
 from bqnn.layers.noise import coins_like
 from bqnn.layers.swap import check_float, check_plain
 from bqnn.layers.trace import caller_of, function_of, trace
+from bqnn.text import type_of
 
 # The dropout layers of torch, with the number of last dimensions that are dropped together.
 DROPOUTS: Mapping[type[nn.Module], int] = {
@@ -148,7 +149,7 @@ def _mcdropout(place: str, module: nn.Module, rate: float | None) -> MCDropout:
     dims = DROPOUTS.get(type(module))
     if dims is None:
         raise TypeError(
-            f"to_mcdropout: {place} is a {type(module).__name__}, which MC dropout does not "
+            f"to_mcdropout: {place} is {type_of(module)}, which MC dropout does not "
             f"support; use {', '.join(kind.__name__ for kind in DROPOUTS)}"
         )
     own: float = module.p  # type: ignore[assignment]
@@ -160,7 +161,7 @@ def _refuse_hidden(net: nn.Module) -> None:
     for name, module in net.named_modules():
         if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0:
             raise TypeError(
-                f"to_mcdropout: {name or 'the network'} is a {type(module).__name__} with dropout="
+                f"to_mcdropout: {name or 'the network'} is {type_of(module)} with dropout="
                 f"{module.dropout}, which stays off in predictions; create it with dropout=0"
             )
     try:

@@ -10,6 +10,7 @@ from bqnn.arguments import ArgumentError
 from bqnn.layers.chain import has_own_call
 from bqnn.layers.markers import Quantized
 from bqnn.layers.memory import is_one, shared
+from bqnn.text import type_of, with_article
 
 # The kinds of hooks of a module. Load-state-dict pre-hooks are missing on purpose, because
 # `remove_spectral_norm` leaves one behind.
@@ -119,8 +120,8 @@ def _check_unread(path: str, parent: nn.Module) -> None:
     if any(True for _ in _parts_read_by(parent)):
         kind = type(parent).__name__
         raise TypeError(
-            f"{path} is a part of a {kind} of torch.nn, which reads its parameters; name "
-            f"nn.{kind} in `keep` to leave them as they are"
+            f"{path} is a part of {with_article(kind)} of torch.nn, which reads its parameters; "
+            f"name nn.{kind} in `keep` to leave them as they are"
         )
 
 
@@ -158,7 +159,7 @@ def check_plain(
     if lacking or others:
         found = ", ".join(others) or "no " + ", ".join(lacking)
         raise TypeError(
-            f"{path} is a {type(layer).__name__} with {found}, which a conversion would lose; "
+            f"{path} is {type_of(layer)} with {found}, which a conversion would lose; "
             "if spectral norm, weight norm or pruning added it, call "
             "torch.nn.utils.remove_spectral_norm, remove_weight_norm or prune.remove first"
         )
@@ -169,7 +170,7 @@ def check_plain(
             )
     if layer._modules:
         raise TypeError(
-            f"{path} is a {type(layer).__name__} with child modules "
+            f"{path} is {type_of(layer)} with child modules "
             f"({', '.join(layer._modules)}), which a conversion would lose; move them out of it"
         )
     check_no_hooks(path, layer)
@@ -263,7 +264,7 @@ def refuse_unknown(path: str, module: nn.Module, reason: str) -> None:
         remedy = "; pass a batch through the network first, which sets the sizes of its layers"
     else:
         remedy = ""
-    raise TypeError(f"{path} is a {type(module).__name__}, which {reason}{remedy}")
+    raise TypeError(f"{path} is {type_of(module)}, which {reason}{remedy}")
 
 
 def _has(layer: nn.Module, parameter: str) -> bool:

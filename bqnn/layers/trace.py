@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from bqnn.layers.draws import Stochastic
 from bqnn.layers.markers import Add, AvgPool, Cat, DropoutSite, Enter, Leave, Pool
+from bqnn.text import with_article
 
 # What a trace asks the parameters of the network, and not a proxy.
 OF_PARAMETERS = ("shape", "ndim", "size", "dim", "ndimension", "numel", "nelement")
@@ -32,7 +33,7 @@ class UntraceableError(TypeError):
 
     def __init__(self, net: nn.Module, module: str, reason: str) -> None:
         kind = type(dict(net.named_modules())[module]).__name__
-        name = f"{module}, a {kind}," if module else kind
+        name = f"{module}, {with_article(kind)}," if module else kind
         super().__init__(f"the forward of {name} cannot be traced: {reason}")
         self.module = module
 

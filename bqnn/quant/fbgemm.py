@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from bqnn.arguments import ArgumentError
 from bqnn.layers.linear_map import Geometry

@@ -19,7 +19,7 @@ from bqnn.quant.grids import kept_in_float
 from bqnn.quant.in_place import follow_changes
 from bqnn.quant.mark_region import mark_region
 from bqnn.quant.traced import Traced, replace_call
-from bqnn.text import short
+from bqnn.text import short, type_of
 
 DROPOUTS = {
     F.dropout: nn.Dropout,
@@ -95,9 +95,7 @@ def mark(net: nn.Module, *, keep: Keep = (), trains: bool = True) -> nn.Module:
             )
         return net
     if isinstance(net, LINEAR_MODULES):
-        raise TypeError(
-            f"mark: the network is a {type(net).__name__} itself; wrap it in nn.Sequential"
-        )
+        raise TypeError(f"mark: the network is {type_of(net)} itself; wrap it in nn.Sequential")
     kept = _kept(net, keep)
     _check_containers(net, kept)
     graph = _graph(net, kept, trains)

@@ -20,7 +20,7 @@ from bqnn.quant.saturation import refuse_saturation
 from bqnn.quant.simulated import calibrate, prepare
 from bqnn.quant.spec import QuantSpec
 from bqnn.seeds import Stream, stream_seed
-from bqnn.text import short
+from bqnn.text import short, type_of
 
 PROBE_ROWS = 4  # rows on which int8 is compared with its simulation
 
@@ -152,7 +152,7 @@ def _inputs(batches: Iterable[Any], device: torch.device) -> Iterator[Tensor]:
     """Yield the inputs of each batch, on a device."""
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
         raise ArgumentTypeError(
-            f"batches is a {type(batches).__name__}; give a list of batches, such as [inputs], or "
+            f"batches is {type_of(batches)}; give a list of batches, such as [inputs], or "
             "a DataLoader",
             "batches",
         )

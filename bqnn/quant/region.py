@@ -13,6 +13,7 @@ from bqnn.layers.trace import caller_of, function_of, trace
 from bqnn.quant.fuse import ACTIVATIONS, Fused
 from bqnn.quant.grids import ASKING, keeps_grid, refusal
 from bqnn.quant.traced import Traced
+from bqnn.text import type_of, with_article
 
 # Modules that keep the grid of their input. (fuse() has removed an nn.ReLU after a layer.)
 KEEPING = (
@@ -67,7 +68,7 @@ def _refuse_subclass(name: str, module: nn.Module) -> None:
     kind = next((kind for kind in MARKED if isinstance(module, kind)), None)
     if kind is not None and type(module) is not kind:
         raise TypeError(
-            f"prepare: {name} is a {type(module).__name__}, a subclass of {kind.__name__} whose "
+            f"prepare: {name} is {type_of(module)}, a subclass of {kind.__name__} whose "
             f"changes int8 would ignore; use {kind.__name__} itself, and move the changes outside "
             "the integer region, to a module that is not a marker of bqnn"
         )
@@ -139,15 +140,16 @@ def _is_on_grid_after(
         if len(origins) < num_inputs:
             what = type(module.layer).__name__ if isinstance(module, Fused) else kind
             raise TypeError(
-                f"prepare: {name} is a {what} outside the integer region; put an Enter before it, "
-                "and a Leave only after the last layer (bqnn.layers.markers)"
+                f"prepare: {name} is {with_article(what)} outside the integer region; put an Enter "
+                "before it, and a Leave only after the last layer (bqnn.layers.markers)"
             )
         return not isinstance(module, Leave)
     if not origins:
         return False
     if not isinstance(module, KEEPING) or getattr(module, "return_indices", False):
         remedy = f"{_kept(traced, node, module)}, or {SUPPORTED}" if traced else ""
-        raise TypeError(f"prepare: {refusal(f'{name}, a {kind},', origins[0], remedy)}")
+        named = f"{name}, {with_article(kind)},"
+        raise TypeError(f"prepare: {refusal(named, origins[0], remedy)}")
     return True
 
 

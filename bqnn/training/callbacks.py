@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from bqnn.files import written_beside
 from bqnn.jobs.job import Job
 from bqnn.methods.epochs import is_last_epoch
+from bqnn.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class EpochTimer(pl.Callback):
             return "no training step"
         return (
             f"first step after {times['time/startup_seconds']:.1f} s, "
-            f"{len(self.epochs)} epochs of {times['time/epoch_seconds']:.3g} s (median)"
+            f"{counted(len(self.epochs), 'epoch')} of {times['time/epoch_seconds']:.3g} s (median)"
         )
 
 

@@ -292,6 +292,15 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], error: type[E
         model_of(TABLE).predict(flats(), **options)
 
 
+def test_a_list_of_dictionaries_is_named() -> None:
+    rows = [{"area": 1.0, "city": "a"}]
+    with pytest.raises(TypeError, match=r"a list of dictionaries; give an array with the numbers"):
+        model_of(TABLE).predict(rows)
+    facts = {**TABLE, "feature_names": ["area", "city"], "feature_categories": [[], []]}
+    with pytest.raises(TypeError, match=r"a list of dictionaries; give one dictionary of columns"):
+        model_of(facts).predict(rows)
+
+
 def test_a_checkpoint_without_normalization_loads_and_says_why_it_cannot_predict() -> None:
     old = {k: v for k, v in IMAGES.items() if k not in ("input_scale", "input_mean", "input_std")}
     model = model_of(old)

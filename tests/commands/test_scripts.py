@@ -293,13 +293,16 @@ REFUSED = [
     (["seed"], "seed: write it as key=value"),
     (["task=uci", 'task.table="\x1b[2J/"'], "task.table=\\x1b[2J/"),
     (["method=\x1b[31m"], "\\x1b[31m"),
+    (["task=images", "task.root=empty"], "no folder empty/train"),
+    (["task=images", "task.root=empty", "task.test_share=0.2"], "empty has no class folders"),
+    (["task=table", "task.file=gone.csv", "task.target=y"], "no file gone.csv"),
+    (["task=table", "task.file=empty", "task.target=y"], "empty cannot be read (Is a directory)"),
 ]
 
 # What is a job, and fails once it has looked at its data or at its devices.
 FAILING = [
     (["task=yacht", "data_dir=empty"], "no network in tests"),
     (["trainer.save_best=true", "task.validation_share=0"], "trainer.save_best=true"),
-    (["task=images", "task.root=empty"], "empty"),
     (["net=resnet", "task=synthetic"], "are not images"),
 ]
 
@@ -516,6 +519,29 @@ def test_a_table_of_ones_own_trains(script_here: ScriptHere, tmp_path: Path) -> 
     arguments = [*short("bbb"), "task=uci", "task.table=mine", f"data_dir={tmp_path}"]
     assert script_here("train", *arguments, "hydra.run.dir=run")[0] == 0
     assert "rmse" in _keys(tmp_path / "run", "test")
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("task.target=prise", "task.target='prise': flats.csv has no such column; choose one of"),
+        ("task.features=[size]", "task.features='size': flats.csv has no such column"),
+        ("task.features=[]", "no input column is left besides 'price'; list other columns (task.f"),
+        ("task.ignore=[size]", "task.ignore='size': flats.csv has no such column"),
+        ("task.categories=[size]", "task.categories='size': flats.csv has no such column"),
+        ("task.kind=ranking", "task.kind"),
+    ],
+)
+def test_columns_that_a_csv_file_has_not_leave_nothing(
+    option: str, said: str, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    (tmp_path / "flats.csv").write_text("area,price\n1,2\n")
+    task = ["task=table", "task.file=flats.csv", "task.target=price"]
+    code, errors = script_here("train", "logger=none", *task, option)
+    assert code == 1
+    assert said in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.rglob("*")] == ["flats.csv"]
 
 
 @pytest.mark.parametrize(

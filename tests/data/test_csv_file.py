@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bqnn.data.csv_file import read_csv
+from bqnn.data.csv_file import read_csv, read_names
 
 FLATS = {"area": ["70", "62.5"], "city": ["Ghent", "Aalst, north"]}
 
@@ -32,7 +32,9 @@ def written(folder: Path, content: str | bytes, name: str = "flats.csv") -> Path
     ],
 )
 def test_the_usual_ways_to_write_a_table_are_one(tmp_path, content):
-    assert read_csv(written(tmp_path, content)).columns == FLATS
+    path = written(tmp_path, content)
+    assert read_csv(path).columns == FLATS
+    assert list(read_names(path).columns) == list(FLATS)
 
 
 def test_lines_are_those_of_the_file(tmp_path):
@@ -73,7 +75,7 @@ def test_names_may_be_numbers(tmp_path, names):
         ("1.5,2,3\n4,5,6\n", "line 1 has only numbers; add a line with the names"),
         ("a,b,a\n1,2,3\n", "line 1 has the name 'a' twice; rename"),
         ("a,b\n1,2\n\n3,4,5\n", "line 4 has 3 cells, but line 1 names 2 columns"),
-        ("a,b\n1\n", "line 2 has 1 cells, but line 1 names 2 columns"),
+        ("a,b\n1\n", "line 2 has 1 cell, but line 1 names 2 columns"),
         ('a,b\n1,"2\n3,4\n', r"line \d cannot be split into cells .*; close each quote"),
         ('a,b\n1,"2"x\n', "line 2 cannot be split into cells"),
         ("a,b\n1," + "x" * 200_000 + "\n", "line 2 cannot be split into cells .*field limit"),
@@ -94,6 +96,13 @@ def test_files_that_are_not_tables_are_refused_in_one_line(tmp_path, content, me
         read_csv(path)
     assert str(error.value).startswith(str(path))
     assert str(error.value).isprintable()
+
+
+def test_names_are_read_without_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("bqnn.data.csv_file._START", 20)
+    for encoding in ("utf-8", "utf-16"):
+        path = written(tmp_path, ('a,b\n1,"é' + "é" * 50).encode(encoding))
+        assert read_names(path).columns == {"a": [], "b": []}
 
 
 def test_only_regular_files_are_read(tmp_path):

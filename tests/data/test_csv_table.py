@@ -269,7 +269,8 @@ def changed(column: int, *values: object) -> list[list[object]]:
             r"'2024-1-01', a date",
         ),
         ([[i, f"t{i}", "a", "b", i] for i in range(150)], r"150 different texts.*ignore=\[area\]"),
-        (rows(1), "has 1 complete rows below its line of names"),
+        (changed(4, *[0.5] * 27)[3:], r"'price' has '0.5' in every row, so .*another column \(tar"),
+        (rows(1), "has 1 complete row below its line of names"),
         ([], "has 0 complete rows"),
     ],
 )
@@ -291,8 +292,8 @@ def test_a_value_that_cannot_be_used_is_named(tmp_path, table, message):
         ({"ignore": ["size"]}, "ignore='size': .* no such column"),
         ({"categories": [9]}, "categories=9: .* no such column"),
         ({"features": ["area", "price"]}, "features: 'price' is the column to predict"),
-        ({"features": []}, "no input column is left besides 'price'"),
-        ({"ignore": [0, 1, 2, 3]}, "no input column is left"),
+        ({"features": []}, "no input column is left besides 'price'; list other.*features=null"),
+        ({"ignore": [0, 1, 2, 3]}, "no input column is left .*; leave one out of ignore"),
         ({"kind": "ranking"}, "kind='ranking': choose auto or regression or classification"),
         ({"missing": "mean"}, "missing='mean': choose refuse or drop"),
         ({"decimal": ","}, "decimal=',': choose point or comma"),
@@ -307,10 +308,16 @@ def test_an_option_that_does_not_fit_the_table_is_named(tmp_path, options, messa
     assert str(error.value).isprintable()
 
 
+def test_a_file_with_other_separators_is_told_which_ones_there_are(tmp_path):
+    path = write(tmp_path, [["1 2 3"]] * 5, "a b y")
+    with pytest.raises(ValueError, match="besides 'a b y'; separate columns by commas, semicolons"):
+        read(path, -1, ignore=[])
+
+
 def test_a_target_needs_two_classes_and_not_too_many(tmp_path):
     path = write(tmp_path, [[i, "a", f"c{i}"] for i in range(1001)], "a,b,c")
-    for target, count in (("b", 1), ("c", 1001)):
-        with pytest.raises(ValueError, match=f"has {count} different values, but a classification"):
+    for target, count in (("b", "1 different value"), ("c", "1001 different values")):
+        with pytest.raises(ValueError, match=f"has {count}, but a classification"):
             read(path, target, features=["a"], ignore=[])
 
 

@@ -402,7 +402,7 @@ def test_linear_layers_take_any_leading_dimensions(shape, training):
 
 def test_kept_types_stay_point_valued():
     net = nn.Sequential(nn.Embedding(9, 8), nn.LayerNorm(8), nn.Linear(8, 2), nn.BatchNorm1d(2))
-    with pytest.raises(TypeError, match=r"0 is a Embedding.*; keep=\(nn.Embedding,\) leaves"):
+    with pytest.raises(TypeError, match=r"0 is an Embedding.*; keep=\(nn.Embedding,\) leaves"):
         to_bayes(net)
     to_bayes(net, keep=(nn.Embedding, nn.LayerNorm))
     assert [type(module) for module in net] == [

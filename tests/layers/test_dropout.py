@@ -219,9 +219,9 @@ def test_what_a_layer_of_torch_drops_together_mc_dropout_drops_together(layer, s
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (nn.Sequential(nn.AlphaDropout()), "0 is a AlphaDropout.*use Dropout,"),
+        (nn.Sequential(nn.AlphaDropout()), "0 is an AlphaDropout.*use Dropout,"),
         (nn.Sequential(nn.Dropout(1.0)), "rate=1"),
-        (nn.Sequential(nn.Dropout(), nn.LSTM(2, 2, 2, dropout=0.1)), "1 is a LSTM with dropout"),
+        (nn.Sequential(nn.Dropout(), nn.LSTM(2, 2, 2, dropout=0.1)), "1 is an LSTM with dropout"),
         (nn.Sequential(DropoutSite(), nn.Dropout()), "rate=None: 0 is a DropoutSite"),
     ],
 )

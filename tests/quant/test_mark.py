@@ -329,7 +329,7 @@ class Odd(nn.Conv2d):
     [
         (nn.Conv1d(3, 4, 1), "0 is a Conv1d"),
         (nn.ConvTranspose2d(3, 4, 1), "0 is a ConvTranspose2d"),
-        (Odd(3, 4, 1), "0 is a Odd"),
+        (Odd(3, 4, 1), "0 is an Odd"),
         (nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), "remove_parametrizations"),
         (nn.LazyConv2d(4, 1), "pass a batch through"),
         (nn.Conv2d(3, 4, 1, padding_mode="reflect"), "0: padding_mode"),
