@@ -13,7 +13,7 @@ from bqnn.data.base import Rows
 from bqnn.data.download import download_table, known_tables
 from bqnn.data.tables import TableData
 from bqnn.files import open_regular
-from bqnn.text import one_line, short
+from bqnn.text import counted, one_line, short
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class UCIData(TableData):
         path = self.folder / "index_target.txt"
         target = _read_index(path, num_columns, "columns")
         if len(target) != 1:
-            raise ValueError(f"{path}: {len(target)} columns listed; list one target")
+            raise ValueError(f"{path}: {counted(len(target), 'column')} listed; list one target")
         if target[0] in features:
             raise ValueError(
                 f"{path}: column {target[0]} is also listed in index_features.txt; a target cannot "

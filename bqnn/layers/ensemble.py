@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bqnn.arguments import whole_number
 from bqnn.layers.draws import Drawn
 from bqnn.layers.swap import check_copied_as_one, check_no_loose_tensors
+from bqnn.text import counted
 
 
 class Ensemble(Drawn):
@@ -77,8 +78,8 @@ class Ensemble(Drawn):
         """
         if self.members and index >= len(self.members):
             raise ValueError(
-                f"draw {index} of an ensemble with {len(self.members)} members: "
-                f"ask for at most {len(self.members)} samples"
+                f"draw {index} of an ensemble with {counted(len(self.members), 'member')}: "
+                f"ask for at most {counted(len(self.members), 'sample')}"
             )
         newest = (int(self.collected) - 1) % self.num_members
         return (newest - index) % max(len(self.members), 1)

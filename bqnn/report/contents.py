@@ -27,6 +27,7 @@ from bqnn.report.summary import (
     summarize,
 )
 from bqnn.report.tables import cells
+from bqnn.text import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,7 +85,7 @@ def contents(runs: Runs, plots: Path) -> "tuple[Section, dict[str, DataFrame]]":
     problems = [*runs.problems, *missing_cells(table)] if len(table) else runs.problems
     files = {"problems": pd.DataFrame(problems, columns=["run", "state", "reason"])}
     counts = Counter(problem.state.lower() for problem in problems)
-    totals = [f"{len(table)} runs", *(f"{count} {state}" for state, count in counts.items())]
+    totals = [counted(len(table), "run"), *(f"{count} {state}" for state, count in counts.items())]
     report = Section("bqnn report", 1, f"{', '.join(totals)}.")
     if problems:
         title, listed = f"Excluded runs ({len(problems)})", cells(files["problems"])
