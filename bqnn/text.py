@@ -14,8 +14,8 @@ def printable(text: str) -> str:
     not UTF-8.
 
     Examples:
-    >>> printable("tables\x1b[2J\nof mine")
-    'tables\\x1b[2J\\nof mine'
+        >>> printable("tables\x1b[2J\nof mine")
+        'tables\\x1b[2J\\nof mine'
     """
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
@@ -27,8 +27,8 @@ def one_line(text: str) -> str:
     """Collapse white space to single spaces and escape the rest with `printable`.
 
     Examples:
-    >>> one_line("a list:\\n\\t[1,\\n\\t 2]")
-    'a list: [1, 2]'
+        >>> one_line("a list:\\n\\t[1,\\n\\t 2]")
+        'a list: [1, 2]'
     """
     return printable(" ".join(text.split()))
 
@@ -48,8 +48,8 @@ def short(value: object, length: int = 60) -> str:
         One printable line.
 
     Examples:
-    >>> short("w8a7"), short(4.5), short([1, 2, 3])
-    ("'w8a7'", '4.5', 'a list of 3')
+        >>> short("w8a7"), short(4.5), short([1, 2, 3])
+        ("'w8a7'", '4.5', 'a list of 3')
     """
     if value is None or type(value) in (bool, float):
         return repr(value)
@@ -69,8 +69,8 @@ def type_of(value: object) -> str:
     """Name the type of a value for an error message, with an article.
 
     Examples:
-    >>> type_of(3), type_of([])
-    ('an int', 'a list')
+        >>> type_of(3), type_of([])
+        ('an int', 'a list')
     """
     return with_article(printable(type(value).__name__))
 
@@ -79,8 +79,8 @@ def with_article(name: str) -> str:
     """Put "a" or "an" before the name of a class, as it is spoken.
 
     Examples:
-    >>> with_article("int"), with_article("LSTM"), with_article("Unfold"), with_article("Linear")
-    ('an int', 'an LSTM', 'an Unfold', 'a Linear')
+        >>> with_article("int"), with_article("LSTM"), with_article("Unfold"), with_article("Linear")
+        ('an int', 'an LSTM', 'an Unfold', 'a Linear')
     """
     is_spelled = name[1:2].isupper() and name[:1] in "AEFHILMNORSX"
     is_vowel = name[:1] in "AEIOaeio" or name.lower().startswith(("un", "up"))
@@ -88,13 +88,13 @@ def with_article(name: str) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Put a number before a noun in the singular, to which "s" or "es" is added unless it is 1.
+    """Put a number before a noun in the singular, to which "s" (or "es") is added unless it is 1.
 
     Examples:
-    >>> counted(1, "column"), counted(2, "column"), counted(3, "class")
-    ('1 column', '2 columns', '3 classes')
+        >>> counted(1, "column"), counted(2, "column"), counted(3, "class")
+        ('1 column', '2 columns', '3 classes')
     """
-    plural = "es" if noun.endswith(("s", "x", "ch")) else "s"
+    plural = "es" if noun.endswith("s") else "s"
     return f"{number} {noun}{'' if number == 1 else plural}"
 
 
@@ -112,8 +112,8 @@ def valid_name(text: str, length: int = LONGEST_NAME) -> str:
         The name, or "unnamed" if no character is left.
 
     Examples:
-    >>> valid_name("/home/me/my table.csv"), valid_name("Übung 1"), valid_name("…")
-    ('home-me-my-table.csv', 'Ubung-1', 'unnamed')
+        >>> valid_name("/home/me/my table.csv"), valid_name("Übung 1"), valid_name("…")
+        ('home-me-my-table.csv', 'Ubung-1', 'unnamed')
     """
     plain = unicodedata.normalize("NFKD", text)
     plain = "".join(character for character in plain if not unicodedata.combining(character))
