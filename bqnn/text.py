@@ -79,8 +79,8 @@ def with_article(name: str) -> str:
     """Put "a" or "an" before the name of a class, as it is spoken.
 
     Examples:
-        >>> with_article("int"), with_article("LSTM"), with_article("Unfold"), with_article("Linear")
-        ('an int', 'an LSTM', 'an Unfold', 'a Linear')
+        >>> with_article("int"), with_article("LSTM"), with_article("Linear")
+        ('an int', 'an LSTM', 'a Linear')
     """
     is_spelled = name[1:2].isupper() and name[:1] in "AEFHILMNORSX"
     is_vowel = name[:1] in "AEIOaeio" or name.lower().startswith(("un", "up"))
