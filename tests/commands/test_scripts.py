@@ -204,7 +204,7 @@ REFUSED = [
     (["++hydra.run.dri=x"], "did you mean hydra.run.dir?"),
     (["hydra.run.dir="], "hydra.run.dir=: name a folder, or leave it out"),
     (["hydra.run.dir=' '"], "name a folder, or leave it out"),
-    (["hydra.job.name=x/y"], "hydra.job.name=x/y: the log file is named so"),
+    (["hydra.job.name=x/y"], "hydra.job.name=x/y: it is the name of the log file"),
     (["--config-name=quantize"], "train.py reads conf/train.yaml"),
     (["--experimental-rerun=x"], "it would unpickle a file"),
     (["logger.name=nope"], "logger.name=nope: choose wandb or csv or none"),

@@ -269,7 +269,7 @@ class Drop(MCDropout):
     ],
 )
 def test_markers_of_other_types_are_refused_by_name(net: nn.Module) -> None:
-    with pytest.raises(TypeError, match=r"prepare: [012] is a (Twice|Begin|End|Drop)") as error:
+    with pytest.raises(TypeError, match=r"prepare: [012] is an? (Twice|Begin|End|Drop)") as error:
         prepare(fuse(net), SPEC)
     assert "\n" not in str(error.value)
 
