@@ -71,8 +71,7 @@ def test_every_generator_of_a_run_starts_from_a_stream():
     """Other generators, with a constant or the data's seed, define data sets or examples."""
     defines_data = {
         *("data/distortions.py", "data/synthetic.py", "data/ood.py", "quant/kernels.py"),
-        *("testing.py", "export/model.py", "export/pooling.py"),
-        *("export/card.py", "export/moves.py"),  # a bootstrap; `_permutation` of axes
+        "testing.py",
     }
     starts = 0
     for path in sorted(PACKAGE.rglob("*.py")):

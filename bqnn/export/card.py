@@ -19,6 +19,7 @@ from bqnn.inference.predictions import Prediction, score, with_non_finite
 from bqnn.methods import Method
 from bqnn.quant.fbgemm import has_vnni
 from bqnn.quant.summary import sizes
+from bqnn.seeds import Stream, stream_seed
 
 NUM_RESAMPLES = 50  # of the test rows, for the standard errors of metrics
 
@@ -103,7 +104,7 @@ def metrics_with_errors(prediction: Prediction) -> dict[str, dict[str, float]]:
     """
     assert prediction.targets is not None
     values = with_non_finite(score, prediction)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(stream_seed(0, Stream.COMPARISON))
     count = len(prediction.targets)
     resampled: dict[str, list[float]] = {name: [] for name in values}
     for _ in range(NUM_RESAMPLES):

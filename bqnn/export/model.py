@@ -21,6 +21,7 @@ from bqnn.inference.likelihoods import Classification
 from bqnn.inference.predict import evaluation_draw
 from bqnn.layers.dropout import one_mask_for_all_rows
 from bqnn.methods import Method
+from bqnn.seeds import Stream, stream_seed
 
 NUM_EXAMPLES = 3  # rows with which the network is walked
 FORMS: Mapping[str, Any] = {"exact": ExactForm, "qdq": QdqForm}
@@ -70,7 +71,8 @@ def export(model: Method, num_samples: int, form: str = "exact") -> Exported:
     shape: list[int] = facts["input_shape"]
     inputs, port = write_normalization(graph, _normalization(facts), shape, form)
     writer = NetworkWriter(graph, _form(form, graph))
-    example = torch.randn(NUM_EXAMPLES, *shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(stream_seed(0, Stream.COMPARISON))
+    example = torch.randn(NUM_EXAMPLES, *shape, generator=generator)
     net = deepcopy(model.net).cpu().eval()
     draws = []
     with one_mask_for_all_rows(net):

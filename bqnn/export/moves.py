@@ -61,7 +61,7 @@ def _write(graph: Graph, x: Value, move: Move, found: Tensor, places: Tensor, na
             return x.moved(x.name, found, steps)
         shape = graph.constant(np.array([-1, *found.shape[1:]], np.int64))
         return x.moved(graph.call("Reshape", x.name, shape), found, steps)
-    axes = _permutation(move, x.example.dim())
+    axes = _axis_order(move, x.example.dim())
     if axes is not None:
         return x.moved(graph.call("Transpose", x.name, perm=axes), found, steps)
     flat = graph.call("Reshape", x.name, graph.constant(np.array([-1, size], np.int64)))
@@ -74,7 +74,7 @@ def _rows(places: Tensor) -> Tensor:
     return places[:1].expand_as(places)
 
 
-def _permutation(move: Move, dims: int) -> tuple[int, ...] | None:
+def _axis_order(move: Move, dims: int) -> tuple[int, ...] | None:
     """Return the order of the axes if the operation only permutes them."""
     sizes = tuple(range(2, 2 + dims))
     try:

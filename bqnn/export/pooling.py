@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bqnn.seeds import Stream, stream_seed
+
 MOST_PIXELS = 2**12  # of an image whose windows are averaged: their matrix has its square
 
 
@@ -52,7 +54,7 @@ class Averages:
         _, channels, height, width = example.shape
         output = pool(example.contiguous())
         windows, divisor = _windows(pool, height, width, output[0, 0].numel(), name)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(stream_seed(0, Stream.COMPARISON))
         images = torch.randint(-255, 256, (64, 1, height, width), generator=generator).float()
         sums, expected = images.flatten(1) @ windows.float(), pool(images).flatten(1)
         for divisors in ((divisor,), *_by_sides(windows, height, width)):
