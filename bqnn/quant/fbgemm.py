@@ -402,6 +402,11 @@ def quantized_weight(weight: Tensor, quant: FakeQuant) -> Tensor:
     return torch.quantize_per_channel(weight, scales, zero_points, 0, torch.qint8)
 
 
+def quantized_activation(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """Convert floats to a quantized tensor of 8 bits."""
+    return torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
+
+
 class ActivationGrid:
     """The grid of an activation, as Python numbers, which are fast to read."""
 
@@ -413,7 +418,7 @@ class ActivationGrid:
 
     def quantize(self, x: Tensor) -> Tensor:
         """Convert floats to a quantized tensor."""
-        return self.clamp(torch.quantize_per_tensor(x, self.scale, self.zero_point, torch.quint8))
+        return self.clamp(quantized_activation(x, self.scale, self.zero_point))
 
     def clamp(self, x: Tensor) -> Tensor:
         """Clamp a quantized tensor to the bits of the grid; operators use all 8 bits."""
@@ -484,7 +489,7 @@ def _integers(x: Tensor) -> Tensor:
 def quantized_like(x: Tensor, like: Tensor) -> Tensor:
     """Quantize floats to the grid and memory layout of a quantized activation."""
     x = x.to(memory_format=layout(like))
-    return torch.quantize_per_tensor(x, like.q_scale(), like.q_zero_point(), torch.quint8)
+    return quantized_activation(x, like.q_scale(), like.q_zero_point())
 
 
 def layout(x: Tensor) -> torch.memory_format:

@@ -21,6 +21,7 @@ from bqnn.quant.fbgemm import (
     PackedWeight,
     Rounding,
     make_fake_quant,
+    quantized_activation,
     quantized_weight,
     requantize,
 )
@@ -190,8 +191,7 @@ def _run(
         quantized_weight(weight, quant), _bias(layer, example), layer.geometry, layer.engine
     )
     scale, zero_point = example.input_scale, 0 if layer.is_zero[1] else 1
-    x = torch.full(inputs, example.sums * scale)
-    x = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
+    x = quantized_activation(torch.full(inputs, example.sums * scale), scale, zero_point)
     out = packed(x, layer.relu, float(output.scale), int(output.zero_point))
     return out.int_repr().float()
 
