@@ -11,12 +11,13 @@ from bqnn.data.task import make_data
 from bqnn.export.card import make_card, write_markdown
 from bqnn.export.model import export as export_model
 from bqnn.export.packages import require_packages
-from bqnn.export.verification import rows_in_units, start_session, verify
+from bqnn.export.verification import rows_in_units, verify
 from bqnn.files import write_json, write_text, written_beside
 from bqnn.jobs.isolation import leave_as_found
 from bqnn.jobs.job import Job
 from bqnn.jobs.parts import run_parts
 from bqnn.jobs.terminal import say
+from bqnn.quant.onnx.session import start_session
 from bqnn.training.process import prepare_torch
 from bqnn.training.trainer import refuse_devices
 
@@ -46,7 +47,7 @@ def export(job: Job) -> None:
     leave_as_found(job)
     prepare_torch(job)
     config = job.config
-    options = {key: config[key] for key in ("allow_saturation", "trust")}
+    options = {"trust": config["trust"]}
     model = load(config["checkpoint"], "simulated", **options)
     num_samples = model.check_samples(config["num_samples"])
     data = make_data(config, model.recipe)

@@ -17,7 +17,7 @@ from bqnn.export.model import Exported
 from bqnn.export.verification import Verification
 from bqnn.inference.predictions import Prediction, score, with_non_finite
 from bqnn.methods import Method
-from bqnn.quant.fbgemm import has_vnni
+from bqnn.quant.engines.measure import has_vnni
 from bqnn.quant.summary import sizes
 from bqnn.seeds import Stream, stream_seed
 

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from bqnn.data.normalization import Normalization
-from bqnn.export.exact import ExactForm
-from bqnn.export.graph import Graph, Port
 from bqnn.export.mixture import write_mixture
-from bqnn.export.network import Form, NetworkWriter
-from bqnn.export.qdq import QdqForm
-from bqnn.export.values import Value
 from bqnn.inference.likelihoods import Classification
 from bqnn.inference.predict import evaluation_draw
 from bqnn.layers.dropout import one_mask_for_all_rows
 from bqnn.methods import Method
+from bqnn.quant.onnx.exact import ExactForm
+from bqnn.quant.onnx.graph import Graph, Port
+from bqnn.quant.onnx.network import Form, NetworkWriter
+from bqnn.quant.onnx.qdq import QdqForm
+from bqnn.quant.onnx.values import Value
 from bqnn.seeds import Stream, stream_seed
 
 NUM_EXAMPLES = 3  # rows with which the network is walked

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,26 +94,6 @@ class Verification:
                 f"{self.summary_difference:.3g}; verification.json has the details, do not use "
                 "the file"
             )
-
-
-def start_session(path: Path | bytes, threads: int, *, optimized: bool = True) -> Any:
-    """Load a file with ONNX Runtime, on the CPU.
-
-    Args:
-        path: The file, or its content.
-        threads: The number of threads.
-        optimized: Whether the runtime may fuse operators.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = (
-        levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
-    )
-    model = path if isinstance(path, bytes) else str(path)
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def verify(

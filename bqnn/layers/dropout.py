@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -59,13 +60,23 @@ class MCDropout(Stochastic):
 
     def kept(self, x: Tensor) -> Tensor:
         """Draw what is kept of each row: booleans that broadcast over `x`."""
+        first = self._one_of_each(x)
+        # The dropped values are drawn, not the kept ones: 1 - rate would lose a tiny rate.
+        dropped = (coins_like if self.training else evaluation_coins)(first, self.rate)
+        return dropped.logical_not_().view(dropped.shape + (1,) * (x.dim() - dropped.dim()))
+
+    def kept_like(self, x: Tensor) -> Tensor:
+        """Return booleans shaped like those of `kept`, all of them True, without drawing."""
+        first = self._one_of_each(x)
+        return first.new_ones(first.shape + (1,) * (x.dim() - first.dim()), dtype=torch.bool)
+
+    def _one_of_each(self, x: Tensor) -> Tensor:
+        """Return one element of those that are dropped together."""
         dims = (2 if x.dim() == 4 else 0) if self.dims is None else self.dims
         first = x[:1] if self.one_for_all else x
         for _ in range(dims):
             first = first[..., 0]
-        # The dropped values are drawn, not the kept ones: 1 - rate would lose a tiny rate.
-        dropped = (coins_like if self.training else evaluation_coins)(first, self.rate)
-        return dropped.logical_not_().view(dropped.shape + (1,) * dims)
+        return first
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}" + ("" if self.dims is None else f", dims={self.dims}")

@@ -80,10 +80,15 @@ class OnGrid(Tensor):
             origin = next(g.grid.origin for g in _flat([args, kwargs]) if isinstance(g, OnGrid))
             raise TypeError(refusal(_name(func), origin))
         grid = args[0].grid
-        out = func(*_plain_all(args), **kwargs)
+        out = cls.call(func, tuple(_plain_all(args)), kwargs, grid)
         if isinstance(out, Tensor):
             return cls.of(out, grid)
         return type(out)(cls.of(part, grid) for part in out)
+
+    @classmethod
+    def call(cls, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], grid: Grid) -> Any:
+        """Call a function that keeps the grid, on tensors without a grid."""
+        return func(*args, **kwargs)
 
 
 def _refusing(name: str) -> Callable[..., Any]:

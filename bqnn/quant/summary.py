@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from bqnn.layers.draws import held_draw
 from bqnn.layers.ensemble import Ensemble
-from bqnn.quant.fbgemm import FakeQuant, quantized_like
+from bqnn.quant.engines.contract import LayerEngine
+from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.grids import plain
 from bqnn.quant.simulated import SimulatedGaussianLayer, SimulatedLayer, SimulatedPointLayer
 from bqnn.quant.stochastic import LogFakeQuant
@@ -116,6 +117,7 @@ def layer_rows(
                     "zero_share": float((weights.quant.dequantize(values) == 0).float().mean()),
                     "output_scale": float(output.scale),
                     "output_zero_point": int(output.zero_point),
+                    "engine": layer.executor.name,
                     "differing_share": None if found is None else found.share,
                     "largest_disagreement_steps": None if found is None else found.largest,
                 }
@@ -294,18 +296,27 @@ def twins(simulated: nn.Module, integer: nn.Module, x: Tensor, index: int = 0) -
         An iterator over the modules that the draw used and whose outputs are quantized.
     """
     seen = _record(simulated, x, index, lambda module: hasattr(module, "output_quant"))
+    if hasattr(integer, "integers"):  # of an engine that runs networks as a whole
+        with held_draw(integer, index, comparison_noise()):
+            found = integer.integers(x)
+        for name, (inputs, output) in seen.items():
+            module = simulated.get_submodule(name)
+            expected = module.output_quant.integers(plain(output)).int()
+            yield Twin(name, module, inputs, expected, found[name].int())
+        return
     grids = _record(integer, x, index, lambda module: hasattr(module, "grid"))
     with held_draw(integer, index, comparison_noise()):
         for name, (inputs, output) in seen.items():
-            module = simulated.get_submodule(name)
-            quant = module.output_quant
+            module, twin = simulated.get_submodule(name), integer.get_submodule(name)
+            quant, engine = module.output_quant, twin.engine
             assert isinstance(quant, FakeQuant)
+            assert isinstance(engine, LayerEngine)
             fed = [
-                quantized_like(floats, like) if like.is_quantized else floats
-                for floats, like in zip(inputs, grids[name][0], strict=True)
+                engine.like(floats, like) if engine.holds(like) else floats
+                for floats, like in zip(map(plain, inputs), grids[name][0], strict=True)
             ]
-            got = integer.get_submodule(name)(*fed).int_repr().int()
-            yield Twin(name, module, inputs, quant.integers(output).int(), got)
+            got = engine.integers(twin(*fed)).int()
+            yield Twin(name, module, inputs, quant.integers(plain(output)).int(), got)
 
 
 def _drawn_output(net: nn.Module, x: Tensor, index: int) -> Any:
@@ -343,7 +354,7 @@ def _record(
     def keep(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             # Later modules may change a tensor in place, as nn.ReLU(inplace=True) does.
-            kept[name] = (tuple(plain(x).clone() for x in inputs), plain(output).clone())
+            kept[name] = (tuple(x.clone() for x in inputs), output.clone())
 
         return hook
 

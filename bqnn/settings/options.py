@@ -57,7 +57,6 @@ JOB: Table = {
     "resume": flag(),
     "trust": flag(),
     "convergence": flag(),
-    "allow_saturation": flag(),
     "num_samples": maybe(DRAWS),
     "numeric": maybe(one_of("unquantized", "simulated", "int8")),
     "select": one_of("all", "best"),
@@ -157,7 +156,6 @@ QUANT: Table = {
     "noise_range": POSITIVE,
     "weight_symmetric": flag(),
     "keep": many(text(), 1000),
-    "allow_saturation": flag(),
     "freeze_epochs": COUNT,
 }
 

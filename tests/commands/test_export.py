@@ -112,8 +112,8 @@ def test_a_file_that_differs_is_a_failure(
     quantized: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
-    from bqnn.export.exact import ExactForm
-    from bqnn.export.values import Value
+    from bqnn.quant.onnx.exact import ExactForm
+    from bqnn.quant.onnx.values import Value
 
     def wrong(self: ExactForm, x: Value) -> str:
         assert x.integers is not None  # the zero point is left out

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.export.model import Exported
-from bqnn.export.verification import predict_executed, start_session
+from bqnn.export.verification import predict_executed
 from bqnn.inference.likelihoods import Classification
 from bqnn.layers.bayes import to_bayes
 from bqnn.layers.dropout import to_mcdropout
@@ -18,6 +18,7 @@ from bqnn.nets import NETS
 from bqnn.quant.fuse import fuse
 from bqnn.quant.mark import mark
 from bqnn.quant.simulated import calibrate, prepare
+from bqnn.quant.onnx.session import start_session
 from bqnn.quant.spec import QuantSpec
 
 SHAPES = {"mlp": (6,), "lenet": (1, 8, 8), "resnet": (3, 8, 8)}

@@ -9,7 +9,8 @@ import torch
 from bqnn.export.card import metrics_with_errors
 from bqnn.export.measure import latencies, peak_bytes
 from bqnn.export.model import Exported, export
-from bqnn.export.verification import Verification, start_session, verify
+from bqnn.export.verification import Verification, verify
+from bqnn.quant.onnx.session import start_session
 from bqnn.inference.likelihoods import Classification
 from bqnn.inference.predictions import Prediction
 from bqnn.methods import Method

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bqnn.inference.predict import predictive
 from bqnn.layers.bayes import JointPosterior, kl_divergence
 from bqnn.layers.draws import held_draw
-from bqnn.quant.fbgemm import has_vnni
+from bqnn.quant.engines.measure import has_vnni
 from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import convert
 from bqnn.quant.simulated import calibrate, prepare

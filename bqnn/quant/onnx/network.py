@@ -3,22 +3,23 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from bqnn.export.floats import POOLS, SOFTMAXES, write_average, write_module
-from bqnn.export.graph import Graph
-from bqnn.export.moves import Move, write_move
-from bqnn.export.pooling import Averages
-from bqnn.export.values import Integers, Value, row_of
 from bqnn.layers.draws import Drawn
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.markers import Cat, DropoutSite, Pool
 from bqnn.layers.trace import function_of, trace
-from bqnn.quant.fbgemm import FakeQuant
+from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.grids import ASKING, OnGrid, grid_of, keeps_grid, plain
+from bqnn.quant.onnx.floats import POOLS, SOFTMAXES, write_average, write_module
+from bqnn.quant.onnx.graph import Graph
+from bqnn.quant.onnx.moves import Move, write_move
+from bqnn.quant.onnx.pooling import Averages
+from bqnn.quant.onnx.values import Integers, Value, row_of
 from bqnn.quant.simulated import (
     OutputOnGrid,
     SimulatedAdd,
@@ -45,7 +46,7 @@ class Form(Protocol):
     def add(self, x: Value, y: Value, module: SimulatedAdd) -> str: ...
     def cat(self, inputs: list[Value], module: SimulatedCat) -> str: ...
     def average(self, x: Value, averages: Averages, quant: FakeQuant) -> str: ...
-    def dropout(self, x: Value, kept: Tensor) -> str: ...
+    def dropout(self, x: Value, kept: str) -> str: ...
     def relu(self, x: Value) -> str: ...
 
 
@@ -58,12 +59,14 @@ class NetworkWriter:
 
     Attributes:
         float_parts: The names of what computes in float, whose results depend on the runtime.
+        rounded: The outputs of the modules that round, by the name of the module.
     """
 
     def __init__(self, graph: Graph, form: Form) -> None:
         self.graph = graph
         self.form = form
         self.float_parts: set[str] = set()
+        self.rounded: dict[str, Value] = {}
         self._traces: dict[nn.Module, fx.Graph] = {}
         self._measured: dict[tuple[str, torch.Size], Averages] = {}
 
@@ -120,7 +123,8 @@ class NetworkWriter:
         if isinstance(module, OutputOnGrid):
             written = self._rounding(name, module, args)
             quant = Integers.of(module.output_quant)
-            return Value(written, module(*[each.example for each in args]), quant)
+            self.rounded[name] = Value(written, module(*[each.example for each in args]), quant)
+            return self.rounded[name]
         if isinstance(module, MCDropout):
             return self._dropout(x, module)
         if isinstance(module, UNCHANGED) and not isinstance(module, Drawn):
@@ -160,16 +164,22 @@ class NetworkWriter:
         if module.rate == 0:
             return x
         example, factor = plain(x.example), 1 / (1 - module.rate)
-        kept = module.kept(example)[:1]
+        name, kept = self.kept(module, example)
         if x.integers is None:
-            scaled = kept.float().mul_(factor)
-            name = self.graph.call("Mul", x.name, self.graph.constant(scaled.numpy()))
-            return Value(name, example * scaled, None, x.steps)
+            scaled = self.graph.cast(name, np.float32)
+            by = self.graph.call("Mul", scaled, self.graph.constant(np.float32(factor)))
+            out = self.graph.call("Mul", x.name, by)
+            return Value(out, example * kept.float().mul_(factor), None, x.steps)
         grid = grid_of(x.example)
         assert grid is not None
         dropped = OnGrid.of(example * kept * factor, grid._replace(scale=grid.scale * factor))
         integers = Integers(x.integers.scale * factor, x.integers.zero_point, x.integers.quant_max)
-        return Value(self.form.dropout(x, kept), dropped, integers)
+        return Value(self.form.dropout(x, name), dropped, integers)
+
+    def kept(self, module: MCDropout, example: Tensor) -> tuple[str, Tensor]:
+        """Return what MC dropout keeps: its name in the graph, and booleans for the example."""
+        kept = module.kept(example)[:1]
+        return self.graph.constant(kept.numpy()), kept
 
     def _relu(self, x: Value) -> Value:
         if x.integers is None:
