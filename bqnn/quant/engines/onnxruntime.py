@@ -12,7 +12,8 @@ from bqnn.layers.draws import Drawn, DrawnWeights, held_draw
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.finite import refuse_non_finite
-from bqnn.quant.engines.contract import Layer, NetworkEngine
+from bqnn.layers.markers import Quantized
+from bqnn.quant.engines.contract import Layer, NetworkEngine, WholeNetwork
 from bqnn.quant.engines.rounding import Rounding
 from bqnn.quant.grids import UNTRACED, plain
 from bqnn.quant.onnx.graph import Graph, Port
@@ -41,11 +42,11 @@ class OnnxRuntime(NetworkEngine):
     def saturates(self, layer: Layer, weight_bits: int, activation_bits: int) -> bool:
         return False  # weights become unsigned where 16 bits do not hold two products
 
-    def network(self, simulated: nn.Module) -> nn.Module:
+    def network(self, simulated: nn.Module) -> WholeNetwork:
         return OnnxNetwork(simulated)
 
 
-class OnnxNetwork(Drawn):
+class OnnxNetwork(Quantized, Drawn, WholeNetwork):
     """A simulated network that ONNX Runtime executes in integers.
 
     Each draw of random weights is a graph of its own. A graph takes the masks of MC dropout as
@@ -58,14 +59,14 @@ class OnnxNetwork(Drawn):
     def __init__(self, simulated: nn.Module) -> None:
         super().__init__()
         self.simulated = simulated
-        self._graphs: dict[int, OneDraw] = {}  # of networks without random weights
+        self._graphs: dict[Any, OneDraw] = {}  # of networks without random weights
         self._turns = itertools.count()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without the sessions of ONNX Runtime."""
         return {**self.__dict__, "_graphs": {}}
 
-    def make_draw(self, index: int) -> dict[int, "OneDraw"]:
+    def make_draw(self, index: int) -> dict[Any, "OneDraw"]:
         return {}  # `forward` writes the graph, once all layers have their draw
 
     @torch.no_grad()
@@ -76,7 +77,6 @@ class OnnxNetwork(Drawn):
         return self._with_graph(x)[""]
 
     def integers(self, x: Tensor) -> dict[str, Tensor]:
-        """Return the outputs of all modules that round, by name, as integers."""
         found = self._with_graph(x, all_outputs=True)
         return {name: values for name, values in found.items() if name}
 
@@ -89,16 +89,17 @@ class OnnxNetwork(Drawn):
         with held_draw(self, next(self._turns) % max(members, 1)):
             return self._graph(self.held(), x, all_outputs).run(x)
 
-    def _graph(self, held: dict[int, "OneDraw"], x: Tensor, all_outputs: bool) -> "OneDraw":
+    def _graph(self, held: dict[Any, "OneDraw"], x: Tensor, all_outputs: bool) -> "OneDraw":
         net = self.simulated
         is_random = any(isinstance(module, DrawnWeights) for module in net.modules())
         kept = held if is_random else self._graphs
-        place = net.held() if isinstance(net, Ensemble) else 0
         if all_outputs:
             return OneDraw(net, x, all_outputs=True)
-        if place not in kept:
-            kept[place] = OneDraw(net, x, all_outputs=False)
-        return kept[place]
+        member = net.held() if isinstance(net, Ensemble) else 0
+        key = (member, x.shape[1:], torch.get_num_threads())
+        if key not in kept:
+            kept[key] = OneDraw(net, x, all_outputs=False)
+        return kept[key]
 
 
 class OneDraw:
