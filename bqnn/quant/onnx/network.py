@@ -48,6 +48,7 @@ class Form(Protocol):
     def average(self, x: Value, averages: Averages, quant: FakeQuant) -> str: ...
     def dropout(self, x: Value, kept: str) -> str: ...
     def relu(self, x: Value) -> str: ...
+    def max_pool(self, x: str, **attributes: Any) -> str: ...
 
 
 class NetworkWriter:
@@ -189,8 +190,7 @@ class NetworkWriter:
     def _max_pool(self, x: Value, pool: nn.MaxPool2d) -> Value:
         out = pool(x.example)
         padding = _pair(pool.padding)
-        name = self.graph.call(
-            "MaxPool",
+        name = self.form.max_pool(
             x.name,
             kernel_shape=_pair(pool.kernel_size),
             strides=_pair(pool.stride),
