@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bqnn.layers.draws import Drawn, DrawnWeights, held_draw
 from bqnn.layers.dropout import MCDropout
@@ -17,7 +17,7 @@ from bqnn.quant.engines.contract import Layer, NetworkEngine, WholeNetwork
 from bqnn.quant.engines.rounding import Rounding
 from bqnn.quant.grids import UNTRACED, plain
 from bqnn.quant.onnx.graph import Graph, Port
-from bqnn.quant.onnx.network import NetworkWriter
+from bqnn.quant.onnx.network import NetworkWriter, traced
 from bqnn.quant.onnx.qlinear import QLinearForm
 from bqnn.quant.onnx.session import missing_packages, start_session
 from bqnn.quant.onnx.values import Value
@@ -59,12 +59,23 @@ class OnnxNetwork(Quantized, Drawn, WholeNetwork):
     def __init__(self, simulated: nn.Module) -> None:
         super().__init__()
         self.simulated = simulated
-        self._graphs: dict[Any, OneDraw] = {}  # of networks without random weights
         self._turns = itertools.count()
+        self._start()
+
+    def _start(self) -> None:
+        net = self.simulated
+        parts = [*(net.members or [net.current])] if isinstance(net, Ensemble) else [net]
+        self._traces = {part: traced(part) for part in parts}  # tracing is not safe in threads
+        self._graphs: dict[Any, OneDraw] = {}  # of networks without random weights
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle without the sessions of ONNX Runtime."""
-        return {**self.__dict__, "_graphs": {}}
+        """Copy and pickle without what can be made again."""
+        left_out = ("_graphs", "_traces")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start()
 
     def make_draw(self, index: int) -> dict[Any, "OneDraw"]:
         return {}  # `forward` writes the graph, once all layers have their draw
@@ -94,11 +105,11 @@ class OnnxNetwork(Quantized, Drawn, WholeNetwork):
         is_random = any(isinstance(module, DrawnWeights) for module in net.modules())
         kept = held if is_random else self._graphs
         if all_outputs:
-            return OneDraw(net, x, all_outputs=True)
+            return OneDraw(net, x, self._traces, all_outputs=True)
         member = net.held() if isinstance(net, Ensemble) else 0
         key = (member, x.shape[1:], torch.get_num_threads())
         if key not in kept:
-            kept[key] = OneDraw(net, x, all_outputs=False)
+            kept[key] = OneDraw(net, x, self._traces, all_outputs=False)
         return kept[key]
 
 
@@ -108,12 +119,20 @@ class OneDraw:
     Args:
         net: The simulated network.
         x: Inputs [N, ...], which show the shape of a row.
+        traces: The graphs of `forward` of the network, or of the members of an ensemble.
         all_outputs: Whether the graph returns the integers of all modules that round.
     """
 
-    def __init__(self, net: nn.Module, x: Tensor, *, all_outputs: bool) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        x: Tensor,
+        traces: dict[nn.Module, fx.Graph],
+        *,
+        all_outputs: bool,
+    ) -> None:
         graph = Graph()
-        writer = RowMasks(graph, QLinearForm(graph))
+        writer = RowMasks(graph, QLinearForm(graph), traces)
         output = writer.write(net, Value("inputs", plain(x[:2]).contiguous()))
         float32, uint8 = np.dtype(np.float32), np.dtype(np.uint8)
         prefix = ""
@@ -150,8 +169,8 @@ class RowMasks(NetworkWriter):
         masks: The input, the module, and the shape of a row of its inputs, for each mask.
     """
 
-    def __init__(self, graph: Graph, form: QLinearForm) -> None:
-        super().__init__(graph, form)
+    def __init__(self, graph: Graph, form: QLinearForm, traces: dict[nn.Module, fx.Graph]) -> None:
+        super().__init__(graph, form, traces)
         self.masks: list[tuple[Port, MCDropout, torch.Size]] = []
 
     def kept(self, module: MCDropout, example: Tensor) -> tuple[str, Tensor]:
