@@ -142,15 +142,19 @@ class SimulatedLayer(OutputOnGrid):
 
     def kernel(self, input_zero_point: int = 0) -> Layer:
         """Return the properties by which an engine selects the kernel of this layer."""
-        weight, output = self.weight_grid, self.output_quant
-        zero_points = (weight.zero_point.any(), input_zero_point, output.zero_point.any())
+        weight = self.weight_grid
+        # A recipe is compared with a checkpoint on the meta device, which has no values.
+        of_weight, of_output = (
+            quant.zero_point.is_meta or not bool(quant.zero_point.any())
+            for quant in (weight, self.output_quant)
+        )
         return Layer(
             self.weight_shape,
             self.geometry,
             per_channel=weight.channels is not None,
             has_bias=self.bias is not None or self.bn is not None,
             relu=self.relu,
-            is_zero=tuple(not bool(value) for value in zero_points),  # type: ignore[arg-type]
+            is_zero=(of_weight, input_zero_point == 0, of_output),
         )
 
     def before_rounding(self, x: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_is_refused(quantized: Path, export: Export, tmp_pa
 def test_missing_packages_are_named_before_any_work(
     quantized: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bqnn.export.packages.find_spec", lambda name: None)
+    monkeypatch.setattr("bqnn.quant.onnx.session.find_spec", lambda name: None)
     code, errors = export(f"checkpoint={quantized}", "hydra.run.dir=out")
     assert code == 1
     (line,) = errors.splitlines()
