@@ -17,8 +17,8 @@ from bqnn.methods.base import channels_last
 from bqnn.nets import NETS
 from bqnn.quant.fuse import fuse
 from bqnn.quant.mark import mark
-from bqnn.quant.simulated import calibrate, prepare
 from bqnn.quant.onnx.session import start_session
+from bqnn.quant.simulated import calibrate, prepare
 from bqnn.quant.spec import QuantSpec
 
 SHAPES = {"mlp": (6,), "lenet": (1, 8, 8), "resnet": (3, 8, 8)}

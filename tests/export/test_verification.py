@@ -10,11 +10,11 @@ from bqnn.export.card import metrics_with_errors
 from bqnn.export.measure import latencies, peak_bytes
 from bqnn.export.model import Exported, export
 from bqnn.export.verification import Verification, verify
-from bqnn.quant.onnx.session import start_session
 from bqnn.inference.likelihoods import Classification
 from bqnn.inference.predictions import Prediction
 from bqnn.methods import Method
 from bqnn.quant.integer import convert
+from bqnn.quant.onnx.session import start_session
 from tests.export.networks import SHAPES, converted, float_net, quantized, rows_for
 
 onnx = pytest.importorskip("onnx")

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from bqnn.quant.fbgemm import FakeQuant
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bqnn.layers.markers import Enter, Leave
 from bqnn.quant import fbgemm
 from bqnn.quant.callback import QuantizationCallback, calibrate_module
-from bqnn.quant.fbgemm import FakeQuant
 from bqnn.quant.integer import convert
 from bqnn.quant.simulated import SimulatedLayer, is_prepared
 from bqnn.quant.spec import QuantSpec

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bqnn.quant.fbgemm import can_saturate, has_vnni
+from bqnn.quant.saturation import refuse_saturation
 from torch import Tensor, nn
 
 from bqnn.arguments import ArgumentError
@@ -16,11 +18,9 @@ from bqnn.layers.dropout import MCDropout, to_mcdropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.markers import DropoutSite, Enter, Leave
 from bqnn.quant import fbgemm
-from bqnn.quant.fbgemm import can_saturate, has_vnni
 from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import IntegerDropout, convert
 from bqnn.quant.quantize import prepare_qat, quantize
-from bqnn.quant.saturation import refuse_saturation
 from bqnn.quant.simulated import SimulatedLayer, calibrate, prepare
 from bqnn.quant.spec import QuantSpec
 from bqnn.quant.summary import comparison_noise, disagreements, twins, weight_integers

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
+from bqnn.quant.fbgemm import PackedWeight, make_fake_quant, quantized_weight, requantize
 from torch import Tensor
 
 from bqnn.layers.linear_map import Geometry, linear_map
 from bqnn.quant import fbgemm, kernels
-from bqnn.quant.fbgemm import PackedWeight, make_fake_quant, quantized_weight, requantize
 
 SUPPORTED = torch.backends.quantized.supported_engines
 ENGINES = [engine for engine in ("fbgemm", "x86", "onednn") if engine in SUPPORTED]

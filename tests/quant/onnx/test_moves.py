@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bqnn.quant.onnx.session import start_session
 from bqnn.quant.onnx.graph import Graph, Port
 from bqnn.quant.onnx.moves import write_move
+from bqnn.quant.onnx.session import start_session
 from bqnn.quant.onnx.values import Value
 
 pytest.importorskip("onnx")
