@@ -61,10 +61,10 @@ def test_a_simulation_is_one_graph(method: str, context: type) -> None:
     assert torch.equal(*outputs) == (method not in RANDOM)
 
 
-@pytest.mark.parametrize("are_frozen", [False, True])
+@pytest.mark.parametrize("are_frozen", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("method", COMPILED_METHODS)
 def test_a_compiled_simulation_learns(method: str, are_frozen: bool) -> None:
-    net = simulated(method).train()
+    net = simulated(method, "mlp").train()
     freeze(net, are_frozen)
     same = copy.deepcopy(net)
     expected = gradients(net, net)
