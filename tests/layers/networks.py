@@ -45,6 +45,11 @@ TRACES_RANDOM = pytest.mark.skipif(
 COMPILED_METHODS = [
     pytest.param(method, marks=[TRACES_RANDOM] if method in RANDOM else []) for method in METHODS
 ]
+EXPORTED = [  # whether torch.export is strict, and the method
+    pytest.param(strict, method, marks=[TRACES_RANDOM] if strict and method == "bbb" else [])
+    for strict in (False, True)
+    for method in METHODS
+]
 
 
 def make(method: str, net: str = "lenet") -> nn.Module:

@@ -15,8 +15,8 @@ from bqnn.quant.spec import QuantSpec
 from tests.layers.networks import (
     COMPILED_METHODS,
     COMPILED_NETS,
+    EXPORTED,
     IMAGES,
-    METHODS,
     NETS,
     NUM_MEMBERS,
     RANDOM,
@@ -78,9 +78,8 @@ def test_a_compiled_simulation_learns(method: str, are_frozen: bool) -> None:
         torch.testing.assert_close(list(same.buffers()), list(net.buffers()))
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(("strict", "method"), EXPORTED)
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("method", METHODS)
 def test_an_exported_simulation_is_as_random_as_it_was(
     method: str, name: str, strict: bool
 ) -> None:
@@ -106,7 +105,7 @@ def test_a_part_of_a_simulation_is_not_compiled() -> None:
         net(IMAGES)
 
 
-@pytest.mark.parametrize("method", METHODS[:3])
+@pytest.mark.parametrize("method", COMPILED_METHODS[:3])
 def test_integer_networks_compile_and_refuse_to_be_exported(method: str) -> None:
     spec = QuantSpec()
     net = convert(calibrate(prepare(fuse(make(method)), spec), [IMAGES]), spec.engine)
