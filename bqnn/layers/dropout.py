@@ -1,6 +1,6 @@
 """Monte-Carlo dropout: dropout that stays active in evaluation mode."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -46,6 +46,7 @@ class MCDropout(Stochastic):
     """
 
     one_for_all = False  # whether all rows of a batch have one mask, as in an exported file
+    given: Iterator[Tensor] | None = None  # masks to use instead of drawing, see `given_masks`
 
     def __init__(self, rate: float, dims: int | None = None) -> None:
         super().__init__()
@@ -60,6 +61,8 @@ class MCDropout(Stochastic):
 
     def kept(self, x: Tensor) -> Tensor:
         """Draw what is kept of each row: booleans that broadcast over `x`."""
+        if self.given is not None:
+            return next(self.given)
         first = self._one_of_each(x)
         # The dropped values are drawn, not the kept ones: 1 - rate would lose a tiny rate.
         dropped = (coins_like if self.training else evaluation_coins)(first, self.rate)
@@ -97,6 +100,32 @@ def one_mask_for_all_rows(net: nn.Module) -> Iterator[None]:
     finally:
         for dropout in dropouts:
             dropout.one_for_all = False
+
+
+@contextmanager
+def given_masks(net: nn.Module, masks: Iterable[Tensor]) -> Iterator[None]:
+    """Let MC dropout use given masks instead of drawing its own.
+
+    Args:
+        net: A network. It draws masks again after the context.
+        masks: What is kept, as `MCDropout.kept` returns it, in the order of its calls.
+
+    Examples:
+        >>> import torch
+        >>> dropout = MCDropout(0.5).eval()
+        >>> with given_masks(dropout, [torch.tensor([[True, False]])]):
+        ...     dropout(torch.ones(1, 2))
+        tensor([[2., 0.]])
+    """
+    dropouts = [module for module in net.modules() if isinstance(module, MCDropout)]
+    given = iter(masks)
+    for dropout in dropouts:
+        dropout.given = given
+    try:
+        yield
+    finally:
+        for dropout in dropouts:
+            dropout.given = None
 
 
 def to_mcdropout(

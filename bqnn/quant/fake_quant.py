@@ -76,6 +76,8 @@ class FakeQuant(Quantized):
         """Return the nearest grid points, or `x` itself if rounding is disabled."""
         if not self.enabled:
             return x
+        if torch.compiler.is_compiling():
+            return self._traced_round(x)
         if self.channels is None:
             return torch.fake_quantize_per_tensor_affine(
                 x, self.scale, self.zero_point, self.quant_min, self.quant_max
@@ -83,6 +85,18 @@ class FakeQuant(Quantized):
         return torch.fake_quantize_per_channel_affine(
             x, self.scale, self.zero_point, 0, self.quant_min, self.quant_max
         )
+
+    def _traced_round(self, x: Tensor) -> Tensor:
+        """Round with elementary operators; torch's own cannot be traced with a free batch size."""
+        scale, zero_point = self.along(x, self.scale), self.along(x, self.zero_point)
+        values = x.detach()
+        integers = (values * (1 / scale)).round() + zero_point
+        rounded = (integers.clamp(self.quant_min, self.quant_max) - zero_point) * scale
+        if not x.requires_grad:
+            return rounded
+        is_inside = (integers >= self.quant_min) & (integers <= self.quant_max)
+        passing = torch.where(is_inside, x, values)
+        return rounded + (passing - passing.detach())  # adds 0, with the gradient of `passing`
 
     @torch.no_grad()
     def integers(self, x: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ class Grid(NamedTuple):
 
 
 UNTRACED = (
-    "a quantized network cannot be traced; call torch.compile or torch.export on the float one, "
-    "before prepare()"
+    "an int8 network cannot be traced, nor a part of a simulated one; call torch.compile or "
+    "torch.export on the whole network, before convert()"
 )
 
 

@@ -33,7 +33,7 @@ from bqnn.quant.engines.rounding import (
 )
 from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.fuse import Fused, activated, check_features
-from bqnn.quant.grids import UNTRACED, Grid, OnGrid, grid_of, plain
+from bqnn.quant.grids import Grid, OnGrid, grid_of, plain
 from bqnn.quant.region import check_region
 from bqnn.quant.spec import QuantSpec
 from bqnn.quant.stochastic import GaussianGrids, activation_fake_quant, weight_fake_quant
@@ -56,14 +56,14 @@ class OutputOnGrid(nn.Module):
         self.engine: Engine = usable_engine(spec.engine)
 
     def grids_of(self, *inputs: Tensor) -> list[Grid] | None:
-        """Return the grids of the inputs, or None if rounding is disabled.
+        """Return the grids of the inputs, or None if rounding is disabled or the call is traced.
 
         Raises:
             TypeError: An input has no grid.
         """
-        grids = [grid for grid in map(grid_of, inputs) if grid is not None]
-        if not self.output_quant.enabled:
+        if not self.output_quant.enabled or torch.compiler.is_compiling():
             return None
+        grids = [grid for grid in map(grid_of, inputs) if grid is not None]
         if len(grids) < len(inputs):
             raise TypeError(
                 f"{self.path or type(self).__name__} reads an input that is not quantized: it is "
@@ -77,9 +77,9 @@ class OutputOnGrid(nn.Module):
         return self.on_grid(self.output_quant(x))
 
     def on_grid(self, x: Tensor) -> Tensor:
-        """Attach the grid to outputs that are already rounded."""
+        """Attach the grid to outputs that are already rounded; not in a traced graph."""
         quant = self.output_quant
-        if not quant.enabled:
+        if not quant.enabled or torch.compiler.is_compiling():
             return x
         grid = Grid(float(quant.scale), int(quant.zero_point), quant.largest, self.path)
         return OnGrid.of(x, grid)
@@ -142,15 +142,19 @@ class SimulatedLayer(OutputOnGrid):
 
     def kernel(self, input_zero_point: int = 0) -> Layer:
         """Return the properties by which an engine selects the kernel of this layer."""
-        weight, output = self.weight_grid, self.output_quant
-        zero_points = (weight.zero_point.any(), input_zero_point, output.zero_point.any())
+        weight = self.weight_grid
+        # A recipe is compared with a checkpoint on the meta device, which has no values.
+        of_weight, of_output = (
+            quant.zero_point.is_meta or not bool(quant.zero_point.any())
+            for quant in (weight, self.output_quant)
+        )
         return Layer(
             self.weight_shape,
             self.geometry,
             per_channel=weight.channels is not None,
             has_bias=self.bias is not None or self.bn is not None,
             relu=self.relu,
-            is_zero=tuple(not bool(value) for value in zero_points),  # type: ignore[arg-type]
+            is_zero=(of_weight, input_zero_point == 0, of_output),
         )
 
     def before_rounding(self, x: Tensor) -> Tensor:
@@ -281,8 +285,6 @@ class SimulatedEnter(OutputOnGrid, Enter):
     """Rounds the inputs of the network."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            raise TypeError(UNTRACED)
         if grid_of(x) is not None:
             raise TypeError(
                 f"{self.path} is an Enter inside the integer region; remove it, or put a Leave "

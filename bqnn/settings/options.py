@@ -62,6 +62,7 @@ JOB: Table = {
     "select": one_of("all", "best"),
     "format": one_of("onnx"),
     "form": one_of("exact", "qdq"),
+    "masks": one_of("fixed", "random"),
 }
 
 # The options of data sets, and the defaults of a task for its training.

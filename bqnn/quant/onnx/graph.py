@@ -142,8 +142,8 @@ class Graph:
         graph = onnx.helper.make_graph(
             nodes,
             "bqnn",
-            [_value_info(port) for port in inputs],
-            [_value_info(port) for port in outputs.values()],
+            [value_info(port) for port in inputs],
+            [value_info(port) for port in outputs.values()],
             [onnx.numpy_helper.from_array(a, name) for name, a in self.constants.items()],
         )
         model = onnx.helper.make_model(
@@ -179,7 +179,8 @@ TYPES = {
 }
 
 
-def _value_info(port: Port) -> Any:
+def value_info(port: Port) -> Any:
+    """Return an input or output as onnx.ValueInfoProto."""
     import onnx
 
     return onnx.helper.make_tensor_value_info(port.name, TYPES[port.dtype.name], port.shape)
