@@ -49,7 +49,7 @@ def main() -> None:
     torch.manual_seed(0)
     point, bayes = LeNet(SHAPE, (10,)).eval(), _net(arguments.method)
     x = torch.rand(max(arguments.batches), *SHAPE)
-    sides = {"float": (point, bayes)}
+    sides: dict[str, tuple[nn.Module, nn.Module]] = {"float": (point, bayes)}
     for name in arguments.engines:
         if engine(name).missing() is None:
             sides[name] = (_integer(point, x, name), _integer(bayes, x, name))
