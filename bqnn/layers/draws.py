@@ -1,6 +1,6 @@
 """Draws of random modules. A draw belongs to a call, not to the modules."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -59,10 +59,14 @@ class DrawnWeights(Drawn):
         """Draw the weights, in the form that `forward` needs."""
         raise NotImplementedError
 
+    def held_weights(self) -> Any:
+        """Return the weights that the thread holds, or None."""
+        # torch.export would turn a held draw into a constant.
+        return None if torch.compiler.is_exporting() else self.held()
+
     def weights(self) -> Any:
         """Return the held draw of the weights, or a new draw."""
-        # torch.export would turn a held draw into a constant.
-        held = None if torch.compiler.is_exporting() else self.held()
+        held = self.held_weights()
         return self.draw() if held is None else held
 
     def make_draw(self, index: int) -> Any:
@@ -91,16 +95,41 @@ def held_draw(
         >>> torch.equal(net(x), net(x))
         False
     """
-    draw = Draw(torch.default_generator if generator is None else generator)
-    outer = _held.get()
-    if outer is not None:
-        draw.values.update(outer.values)
-    token = _held.set(draw)
-    try:
+    with _holding({}, torch.default_generator if generator is None else generator) as draw:
         for module in net.modules():
             if isinstance(module, Drawn):
                 draw.values[module] = module.make_draw(index)
         yield
+
+
+@contextmanager
+def held_values(values: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Hold given values as the draw of random modules, in this thread.
+
+    Args:
+        values: For each module, a value in the form of `Drawn.make_draw`. Held draws of other
+            modules stay held.
+
+    Examples:
+        >>> from bqnn.layers.bayes import BayesLinear
+        >>> layer = BayesLinear(3, 2, bias=False)
+        >>> with held_values({layer: torch.ones(2, 3)}):
+        ...     layer(torch.ones(1, 3))
+        tensor([[3., 3.]])
+    """
+    outer = _held.get()
+    with _holding(values, torch.default_generator if outer is None else outer.generator):
+        yield
+
+
+@contextmanager
+def _holding(values: Mapping[nn.Module, Any], generator: torch.Generator) -> Iterator[Draw]:
+    """Hold a draw with these values, and with those that are held already."""
+    draw, outer = Draw(generator), _held.get()
+    draw.values = {**({} if outer is None else outer.values), **values}
+    token = _held.set(draw)
+    try:
+        yield draw
     finally:
         _held.reset(token)
 
