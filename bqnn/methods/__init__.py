@@ -6,6 +6,7 @@ from bqnn.methods.mcdropout import MCDropoutMethod
 from bqnn.methods.members import MemberTuning
 from bqnn.methods.pointwise import Pointwise
 from bqnn.methods.sghmc import SGHMCEnsemble
+from bqnn.methods.start import PointwiseStart
 
 __all__ = [
     "METHODS",
@@ -14,6 +15,7 @@ __all__ = [
     "MemberTuning",
     "Method",
     "Pointwise",
+    "PointwiseStart",
     "SGHMCEnsemble",
 ]
 
