@@ -50,7 +50,7 @@ class Laplace(PostHocGaussian):
         >>> options = {"num_train": 2, "seed": 0, "optimizer": {"name": "adam"}}
         >>> method = Laplace(net, likelihood, prior=0.1, **options)
         >>> method.set_posterior([(torch.ones(2, 3), torch.zeros(2))], validation=[])
-        >>> float(method.net.features[0].sigma.max()) <= 0.1
+        >>> float(method.net.output.heads[0].linear.sigma.max()) <= 0.1
         True
     """
 
@@ -66,10 +66,8 @@ class Laplace(PostHocGaussian):
     ) -> None:
         if isinstance(prior, str):
             if prior not in CRITERIA:
-                raise ArgumentError(
-                    f"prior={short(prior)}: choose {' or '.join(CRITERIA)}, or a standard deviation",
-                    "prior",
-                )
+                choices = " or ".join(CRITERIA)
+                raise ArgumentError(f"prior={short(prior)}: choose {choices}, or a number", "prior")
         else:
             reason = "a standard deviation must be positive and finite"
             prior = real_number("prior", prior, reason, 0, without=(0,))
@@ -96,13 +94,14 @@ class Laplace(PostHocGaussian):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self.prior == "validation" and not self.is_fine_tuned:
-            if not self.trainer.enable_validation:
-                raise ArgumentError(
-                    "prior=validation: there are no validation rows; set validation_share above "
-                    "0, or choose prior=marginal_likelihood",
-                    *("prior", "validation_share"),
-                )
+        if self.is_fine_tuned or self.prior != "validation":
+            return
+        if not self.trainer.enable_validation:
+            raise ArgumentError(
+                "prior=validation: there are no validation rows; provide some, or choose "
+                "prior=marginal_likelihood",
+                "prior",
+            )
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
@@ -116,7 +115,7 @@ class Laplace(PostHocGaussian):
         prior_std = self.prior
         if isinstance(prior_std, str):
             prior_std = self.best_prior_std(prior_std, fisher, validation)
-            log.info("prior_std=%.3g has the best %s", prior_std, self.prior)
+            log.info("laplace: prior_std=%.3g is chosen by %s", prior_std, self.prior)
         self.set_sigmas(fisher, prior_std)
 
     def fisher(self, batches: Iterable[Batch]) -> dict[GaussianWeight, Tensor]:

@@ -118,7 +118,9 @@ class SetPosterior(pl.Callback):
 
 def _training_batches(trainer: pl.Trainer) -> Iterator[Batch]:
     """Yield the batches of an epoch, on the device of the training."""
-    for batch in islice(trainer.train_dataloader, int(trainer.num_training_batches)):
+    loader = trainer.train_dataloader
+    assert loader is not None
+    for batch in islice(loader, int(trainer.num_training_batches)):
         yield trainer.strategy.batch_to_device(batch)
 
 
