@@ -1,0 +1,54 @@
+"""Sigma comes after the training, and a fine-tuning keeps it."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from bqnn.methods import METHODS, PostHocGaussian
+from bqnn.quant.callback import QuantizationCallback
+from bqnn.quant.spec import QuantSpec
+from tests.bare_trainer import bare_trainer
+from tests.small_methods import image_method, images
+
+NAMES = [name for name, method in METHODS.items() if issubclass(method, PostHocGaussian)]
+
+
+def fit(method: Any, epochs: int, **options: Any) -> None:
+    bare_trainer(epochs, num_sanity_val_steps=0, inference_mode=False, **options).fit(
+        method, images()
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_draws_differ_after_the_training_only(name: str) -> None:
+    method = image_method(name).eval()
+    draws = method.predictive(images().inputs)
+    assert torch.equal(draws, draws[:1].expand_as(draws))
+    fit(method, 2)
+    draws = method.eval().predictive(images().inputs)
+    assert not torch.equal(draws[0], draws[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fine_tuning_moves_the_means_and_keeps_sigma(name: str) -> None:
+    method = image_method(name)
+    fit(method, 2)
+    method.eval()
+    assert isinstance(method, PostHocGaussian)
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    tuned = method.fine_tuning({"name": "adam", "lr": 1e-2}, prior_weight=1.0)
+    fit(tuned, 2, callbacks=[QuantizationCallback(QuantSpec())])
+    moved = {"mean": 0, "rho": 0}
+    for key, value in tuned.state_dict().items():
+        kind = key.rpartition(".")[2]
+        old = before.get(key, before.get(key.replace(f".{kind}", f".layer.{kind}")))
+        if kind in moved and old is not None:
+            moved[kind] += int((value != old).sum())
+    assert moved["rho"] == 0 < moved["mean"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_quantized_network_has_no_training_without_sigma(name: str) -> None:
+    with pytest.raises(ValueError, match=r"sets sigma after the training.* train in float"):
+        fit(image_method(name), 1, callbacks=[QuantizationCallback(QuantSpec())])
