@@ -104,7 +104,7 @@ def test_too_few_networks_are_said(
 
 def test_frozen_weights_keep_their_value() -> None:
     net = lenet()
-    net.features[1].requires_grad_(False)  # type: ignore[index,union-attr]
+    net.get_submodule("features.1").requires_grad_(False)
     method = fitted(image_method("swag", net), 3, images())
     frozen, trained, *_ = method.gaussian_weights().values()
     assert (frozen.sigma < 1e-30).all()
@@ -112,12 +112,10 @@ def test_frozen_weights_keep_their_value() -> None:
 
 
 def test_statistics_of_batch_norm_are_those_of_the_mean_and_its_draws() -> None:
-    torch.manual_seed(0)
-    net = ResNet([1, 8, 8], [3], width=2, blocks_per_stage=[1])
-    method = fitted(image_method("swag", net, scale=1e-12), 4, images())  # next to no noise
-    first = method.net.stem[2]  # type: ignore[index,union-attr]
+    method = fitted(image_method("swag", resnet(), scale=1e-12), 4, images())  # hardly any noise
+    first = method.net.get_submodule("stem.2")
     assert isinstance(first, nn.BatchNorm2d)
-    convolution = method.net.stem[1]  # type: ignore[index,union-attr]
+    convolution = method.net.get_submodule("stem.1")
     with torch.no_grad(), held_means(method.net):
         outputs = [convolution(inputs) for inputs, _ in images()]
     means = torch.stack([x.mean((0, 2, 3)) for x in outputs]).mean(0)
@@ -125,14 +123,14 @@ def test_statistics_of_batch_norm_are_those_of_the_mean_and_its_draws() -> None:
     torch.testing.assert_close(first.running_mean, means, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(first.running_var, variances, rtol=1e-4, atol=1e-5)
     assert first.momentum == 0.1
-    noisy = fitted(image_method("swag", net_like(), scale=1e4), 4, images())
-    wide = noisy.net.stem[2]  # type: ignore[index,union-attr]
+    noisy = fitted(image_method("swag", resnet(), scale=1e4), 4, images())
+    wide = noisy.net.get_submodule("stem.2")
     assert isinstance(wide, nn.BatchNorm2d)
     assert wide.running_var is not None
     assert (wide.running_var > 2 * variances).any()
 
 
-def net_like() -> nn.Module:
+def resnet() -> nn.Module:
     torch.manual_seed(0)
     return ResNet([1, 8, 8], [3], width=2, blocks_per_stage=[1])
 
