@@ -96,8 +96,9 @@ class SetPosterior(pl.Callback):
         self.replaced: dict[str, Tensor] = {}
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pl_module.load_state_dict(self.replaced, strict=False)
-        self.replaced = {}
+        if self.replaced:
+            pl_module.load_state_dict(self.replaced, strict=False)
+            self.replaced = {}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, PostHocGaussian)

@@ -72,7 +72,7 @@ def test_it_is_that_of_the_jacobian(name: str) -> None:
     net = to_bayes(make()).eval()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2)
     x = torch.randn(7, *shape)
     factors = Classification(["a", "b", "c"]).fisher_factors
     found = fisher_diagonal(net, x.split(4), factors)

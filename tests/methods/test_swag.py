@@ -36,7 +36,7 @@ class Passed(pl.Callback):
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for name, param in pl_module.net.named_parameters():  # type: ignore[union-attr]
+        for name, param in pl_module.net.named_parameters():
             if param.requires_grad:
                 self.seen.setdefault(name, []).append(param.detach().clone())
 
