@@ -16,9 +16,11 @@ from bqnn.layers.bayes import (
     BayesLinear,
     GaussianWeight,
     JointPosterior,
+    held_means,
     kl_divergence,
     to_bayes,
 )
+from bqnn.layers.draws import held_draw, held_values
 from bqnn.layers.linear_map import Geometry, linear_map
 from bqnn.layers.noise import noise_like
 
@@ -458,3 +460,28 @@ def test_a_bayesian_network_is_not_converted_again():
     net = to_bayes(nn.Sequential(nn.Linear(3, 2)))
     with pytest.raises(TypeError, match="0 is a BayesLinear already; convert a network once"):
         to_bayes(net)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("make", [bayes_linear, bayes_conv])
+def test_held_means_are_the_weights_in_both_modes(make, training):
+    layer = make().train(training)
+    x = torch.randn(2, 5) if layer.geometry is None else torch.randn(2, 4, 6, 6)
+    with held_means(nn.Sequential(layer)):
+        out = layer(x)
+    torch.testing.assert_close(out, linear_map(x, layer.mean, layer.bias, layer.geometry))
+    out.sum().backward()
+    assert layer.mean.grad is not None
+    assert layer.rho.grad is None
+    assert not torch.equal(layer(x), layer(x))
+
+
+def test_held_values_leave_other_layers_their_draw():
+    first, second = (BayesLinear(2, 2, prior_std=1.0).eval() for _ in range(2))
+    x = torch.ones(1, 2)
+    with held_draw(nn.Sequential(first, second), 0):
+        drawn = first(x), second(x)
+        with held_values({first: torch.zeros(2, 2)}):
+            assert torch.equal(first(x), first.bias[None])
+            assert torch.equal(second(x), drawn[1])
+        assert torch.equal(first(x), drawn[0])
