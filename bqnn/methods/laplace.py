@@ -1,6 +1,7 @@
 """Laplace: a Gaussian around the weights of a trained network, from the curvature of its loss."""
 
 import logging
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from bqnn.inference.metrics import NotFiniteError
 from bqnn.inference.precision import full_precision
 from bqnn.inference.predictions import Prediction, score
 from bqnn.layers.bayes import GaussianWeight
-from bqnn.methods.base import Batch, channels_last
+from bqnn.methods.base import Batch, Method, channels_last
 from bqnn.methods.fisher import fisher_diagonal
 from bqnn.methods.posthoc import PostHocGaussian, sum_over_ranks
 from bqnn.text import short
@@ -73,7 +74,7 @@ class Laplace(PostHocGaussian):
             prior = real_number("prior", prior, reason, 0, without=(0,))
         super().__init__(net, likelihood, **options)
         self.prior = prior
-        self.is_trained = False
+        self.is_given = False
 
     def initialize_from(self, state: Mapping[str, Tensor]) -> None:
         """Take the weights of a pointwise method with the same network, which stay as they are.
@@ -85,12 +86,15 @@ class Laplace(PostHocGaussian):
             ValueError: The state does not fit this network.
         """
         super().initialize_from(state)
-        self.is_trained = True
+        self.is_given = True
+
+    def fine_tuning(self, optimizer: dict[str, Any], prior_weight: float) -> Method:
+        self.is_given = False
+        return super().fine_tuning(optimizer, prior_weight)
 
     def optimizer_options(self, steps_per_epoch: int) -> dict[str, Any]:
-        if self.is_trained and not self.is_fine_tuned:
-            return {"name": "sgd", "lr": 0.0}
-        return super().optimizer_options(steps_per_epoch)
+        still = {"name": "sgd", "lr": 0.0}
+        return still if self.is_given else super().optimizer_options(steps_per_epoch)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -105,7 +109,7 @@ class Laplace(PostHocGaussian):
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        if self.is_trained and not self.is_fine_tuned:
+        if self.is_given:
             self.eval()  # the statistics of batch norm stay as they are
 
     @full_precision()
@@ -147,7 +151,13 @@ class Laplace(PostHocGaussian):
         """Return the prior's standard deviation of `PRIOR_STDS` that is best by a criterion."""
         if criterion == "marginal_likelihood":
             return max(PRIOR_STDS, key=lambda std: log_evidence(fisher, std))
-        return min(PRIOR_STDS, key=lambda std: self._validation_nll(fisher, std, validation))
+        nlls = {std: self._validation_nll(fisher, std, validation) for std in PRIOR_STDS}
+        if min(nlls.values()) == math.inf:
+            raise ValueError(
+                "laplace: no prior leads to a finite NLL of the validation rows; look for rows far "
+                "from the training rows, or choose prior=marginal_likelihood"
+            )
+        return min(PRIOR_STDS, key=nlls.__getitem__)
 
     @torch.no_grad()
     def set_sigmas(self, fisher: Mapping[GaussianWeight, Tensor], prior_std: float) -> None:
@@ -167,10 +177,13 @@ class Laplace(PostHocGaussian):
             Prediction(self.likelihood, self.predictive(inputs), targets.cpu())
             for inputs, targets in validation
         ]
+        if not all(prediction.samples.isfinite().all() for prediction in predictions):
+            return math.inf
         try:
             return score(*predictions)["nll"]
-        except (NotFiniteError, ValueError):
-            return float("inf")
+        except NotFiniteError as error:
+            nll = error.metrics["nll"]
+            return math.inf if math.isnan(nll) else nll
 
 
 def log_evidence(fisher: Mapping[GaussianWeight, Tensor], prior_std: float) -> float:

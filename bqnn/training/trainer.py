@@ -203,7 +203,7 @@ def fit(job: Job, trainer: pl.Trainer, model: Method, data: TensorData) -> None:
             assert isinstance(model, PointwiseStart)
             if not resumes:
                 start_from(model, start)
-            if not model.trains_after_start:
+            if not model.trains_after_start:  # it needs one pass over the rows
                 trainer.fit_loop.max_epochs = 1
         trainer.fit(model, datamodule=data, ckpt_path=path if resumes else None, weights_only=True)
     if trainer.global_step == 0:

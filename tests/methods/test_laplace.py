@@ -99,6 +99,14 @@ def test_the_prior_is_the_best_of_the_grid() -> None:
     assert certain <= 0.1 < doubtful
 
 
+def test_rows_without_a_finite_nll_are_no_choice() -> None:
+    method = linear(4).eval()
+    fisher = method.fisher([(torch.randn(4, 3), torch.randn(4))])
+    far = [(torch.randn(4, 3), torch.full((4,), torch.inf))]
+    with pytest.raises(ValueError, match=r"^laplace: no prior leads to a finite NLL"):
+        method.best_prior_std("validation", fisher, far)
+
+
 def test_without_validation_rows_there_is_no_choice_by_them() -> None:
     fit = bare_trainer(1, num_sanity_val_steps=0)
     with pytest.raises(ValueError, match=r"^prior=validation: there are no validation rows"):

@@ -1,11 +1,13 @@
 """Sigma comes after the training, and a fine-tuning keeps it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from bqnn.methods import METHODS, PostHocGaussian
+from bqnn.nets import ResNet
 from bqnn.quant.callback import QuantizationCallback
 from bqnn.quant.spec import QuantSpec
 from tests.bare_trainer import bare_trainer
@@ -52,3 +54,24 @@ def test_a_fine_tuning_moves_the_means_and_keeps_sigma(name: str) -> None:
 def test_a_quantized_network_has_no_training_without_sigma(name: str) -> None:
     with pytest.raises(ValueError, match=r"sets sigma after the training.* train in float"):
         fit(image_method(name), 1, callbacks=[QuantizationCallback(QuantSpec())])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prolonged_training_continues_from_the_network_that_was_trained(
+    name: str, tmp_path: Path
+) -> None:
+    constant: dict[str, Any] = {"schedule": "constant"}
+    whole, short, longer = (image_method(name, resnet(), **constant) for _ in range(3))
+    fit(whole, 6)
+    trainer = bare_trainer(3, num_sanity_val_steps=0, inference_mode=False)
+    trainer.fit(short, images())
+    trainer.save_checkpoint(tmp_path / "short.ckpt")
+    trainer = bare_trainer(6, num_sanity_val_steps=0, inference_mode=False)
+    trainer.fit(longer, images(), ckpt_path=str(tmp_path / "short.ckpt"), weights_only=True)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(longer.state_dict()[key], value), key
+
+
+def resnet() -> ResNet:
+    torch.manual_seed(0)
+    return ResNet([1, 8, 8], [3], width=2, blocks_per_stage=[1])
