@@ -43,7 +43,7 @@ def fisher_diagonal(
         factors: Computes l from the outputs: [B, num_outputs] -> [K, B, num_outputs].
 
     Returns:
-        For each layer with Gaussian weights, a tensor like its means.
+        For each layer with Gaussian weights that is not frozen, a tensor like its means.
 
     Raises:
         TypeError: A layer merges the rows of a batch with another dimension.
@@ -55,7 +55,11 @@ def fisher_diagonal(
         >>> fisher_diagonal(net, [x], lambda output: torch.ones_like(output)[None])[net[0]]
         tensor([[10., 20.]])
     """
-    layers = [module for module in net.modules() if isinstance(module, GaussianWeight)]
+    layers = [
+        module
+        for module in net.modules()
+        if isinstance(module, GaussianWeight) and module.mean.requires_grad
+    ]
     sums = {layer: torch.zeros_like(layer.mean) for layer in layers}
     for inputs in batches:
         with torch.enable_grad(), _recorded(layers, len(inputs)) as calls, held_means(net):

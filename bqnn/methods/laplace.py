@@ -129,7 +129,7 @@ class Laplace(PostHocGaussian):
             batches: The training rows, or a part of them, which then stands for all.
 
         Returns:
-            For each layer with Gaussian weights, a tensor like its means.
+            For each layer with Gaussian weights that is not frozen, a tensor like its means.
         """
         count = torch.zeros((), device=self.device)
 

@@ -11,7 +11,7 @@ from bqnn.nets import ResNet
 from bqnn.quant.callback import QuantizationCallback
 from bqnn.quant.spec import QuantSpec
 from tests.bare_trainer import bare_trainer
-from tests.small_methods import image_method, images
+from tests.small_methods import image_method, images, lenet
 
 NAMES = [name for name, method in METHODS.items() if issubclass(method, PostHocGaussian)]
 
@@ -30,6 +30,20 @@ def test_draws_differ_after_the_training_only(name: str) -> None:
     fit(method, 2)
     draws = method.eval().predictive(images().inputs)
     assert not torch.equal(draws[0], draws[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_weights_keep_their_value(name: str) -> None:
+    net = lenet()
+    net.get_submodule("features.1").requires_grad_(False)
+    method = image_method(name, net)
+    assert isinstance(method, PostHocGaussian)
+    frozen, trained, *_ = method.gaussian_weights().values()
+    before = frozen.mean.clone()
+    fit(method, 3)
+    assert torch.equal(frozen.mean, before)
+    assert (frozen.sigma < 1e-30).all()
+    assert (trained.sigma > 1e-9).any()
 
 
 @pytest.mark.parametrize("name", NAMES)

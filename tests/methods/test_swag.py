@@ -13,7 +13,7 @@ from bqnn.methods import SWAG, Method
 from bqnn.methods.swag import Moments
 from bqnn.nets import ResNet
 from tests.bare_trainer import bare_trainer
-from tests.small_methods import image_method, images, lenet, table, table_method
+from tests.small_methods import image_method, images, table, table_method
 
 SGD = {"name": "sgd", "lr": 0.1}
 
@@ -100,15 +100,6 @@ def test_too_few_networks_are_said(
     assert f"swag has collected {collected} of the networks" in caplog.text
     draws = method.eval().predictive(table().inputs)
     torch.testing.assert_close(draws, draws[:1].expand_as(draws))
-
-
-def test_frozen_weights_keep_their_value() -> None:
-    net = lenet()
-    net.get_submodule("features.1").requires_grad_(False)
-    method = fitted(image_method("swag", net), 3, images())
-    frozen, trained, *_ = method.gaussian_weights().values()
-    assert (frozen.sigma < 1e-30).all()
-    assert (trained.sigma > 1e-9).any()
 
 
 def test_statistics_of_batch_norm_are_those_of_the_mean_and_its_draws() -> None:
