@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from bqnn.methods import METHODS, PostHocGaussian
-from bqnn.nets import ResNet
-from bqnn.quant.callback import QuantizationCallback
+from bqnn.nets import LeNet, ResNet
+from bqnn.quant.callback import QuantizationCallback, quantize_module
+from bqnn.quant.integer import convert
+from bqnn.quant.simulated import calibrate
 from bqnn.quant.spec import QuantSpec
 from tests.bare_trainer import bare_trainer
 from tests.small_methods import image_method, images, lenet
@@ -62,6 +64,27 @@ def test_a_fine_tuning_moves_the_means_and_keeps_sigma(name: str) -> None:
         if kind in moved and old is not None:
             moved[kind] += int((value != old).sum())
     assert moved["rho"] == 0 < moved["mean"]
+
+
+@pytest.mark.parametrize("mode", ["qat", "ptq"])
+@pytest.mark.parametrize("weight_bits", [8, 4, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_int8_draws_are_those_of_the_simulation(name: str, weight_bits: int, mode: str) -> None:
+    spec = QuantSpec(weight_bits=weight_bits, activation_bits=7)
+    noisy = {"scale": 1e4} if name == "swag" else {}  # so that the noise survives the rounding
+    torch.manual_seed(0)
+    method = image_method(name, LeNet([1, 8, 8], [3], channels=(4, 8), hidden_features=32), **noisy)
+    fit(method, 2)
+    if mode == "qat":
+        method = method.fine_tuning({"name": "adam", "lr": 1e-3}, prior_weight=1.0)
+        fit(method, 2, callbacks=[QuantizationCallback(spec)])
+    else:
+        quantize_module(method, spec, "ptq")
+        calibrate(method.net, [inputs for inputs, _ in images()])
+    simulated = method.eval().predictive(images().inputs)
+    assert not torch.equal(simulated[0], simulated[1])
+    method.net = convert(method.net)
+    assert torch.equal(method.predictive(images().inputs), simulated)
 
 
 @pytest.mark.parametrize("name", NAMES)
