@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bqnn.arguments import ArgumentTypeError, real_number
-from bqnn.layers.draws import DrawnWeights, evaluation_noise, held_values
+from bqnn.layers.draws import DrawnWeights, evaluation_noise, held_draw
 from bqnn.layers.linear_map import Geometry, linear_map, linear_map_gradients
 from bqnn.layers.noise import in_memory_order, noise_like
 from bqnn.layers.swap import check_float, swap
@@ -385,7 +385,7 @@ def held_means(net: nn.Module) -> Iterator[None]:
         True
     """
     layers = [module for module in net.modules() if isinstance(module, GaussianWeight)]
-    with held_values({layer: layer.mean for layer in layers}):
+    with held_draw(net, 0, made={layer: layer.mean for layer in layers}):
         yield
 
 

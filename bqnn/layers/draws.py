@@ -16,11 +16,12 @@ class Draw:
 
     Args:
         generator: CPU generator of the random numbers.
+        values: The results of `Drawn.make_draw` by module.
     """
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, generator: torch.Generator, values: Mapping[nn.Module, Any]) -> None:
         self.generator = generator
-        self.values: dict[nn.Module, Any] = {}  # the results of `Drawn.make_draw`
+        self.values = dict(values)
 
 
 # One value per thread (and asyncio task), so that threads can share a network.
@@ -75,7 +76,10 @@ class DrawnWeights(Drawn):
 
 @contextmanager
 def held_draw(
-    net: nn.Module, index: int, generator: torch.Generator | None = None
+    net: nn.Module,
+    index: int,
+    generator: torch.Generator | None = None,
+    made: Mapping[nn.Module, Any] | None = None,
 ) -> Iterator[None]:
     """Hold one draw of every random module of a network, in this thread.
 
@@ -84,6 +88,8 @@ def held_draw(
         index: The number of the draw. It selects the member of an ensemble.
         generator: CPU generator for all random numbers of the draw. The default is torch's global
             generator.
+        made: The result of `make_draw` for the network, which is then not made again. Random
+            numbers of calls, such as dropout masks, still come from the generator.
 
     Examples:
         >>> from bqnn.layers.bayes import to_bayes
@@ -95,43 +101,46 @@ def held_draw(
         >>> torch.equal(net(x), net(x))
         False
     """
-    with _holding({}, torch.default_generator if generator is None else generator) as draw:
-        for module in net.modules():
-            if isinstance(module, Drawn):
-                draw.values[module] = module.make_draw(index)
-        yield
-
-
-@contextmanager
-def held_values(values: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Hold given values as the draw of random modules, in this thread.
-
-    Args:
-        values: For each module, a value in the form of `Drawn.make_draw`. Held draws of other
-            modules stay held.
-
-    Examples:
-        >>> from bqnn.layers.bayes import BayesLinear
-        >>> layer = BayesLinear(3, 2, bias=False)
-        >>> with held_values({layer: torch.ones(2, 3)}):
-        ...     layer(torch.ones(1, 3))
-        tensor([[3., 3.]])
-    """
     outer = _held.get()
-    with _holding(values, torch.default_generator if outer is None else outer.generator):
-        yield
-
-
-@contextmanager
-def _holding(values: Mapping[nn.Module, Any], generator: torch.Generator) -> Iterator[Draw]:
-    """Hold a draw with these values, and with those that are held already."""
-    draw, outer = Draw(generator), _held.get()
-    draw.values = {**({} if outer is None else outer.values), **values}
+    draw = Draw(
+        torch.default_generator if generator is None else generator,
+        {} if outer is None else outer.values,
+    )
     token = _held.set(draw)
     try:
-        yield draw
+        if made is None:
+            for module in net.modules():
+                if isinstance(module, Drawn):
+                    draw.values[module] = module.make_draw(index)
+        else:
+            draw.values.update(made)
+        yield
     finally:
         _held.reset(token)
+
+
+def make_draw(net: nn.Module, index: int, generator: torch.Generator) -> dict[nn.Module, Any]:
+    """Make one draw of every random module of a network, to hold it several times.
+
+    Args:
+        net: The network.
+        index: The number of the draw.
+        generator: CPU generator for its random numbers.
+
+    Examples:
+        >>> from bqnn.layers.bayes import to_bayes
+        >>> net = to_bayes(nn.Sequential(nn.Linear(3, 2)), prior_std=1.0, init_rho=0.0).eval()
+        >>> made = make_draw(net, 0, torch.Generator().manual_seed(0))
+        >>> with held_draw(net, 0, made=made):
+        ...     first = net(torch.ones(1, 3))
+        >>> with held_draw(net, 0, made=made):
+        ...     torch.equal(net(torch.ones(1, 3)), first)
+        True
+    """
+    with held_draw(net, index, generator):
+        draw = _held.get()
+        assert draw is not None
+        return {module: draw.values[module] for module in net.modules() if module in draw.values}
 
 
 def evaluation_noise(like: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from bqnn.layers.bayes import (
     kl_divergence,
     to_bayes,
 )
-from bqnn.layers.draws import held_draw, held_values
 from bqnn.layers.linear_map import Geometry, linear_map
 from bqnn.layers.noise import noise_like
 
@@ -474,14 +473,3 @@ def test_held_means_are_the_weights_in_both_modes(make, training):
     assert layer.mean.grad is not None
     assert layer.rho.grad is None
     assert not torch.equal(layer(x), layer(x))
-
-
-def test_held_values_leave_other_layers_their_draw():
-    first, second = (BayesLinear(2, 2, prior_std=1.0).eval() for _ in range(2))
-    x = torch.ones(1, 2)
-    with held_draw(nn.Sequential(first, second), 0):
-        drawn = first(x), second(x)
-        with held_values({first: torch.zeros(2, 2)}):
-            assert torch.equal(first(x), first.bias[None])
-            assert torch.equal(second(x), drawn[1])
-        assert torch.equal(first(x), drawn[0])
