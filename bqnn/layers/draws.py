@@ -60,10 +60,14 @@ class DrawnWeights(Drawn):
         """Draw the weights, in the form that `forward` needs."""
         raise NotImplementedError
 
+    def held_weights(self) -> Any:
+        """Return the weights that the thread holds, or None."""
+        # torch.export would turn a held draw into a constant.
+        return None if torch.compiler.is_exporting() else self.held()
+
     def weights(self) -> Any:
         """Return the held draw of the weights, or a new draw."""
-        # torch.export would turn a held draw into a constant.
-        held = None if torch.compiler.is_exporting() else self.held()
+        held = self.held_weights()
         return self.draw() if held is None else held
 
     def make_draw(self, index: int) -> Any:
