@@ -15,8 +15,9 @@ from bqnn.data import TensorData
 from bqnn.data.distortions import DISTORTIONS, distort
 from bqnn.data.images import ImageData
 from bqnn.data.ood import ood_sets
+from bqnn.inference.likelihoods import Classification
 from bqnn.inference.predictions import Prediction, score, score_uncertainty, with_non_finite
-from bqnn.inference.ranking import AURC, detection_metrics
+from bqnn.inference.ranking import AUGRC, AURC, FPR95, RiskCoverage, detection_metrics
 from bqnn.methods import Method
 
 LEVELS = range(1, 6)
@@ -149,11 +150,12 @@ def judge(predictions: dict[str, Prediction], convergence: bool = False) -> Find
     """
     test = predictions["test"]
     assert test.targets is not None
-    curves = {name: _risk(each) for name, each in predictions.items() if each.targets is not None}
-    sets = {name: _set_metrics(each, curves.get(name, {})) for name, each in predictions.items()}
+    sets = {name: _set_metrics(each) for name, each in predictions.items()}
     for name, each in predictions.items():
         if name.startswith("ood/"):
             sets[name] |= _detection(test, each)
+        elif isinstance(each.likelihood, Classification):
+            sets[name] |= _detection_of_errors(each)
     for distortion in distortions_in(sets):
         levels = [sets[f"shift/{distortion}_{level}"] for level in LEVELS]
         sets[f"shift/{distortion}_mean"] = {
@@ -161,7 +163,7 @@ def judge(predictions: dict[str, Prediction], convergence: bool = False) -> Find
             for metric in levels[0]
         }
     metrics = {f"{name}/{key}": value for name, of in sets.items() for key, value in of.items()}
-    risk = {name: area.curve() for name, area in curves["test"].items()}
+    risk = {name: area.curve() for name, area in _areas(AURC, test).items()}
     steps = test.likelihood.convergence(test.samples, test.targets) if convergence else []
     return Findings(predictions, metrics, risk, steps)
 
@@ -171,13 +173,13 @@ def distortions_in(names: Mapping[str, Any]) -> list[str]:
     return [name for name in DISTORTIONS if f"shift/{name}_1" in names]
 
 
-def _risk(each: Prediction) -> dict[str, AURC]:
+def _areas(kind: type[RiskCoverage], each: Prediction) -> dict[str, RiskCoverage]:
     """Compute the risk of a set with targets, for each score that ranks its rows."""
     assert each.targets is not None
     losses = each.likelihood.losses(each.summary, each.targets)
     areas = {}
     for name, scores in each.likelihood.scores(each.summary).items():
-        areas[name] = AURC(sync_on_compute=False)
+        areas[name] = kind(sync_on_compute=False)
         areas[name].update(scores, losses)
     return areas
 
@@ -195,9 +197,25 @@ def _detection(familiar: Prediction, unfamiliar: Prediction) -> dict[str, float]
     return found
 
 
-def _set_metrics(each: Prediction, areas: Mapping[str, AURC]) -> dict[str, float]:
+def _detection_of_errors(each: Prediction) -> dict[str, float]:
+    """Measure how well each score separates wrong predictions from correct ones."""
+    assert each.targets is not None
+    is_wrong = each.likelihood.losses(each.summary, each.targets) > 0
+    found = {}
+    for name, scores in each.likelihood.scores(each.summary).items():
+        metric = FPR95(sync_on_compute=False)
+        metric.update(scores, is_wrong)
+        found[f"fpr95_error_{name}"] = metric.compute().item()
+    return found
+
+
+def _set_metrics(each: Prediction) -> dict[str, float]:
     uncertainty = with_non_finite(score_uncertainty, each)
     if each.targets is None:
         return uncertainty
-    risks = {f"aurc_{name}": area.compute().item() for name, area in areas.items()}
+    risks = {
+        f"{area}_{name}": metric.compute().item()
+        for area, kind in (("aurc", AURC), ("augrc", AUGRC))
+        for name, metric in _areas(kind, each).items()
+    }
     return with_non_finite(score, each) | uncertainty | risks

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 AXES = {"weight_bits": "activation_bits", "activation_bits": "weight_bits"}
 LONGEST_PART = 50  # characters per part of a file name; file systems allow 255 bytes in total
 MARKERS, LINES = "os^DvP", ("-", "--", ":", "-.")
-UNITS = dict.fromkeys(("nll", "ape", "mi", "aleatoric"), "nats")
+UNITS = dict.fromkeys(("nll", "nll_mixture", "ape", "mi", "aleatoric"), "nats")
 
 
 @dataclass(frozen=True)

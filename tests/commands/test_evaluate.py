@@ -98,7 +98,7 @@ def test_a_quantized_network_is_evaluated_as_asked(
     metrics, before = read(tmp_path / "run"), read(quantized)
     prefix = f"{numeric or 'simulated'}/test/"
     found = {key: value for key, value in before.items() if key.startswith(prefix)}
-    assert len(found) == 7
+    assert len(found) == 8
     for key, value in found.items():
         assert metrics[key] == pytest.approx(value, abs=1e-12), key
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
