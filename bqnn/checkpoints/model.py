@@ -176,6 +176,8 @@ class Model:
             seed=seed,
             batch_size=batch_size,
         )
+        if self.method.calibration is not None:
+            draws = self.method.calibration(draws)
         answer = self.method.likelihood.answer(draws)
         return answer if isinstance(rows, Tensor) else answer.numpy()
 

@@ -11,7 +11,8 @@ from bqnn.data import TensorData
 from bqnn.data.distortions import DISTORTIONS
 from bqnn.evaluation.suite import Findings, distortions_in
 from bqnn.files import write_csv, write_json, written_beside
-from bqnn.inference.predictions import Prediction
+from bqnn.inference.calibration import Calibration
+from bqnn.inference.predictions import Prediction, score, with_non_finite
 from bqnn.layers.ensemble import Ensemble
 from bqnn.methods import Method
 from bqnn.methods.base import channels_last
@@ -100,6 +101,27 @@ def write_uncertainty(folder: Path, predictions: Mapping[str, Prediction]) -> No
         for key, values in each.summary.items():
             arrays[f"{name}/{key}"] = (values.float() if values.dim() > 1 else values).numpy()
     _write_arrays(folder / "uncertainty.npz", arrays)
+
+
+def write_calibration(folder: Path, calibration: Calibration, validation: Prediction) -> None:
+    """Write calibration.json: the calibration, its validation rows, and their NLL in both states.
+
+    Args:
+        folder: The folder of the job.
+        calibration: The calibration.
+        validation: The prediction of the rows that it was fitted on, before the calibration.
+    """
+    before, after = (
+        with_non_finite(score, each)["nll"]
+        for each in (validation, validation.calibrated(calibration))
+    )
+    record = {
+        **calibration.to_dict(),
+        "validation_rows": validation.samples.shape[1],
+        "validation_nll_before": before,
+        "validation_nll_after": after,
+    }
+    write_json(folder / "calibration.json", record)
 
 
 def write_curves(folder: Path, findings: Findings) -> None:

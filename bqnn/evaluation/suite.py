@@ -65,6 +65,24 @@ def split_sets(data: TensorData, names: Iterable[str]) -> dict[str, EvaluationSe
     }
 
 
+def validation_set(data: TensorData, wanted: str) -> EvaluationSet:
+    """Return the validation rows, on which something is fitted after the training.
+
+    Args:
+        data: The data set, after `setup`.
+        wanted: What is fitted, for the error.
+
+    Raises:
+        ValueError: There are no validation rows.
+    """
+    if data.val is None:
+        raise ValueError(
+            f"{wanted}: it is fitted on validation rows, and the training kept none; train again "
+            "with task.validation_share above 0, such as 0.1"
+        )
+    return EvaluationSet(data.val.inputs, data.val.targets)
+
+
 def make_sets(data: TensorData, suite: Mapping[str, Any]) -> dict[str, EvaluationSet]:
     """Make the sets of a suite. Distortions are ignored for tables.
 

@@ -62,9 +62,15 @@ def export(model: Method, num_samples: int, form: str = "exact") -> Exported:
         The model of ONNX, checked against the standard.
 
     Raises:
-        ValueError: The recipe has no normalization, or the file would be too large.
+        ValueError: The model is calibrated, its recipe has no normalization, or the file would be
+            too large.
         TypeError: The network has an operation that cannot be exported. The message names it.
     """
+    if model.calibration is not None:
+        raise ValueError(
+            f"export: the checkpoint has a calibration ({model.calibration.name}), and a file has "
+            "the outputs of the network itself; export the checkpoint that was calibrated"
+        )
     assert model.recipe is not None
     facts = model.recipe["facts"]
     graph = Graph()

@@ -57,6 +57,8 @@ JOB: Table = {
     "resume": flag(),
     "trust": flag(),
     "convergence": flag(),
+    "calibrate": maybe(one_of("temperature", "vector")),
+    "save_calibrated": flag(),
     "allow_saturation": flag(),
     "num_samples": maybe(DRAWS),
     "numeric": maybe(one_of("unquantized", "simulated", "int8")),
