@@ -106,7 +106,7 @@ def evaluate(job: Job) -> None:
     files = write_results(job, loggers, data, judged, metrics)
     say(suite_table(judged[""].findings.metrics))
     if CALIBRATED in judged:
-        say(f"\n{judged[CALIBRATED].model.calibration}, fitted on {len(validation)} rows:")
+        say(f"\n{judged[CALIBRATED].model.calibration}, fitted on the validation rows:")
         say(suite_table(judged[CALIBRATED].findings.metrics))
     say(f"\n{num_samples} draws; results in {job.folder}")
     require_results(job.folder, metrics, files)
@@ -149,11 +149,13 @@ def calibrate(
 
 
 def all_metrics(judged: Mapping[str, Judged]) -> dict[str, float]:
-    """Collect the metrics, with keys such as test/nll, calibrated/test/nll."""
-    metrics = {}
-    for part, each in judged.items():
-        start = f"{part}/" if part else ""
-        metrics |= {f"{start}{name}": value for name, value in each.findings.metrics.items()}
+    """Collect the metrics as test/nll and calibrated/test/nll, and the numbers of a calibration."""
+    metrics = dict(judged[""].findings.metrics)
+    if CALIBRATED in judged:
+        model, found = judged[CALIBRATED].model, judged[CALIBRATED].findings.metrics
+        assert model.calibration is not None
+        metrics |= {f"{CALIBRATED}/{name}": value for name, value in found.items()}
+        metrics |= {f"calibration/{n}": value for n, value in model.calibration.numbers().items()}
     return metrics
 
 

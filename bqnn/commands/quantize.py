@@ -110,9 +110,8 @@ def drop_calibration(model: Method) -> None:
     if model.calibration is None or model.recipe is None:
         return
     log.warning(
-        "%s has a calibration (%s) of its float outputs, which is left out; calibrate the "
-        "quantized network by evaluate.py calibrate=...",
-        "the checkpoint",
+        "the checkpoint has a calibration (%s) of its float outputs, which is left out; calibrate "
+        "the quantized network by evaluate.py calibrate=...",
         model.calibration.name,
     )
     model.calibration = None

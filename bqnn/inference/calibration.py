@@ -40,11 +40,11 @@ class Calibration(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the name and the numbers, in JSON types; `calibration_from` reads them."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        lists = {
-            n: list(value) if isinstance(value, tuple) else value for n, value in values.items()
-        }
-        return {"name": self.name, **lists}
+        values: dict[str, Any] = {"name": self.name}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            values[field.name] = list(value) if isinstance(value, tuple) else value
+        return values
 
     def numbers(self) -> dict[str, float]:
         """Return the numbers that are not one per class."""
@@ -211,13 +211,13 @@ def calibration_from(values: Mapping[str, Any], likelihood: Likelihood) -> Calib
     numbers = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items() if n != "name"}
     if kind is None or numbers.keys() != {field.name for field in fields(kind)}:
         raise ValueError(
-            f"calibration={short(dict(values))}: expected a name of {', '.join(CALIBRATIONS)} with "
-            "its own numbers"
+            f"calibration={short(values['name'])} with {', '.join(numbers) or 'no numbers'}: "
+            f"expected one of {', '.join(CALIBRATIONS)} with its own numbers"
         )
     calibration = kind(**numbers)
     if not calibration.fits(likelihood):
         raise ValueError(
-            f"calibration={short(dict(values))}: it is not for a "
+            f"calibration={short(values['name'])}: it is not for a "
             f"{type(likelihood).__name__.lower()} of {likelihood.num_outputs} outputs"
         )
     return calibration

@@ -66,7 +66,8 @@ SUMMARY = (
     "Over seeds and splits: the mean, the standard deviation of single runs (std), the standard "
     "error of the mean, and the number of runs (n). summary.csv has every metric."
 )
-LEVEL = r"^(?:calibrated/)?shift/.+_[0-9]{1,6}/"  # one level of a distortion; their mean ends with _mean instead
+# One level of a distortion; the mean of the levels ends with _mean instead.
+LEVEL = r"^(?:calibrated/)?shift/.+_[0-9]{1,6}/"
 
 
 def contents(runs: Runs, plots: Path) -> "tuple[Section, dict[str, DataFrame]]":
