@@ -1,6 +1,6 @@
 """The verb of `python evaluate.py`: evaluate trained networks on a suite of sets."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +8,14 @@ from typing import Any
 
 from pytorch_lightning.loggers import Logger
 
+from bqnn.arguments import renamed
 from bqnn.checkpoints.calibrated import save_calibrated
 from bqnn.checkpoints.file import find_checkpoints
 from bqnn.checkpoints.recipe import described, load
 from bqnn.commands.predictions import predict
 from bqnn.data import TensorData
 from bqnn.data.task import make_data
+from bqnn.evaluation.conformal import fit_conformal
 from bqnn.evaluation.figures import draw_results, draw_suite
 from bqnn.evaluation.results import (
     require_results,
@@ -26,6 +28,7 @@ from bqnn.evaluation.results import (
 from bqnn.evaluation.suite import EvaluationSet, Findings, judge, make_sets, validation_set
 from bqnn.evaluation.tables import suite_table
 from bqnn.inference.calibration import check_calibration, fit_calibration
+from bqnn.inference.conformal import conformal_rank
 from bqnn.inference.predictions import Prediction
 from bqnn.jobs.isolation import leave_as_found
 from bqnn.jobs.job import Job
@@ -93,14 +96,11 @@ def evaluate(job: Job) -> None:
     predictions = predict(
         job, numeric or "float", model, {**sets, **fitted_on}, data.normalize, num_samples
     )
-    validation = predictions["val"] if fitted_on else None
-    predictions = {name: predictions[name] for name in sets}
-    judged = {"": Judged(model, judge(predictions, job.config["convergence"]))}
+    judged = {"": Judged(model, judge_sets(job, predictions, sets))}
     if job.config["calibrate"] is not None:
-        assert validation is not None
-        judged[CALIBRATED] = calibrate(job, model, predictions, validation)
+        judged[CALIBRATED] = calibrate(job, model, predictions, sets)
     prefix = "" if numeric is None else f"{numeric}/"
-    metrics = {f"{prefix}{name}": value for name, value in all_metrics(judged).items()}
+    metrics = {f"{prefix}{name}": value for name, value in all_metrics(job, judged).items()}
     metrics["num_samples"] = num_samples
 
     files = write_results(job, loggers, data, judged, metrics)
@@ -124,16 +124,31 @@ def fitting_set(job: Job, data: TensorData) -> dict[str, EvaluationSet]:
     """Return the validation rows as `val` if something is fitted on them, else nothing.
 
     Raises:
-        ValueError: The data set has no validation rows.
+        ValueError: The data set has no validation rows, or too few.
     """
-    name = job.config["calibrate"]
-    return {} if name is None else {"val": validation_set(data, f"calibrate={name}")}
+    wanted = [f"{k}={v}" for k in ("calibrate", "conformal") if (v := job.config[k]) is not None]
+    if not wanted:
+        return {}
+    found = validation_set(data, wanted[0])
+    if job.config["conformal"] is not None:
+        with renamed({"alpha": "conformal"}.__getitem__):
+            conformal_rank(len(found.inputs), job.config["conformal"])
+    return {"val": found}
+
+
+def judge_sets(job: Job, predictions: Mapping[str, Prediction], sets: Iterable[str]) -> Findings:
+    """Judge the predictions of the suite's sets; conformal sets are fitted on `val`."""
+    alpha = job.config["conformal"]
+    conformal = None if alpha is None else fit_conformal(predictions["val"], alpha)
+    shown = {name: predictions[name] for name in sets}
+    return judge(shown, job.config["convergence"], conformal)
 
 
 def calibrate(
-    job: Job, model: Method, predictions: Mapping[str, Prediction], validation: Prediction
+    job: Job, model: Method, predictions: Mapping[str, Prediction], sets: Iterable[str]
 ) -> Judged:
     """Fit a calibration on the validation rows, write it, and judge the calibrated predictions."""
+    validation = predictions["val"]
     assert validation.targets is not None
     calibration = fit_calibration(
         job.config["calibrate"], model.likelihood, validation.samples, validation.targets
@@ -145,10 +160,10 @@ def calibrate(
     calibrated = copy(model)
     calibrated.calibration = calibration
     changed = {name: each.calibrated(calibration) for name, each in predictions.items()}
-    return Judged(calibrated, judge(changed, job.config["convergence"]))
+    return Judged(calibrated, judge_sets(job, changed, sets))
 
 
-def all_metrics(judged: Mapping[str, Judged]) -> dict[str, float]:
+def all_metrics(job: Job, judged: Mapping[str, Judged]) -> dict[str, float]:
     """Collect the metrics as test/nll and calibrated/test/nll, and the numbers of a calibration."""
     metrics = dict(judged[""].findings.metrics)
     if CALIBRATED in judged:
@@ -156,6 +171,8 @@ def all_metrics(judged: Mapping[str, Judged]) -> dict[str, float]:
         assert model.calibration is not None
         metrics |= {f"{CALIBRATED}/{name}": value for name, value in found.items()}
         metrics |= {f"calibration/{n}": value for n, value in model.calibration.numbers().items()}
+    if job.config["conformal"] is not None:
+        metrics["conformal/level"] = 1 - job.config["conformal"]
     return metrics
 
 
@@ -179,6 +196,8 @@ def write_results(
         write_predictions(folder, test)
         write_uncertainty(folder, each.findings.predictions)
         write_curves(folder, each.findings)
+        if job.config["conformal"] is not None:
+            expected.append(folder / "conformal.csv")
         if job.config["plots"]:
             figures = draw_results(folder, each.model, data, test)
             figures += draw_suite(folder, each.findings)

@@ -125,7 +125,10 @@ def write_calibration(folder: Path, calibration: Calibration, validation: Predic
 
 
 def write_curves(folder: Path, findings: Findings) -> None:
-    """Write shift_<distortion>.csv, risk_coverage.csv, and convergence.csv if there are steps."""
+    """Write shift_<distortion>.csv and risk_coverage.csv.
+
+    Also write convergence.csv and conformal.csv, if the findings have them.
+    """
     for distortion in distortions_in(findings.predictions):
         write_csv(folder / f"shift_{distortion}.csv", level_rows(findings.metrics, distortion))
     num_rows = len(next(iter(findings.risk.values())))
@@ -136,6 +139,8 @@ def write_curves(folder: Path, findings: Findings) -> None:
     if findings.steps:
         steps = [{"num_samples": count, **step} for count, step in enumerate(findings.steps, 1)]
         write_csv(folder / "convergence.csv", steps)
+    if findings.conformal:
+        write_csv(folder / "conformal.csv", findings.conformal)
 
 
 def level_rows(metrics: Mapping[str, float], distortion: str) -> list[dict[str, float]]:

@@ -5,7 +5,7 @@ shift/<distortion>_<level> such as shift/rotation_1. The name of the set starts 
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from bqnn.data import TensorData
 from bqnn.data.distortions import DISTORTIONS, distort
 from bqnn.data.images import ImageData
 from bqnn.data.ood import ood_sets
+from bqnn.evaluation.conformal import SetPredictor, conformal_metrics, conformal_rows
 from bqnn.inference.likelihoods import Classification
 from bqnn.inference.predictions import Prediction, score, score_uncertainty, with_non_finite
 from bqnn.inference.ranking import AUGRC, AURC, FPR95, RiskCoverage, detection_metrics
@@ -47,12 +48,14 @@ class Findings:
         risk: The risk [N] of the test set at coverage 1/N, 2/N, ..., 1, for each score that ranks
             its rows.
         steps: The test metrics after 1, 2, ... draws; empty if they were not requested.
+        conformal: A row for each set, score and class of `conformal_rows`; empty if not requested.
     """
 
     predictions: dict[str, Prediction]
     metrics: dict[str, float]
     risk: dict[str, Tensor]
     steps: list[dict[str, float]]
+    conformal: list[dict[str, Any]] = field(default_factory=list)
 
 
 def split_sets(data: TensorData, names: Iterable[str]) -> dict[str, EvaluationSet]:
@@ -156,7 +159,11 @@ def score_sets(predictions: Mapping[str, Prediction]) -> dict[str, float]:
     }
 
 
-def judge(predictions: dict[str, Prediction], convergence: bool = False) -> Findings:
+def judge(
+    predictions: dict[str, Prediction],
+    convergence: bool = False,
+    conformal: Mapping[str, SetPredictor] | None = None,
+) -> Findings:
     """Compute the metrics of a suite.
 
     The mean over the five levels of a distortion has keys such as shift/rotation_mean/nll. Metrics
@@ -165,6 +172,8 @@ def judge(predictions: dict[str, Prediction], convergence: bool = False) -> Find
     Args:
         predictions: The prediction of each set, including test.
         convergence: Whether to compute the test metrics after 1, 2, ... draws.
+        conformal: Sets from `fit_conformal`, whose size is measured on all sets but train and val,
+            and whose coverage on test and shifted sets.
     """
     test = predictions["test"]
     assert test.targets is not None
@@ -174,6 +183,10 @@ def judge(predictions: dict[str, Prediction], convergence: bool = False) -> Find
             sets[name] |= _detection(test, each)
         elif isinstance(each.likelihood, Classification):
             sets[name] |= _detection_of_errors(each)
+    covered = [name for name in predictions if name == "test" or name.startswith("shift/")]
+    for name, each in predictions.items():
+        if conformal and name not in ("train", "val"):
+            sets[name] |= conformal_metrics(conformal, each, has_coverage=name in covered)
     for distortion in distortions_in(sets):
         levels = [sets[f"shift/{distortion}_{level}"] for level in LEVELS]
         sets[f"shift/{distortion}_mean"] = {
@@ -183,7 +196,10 @@ def judge(predictions: dict[str, Prediction], convergence: bool = False) -> Find
     metrics = {f"{name}/{key}": value for name, of in sets.items() for key, value in of.items()}
     risk = {name: area.curve() for name, area in _areas(AURC, test).items()}
     steps = test.likelihood.convergence(test.samples, test.targets) if convergence else []
-    return Findings(predictions, metrics, risk, steps)
+    table = [
+        row for name in covered for row in conformal_rows(conformal or {}, name, predictions[name])
+    ]
+    return Findings(predictions, metrics, risk, steps, table)
 
 
 def distortions_in(names: Mapping[str, Any]) -> list[str]:

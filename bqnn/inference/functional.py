@@ -327,6 +327,31 @@ def gaussian_mixture_crps(means: Tensor, variances: Tensor, targets: Tensor) -> 
     return to_target - between / (2 * len(means) ** 2)
 
 
+def gaussian_mixture_quantile(means: Tensor, variances: Tensor, level: float) -> Tensor:
+    """Compute a quantile of a mixture of S Gaussians for each row, by bisection.
+
+    Args:
+        means: The mean of each draw [S, N].
+        variances: The variance of each draw [S, N].
+        level: The probability below the quantile, between 0 and 1.
+
+    Returns:
+        The quantiles in float64, [N].
+
+    Examples:
+        >>> gaussian_mixture_quantile(torch.zeros(2, 1), torch.ones(2, 1), level=0.975)
+        tensor([1.9600], dtype=torch.float64)
+    """
+    means, std = means.double(), variances.double().sqrt()
+    of_draws = means + std * torch.special.ndtri(torch.tensor(level, dtype=torch.float64))
+    lower, upper = of_draws.amin(0), of_draws.amax(0)  # the quantile is between those of the draws
+    for _ in range(60):
+        middle = (lower + upper) / 2
+        is_below = torch.special.ndtr((middle - means) / std).mean(0) < level
+        lower, upper = torch.where(is_below, middle, lower), torch.where(is_below, upper, middle)
+    return (lower + upper) / 2
+
+
 def risk_coverage(scores: Tensor, losses: Tensor) -> Tensor:
     """Compute the mean loss of the 1, 2, ..., N rows with the lowest scores.
 

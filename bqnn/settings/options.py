@@ -59,6 +59,7 @@ JOB: Table = {
     "convergence": flag(),
     "calibrate": maybe(one_of("temperature", "vector")),
     "save_calibrated": flag(),
+    "conformal": maybe(real(0, 1, without=(0, 1))),
     "allow_saturation": flag(),
     "num_samples": maybe(DRAWS),
     "numeric": maybe(one_of("unquantized", "simulated", "int8")),
