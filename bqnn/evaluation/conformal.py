@@ -49,8 +49,8 @@ def conformal_metrics(
 
     Returns:
         `size_<score>` (the number of classes) or `width_<score>` (in the unit of the target),
-        and `coverage_<score>`. For classes, `worst_class_coverage_<score>` is the least coverage of all
-        classes.
+        and `coverage_<score>`. For classes, `worst_class_coverage_<score>` is the least coverage
+        of all classes.
     """
     metrics: dict[str, float] = {}
     for score, of_score in sets.items():

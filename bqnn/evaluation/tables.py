@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 
 STAGES = ("float", "unquantized", "simulated", "int8")  # the numerics of a quantized network
 _COMPARED = ("error", "nll", "nll_mixture", "ape", "mi", "ece", "rmse")
-_OF_SETS = (*_COMPARED, "std", "epistemic_std", "auroc_entropy", "auroc_mi", "auroc_std")
+_OF_SETS = (
+    *(*_COMPARED, "std", "epistemic_std", "auroc_entropy", "auroc_mi", "auroc_std"),
+    *("coverage_lac", "size_lac", "coverage_cqr", "width_cqr"),
+)
 
 
 def split_table(metrics: Mapping[str, float], splits: Sequence[str]) -> str:

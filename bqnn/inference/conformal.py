@@ -46,7 +46,7 @@ def conformal_rank(num_rows: int, alpha: float) -> int:
         needed = math.ceil(1 / Fraction(str(alpha))) - 1
         raise ArgumentError(
             f"alpha={alpha}: {num_rows} validation rows are too few for a coverage of "
-            f"{1 - alpha:g}; choose a larger alpha, or give at least {needed} rows",
+            f"{1 - alpha:g}; choose a larger share, or keep at least {needed} rows",
             "alpha",
         )
     return rank
@@ -68,7 +68,7 @@ class ClassSets:
 
     Scores depend on the mean class probabilities p:
 
-    - `lac` is 1 - p_c (Sadinle et al. 2019), with the smallest sets on average.
+    - `lac` is 1 - p_c (Sadinle et al. 2019), with the smallest sets on average if p is right.
     - `aps` is the sum of the probabilities above p_c, plus u p_c (Romano et al. 2020), with a
       coverage that depends less on the row. u is uniform in [0, 1), one number per row.
     - `raps` adds 0.1 for each class beyond the two most probable ones, up to c, which avoids large

@@ -157,6 +157,7 @@ def test_a_calibration_is_reported_beside_saved_and_applied(
     assert metrics[f"{prefix}calibration/temperature"] == record["temperature"]
     for name in ("predictions.npz", "uncertainty.npz", "risk_coverage.csv"):
         assert (run / "calibrated" / name).exists()
+    assert not any("coverage" in key for key in metrics)
 
     data = DigitsData()
     data.setup()
@@ -216,6 +217,69 @@ def test_the_deviation_of_a_regression_is_calibrated(
     assert "calibrate=vector: a regression has no classes to scale; choose temperature" in errors
 
 
+@pytest.mark.parametrize("numeric", [None, "int8"])
+def test_conformal_sets_cover_test_and_shifted_rows_as_reported(
+    numeric: str | None, trained: Path, quantized: Path, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    source = trained / "bbb_0" if numeric is None else quantized
+    arguments = [f"checkpoint={source}", "conformal=0.1", "suite=default", "suite.splits=[test]"]
+    arguments += ["suite.distortions=[noise]", "logger=none", "calibrate=temperature"]
+    arguments += [f"numeric={numeric}"] if numeric else []
+    code, errors = script_here("evaluate", *arguments, "hydra.run.dir=run")
+    assert code == 0, errors
+    run, prefix = tmp_path / "run", f"{numeric}/" if numeric else ""
+    metrics = read(run)
+    assert metrics[f"{prefix}conformal/level"] == 0.9
+    for score in ("lac", "aps", "raps"):
+        # Four deviations, of 143 validation rows and of 364 test rows.
+        assert metrics[f"{prefix}test/coverage_{score}"] == pytest.approx(0.9, abs=0.12)
+        assert 0 <= metrics[f"{prefix}test/worst_class_coverage_{score}"] <= 1
+        assert 0 <= metrics[f"{prefix}ood/uniform/size_{score}"] <= 10
+        assert f"{prefix}ood/inverted/coverage_{score}" not in metrics
+        assert f"{prefix}calibrated/shift/noise_mean/coverage_{score}" in metrics
+    with (run / "conformal.csv").open() as file:
+        table = list(csv.DictReader(file))
+    names = {row["set"] for row in table}
+    assert names == {"test", *(f"shift/noise_{level}" for level in range(1, 6))}
+    for name in names:
+        rows = {row["class"]: row for row in table if (row["set"], row["score"]) == (name, "aps")}
+        whole = rows.pop("all")
+        assert float(whole["coverage"]) == metrics[f"{prefix}{name}/coverage_aps"]
+        counts = {key: int(row["rows"]) for key, row in rows.items()}
+        assert (len(counts), sum(counts.values())) == (10, 364)
+        for number in ("coverage", "size"):
+            mean = sum(counts[key] * float(row[number]) for key, row in rows.items()) / 364
+            assert mean == pytest.approx(float(whole[number]))
+
+
+def test_intervals_of_a_regression_cover_its_targets(
+    script_here: ScriptHere, tmp_path: Path
+) -> None:
+    arguments = ["task=synthetic", "method=bbb", "logger=none", "plots=false", "seed=1"]
+    arguments += ["task.num_train=2000", "task.num_test=1000", "trainer.max_epochs=2"]
+    assert script_here("train", *arguments, "hydra.run.dir=float")[0] == 0
+    arguments = ["checkpoint=float", "conformal=0.2", "suite=ood", "logger=none", "plots=false"]
+    code, errors = script_here("evaluate", *arguments, "hydra.run.dir=run")
+    assert code == 0, errors
+    metrics = read(tmp_path / "run")
+    for score in ("normalized", "cqr"):
+        deviation = math.sqrt(0.2 * 0.8 * (1 / 400 + 1 / 1000))
+        assert metrics[f"test/coverage_{score}"] == pytest.approx(0.8, abs=4 * deviation)
+        assert metrics[f"test/width_{score}"] > 0
+        assert metrics[f"ood/out_of_range/width_{score}"] > 0
+
+
+def test_too_few_validation_rows_are_refused_before_any_prediction(
+    trained: Path, script_here: ScriptHere
+) -> None:
+    code, errors = script_here("evaluate", f"checkpoint={trained}/bbb_0", *QUICK, "conformal=1e-3")
+    assert code == 1
+    assert "conformal=0.001: 143 validation rows are too few for a coverage of 0.999;" in errors
+    code, errors = script_here("evaluate", f"checkpoint={trained}/bbb_0", *QUICK, "conformal=1")
+    assert code == 1
+    assert "conformal=1: choose null, or a finite number above 0, below 1" in errors
+
+
 def test_a_training_without_validation_rows_cannot_be_calibrated(
     script_here: ScriptHere, tmp_path: Path
 ) -> None:
@@ -225,6 +289,9 @@ def test_a_training_without_validation_rows_cannot_be_calibrated(
     code, errors = script_here("evaluate", "checkpoint=float", *QUICK, "calibrate=temperature")
     assert code == 1
     assert "calibrate=temperature: it is fitted on validation rows, and the training kept" in errors
+    code, errors = script_here("evaluate", "checkpoint=float", *QUICK, "conformal=0.1")
+    assert code == 1
+    assert "conformal=0.1: it is fitted on validation rows, and the training kept none" in errors
 
 
 @pytest.mark.parametrize(
