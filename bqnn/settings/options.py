@@ -41,8 +41,11 @@ from bqnn.settings.rules import (
 )
 from bqnn.text import short
 
-DISTORTIONS = ("rotation", "shift", "brightness", "noise", "blur")
-UNFAMILIAR = ("fashion_mnist", "svhn", "uniform", "inverted", "out_of_range")
+DISTORTIONS = (
+    *("rotation", "shift", "brightness", "noise", "blur"),
+    *("shot_noise", "impulse_noise", "contrast", "pixelation", "jpeg"),
+)
+UNFAMILIAR = ("fashion_mnist", "mnist", "svhn", "uniform", "inverted", "out_of_range")
 
 Table = Mapping[str, Rule]
 
