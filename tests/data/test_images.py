@@ -132,8 +132,9 @@ def test_mnist_is_read_and_scaled_without_a_download(tmp_path):
 
 def test_fashion_mnist_is_read_from_its_own_folder(tmp_path):
     write_mnist(tmp_path, "FashionMNIST")
-    data = ready(FashionMNISTData(data_dir=str(tmp_path)))
-    assert (len(data.train), len(data.val), len(data.test)) == (18, 2, 5)
+    data = FashionMNISTData(data_dir=str(tmp_path))
+    ready(data)
+    assert (len(data.train), len(data.val or ()), len(data.test)) == (18, 2, 5)
     assert data.class_names[0] == "T-shirt/top"
     assert data.class_names[9] == "Ankle boot"
     path = tmp_path / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte"
