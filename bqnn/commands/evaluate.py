@@ -106,7 +106,7 @@ def evaluate(job: Job) -> None:
     files = write_results(job, loggers, data, judged, metrics)
     say(suite_table(judged[""].findings.metrics))
     if CALIBRATED in judged:
-        say(f"\n{judged[CALIBRATED].model.calibration}, fitted on the validation rows:")
+        say(f"\ncalibrated by {job.config['calibrate']}, as in calibration.json:")
         say(suite_table(judged[CALIBRATED].findings.metrics))
     say(f"\n{num_samples} draws; results in {job.folder}")
     require_results(job.folder, metrics, files)

@@ -76,7 +76,8 @@ class Sweep:
     @property
     def level(self) -> float | None:
         """The coverage that conformal sets are made for, or None without a single one."""
-        levels = self.lines.loc[self.lines["metric"] == "conformal/level", "mean"].unique()
+        found = self.lines.loc[self.lines["metric"] == "conformal/level", "mean"]
+        levels = found.round(9).unique()  # a mean of equal numbers may round
         return float(levels[0]) if len(levels) == 1 else None
 
 
