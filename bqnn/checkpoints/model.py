@@ -21,7 +21,6 @@ def load(
     path: str | Path,
     numeric: str | None = None,
     *,
-    allow_saturation: bool = False,
     trust: bool = False,
 ) -> "Model":
     """Load the model in a checkpoint, which may come from an untrusted source.
@@ -30,8 +29,6 @@ def load(
         path: The path of the checkpoint, or the folder of a run.
         numeric: The arithmetic of a quantized model: `unquantized`, `simulated` (the default) or
             `int8`. None for a float checkpoint.
-        allow_saturation: Whether integers that would saturate on this CPU are a warning instead of
-            an error.
         trust: Whether to import the code of a method or network that is not bqnn's own.
 
     Returns:
@@ -70,7 +67,7 @@ def load(
     file = Path(path).expanduser()
     if file.is_dir():
         file = file / CHECKPOINT
-    return Model(load_method(file, numeric, allow_saturation=allow_saturation, trust=trust))
+    return Model(load_method(file, numeric, trust=trust))
 
 
 class Model:

@@ -23,7 +23,7 @@ from bqnn.methods.base import channels_last
 from bqnn.nets import NETS
 from bqnn.plugins import find_class, refuse_foreign
 from bqnn.quant.callback import quantize_module
-from bqnn.quant.fbgemm import FakeQuant
+from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.integer import convert
 from bqnn.quant.simulated import enable
 from bqnn.quant.spec import QuantSpec
@@ -130,7 +130,6 @@ def load(
     path: str | Path,
     numeric: str | None = None,
     *,
-    allow_saturation: bool = False,
     trust: bool = False,
 ) -> Method:
     """Load the model in a checkpoint, which may come from an untrusted source.
@@ -141,8 +140,6 @@ def load(
             rounding, `simulated` (the default) rounds floats to the grids of the integers, and
             `int8` computes in integers. `int8` also compares all layers with the simulation, on a
             few random inputs. None for a float checkpoint.
-        allow_saturation: Whether integers that would saturate on this CPU are a warning instead of
-            an error.
         trust: Whether to import the method or network of another package that the checkpoint
             names, which runs code.
 
@@ -152,7 +149,7 @@ def load(
     Raises:
         FileNotFoundError: The file does not exist.
         ValueError: The file is not a checkpoint of bqnn, is not quantized although `numeric` is
-            given, would saturate on this CPU, or names code of another package without `trust`.
+            given, or names code of another package without `trust`.
 
     Examples:
         >>> import tempfile
@@ -195,12 +192,7 @@ def load(
             enable(model.net, False)
         elif numeric == "int8":
             spec = QuantSpec.from_dict(recipe["quant"])
-            model.net = convert(
-                model.net,
-                spec.engine,
-                probe=_probe_inputs(recipe, where),
-                allow_saturation=allow_saturation or spec.allow_saturation,
-            )
+            model.net = convert(model.net, spec.engine, probe=_probe_inputs(recipe, where))
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{where}: {one_line(str(error))[:300]}") from error
     return model

@@ -115,8 +115,7 @@ def evaluate(job: Job) -> None:
 def load_model(job: Job) -> Method:
     """Load the network in the configured numeric. int8 runs on the CPU only."""
     accelerator, numeric = prepare_torch(job), job.config["numeric"]
-    options = {key: job.config[key] for key in ("allow_saturation", "trust")}
-    model = load(job.config["checkpoint"], numeric, **options)
+    model = load(job.config["checkpoint"], numeric, trust=job.config["trust"])
     return model if accelerator == "cpu" or numeric == "int8" else model.cuda()
 
 

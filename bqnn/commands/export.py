@@ -11,12 +11,13 @@ from bqnn.data.task import make_data
 from bqnn.export.card import make_card, write_markdown
 from bqnn.export.model import export as export_model
 from bqnn.export.packages import require_packages
-from bqnn.export.verification import rows_in_units, start_session, verify
+from bqnn.export.verification import rows_in_units, verify
 from bqnn.files import write_json, write_text, written_beside
 from bqnn.jobs.isolation import leave_as_found
 from bqnn.jobs.job import Job
 from bqnn.jobs.parts import run_parts
 from bqnn.jobs.terminal import say
+from bqnn.quant.onnx.session import start_session
 from bqnn.training.process import prepare_torch
 from bqnn.training.trainer import refuse_devices
 
@@ -46,21 +47,20 @@ def export(job: Job) -> None:
     leave_as_found(job)
     prepare_torch(job)
     config = job.config
-    options = {key: config[key] for key in ("allow_saturation", "trust")}
+    options = {"trust": config["trust"]}
     model = load(config["checkpoint"], "simulated", **options)
     num_samples = model.check_samples(config["num_samples"])
     data = make_data(config, model.recipe)
     rows = rows_in_units(data)
     path, threads = job.folder / "model.onnx", torch.get_num_threads()
-    exported = export_model(model, num_samples, config["form"])
-    content = exported.proto.SerializeToString()
-    session = start_session(content, threads)
+    exported = export_model(model, num_samples, config["form"], config["masks"])
+    session = start_session(exported.content(with_masks=True), threads)
     integer = load(config["checkpoint"], "int8", **options)
     verification = verify(session, exported, integer, rows, data.test.targets)
     write_json(job.folder / "verification.json", verification.record())
     verification.require_equal()
     with written_beside(path) as beside:
-        beside.write_bytes(content)
+        beside.write_bytes(exported.content())
     inputs = rows.numpy().astype(exported.inputs.dtype)
     card = make_card(model, exported, verification, path, inputs, threads)
     write_json(job.folder / "card.json", card)

@@ -4,7 +4,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,14 +13,16 @@ import numpy as np
 import torch
 
 from bqnn.export import measure
-from bqnn.export.model import Exported
+from bqnn.export.model import Exported, export
 from bqnn.export.verification import Verification
 from bqnn.inference.predictions import Prediction, score, with_non_finite
 from bqnn.methods import Method
-from bqnn.quant.fbgemm import has_vnni
+from bqnn.quant.engines.measure import has_vnni
 from bqnn.quant.summary import sizes
 from bqnn.seeds import Stream, stream_seed
+from bqnn.text import counted
 
+NUM_DRAWS = (1, 5, 20)  # that are measured
 NUM_RESAMPLES = 50  # of the test rows, for the standard errors of metrics
 
 
@@ -32,7 +34,7 @@ def make_card(
     rows: np.ndarray,
     threads: int,
 ) -> dict[str, Any]:
-    """Describe an exported model. This runs the file in a process of its own.
+    """Describe an exported model. This runs files in processes of their own.
 
     Args:
         model: The model with fake quantization, with its recipe.
@@ -65,6 +67,7 @@ def make_card(
             "features": facts.get("feature_names"),
         },
         "form": verification.form,
+        "masks": record["masks"],
         "num_samples": record["num_samples"],
         "weight_bits": quant["weight_bits"],
         "activation_bits": quant["activation_bits"],
@@ -77,7 +80,7 @@ def make_card(
         },
         "bytes": {"file": path.stat().st_size, **sizes(model.net)},
         "speed": {
-            **_measured(path, rows, threads),
+            "draws": _measured_draws(model, exported, path, rows, threads),
             "threads": threads,
             "runtime": f"ONNX Runtime {onnxruntime.__version__}",
             "cpu": cpu_name(),
@@ -136,8 +139,8 @@ def write_markdown(card: Mapping[str, Any]) -> str:
     """Return card.md for the content of card.json."""
     bits = f"{card['weight_bits']}-bit weights, {card['activation_bits']}-bit activations"
     speed, size, check = card["speed"], card["bytes"], card["verification"]
-    draws = "1 draw" if card["num_samples"] == 1 else f"{card['num_samples']} draws"
-    peak = "not known here" if speed["peak_bytes"] is None else _mib(speed["peak_bytes"])
+    draws = counted(card["num_samples"], "draw")
+    given = ", which gets the masks that the file draws" if card["masks"] == "random" else ""
     lines = [
         f"# {card['method']} on {card['task']}",
         "",
@@ -147,7 +150,8 @@ def write_markdown(card: Mapping[str, Any]) -> str:
         f"`{card['form']}`.",
         "",
         f"Of {check['outputs']} outputs on {card['test_rows']} test rows, {check['differing']} "
-        f"differ from bqnn's int8 (by at most {check['largest_difference_steps']:.3g} steps).",
+        f"differ from bqnn's int8{given} (by at most {check['largest_difference_steps']:.3g} "
+        "steps).",
         "",
         "## Accuracy and uncertainty",
         "",
@@ -167,15 +171,13 @@ def write_markdown(card: Mapping[str, Any]) -> str:
         f"| model.onnx | {_mib(size['file'])} |",
         f"| parameters in float32 | {_mib(size['float_bytes'])} |",
         f"| parameters, packed at their bits | {_mib(size['packed_bytes'])} |",
-        *(
-            f"| {draws} of a batch of {batch} | {value:.3g} ms |"
-            for batch, value in speed["milliseconds"].items()
-        ),
-        f"| peak of the memory | {peak} |",
         "",
-        f"Measured with {speed['runtime']}, {speed['threads']} "
-        f"thread{'s' if speed['threads'] > 1 else ''}, on {speed['cpu']} "
-        f"({'with' if speed['vnni'] else 'without'} VNNI).",
+        *_table_of_speed(speed["draws"]),
+        "",
+        f"Latencies are medians, with the number of calls in brackets, of {speed['runtime']} with "
+        f"{counted(speed['threads'], 'thread')} on {speed['cpu']} "
+        f"({'with' if speed['vnni'] else 'without'} VNNI). A file has a fixed number of draws: "
+        "each row is a file of its own.",
         "",
         "## How to call it",
         "",
@@ -208,6 +210,46 @@ def snippet(card: Mapping[str, Any]) -> list[str]:
         'answer = dict(zip(names, session.run(names, {"inputs": rows})))',
         f"print({shown})",
     ]
+
+
+def _table_of_speed(draws: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a table with a row for each number of draws."""
+    lines = [
+        f"| draws | {' | '.join(f'batch of {size}' for size in measure.BATCHES)} | peak memory |",
+        "|" + "---|" * (len(measure.BATCHES) + 2),
+    ]
+    for each in draws:
+        times = [f"{t['milliseconds']:.3g} ms ({t['calls']})" for t in each["latencies"]]
+        peak = "not known" if each["peak_bytes"] is None else _mib(each["peak_bytes"])
+        lines.append(f"| {' | '.join([str(each['num_samples']), *times, peak])} |")
+    return lines
+
+
+def _measured_draws(
+    model: Method, exported: Exported, path: Path, rows: np.ndarray, threads: int
+) -> list[dict[str, Any]]:
+    """Measure a file, and temporary ones with other numbers of draws, as far as a model has."""
+    own = len(exported.steps)
+    found = []
+    with TemporaryDirectory() as folder:
+        for count in sorted({own, *NUM_DRAWS}):
+            file = path
+            if count != own:
+                if not _has_draws(model, count):
+                    continue
+                masks = "random" if exported.masks else "fixed"
+                file = Path(folder, "model.onnx")
+                file.write_bytes(export(model, count, exported.form, masks).content())
+            found.append({"num_samples": count, **_measured(file, rows, threads)})
+    return found
+
+
+def _has_draws(model: Method, count: int) -> bool:
+    """Return whether a model makes that many different draws."""
+    try:
+        return model.check_samples(count) == count
+    except ValueError:
+        return False
 
 
 def _measured(path: Path, rows: np.ndarray, threads: int) -> dict[str, Any]:

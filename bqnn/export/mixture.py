@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bqnn.export.graph import Graph, Port
 from bqnn.inference.likelihoods import Classification, Likelihood, Regression
+from bqnn.quant.onnx.graph import Graph, Port
 
 
 def write_mixture(

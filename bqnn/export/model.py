@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from bqnn.data.normalization import Normalization
-from bqnn.export.exact import ExactForm
-from bqnn.export.graph import Graph, Port
+from bqnn.export.masks import RandomMasks
 from bqnn.export.mixture import write_mixture
-from bqnn.export.network import Form, NetworkWriter
-from bqnn.export.qdq import QdqForm
-from bqnn.export.values import Value
 from bqnn.inference.likelihoods import Classification
 from bqnn.inference.predict import evaluation_draw
 from bqnn.layers.dropout import one_mask_for_all_rows
 from bqnn.methods import Method
+from bqnn.quant.onnx.exact import ExactForm
+from bqnn.quant.onnx.graph import Graph, Port, value_info
+from bqnn.quant.onnx.network import Form, NetworkWriter
+from bqnn.quant.onnx.qdq import QdqForm
+from bqnn.quant.onnx.values import Value
 from bqnn.seeds import Stream, stream_seed
 
 NUM_EXAMPLES = 3  # rows with which the network is walked
@@ -37,6 +38,8 @@ class Exported:
         inputs: The input of the model.
         steps: The step of the grid of each output of each draw [S, num_outputs].
         float_parts: What computes in float, outside of the integers.
+        masks: The masks of MC dropout that the file draws itself, of all draws.
+        rates: Their dropout rates.
     """
 
     proto: Any
@@ -44,26 +47,43 @@ class Exported:
     inputs: Port
     steps: Tensor
     float_parts: list[str]
+    masks: list[Port] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+
+    def content(self, *, with_masks: bool = False) -> bytes:
+        """Return the content of the file.
+
+        Args:
+            with_masks: Whether the masks that the file draws are outputs, too.
+        """
+        if not with_masks:
+            return bytes(self.proto.SerializeToString())
+        shown = type(self.proto)()
+        shown.CopyFrom(self.proto)
+        shown.graph.output.extend(map(value_info, self.masks))
+        return bytes(shown.SerializeToString())
 
 
 @torch.no_grad()
-def export(model: Method, num_samples: int, form: str = "exact") -> Exported:
+def export(model: Method, num_samples: int, form: str = "exact", masks: str = "fixed") -> Exported:
     """Write a quantized model as ONNX.
 
     Draw s of the file is draw s of bqnn's int8 with the seed of the model. MC dropout has one mask
-    in each draw for all rows: that of a row that bqnn predicts alone.
+    in each draw for all rows: that of a row that bqnn predicts alone. With random masks, the
+    runtime draws a mask for each row in each call.
 
     Args:
         model: The model with fake quantization, in evaluation mode, with its recipe.
         num_samples: The number of draws S.
         form: `exact` or `qdq`.
+        masks: `fixed` or `random`.
 
     Returns:
         The model of ONNX, checked against the standard.
 
     Raises:
-        ValueError: The model is calibrated, its recipe has no normalization, or the file would be
-            too large.
+        ValueError: The model is calibrated, its recipe has no normalization, the file would be too
+            large, or there is no MC dropout whose masks could be random.
         TypeError: The network has an operation that cannot be exported. The message names it.
     """
     if model.calibration is not None:
@@ -76,7 +96,11 @@ def export(model: Method, num_samples: int, form: str = "exact") -> Exported:
     graph = Graph()
     shape: list[int] = facts["input_shape"]
     inputs, port = write_normalization(graph, _normalization(facts), shape, form)
-    writer = NetworkWriter(graph, _form(form, graph))
+    writer: NetworkWriter
+    if masks == "random":
+        writer = RandomMasks(graph, _form(form, graph), model.seed)
+    else:
+        writer = NetworkWriter(graph, _form(form, graph))
     generator = torch.Generator().manual_seed(stream_seed(0, Stream.COMPARISON))
     example = torch.randn(NUM_EXAMPLES, *shape, generator=generator)
     net = deepcopy(model.net).cpu().eval()
@@ -89,14 +113,22 @@ def export(model: Method, num_samples: int, form: str = "exact") -> Exported:
     samples, outputs = write_mixture(graph, [draw.name for draw in draws], model.likelihood)
     sizes = (num_samples, "N", model.likelihood.num_outputs)
     outputs = {samples: Port("samples", np.dtype(np.float32), sizes), **outputs}
-    proto = graph.to_onnx([port], outputs, metadata(form, model))
+    proto = graph.to_onnx([port], outputs, metadata(form, masks, model))
     steps = torch.stack([_steps(draw) for draw in draws])
-    return Exported(proto, form, port, steps, sorted(writer.float_parts))
+    exported = Exported(proto, form, port, steps, sorted(writer.float_parts))
+    if not isinstance(writer, RandomMasks):
+        return exported
+    if not writer.masks:
+        raise ValueError(
+            "masks=random: the network has no MC dropout whose masks could be random; use "
+            "masks=fixed"
+        )
+    return replace(exported, masks=writer.masks, rates=writer.rates)
 
 
-def metadata(form: str, model: Method) -> dict[str, str]:
-    """Return what stands in a file besides its graph: its form, and the names of classes."""
-    found = {"bqnn.form": form, "bqnn.seed": str(model.seed)}
+def metadata(form: str, masks: str, model: Method) -> dict[str, str]:
+    """Return what stands in a file besides its graph, such as the names of classes."""
+    found = {"bqnn.form": form, "bqnn.masks": masks, "bqnn.seed": str(model.seed)}
     if isinstance(model.likelihood, Classification):
         found["bqnn.class_names"] = json.dumps(model.likelihood.class_names)
     return found

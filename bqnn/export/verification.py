@@ -1,9 +1,9 @@
 """Compare a file with bqnn's int8, output by output, on the rows of a data set."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,11 @@ from torch import Tensor
 from bqnn.data import TensorData
 from bqnn.data.normalization import Normalization
 from bqnn.data.tables import TableData
+from bqnn.export.masks import MaskStatistics
 from bqnn.export.model import Exported
 from bqnn.inference.predict import BATCH_SIZE, predictive_sets
 from bqnn.inference.predictions import Prediction, score, with_non_finite
-from bqnn.layers.dropout import one_mask_for_all_rows
+from bqnn.layers.dropout import given_masks, one_mask_for_all_rows
 from bqnn.methods import Method
 from bqnn.methods.base import channels_last
 
@@ -36,6 +37,7 @@ class Verification:
             bqnn computes from the same draws.
         seconds: The seconds of both for all rows and draws.
         float_parts: What computes in float outside of the integers, and may round otherwise.
+        masks: How random the masks are that the file draws; None for fixed masks.
     """
 
     form: str
@@ -45,6 +47,7 @@ class Verification:
     summary_difference: float
     seconds: Mapping[str, float]
     float_parts: list[str]
+    masks: MaskStatistics | None = None
 
     @property
     def differences(self) -> Tensor:
@@ -69,6 +72,7 @@ class Verification:
         }
         return {
             "form": self.form,
+            "masks": "fixed" if self.masks is None else "random",
             "rows": self.executed.samples.shape[1],
             "num_samples": self.executed.samples.shape[0],
             "outputs": self.executed.samples.numel(),
@@ -76,12 +80,13 @@ class Verification:
             "largest_difference_steps": float(self.differences.max()),
             "summary_difference": self.summary_difference,
             "float_parts": self.float_parts,
+            "random_masks": None if self.masks is None else self.masks.record(),
             "metrics": metrics,
             "seconds": dict(self.seconds),
         }
 
     def require_equal(self) -> None:
-        """Raise a ValueError if the form is `exact` and an output differs."""
+        """Raise a ValueError if outputs of the form `exact` differ, or masks are not random."""
         if self.form == "exact" and self.differing:
             raise ValueError(
                 f"model.onnx: {self.differing} of {self.differences.numel()} outputs differ from "
@@ -95,70 +100,64 @@ class Verification:
                 f"{self.summary_difference:.3g}; verification.json has the details, do not use "
                 "the file"
             )
-
-
-def start_session(path: Path | bytes, threads: int, *, optimized: bool = True) -> Any:
-    """Load a file with ONNX Runtime, on the CPU.
-
-    Args:
-        path: The file, or its content.
-        threads: The number of threads.
-        optimized: Whether the runtime may fuse operators.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = (
-        levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
-    )
-    model = path if isinstance(path, bytes) else str(path)
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        if self.masks is not None:
+            self.masks.require_random()
 
 
 def verify(
     session: Any, exported: Exported, integer: Method, rows: Tensor, targets: Tensor
 ) -> Verification:
-    """Run a file and int8 on the same rows.
+    """Run a file and int8 on the same rows. Int8 gets the masks that the file draws.
 
     Args:
-        session: The file in ONNX Runtime.
+        session: The file in ONNX Runtime; masks that it draws are outputs, too.
         exported: What the file was written from.
         integer: The model in int8, with the seed of the file.
         rows: Rows in the units of the data [N, ...].
         targets: Targets [N].
     """
-    start = time.perf_counter()
-    parts = [part.numpy().astype(exported.inputs.dtype) for part in rows.split(BATCH_SIZE)]
-    batches = [session.run(None, {"inputs": part}) for part in parts]
-    middle = time.perf_counter()
-    executed = predict_executed(integer, rows, len(exported.steps))
-    end = time.perf_counter()
+    num_samples, seconds = len(exported.steps), {"onnx": 0.0, "int8": 0.0}
+    statistics = MaskStatistics(exported.rates, num_samples) if exported.masks else None
     names = [output.name for output in session.get_outputs()]
-    found = {
-        name: torch.from_numpy(np.concatenate([b[place] for b in batches], int(name == "samples")))
-        for place, name in enumerate(names)
-    }
+    batches, executed = [], []
+    for part in rows.split(BATCH_SIZE):
+        with _timed(seconds, "onnx"):
+            answer = session.run(None, {"inputs": part.numpy().astype(exported.inputs.dtype)})
+        outputs = {n: torch.from_numpy(a) for n, a in zip(names, answer, strict=True)}
+        masks = [outputs.pop(port.name) for port in exported.masks]
+        batches.append(outputs)
+        if statistics is not None:
+            statistics.add(masks)
+            with _timed(seconds, "int8"):
+                executed.append(predict_executed(integer, part, num_samples, masks))
+    if statistics is None:
+        with _timed(seconds, "int8"):
+            executed = [predict_executed(integer, rows, num_samples)]
+    found = {n: torch.cat([b[n] for b in batches], int(n == "samples")) for n in batches[0]}
     prediction = Prediction(integer.likelihood, found.pop("samples"), targets)
     return Verification(
         exported.form,
         prediction,
-        Prediction(integer.likelihood, executed, targets),
+        Prediction(integer.likelihood, torch.cat(executed, 1), targets),
         exported.steps,
         _largest_difference(found, prediction.summary),
-        {"onnx": middle - start, "int8": end - middle},
+        seconds,
         exported.float_parts,
+        statistics,
     )
 
 
-def predict_executed(integer: Method, rows: Tensor, num_samples: int) -> Tensor:
-    """Predict rows in int8 with the draws of a file, which has one mask for all rows.
+def predict_executed(
+    integer: Method, rows: Tensor, num_samples: int, masks: Sequence[Tensor] | None = None
+) -> Tensor:
+    """Predict rows in int8 with the draws of a file.
 
     Args:
         integer: The model in int8.
-        rows: Rows in the units of the data [N, ...].
+        rows: Rows in the units of the data [N, ...], at most `BATCH_SIZE` if masks are given.
         num_samples: The number of draws S.
+        masks: The masks of MC dropout in the order of its calls; None for those of a file with
+            fixed masks, which are the same for all rows.
 
     Returns:
         The draws [S, N, num_outputs].
@@ -166,9 +165,10 @@ def predict_executed(integer: Method, rows: Tensor, num_samples: int) -> Tensor:
     assert integer.recipe is not None
     normalization = Normalization.from_facts(integer.recipe["facts"])
     assert normalization is not None
-    with one_mask_for_all_rows(integer.net):
+    net = integer.net
+    with one_mask_for_all_rows(net) if masks is None else given_masks(net, masks):
         batches = predictive_sets(  # the masks of a draw begin anew with each set
-            integer.net,
+            net,
             rows.split(BATCH_SIZE),
             num_samples,
             prepare=lambda batch: channels_last(normalization(batch)),
@@ -192,6 +192,14 @@ def rows_in_units(data: TensorData) -> Tensor:
             "the images of the data set in uint8"
         )
     return inputs
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the seconds of the context to an entry."""
+    start = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - start
 
 
 def _largest_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:

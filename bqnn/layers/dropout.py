@@ -1,8 +1,9 @@
 """Monte-Carlo dropout: dropout that stays active in evaluation mode."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,6 +46,7 @@ class MCDropout(Stochastic):
     """
 
     one_for_all = False  # whether all rows of a batch have one mask, as in an exported file
+    given: Iterator[Tensor] | None = None  # masks to use instead of drawing, see `given_masks`
 
     def __init__(self, rate: float, dims: int | None = None) -> None:
         super().__init__()
@@ -59,13 +61,25 @@ class MCDropout(Stochastic):
 
     def kept(self, x: Tensor) -> Tensor:
         """Draw what is kept of each row: booleans that broadcast over `x`."""
+        if self.given is not None:
+            return next(self.given)
+        first = self._one_of_each(x)
+        # The dropped values are drawn, not the kept ones: 1 - rate would lose a tiny rate.
+        dropped = (coins_like if self.training else evaluation_coins)(first, self.rate)
+        return dropped.logical_not_().view(dropped.shape + (1,) * (x.dim() - dropped.dim()))
+
+    def kept_like(self, x: Tensor) -> Tensor:
+        """Return booleans shaped like those of `kept`, all of them True, without drawing."""
+        first = self._one_of_each(x)
+        return first.new_ones(first.shape + (1,) * (x.dim() - first.dim()), dtype=torch.bool)
+
+    def _one_of_each(self, x: Tensor) -> Tensor:
+        """Return one element of those that are dropped together."""
         dims = (2 if x.dim() == 4 else 0) if self.dims is None else self.dims
         first = x[:1] if self.one_for_all else x
         for _ in range(dims):
             first = first[..., 0]
-        # The dropped values are drawn, not the kept ones: 1 - rate would lose a tiny rate.
-        dropped = (coins_like if self.training else evaluation_coins)(first, self.rate)
-        return dropped.logical_not_().view(dropped.shape + (1,) * dims)
+        return first
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}" + ("" if self.dims is None else f", dims={self.dims}")
@@ -86,6 +100,32 @@ def one_mask_for_all_rows(net: nn.Module) -> Iterator[None]:
     finally:
         for dropout in dropouts:
             dropout.one_for_all = False
+
+
+@contextmanager
+def given_masks(net: nn.Module, masks: Iterable[Tensor]) -> Iterator[None]:
+    """Let MC dropout use given masks instead of drawing its own.
+
+    Args:
+        net: A network. It draws masks again after the context.
+        masks: What is kept, as `MCDropout.kept` returns it, in the order of its calls.
+
+    Examples:
+        >>> import torch
+        >>> dropout = MCDropout(0.5).eval()
+        >>> with given_masks(dropout, [torch.tensor([[True, False]])]):
+        ...     dropout(torch.ones(1, 2))
+        tensor([[2., 0.]])
+    """
+    dropouts = [module for module in net.modules() if isinstance(module, MCDropout)]
+    given = iter(masks)
+    for dropout in dropouts:
+        dropout.given = given
+    try:
+        yield
+    finally:
+        for dropout in dropouts:
+            dropout.given = None
 
 
 def to_mcdropout(

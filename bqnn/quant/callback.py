@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from bqnn.arguments import ArgumentError, prefixed, whole_number
 from bqnn.layers.noise import reseed
 from bqnn.layers.safe_convolutions import guard_backward
-from bqnn.quant.fbgemm import FakeQuant
+from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.fuse import fuse
 from bqnn.quant.mark import Keep, entries, mark
-from bqnn.quant.saturation import refuse_saturation
 from bqnn.quant.simulated import calibrate, enable, freeze, is_prepared, prepare
 from bqnn.quant.spec import QuantSpec
 from bqnn.seeds import Stream, stream_seed
@@ -81,8 +80,6 @@ class QuantizationCallback(pl.Callback):
             )
         guard_backward()
         quantize_module(pl_module, self.spec, keep=self.keep)
-        if stage == "fit":
-            refuse_saturation(_net(pl_module))
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         enable(_net(pl_module), False)  # there are no ranges before the first batch
@@ -179,13 +176,11 @@ def calibrate_module(
         num_batches: The number of training batches to calibrate with.
 
     Raises:
-        ValueError: int8 sums would saturate on this CPU, inputs are not finite, or a fake
-            quantizer received no data.
+        ValueError: Inputs are not finite, or a fake quantizer received no data.
         TypeError: The network cannot run in integers.
     """
     num_batches = whole_number("num_batches", num_batches, "1 or more", 1)
     quantize_module(model, spec, stage="ptq")
-    refuse_saturation(_net(model))
     batches = islice(data.train_dataloader(), num_batches)
     # Stochastic layers draw during calibration.
     reseed(torch.device("cpu"), stream_seed(0, Stream.CALIBRATION))

@@ -31,8 +31,8 @@ class Grid(NamedTuple):
 
 
 UNTRACED = (
-    "a quantized network cannot be traced; call torch.compile or torch.export on the float one, "
-    "before prepare()"
+    "an int8 network cannot be traced, nor a part of a simulated one; call torch.compile or "
+    "torch.export on the whole network, before convert()"
 )
 
 
@@ -80,10 +80,15 @@ class OnGrid(Tensor):
             origin = next(g.grid.origin for g in _flat([args, kwargs]) if isinstance(g, OnGrid))
             raise TypeError(refusal(_name(func), origin))
         grid = args[0].grid
-        out = func(*_plain_all(args), **kwargs)
+        out = cls.call(func, tuple(_plain_all(args)), kwargs, grid)
         if isinstance(out, Tensor):
             return cls.of(out, grid)
         return type(out)(cls.of(part, grid) for part in out)
+
+    @classmethod
+    def call(cls, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], grid: Grid) -> Any:
+        """Call a function that keeps the grid, on tensors without a grid."""
+        return func(*args, **kwargs)
 
 
 def _refusing(name: str) -> Callable[..., Any]:

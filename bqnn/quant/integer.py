@@ -1,7 +1,9 @@
 """Integer modules, and `convert`, which turns a fake-quantized network into an int8 network."""
 
 import logging
+from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +13,20 @@ from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.finite import refuse_non_finite
 from bqnn.layers.markers import Add, AvgPool, Cat, Pool, Quantized
-from bqnn.quant.fbgemm import (
+from bqnn.quant.engines import usable_engine
+from bqnn.quant.engines.contract import (
     ActivationGrid,
-    FakeQuant,
-    PackedWeight,
-    add,
-    centered,
-    from_integers,
-    keep_scaled,
-    pooled,
-    quantized_weight,
+    Engine,
+    IntegerOutput,
+    LayerEngine,
+    NetworkEngine,
+    Packed,
+    Weight,
 )
+from bqnn.quant.engines.reference import ExactLayer
+from bqnn.quant.engines.rounding import from_integers, pooled
+from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.grids import UNTRACED
-from bqnn.quant.saturation import refuse_saturation
 from bqnn.quant.simulated import (
     SimulatedAdd,
     SimulatedAvgPool,
@@ -36,34 +39,45 @@ from bqnn.quant.simulated import (
     SimulatedPointLayer,
     SimulatedPool,
     replace_modules,
+    use_engine,
 )
 from bqnn.quant.summary import check_agreement
 
 log = logging.getLogger(__name__)
 
 
-class IntegerLayer(nn.Module):
+class IntegerLayer(IntegerOutput):
     """A point-valued layer whose integer weights are packed once."""
 
-    def __init__(self, layer: SimulatedPointLayer, engine: str) -> None:
+    def __init__(self, layer: SimulatedPointLayer, engine: LayerEngine) -> None:
         super().__init__()
+        self.engine = engine
+        self.grid = ActivationGrid.of(layer.output_quant)
+        self.relu = layer.relu
         factor, bias = layer.fold()
         quant = layer.weight_quant
-        weight = quant.round(layer.folded_weight(factor))
-        self.packed = PackedWeight(quantized_weight(weight, quant), bias, layer.geometry, engine)
-        self.grid = ActivationGrid(layer.output_quant)
-        self.relu = layer.relu
+        integers = quant.integers(layer.folded_weight(factor))
+        weight = Weight(integers, quant.scale, quant.zero_point, bias, layer.geometry)
+        self.packed = _packed(weight, layer.executor, engine)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.packed(x, self.relu, self.grid.scale, self.grid.zero_point)
-        return self.grid.clamp(out)
+        return self.packed(x, self.relu, self.grid)
 
 
-class IntegerGaussianLayer(DrawnWeights):
+def _packed(weight: Weight, executor: Engine, engine: LayerEngine) -> Packed:
+    """Pack weights for an engine, or with exact sums if its own would saturate."""
+    is_exact = executor.name == "reference" != engine.name
+    return ExactLayer(weight, engine) if is_exact else engine.pack(weight)
+
+
+class IntegerGaussianLayer(DrawnWeights, IntegerOutput):
     """A Bayesian layer with integers for mu and sigma; each draw of the weights is packed."""
 
-    def __init__(self, layer: SimulatedGaussianLayer, engine: str) -> None:
+    def __init__(self, layer: SimulatedGaussianLayer, engine: LayerEngine) -> None:
         super().__init__()
+        self.engine, self.executor = engine, layer.executor
+        self.grid = ActivationGrid.of(layer.output_quant)
+        self.relu = layer.relu
         factor, bias = layer.fold()
         self.bias = None if bias is None else bias.detach()
         self.sign = None if factor is None else FakeQuant.along(layer.mean, factor.sign())
@@ -72,11 +86,8 @@ class IntegerGaussianLayer(DrawnWeights):
         self.mean = mean.detach() if grids.mean is None else grids.mean.integers(mean)
         self.sigma = sigma if grids.sigma is None else grids.sigma.integers(sigma)
         self.geometry = layer.geometry
-        self.grid = ActivationGrid(layer.output_quant)
-        self.relu = layer.relu
-        self.engine = engine
 
-    def draw(self) -> PackedWeight:
+    def draw(self) -> Packed:
         """Draw the weights and pack them."""
         grids = self.grids
         mean = self.mean if grids.mean is None else grids.mean.dequantize(self.mean)
@@ -84,15 +95,16 @@ class IntegerGaussianLayer(DrawnWeights):
         eps = evaluation_noise(mean)
         if self.sign is not None:
             eps *= self.sign
-        weight = grids.draw(mean, sigma, eps)
-        packed = quantized_weight(weight, grids.weight)
-        return PackedWeight(packed, self.bias, self.geometry, self.engine)
+        quant = grids.weight
+        integers = quant.integers_of_rounded(grids.draw(mean, sigma, eps))
+        weight = Weight(integers, quant.scale, quant.zero_point, self.bias, self.geometry)
+        return _packed(weight, self.executor, self.engine)
 
     # A traced graph cannot hold packed weights.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
-        out = self.weights()(x, self.relu, self.grid.scale, self.grid.zero_point)
-        return self.grid.clamp(out)
+        packed: Packed = self.weights()
+        return packed(x, self.relu, self.grid)
 
 
 class IntegerDropout(Stochastic):
@@ -101,28 +113,31 @@ class IntegerDropout(Stochastic):
     The scale of the outputs is that of the inputs times 1 / (1 - rate).
     """
 
-    def __init__(self, dropout: MCDropout) -> None:
+    def __init__(self, dropout: MCDropout, engine: LayerEngine) -> None:
         super().__init__()
+        self.engine = engine
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
         if self.dropout.rate == 0:
             return x
-        return keep_scaled(x, self.dropout.kept(x), 1 / (1 - self.dropout.rate))
+        kept = self.dropout.kept(self.engine.integers(x))
+        return self.engine.keep(x, kept, 1 / (1 - self.dropout.rate))
 
 
-class IntegerEnter(Quantized):
+class IntegerEnter(Quantized, IntegerOutput):
     """Quantizes the inputs of the network. Raises a ValueError if a value is not finite."""
 
-    def __init__(self, enter: SimulatedEnter) -> None:
+    def __init__(self, enter: SimulatedEnter, engine: LayerEngine) -> None:
         super().__init__()
-        self.grid = ActivationGrid(enter.output_quant)
+        self.engine = engine
+        self.grid = ActivationGrid.of(enter.output_quant)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_exporting():
             raise TypeError(UNTRACED)
         refuse_non_finite(x)
-        return self.grid.quantize(x)
+        return self.engine.quantize(x, self.grid)
 
 
 class IntegerLeave(nn.Module):
@@ -131,53 +146,65 @@ class IntegerLeave(nn.Module):
     They are contiguous, because the float operations that follow may depend on the memory layout.
     """
 
+    def __init__(self, engine: LayerEngine) -> None:
+        super().__init__()
+        self.engine = engine
+
     def forward(self, x: Tensor) -> Tensor:
-        return x.dequantize().contiguous()
+        return self.engine.dequantize(x).contiguous()
 
 
-class IntegerAdd(Add):
+class IntegerAdd(Add, IntegerOutput):
     """Residual sum."""
 
-    def __init__(self, add: SimulatedAdd) -> None:
+    def __init__(self, add: SimulatedAdd, engine: LayerEngine) -> None:
         super().__init__(add.relu)
-        self.grid = ActivationGrid(add.output_quant)
+        self.engine = engine
+        self.grid = ActivationGrid.of(add.output_quant)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return add(x, y, self.grid, self.relu)
+        return self.engine.add(x, y, self.grid, self.relu)
 
 
-class IntegerPool(Pool):
+class IntegerPool(Pool, IntegerOutput):
     """Global average pooling of integers in float, rounded once."""
 
-    def __init__(self, pool: SimulatedPool) -> None:
+    def __init__(self, pool: SimulatedPool, engine: LayerEngine) -> None:
         super().__init__()
-        self.grid = ActivationGrid(pool.output_quant)
+        self.engine = engine
+        self.grid = ActivationGrid.of(pool.output_quant)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.grid.quantize(pooled(centered(x), x.q_scale(), super().forward))
+        scale, _ = self.engine.grid(x)
+        means = pooled(self.engine.centered(x), scale, super().forward)
+        return self.engine.quantize(means, self.grid)
 
 
-class IntegerAvgPool(AvgPool):
+class IntegerAvgPool(AvgPool, IntegerOutput):
     """Average pooling of integers in float, rounded once."""
 
-    def __init__(self, pool: SimulatedAvgPool) -> None:
+    def __init__(self, pool: SimulatedAvgPool, engine: LayerEngine) -> None:
         super().__init__(pool.pool)
-        self.grid = ActivationGrid(pool.output_quant)
+        self.engine = engine
+        self.grid = ActivationGrid.of(pool.output_quant)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.grid.quantize(pooled(centered(x), x.q_scale(), self.pool))
+        scale, _ = self.engine.grid(x)
+        means = pooled(self.engine.centered(x), scale, self.pool)
+        return self.engine.quantize(means, self.grid)
 
 
-class IntegerCat(Cat):
+class IntegerCat(Cat, IntegerOutput):
     """Concatenation of activations, each requantized to one grid."""
 
-    def __init__(self, cat: SimulatedCat) -> None:
+    def __init__(self, cat: SimulatedCat, engine: LayerEngine) -> None:
         super().__init__(cat.dim)
-        self.grid = ActivationGrid(cat.output_quant)
+        self.engine = engine
+        self.grid = ActivationGrid.of(cat.output_quant)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        floats = [from_integers(centered(x), x.q_scale()) for x in inputs]
-        return self.grid.quantize(super().forward(*floats))
+        floats = [from_integers(self.engine.centered(x), self.engine.grid(x)[0]) for x in inputs]
+        return self.engine.quantize(super().forward(*floats), self.grid)
 
 
 @torch.no_grad()
@@ -186,26 +213,24 @@ def convert(
     engine: str | None = None,
     *,
     probe: Tensor | None = None,
-    allow_saturation: bool = False,
 ) -> nn.Module:
-    """Convert a prepared network to int8, in place.
+    """Convert a prepared network to int8, in place, unless its engine runs networks as a whole.
 
     The network moves to the CPU and to evaluation mode.
 
     Args:
         net: A network that was prepared, and then trained or calibrated.
-        engine: fbgemm, x86 or onednn; None for the one that the network was prepared for.
+        engine: One of `bqnn.quant.spec.ENGINES`; None for the one that the network was prepared
+            for.
         probe: Inputs [B, ...] on which every layer is compared with its simulation. A difference
             of one step logs a warning; a larger one raises a ValueError.
-        allow_saturation: Warn, instead of raising an error, if sums saturate on this CPU or a
-            layer differs from its simulation by more than one step.
 
     Returns:
-        The network.
+        The int8 network.
 
     Raises:
-        ValueError: There is nothing to convert, a fake quantizer has seen no data, sums would
-            saturate on this CPU, or the comparison with the simulation fails.
+        ValueError: There is nothing to convert, a fake quantizer has seen no data, or the
+            comparison with the simulation fails.
         TypeError: The network cannot run in int8 on `probe`.
 
     Examples:
@@ -229,46 +254,54 @@ def convert(
     layers = [module for module in net.modules() if isinstance(module, SimulatedLayer)]
     if not layers:
         raise ValueError("convert: the network has no fake-quantized layer; call prepare() first")
-    engine = layers[0].engine if engine is None else engine
-    if layers[0].engine != engine:
+    prepared = layers[0].engine
+    if engine is not None and usable_engine(engine) is not prepared:
         log.warning(
             "convert: the engine is %s, but the simulation rounds like %s: integers can differ by "
             "one step; prepare the network with QuantSpec(engine=%r)",
             engine,
-            layers[0].engine,
+            prepared.name,
             engine,
         )
-    refuse_saturation(net, allow_saturation)
+        use_engine(net, engine)
+    chosen = layers[0].engine
     net.eval().cpu()
     simulated = None if probe is None else deepcopy(net)
-    if isinstance(net, Ensemble) and is_ensemble:
+    if isinstance(chosen, NetworkEngine):
+        net = chosen.network(net)
+    elif isinstance(net, Ensemble) and is_ensemble:
         for member in net.members:
-            _replace_by_integers(member, engine)
+            _replace_by_integers(member, chosen)
         net.current = nn.Identity()  # it runs only in training, or without members
     else:
-        _replace_by_integers(net, engine)
+        _replace_by_integers(net, chosen)
     net.eval()
     if simulated is not None and probe is not None:
         with torch.random.fork_rng(devices=[]):
-            check_agreement(simulated, net, probe, only_warn=allow_saturation)
+            check_agreement(simulated, net, probe)
     return net
 
 
-def _replace_by_integers(net: nn.Module, engine: str) -> None:
+def _replace_by_integers(net: nn.Module, engine: Engine) -> None:
+    assert isinstance(engine, LayerEngine)
     for module in net.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0  # off in training mode, too: torch cannot drop integers
+    kinds: dict[type[nn.Module], Callable[[Any, LayerEngine], nn.Module]] = {
+        SimulatedPointLayer: IntegerLayer,
+        SimulatedGaussianLayer: IntegerGaussianLayer,
+        SimulatedEnter: IntegerEnter,
+        SimulatedAdd: IntegerAdd,
+        SimulatedPool: IntegerPool,
+        SimulatedAvgPool: IntegerAvgPool,
+        SimulatedCat: IntegerCat,
+        SimulatedDropout: IntegerDropout,
+        SimulatedLeave: lambda _, engine: IntegerLeave(engine),
+    }
     replace_modules(
         net,
         {
-            SimulatedPointLayer: lambda _, layer: IntegerLayer(layer, engine),
-            SimulatedGaussianLayer: lambda _, layer: IntegerGaussianLayer(layer, engine),
-            SimulatedEnter: lambda _, enter: IntegerEnter(enter),
-            SimulatedAdd: lambda _, add: IntegerAdd(add),
-            SimulatedPool: lambda _, pool: IntegerPool(pool),
-            SimulatedAvgPool: lambda _, pool: IntegerAvgPool(pool),
-            SimulatedCat: lambda _, cat: IntegerCat(cat),
-            SimulatedDropout: lambda _, dropout: IntegerDropout(dropout),
-            SimulatedLeave: lambda _, __: IntegerLeave(),
+            kind: lambda _, module, make=make: make(module, engine)  # type: ignore[misc]
+            for kind, make in kinds.items()
         },
     )

@@ -16,7 +16,6 @@ from bqnn.layers.swap import check_no_loose_tensors
 from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import convert
 from bqnn.quant.mark import Keep, entries, mark
-from bqnn.quant.saturation import refuse_saturation
 from bqnn.quant.simulated import calibrate, prepare
 from bqnn.quant.spec import QuantSpec
 from bqnn.seeds import Stream, stream_seed
@@ -51,8 +50,7 @@ def quantize(
         The int8 network, on the CPU and in evaluation mode.
 
     Raises:
-        ValueError: There is nothing to quantize or to calibrate with, inputs are not finite, or
-            sums would saturate on this CPU.
+        ValueError: There is nothing to quantize or to calibrate with, or inputs are not finite.
         TypeError: An operation cannot run in integers. The message names it.
 
     Examples:
@@ -65,7 +63,6 @@ def quantize(
         spec = QuantSpec(activation_observer="histogram")
     simulated = _prepared(net, spec, keep, trains=False)
     _check_one_input(net)
-    refuse_saturation(simulated)
     inputs = _inputs(batches, next(simulated.parameters()).device)
     first = next(inputs, None)
     if first is None:
@@ -97,8 +94,8 @@ def prepare_qat(
         The network to train. Create the optimizer from its parameters.
 
     Raises:
-        ValueError: There is nothing to quantize, the observer of the spec cannot be trained with,
-            or sums would saturate on this CPU.
+        ValueError: There is nothing to quantize, or the observer of the spec cannot be trained
+            with.
         TypeError: An operation cannot run in integers. The message names it.
 
     Examples:
@@ -109,7 +106,6 @@ def prepare_qat(
     """
     spec = QuantSpec() if spec is None else spec
     simulated = _prepared(net, spec, keep, trains=True)
-    refuse_saturation(simulated)
     return simulated
 
 

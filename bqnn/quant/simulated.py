@@ -6,6 +6,7 @@ precision, and rounds as the int8 operators do. The results are then bit-equal t
 int8 network.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -20,42 +21,49 @@ from bqnn.layers.finite import refuse_non_finite
 from bqnn.layers.linear_map import linear_map
 from bqnn.layers.markers import Add, AvgPool, Cat, Enter, Leave, Pool
 from bqnn.layers.swap import check_no_hooks
-from bqnn.quant import kernels
-from bqnn.quant.fbgemm import (
-    FakeQuant,
-    check_engine,
+from bqnn.quant.engines import engine, usable_engine
+from bqnn.quant.engines.contract import ActivationGrid, Engine, Layer, in_batch, layout
+from bqnn.quant.engines.rounding import (
+    exact_sums,
     from_integers,
-    in_batch,
-    layout,
+    fused_sum,
+    plain_sum,
     pooled,
     requantize,
-    requantized_sum,
 )
+from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.fuse import Fused, activated, check_features
-from bqnn.quant.grids import UNTRACED, Grid, OnGrid, grid_of, plain
+from bqnn.quant.grids import Grid, OnGrid, grid_of, plain
 from bqnn.quant.region import check_region
 from bqnn.quant.spec import QuantSpec
 from bqnn.quant.stochastic import GaussianGrids, activation_fake_quant, weight_fake_quant
 
+log = logging.getLogger(__name__)
+
 
 class OutputOnGrid(nn.Module):
-    """Mixin: rounds the outputs of a module to a grid, and requires inputs on a grid."""
+    """Mixin: rounds the outputs of a module to a grid, and requires inputs on a grid.
+
+    Attributes:
+        engine: The engine of the network, which rounds.
+    """
 
     path = ""  # the name of the module in the network
 
     def __init__(self, spec: QuantSpec) -> None:
         nn.Module.__init__(self)  # the next class in the MRO may require arguments
         self.output_quant = activation_fake_quant(spec)
+        self.engine: Engine = usable_engine(spec.engine)
 
     def grids_of(self, *inputs: Tensor) -> list[Grid] | None:
-        """Return the grids of the inputs, or None if rounding is disabled.
+        """Return the grids of the inputs, or None if rounding is disabled or the call is traced.
 
         Raises:
             TypeError: An input has no grid.
         """
-        grids = [grid for grid in map(grid_of, inputs) if grid is not None]
-        if not self.output_quant.enabled:
+        if not self.output_quant.enabled or torch.compiler.is_compiling():
             return None
+        grids = [grid for grid in map(grid_of, inputs) if grid is not None]
         if len(grids) < len(inputs):
             raise TypeError(
                 f"{self.path or type(self).__name__} reads an input that is not quantized: it is "
@@ -69,9 +77,9 @@ class OutputOnGrid(nn.Module):
         return self.on_grid(self.output_quant(x))
 
     def on_grid(self, x: Tensor) -> Tensor:
-        """Attach the grid to outputs that are already rounded."""
+        """Attach the grid to outputs that are already rounded; not in a traced graph."""
         quant = self.output_quant
-        if not quant.enabled:
+        if not quant.enabled or torch.compiler.is_compiling():
             return x
         grid = Grid(float(quant.scale), int(quant.zero_point), quant.largest, self.path)
         return OnGrid.of(x, grid)
@@ -98,8 +106,7 @@ class SimulatedLayer(OutputOnGrid):
         self.cap = fused.cap
         self.geometry = fused.geometry
         self.is_output = fused.is_output
-        self.engine = spec.engine
-        self.allow_saturation = spec.allow_saturation
+        self.executor = self.engine  # of this layer; `reference` where sums would saturate
         self.frozen = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,37 +127,35 @@ class SimulatedLayer(OutputOnGrid):
         factor, bias = self.fold()
         weight, quant = self.rounded_weight(factor), self.weight_grid
         integers = (weight / quant.along(weight, quant.scale)).round_()
-        sums = self.exact_sums((x / grid.scale).round_(), integers, grid.largest)
-        kernel = self.kernel(grid.zero_point)
-        rounding = kernels.rounding_of(kernel, x.shape)
-        return requantize(sums, grid.scale, quant, bias, self.output_quant, self.relu, rounding)
+        sums = exact_sums((x / grid.scale).round_(), integers, self.geometry, grid.largest)
+        output = ActivationGrid.of(self.output_quant)
+        steps = requantize(
+            sums,
+            grid.scale,
+            quant.scale,
+            bias,
+            output,
+            relu=self.relu,
+            rounding=self.executor.rounding(self.kernel(grid.zero_point), x.shape),
+        )
+        return from_integers(steps, output.scale)
 
-    def kernel(self, input_zero_point: int = 0) -> kernels.Layer:
+    def kernel(self, input_zero_point: int = 0) -> Layer:
         """Return the properties by which an engine selects the kernel of this layer."""
-        weight, output = self.weight_grid, self.output_quant
-        zero_points = (weight.zero_point.any(), input_zero_point, output.zero_point.any())
-        return kernels.Layer(
-            self.engine,
+        weight = self.weight_grid
+        # A recipe is compared with a checkpoint on the meta device, which has no values.
+        of_weight, of_output = (
+            quant.zero_point.is_meta or not bool(quant.zero_point.any())
+            for quant in (weight, self.output_quant)
+        )
+        return Layer(
             self.weight_shape,
             self.geometry,
             per_channel=weight.channels is not None,
             has_bias=self.bias is not None or self.bn is not None,
             relu=self.relu,
-            is_zero=tuple(not bool(value) for value in zero_points),  # type: ignore[arg-type]
+            is_zero=(of_weight, input_zero_point == 0, of_output),
         )
-
-    def exact_sums(self, x: Tensor, weight: Tensor, largest: int) -> Tensor:
-        """Apply the linear map to integers, and round the exact sums at most once, to float32.
-
-        Args:
-            x: Integers as floats, |x| <= largest: [N, F] or [B, C, H, W].
-            weight: Integers as floats.
-            largest: The bound of |x|.
-        """
-        bound = largest * weight.abs().flatten(1).sum(1).max()
-        if bound < 2**24:  # float32 holds every partial sum exactly
-            return self.linear_map(x, weight)
-        return self.linear_map(x.double(), weight.double()).float()
 
     def before_rounding(self, x: Tensor) -> Tensor:
         """Compute the outputs before `output_quant` rounds them."""
@@ -280,8 +285,6 @@ class SimulatedEnter(OutputOnGrid, Enter):
     """Rounds the inputs of the network."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            raise TypeError(UNTRACED)
         if grid_of(x) is not None:
             raise TypeError(
                 f"{self.path} is an Enter inside the integer region; remove it, or put a Leave "
@@ -314,8 +317,15 @@ class SimulatedAdd(OutputOnGrid, Add):
         x, y = plain(x), plain(y)
         if grids is None or self.training or torch.is_grad_enabled():
             return self.rounded(super().forward(x, y))
-        quant = self.output_quant
-        return self.on_grid(requantized_sum(x, grids[0], y, grids[1], quant, self.relu))
+        scale, zero_point, quant_max = ActivationGrid.of(self.output_quant)
+        summands = [
+            ((floats / grid.scale).round_(), grid.scale, grid.zero_point)
+            for floats, grid in zip((x, y), grids, strict=True)
+        ]
+        rounded_sum = fused_sum if self.engine.fuses_sums else plain_sum
+        steps = rounded_sum(summands[0], summands[1], scale)
+        steps.clamp_(0 if self.relu else -zero_point, quant_max - zero_point)
+        return self.on_grid(from_integers(steps, scale))
 
 
 class SimulatedPool(OutputOnGrid, Pool):
@@ -385,7 +395,7 @@ def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
 
     Raises:
         ValueError: The network is not fused, has no `Enter` or no `Leave`, an override of the spec
-            matches no layer, or this build of torch lacks the engine.
+            matches no layer.
         TypeError: An operation between `Enter` and `Leave` cannot run in int8, a layer is outside
             that region, has hooks, or its weights are not float32.
 
@@ -396,7 +406,6 @@ def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
         >>> type(net[1]), net[1].weight_quant.bits
         (<class 'bqnn.quant.simulated.SimulatedPointLayer'>, 4)
     """
-    check_engine(spec.engine)
     if not any(isinstance(module, Fused) for module in net.modules()):
         raise ValueError("prepare: the network has no fused layer; call fuse() on it first")
     check_region(_parts(net)[0])  # the members of an ensemble have equal structure
@@ -414,7 +423,49 @@ def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
             return new.train(module.training).to(device)
 
         replace_modules(part, dict.fromkeys(SIMULATED, made))
+    use_engine(net, spec.engine)
     return net
+
+
+def use_engine(net: nn.Module, name: str) -> None:
+    """Let a prepared network round like an engine, or like `reference` where it would saturate.
+
+    Args:
+        net: A prepared network.
+        name: The name of the engine.
+    """
+    activation_bits = max(
+        (
+            module.output_quant.bits
+            for module in net.modules()
+            if isinstance(module, OutputOnGrid)
+            # No layer reads the outputs of the network.
+            and not (isinstance(module, SimulatedLayer) and module.is_output)
+        ),
+        default=0,
+    )
+    chosen = usable_engine(name)
+    exact: list[tuple[str, SimulatedLayer]] = []
+    for path, module in net.named_modules():
+        if isinstance(module, OutputOnGrid):
+            module.engine = chosen
+        if isinstance(module, SimulatedLayer):
+            module.executor = chosen
+            if chosen.saturates(module.kernel(), module.weight_grid.bits, activation_bits):
+                module.executor = engine("reference")
+                exact.append((path, module))
+    if exact:
+        path, layer = exact[0]
+        log.warning(
+            "%d layers (the first is %s) run on the engine reference, which is slower: with "
+            "%d-bit weights and %d-bit activations, sums of the engine %s would saturate on this "
+            "CPU; activation_bits=7 avoids it",
+            len(exact),
+            path,
+            layer.weight_grid.bits,
+            activation_bits,
+            chosen.name,
+        )
 
 
 def _check_modules(part: nn.Module) -> None:

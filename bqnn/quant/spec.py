@@ -10,7 +10,8 @@ from typing import Any
 from bqnn.arguments import ArgumentError, ArgumentTypeError, prefixed, real_number, whole_number
 from bqnn.text import short
 
-ENGINES = ("fbgemm", "x86", "onednn")
+ENGINES = ("fbgemm", "x86", "onednn", "onnxruntime", "reference")
+SYMMETRIC_ONLY = ("onednn", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class QuantSpec:
         sigma_grid: For Gaussian weights, the spacing of sigma's grid: `linear` or `log`.
         noise_bits: For Gaussian weights, the bit width of eps and of sigma * eps.
         noise_range: For Gaussian weights, the range of the noise in standard deviations.
-        engine: `fbgemm`, `x86` or `onednn`.
-        allow_saturation: Warn, instead of raising an error, if int8 sums saturate on this CPU.
+        engine: What executes the integers: `fbgemm`, `x86`, `onednn`, `onnxruntime` or
+            `reference`.
         overrides: Dictionaries with the key `layer`, a glob over layer names, and bit widths for
             these layers; the last match wins.
         keep: Globs over the names of modules that stay in float with all that they contain, for
@@ -68,7 +69,6 @@ class QuantSpec:
     noise_bits: int = 8
     noise_range: float = 3.0
     engine: str = "fbgemm"
-    allow_saturation: bool = False
     overrides: tuple[Mapping[str, Any], ...] = ()
     keep: tuple[str, ...] = ()
 
@@ -85,17 +85,18 @@ class QuantSpec:
         _check_choice("strategy", self.strategy, ("both", "parameters", "weights"))
         _check_choice("sigma_grid", self.sigma_grid, ("linear", "log"))
         _check_choice("engine", self.engine, ENGINES)
-        for name in ("weight_symmetric", "allow_saturation"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise ArgumentError(f"{name}={_shown(value)}: choose true or false", name)
+        if not isinstance(self.weight_symmetric, bool):
+            shown = _shown(self.weight_symmetric)
+            raise ArgumentError(
+                f"weight_symmetric={shown}: choose true or false", "weight_symmetric"
+            )
         reason = "in standard deviations, above 0; 3 is usual"
         noise_range = real_number("noise_range", self.noise_range, reason, 0, without=(0,))
         object.__setattr__(self, "noise_range", noise_range)
-        if self.engine == "onednn" and not self.weight_symmetric:
+        if self.engine in SYMMETRIC_ONLY and not self.weight_symmetric:
             raise ArgumentError(
-                "engine=onednn supports only symmetric weights; set weight_symmetric=true, or "
-                "choose fbgemm or x86",
+                f"engine={self.engine} supports only symmetric weights; set weight_symmetric=true, "
+                f"or choose {' or '.join(e for e in ENGINES if e not in SYMMETRIC_ONLY)}",
                 *("engine", "weight_symmetric"),
             )
         object.__setattr__(self, "overrides", tuple(_checked_override(o) for o in self.overrides))
@@ -116,6 +117,7 @@ class QuantSpec:
             4
         """
         known = {field.name for field in fields(cls)}
+        options = {key: value for key, value in options.items() if key not in RETIRED}
         for key in options:
             if key not in known:
                 raise ArgumentError(f"{_shown(key)}: no such option of a quantization", _shown(key))
@@ -195,6 +197,7 @@ class QuantSpec:
                 )
 
 
+RETIRED = ("allow_saturation",)  # in recipes of older versions; without effect
 PROCEDURE = ("name", "mode", "freeze_epochs", "fine_tuning")
 OBSERVERS = {"qat": "moving_average", "ptq": "histogram"}
 LAYER_BITS = ("weight_bits", "activation_bits", "sigma_bits", "noise_bits")

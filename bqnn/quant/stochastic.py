@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from bqnn.quant.fbgemm import FakeQuant, make_fake_quant, make_fixed_fake_quant
+from bqnn.quant.fake_quant import FakeQuant, make_fake_quant, make_fixed_fake_quant
 from bqnn.quant.spec import QuantSpec
 
 

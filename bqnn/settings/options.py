@@ -63,12 +63,12 @@ JOB: Table = {
     "calibrate": maybe(one_of("temperature", "vector")),
     "save_calibrated": flag(),
     "conformal": maybe(real(0, 1, without=(0, 1))),
-    "allow_saturation": flag(),
     "num_samples": maybe(DRAWS),
     "numeric": maybe(one_of("unquantized", "simulated", "int8")),
     "select": one_of("all", "best"),
     "format": one_of("onnx"),
     "form": one_of("exact", "qdq"),
+    "masks": one_of("fixed", "random"),
 }
 
 # The options of data sets, and the defaults of a task for its training.
@@ -163,7 +163,6 @@ QUANT: Table = {
     "noise_range": POSITIVE,
     "weight_symmetric": flag(),
     "keep": many(text(), 1000),
-    "allow_saturation": flag(),
     "freeze_epochs": COUNT,
 }
 

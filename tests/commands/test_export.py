@@ -66,7 +66,9 @@ def test_every_method_is_exported_verified_and_described(
             assert found == pytest.approx(metrics[f"int8/test/{name}"], abs=1e-9)
             assert card["metrics"][name]["value"] == found
     assert card["bytes"]["file"] == (out / "model.onnx").stat().st_size
-    assert set(card["speed"]["milliseconds"]) == {"1", "32", "256"}
+    measured = {each["num_samples"]: each["latencies"] for each in card["speed"]["draws"]}
+    assert list(measured) == {"pointwise": [1], "sghmc": [1, 2]}.get(method, [1, 3, 5, 20])
+    assert [each["batch_size"] for each in measured[draws]] == [1, 32, 256]
     assert call_without_bqnn(out)
 
 
@@ -110,12 +112,29 @@ def test_the_form_for_hardware(quantized: Path, export: Export, tmp_path: Path) 
     assert "in the form `qdq`" in (tmp_path / "out" / "card.md").read_text()
 
 
+def test_masks_drawn_by_the_file(
+    trained: Path, script_here: ScriptHere, export: Export, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    quick = ["quant.mode=ptq", "logger=none", "plots=false", "hydra.run.dir=int8"]
+    assert script_here("quantize", f"checkpoint={trained}/mcdropout_0", *quick)[0] == 0
+    code, errors = export("checkpoint=int8", "masks=random", "hydra.run.dir=out")
+    assert code == 0, errors
+    record = read(tmp_path / "out" / "verification.json")
+    assert (record["masks"], record["differing"]) == ("random", 0)
+    kinds = {"kept", "equal_in_two_rows", "equal_in_two_draws"}
+    assert {k for k, e in record["random_masks"].items() if abs(e["standard_score"]) < 6} == kinds
+    text = (tmp_path / "out" / "card.md").read_text()
+    assert "0 differ from bqnn's int8, which gets the masks that the file draws" in text
+    assert call_without_bqnn(tmp_path / "out")
+
+
 def test_a_file_that_differs_is_a_failure(
     quantized: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
-    from bqnn.export.exact import ExactForm
-    from bqnn.export.values import Value
+    from bqnn.quant.onnx.exact import ExactForm
+    from bqnn.quant.onnx.values import Value
 
     def wrong(self: ExactForm, x: Value) -> str:
         assert x.integers is not None  # the zero point is left out
@@ -139,6 +158,8 @@ def test_a_file_that_differs_is_a_failure(
         (["num_samples=0"], "num_samples=0"),
         (["format=tflite"], "format=tflite: choose onnx"),
         (["form=fast"], "form=fast: choose exact or qdq"),
+        (["masks=new"], "masks=new: choose fixed or random"),
+        (["masks=random"], "masks=random: the network has no MC dropout"),
         (["trainer.accelerator=gpu"], "trainer.accelerator=gpu"),
     ],
 )
@@ -184,7 +205,7 @@ def test_a_damaged_checkpoint_is_refused(quantized: Path, export: Export, tmp_pa
 def test_missing_packages_are_named_before_any_work(
     quantized: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bqnn.export.packages.find_spec", lambda name: None)
+    monkeypatch.setattr("bqnn.quant.onnx.session.find_spec", lambda name: None)
     code, errors = export(f"checkpoint={quantized}", "hydra.run.dir=out")
     assert code == 1
     (line,) = errors.splitlines()

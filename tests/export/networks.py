@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.export.model import Exported
-from bqnn.export.verification import predict_executed, start_session
+from bqnn.export.verification import predict_executed
 from bqnn.inference.likelihoods import Classification
 from bqnn.layers.bayes import to_bayes
 from bqnn.layers.dropout import to_mcdropout
@@ -17,6 +17,7 @@ from bqnn.methods.base import channels_last
 from bqnn.nets import NETS
 from bqnn.quant.fuse import fuse
 from bqnn.quant.mark import mark
+from bqnn.quant.onnx.session import start_session
 from bqnn.quant.simulated import calibrate, prepare
 from bqnn.quant.spec import QuantSpec
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bqnn.quant.fbgemm import FakeQuant, make_fake_quant
+from bqnn.quant.fake_quant import FakeQuant, make_fake_quant
 from bqnn.quant.observers import SMALLEST_SCALE, LeastSquaresObserver, make_observer
 
 NUM_VALUES = 20_000

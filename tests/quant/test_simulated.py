@@ -9,7 +9,7 @@ from torch import nn
 from bqnn.inference.predict import predictive
 from bqnn.layers.bayes import kl_divergence
 from bqnn.layers.markers import Enter, Leave
-from bqnn.quant.fbgemm import FakeQuant, make_fake_quant
+from bqnn.quant.fake_quant import FakeQuant, make_fake_quant
 from bqnn.quant.fuse import Fused, fuse
 from bqnn.quant.simulated import (
     SimulatedGaussianLayer,

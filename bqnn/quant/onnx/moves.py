@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bqnn.export.graph import Graph
-from bqnn.export.values import Value
 from bqnn.quant.grids import plain
+from bqnn.quant.onnx.graph import Graph
+from bqnn.quant.onnx.values import Value
 
 Move = Callable[[Tensor], Any]
 

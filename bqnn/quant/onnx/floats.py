@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bqnn.export.exact import attributes_of
-from bqnn.export.graph import Graph
-from bqnn.export.pooling import Averages
-from bqnn.export.values import Value
 from bqnn.layers.linear_map import Geometry
 from bqnn.layers.markers import SpatialMean
+from bqnn.quant.onnx.exact import attributes_of
+from bqnn.quant.onnx.graph import Graph
+from bqnn.quant.onnx.pooling import Averages
+from bqnn.quant.onnx.values import Value
 
 AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, SpatialMean)
 

@@ -88,13 +88,13 @@ class Graph:
         """Return the name of the output of an operator.
 
         Args:
-            operator: The name of the operator.
+            operator: The name of the operator, with its domain in front if it has one.
             inputs: The names of its inputs; "" for one that is left out.
             attributes: Numbers, texts and tuples of them.
         """
         key = (operator, inputs, tuple(sorted(attributes.items())))
         if key not in self._outputs:
-            output = f"{operator.lower()}_{len(self.calls)}"
+            output = f"{operator.rpartition('.')[2].lower()}_{len(self.calls)}"
             self.calls.append(Call(operator, inputs, output, key[2]))
             self._outputs[key] = output
         return self._outputs[key]
@@ -108,13 +108,16 @@ class Graph:
         inputs: Sequence[Port],
         outputs: Mapping[str, Port],
         metadata: Mapping[str, str],
+        *,
+        check: bool = True,
     ) -> Any:
-        """Make the model of ONNX, and check it.
+        """Make the model of ONNX.
 
         Args:
             inputs: The inputs.
             outputs: The outputs, each under the name of the value that it has in the graph.
             metadata: Texts by name.
+            check: Whether to check the model against the standard.
 
         Raises:
             ValueError: The model violates the standard.
@@ -122,7 +125,14 @@ class Graph:
         import onnx
 
         nodes = [
-            onnx.helper.make_node(c.operator, c.inputs, [c.output], c.output, **dict(c.attributes))
+            onnx.helper.make_node(
+                c.operator.rpartition(".")[2],
+                c.inputs,
+                [c.output],
+                c.output,
+                domain=c.operator.rpartition(".")[0],
+                **dict(c.attributes),
+            )
             for c in self.calls
         ]
         nodes += [
@@ -132,23 +142,29 @@ class Graph:
         graph = onnx.helper.make_graph(
             nodes,
             "bqnn",
-            [_value_info(port) for port in inputs],
-            [_value_info(port) for port in outputs.values()],
+            [value_info(port) for port in inputs],
+            [value_info(port) for port in outputs.values()],
             [onnx.numpy_helper.from_array(a, name) for name, a in self.constants.items()],
         )
         model = onnx.helper.make_model(
             graph,
-            opset_imports=[onnx.helper.make_opsetid("", OPSET)],
+            opset_imports=[onnx.helper.make_opsetid(*each) for each in self._opsets()],
             producer_name="bqnn",
             ir_version=IR_VERSION,
         )
         onnx.helper.set_model_props(model, dict(metadata))
+        if not check:
+            return model
         try:
             onnx.checker.check_model(model, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"the file violates the ONNX standard: {reason}") from error
         return model
+
+    def _opsets(self) -> list[tuple[str, int]]:
+        domains = {call.operator.rpartition(".")[0] for call in self.calls}
+        return [("", OPSET), *((domain, 1) for domain in sorted(domains - {""}))]
 
 
 # The numbers of ONNX's types of elements (TensorProto.DataType).
@@ -163,7 +179,8 @@ TYPES = {
 }
 
 
-def _value_info(port: Port) -> Any:
+def value_info(port: Port) -> Any:
+    """Return an input or output as onnx.ValueInfoProto."""
     import onnx
 
     return onnx.helper.make_tensor_value_info(port.name, TYPES[port.dtype.name], port.shape)

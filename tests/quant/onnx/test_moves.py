@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bqnn.export.graph import Graph, Port
-from bqnn.export.moves import write_move
-from bqnn.export.values import Value
-from bqnn.export.verification import start_session
+from bqnn.quant.onnx.graph import Graph, Port
+from bqnn.quant.onnx.moves import write_move
+from bqnn.quant.onnx.session import start_session
+from bqnn.quant.onnx.values import Value
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -4,15 +4,17 @@ Tools for hardware read it and replace the operators between by integer ones of 
 roundings are those of the runtime, so its integers differ from bqnn's int8 now and then.
 """
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
-from bqnn.export.exact import attributes_of
-from bqnn.export.floats import write_average
-from bqnn.export.graph import Graph
-from bqnn.export.pooling import Averages
-from bqnn.export.values import Integers, Value
-from bqnn.quant.fbgemm import FakeQuant
+from bqnn.quant.fake_quant import FakeQuant
+from bqnn.quant.onnx.exact import attributes_of
+from bqnn.quant.onnx.floats import write_average
+from bqnn.quant.onnx.graph import Graph
+from bqnn.quant.onnx.pooling import Averages
+from bqnn.quant.onnx.values import Integers, Value
 from bqnn.quant.simulated import SimulatedAdd, SimulatedCat, SimulatedLayer
 
 
@@ -73,17 +75,21 @@ class QdqForm:
         """Average windows of an image."""
         return self.enter(write_average(self.graph, self.leave(x), averages), quant)
 
-    def dropout(self, x: Value, kept: Tensor) -> str:
+    def dropout(self, x: Value, kept: str) -> str:
         """Set dropped integers to the zero point."""
         assert x.integers is not None
         zero_point = self.graph.constant(np.uint8(x.integers.zero_point))
-        return self.graph.call("Where", self.graph.constant(kept.numpy()), x.name, zero_point)
+        return self.graph.call("Where", kept, x.name, zero_point)
 
     def relu(self, x: Value) -> str:
         """Clamp integers to the zero point and above."""
         assert x.integers is not None
         zero_point = self.graph.constant(np.uint8(x.integers.zero_point))
         return self.graph.call("Clip", x.name, zero_point)
+
+    def max_pool(self, x: str, **attributes: Any) -> str:
+        """Take the maximum of each window."""
+        return self.graph.call("MaxPool", x, **attributes)
 
     def _grid(self, grid: Integers) -> tuple[str, str]:
         scale = self.graph.constant(np.float32(grid.scale))

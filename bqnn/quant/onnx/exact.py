@@ -5,18 +5,25 @@ any correct runtime. Float32 operators then round it in the order of `requantize
 ties round equally. What reads one integer and rounds once is a table of 256 entries.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from bqnn.export.graph import Graph
-from bqnn.export.pooling import Averages
-from bqnn.export.values import Integers, Value
-from bqnn.inference.predict import BATCH_SIZE
 from bqnn.layers.linear_map import Geometry
-from bqnn.quant import kernels
-from bqnn.quant.fbgemm import FakeQuant, Rounding, dequantized_for_sum, from_integers
-from bqnn.quant.grids import Grid
+from bqnn.quant.engines.rounding import (
+    Rounding,
+    as_read_for_fused_sum,
+    from_integers,
+    integer_bias,
+    scales_of_onednn,
+    summand_factor,
+)
+from bqnn.quant.fake_quant import FakeQuant
+from bqnn.quant.onnx.graph import Graph
+from bqnn.quant.onnx.pooling import Averages
+from bqnn.quant.onnx.values import Integers, Value
 from bqnn.quant.simulated import SimulatedAdd, SimulatedCat, SimulatedLayer
 
 
@@ -25,10 +32,12 @@ class ExactForm:
 
     Args:
         graph: The graph to write into.
+        batch_size: The number of rows for which engines select their kernels.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, batch_size: int = 256) -> None:
         self.graph = graph
+        self.batch_size = batch_size
 
     def enter(self, x: str, quant: FakeQuant) -> str:
         """Round floats to a grid."""
@@ -38,9 +47,7 @@ class ExactForm:
     def leave(self, x: Value) -> str:
         """Convert integers to floats."""
         assert x.integers is not None
-        zero_point = self.graph.constant(np.float32(x.integers.zero_point))
-        centered = self.graph.call("Sub", self.graph.cast(x.name, np.float32), zero_point)
-        return self._by(centered, floats_of(x.integers.scale))
+        return self._by(self._centered(x.name, x.integers), floats_of(x.integers.scale))
 
     def layer(self, x: Value, layer: SimulatedLayer) -> str:
         """Apply a linear layer or a convolution, with the weights of the held draw."""
@@ -50,36 +57,39 @@ class ExactForm:
         weight = layer.rounded_weight(factor)
         weight = (weight / quant.along(weight, quant.scale)).round()
         sums = self.graph.cast(self._sums(x, weight, layer.geometry), np.float32)
-        shape = (BATCH_SIZE, *x.example.shape[1:])
+        shape = (self.batch_size, *x.example.shape[1:])
         if layer.geometry is None:
-            shape = (BATCH_SIZE, x.example.shape[-1])
-        rounding = kernels.rounding_of(layer.kernel(x.integers.zero_point), shape)
+            shape = (self.batch_size, x.example.shape[-1])
+        rounding = layer.executor.rounding(layer.kernel(x.integers.zero_point), shape)
         along = (1, -1, *[1] * (weight.dim() - 2))
         output = layer.output_quant
-        if rounding in ("onednn", "onednn_product"):
+        if rounding.startswith("onednn"):
             steps = self._as_onednn(sums, x.integers.scale, quant, bias, output, along, rounding)
         else:
             product = quant.scale * x.integers.scale
             if bias is not None:
-                sums = self._plus_bias(sums, bias, product, along, rounding, quant)
+                sums = self._plus_bias(sums, bias, product, along, rounding)
             steps = self._by(sums, (product / output.scale).view(along))
             steps = self.graph.call("Round", steps)
         return self._integers(steps, output, relu=layer.relu)
 
     def add(self, x: Value, y: Value, module: SimulatedAdd) -> str:
         """Add activations."""
-        tables = []
+        output, summands = module.output_quant, []
         for each in (x, y):
             grid = each.integers
             assert grid is not None
-            floats = (torch.arange(256.0) - grid.zero_point) * floats_of(grid.scale)
-            table = dequantized_for_sum(floats, Grid(grid.scale, grid.zero_point, 255))
-            tables.append(self._looked_up(each.name, table))
-        total = self.graph.call("Add", *tables)
-        if module.relu:
-            total = self.graph.call("Relu", total)
-        steps = self._by(total, 1 / module.output_quant.scale)
-        return self._integers(self.graph.call("Round", steps), module.output_quant)
+            if module.engine.fuses_sums:
+                centered = torch.arange(256.0) - grid.zero_point
+                table = as_read_for_fused_sum((centered, grid.scale, grid.zero_point))
+                summands.append(self._looked_up(each.name, table))
+            else:
+                factor = summand_factor(grid.scale, float(output.scale))
+                summands.append(self._by(self._centered(each.name, grid), floats_of(factor)))
+        steps = self.graph.call("Add", *summands)
+        if module.engine.fuses_sums:
+            steps = self._by(steps, 1 / output.scale)
+        return self._integers(self.graph.call("Round", steps), output, relu=module.relu)
 
     def cat(self, inputs: list[Value], module: SimulatedCat) -> str:
         """Concatenate activations, each requantized to one grid."""
@@ -112,16 +122,26 @@ class ExactForm:
         floats = self._by(means, floats_of(x.integers.scale))
         return self.enter(floats, quant)
 
-    def dropout(self, x: Value, kept: Tensor) -> str:
+    def dropout(self, x: Value, kept: str) -> str:
         """Set dropped integers to the zero point."""
         assert x.integers is not None
-        kept_name = self.graph.constant(kept.numpy())
-        return self.graph.call("Where", kept_name, x.name, self._zero_point(x.integers))
+        return self.graph.call("Where", kept, x.name, self._zero_point(x.integers))
 
     def relu(self, x: Value) -> str:
         """Clamp integers to the zero point and above."""
         assert x.integers is not None
         return self.graph.call("Clip", x.name, self._zero_point(x.integers))
+
+    def max_pool(self, x: str, **attributes: Any) -> str:
+        """Take the maximum of each window."""
+        return self.graph.call("MaxPool", x, **attributes)
+
+    def _centered(self, x: str, grid: Integers) -> str:
+        """Return integers minus their zero point, in float32."""
+        floats = self.graph.cast(x, np.float32)
+        if grid.zero_point == 0:
+            return floats
+        return self.graph.call("Sub", floats, self.graph.constant(np.float32(grid.zero_point)))
 
     def _sums(self, x: Value, weight: Tensor, geometry: Geometry | None) -> str:
         """Sum products of integers; exact also where instructions for 8 bits would saturate."""
@@ -133,12 +153,8 @@ class ExactForm:
 
     def _product(self, x: str, grid: Integers, weight: Tensor, geometry: Geometry | None) -> str:
         graph = self.graph
-        # CPUs without VNNI add pairs of products of an unsigned and a signed integer in 16 bits.
-        # Runtimes multiply two unsigned integers in a wider type.
-        is_wide = 2 * grid.quant_max * int(weight.abs().max()) > 32_767
-        dtype, zero = (np.uint8, 128) if is_wide else (np.int8, 0)
-        array = (weight + zero).numpy().astype(dtype)
-        zero_points = (self._zero_point(grid), graph.constant(dtype(zero)))
+        array, zero = integers_of_weight(weight, grid)
+        zero_points = (self._zero_point(grid), graph.constant(zero))
         if geometry is None:
             return graph.call("MatMulInteger", x, graph.constant(array.T), *zero_points)
         return graph.call(
@@ -152,17 +168,19 @@ class ExactForm:
         product: Tensor,
         along: tuple[int, ...],
         rounding: Rounding,
-        weight: FakeQuant,
     ) -> str:
-        """Compute sums + bias / product as FBGEMM does."""
+        """Compute sums + bias / product as `bqnn.quant.engines.rounding.plus_bias` does."""
         graph = self.graph
-        if rounding == "fbgemm_fused":
-            steps = (bias.double() * (1 / product).double()).view(along)
+        if rounding in ("fbgemm_fused", "integer_bias"):
+            steps = bias.double() * (1 / product).double()
+            if rounding == "integer_bias":
+                steps = integer_bias(bias, product)
+            steps = steps.view(along)
             total = graph.call(
                 "Add", graph.cast(sums, np.float64), graph.constant(steps.detach().numpy())
             )
             return graph.cast(total, np.float32)
-        steps = bias * (1 / product) if weight.channels is None else bias / product
+        steps = bias / product if rounding == "fbgemm" else bias * (1 / product)
         return graph.call("Add", sums, graph.constant(steps.detach().view(along).numpy()))
 
     def _as_onednn(
@@ -177,12 +195,12 @@ class ExactForm:
     ) -> str:
         """Round as oneDNN does, and subtract the zero point."""
         graph = self.graph
-        s_x = 1 / (1 / output.scale.new_tensor(scale))
-        s_w = (weight.scale if len(along) == 4 else 1 / (1 / weight.scale)).view(along)
-        if rounding == "onednn":
-            steps = self._by(self._by(sums, s_x), s_w)
-        else:
+        s_x, s_w = scales_of_onednn(scale, weight.scale, rounding, is_conv=len(along) == 4)
+        s_w = s_w.view(along)
+        if rounding.endswith("product"):
             steps = self._by(sums, s_x * s_w)
+        else:
+            steps = self._by(self._by(sums, s_x), s_w)
         if bias is not None:
             steps = graph.call("Add", steps, graph.constant(bias.detach().view(along).numpy()))
         zero_point = graph.constant(np.float32(int(output.zero_point)))
@@ -209,6 +227,23 @@ class ExactForm:
 
     def _zero_point(self, grid: Integers) -> str:
         return self.graph.constant(np.uint8(grid.zero_point))
+
+
+def integers_of_weight(steps: Tensor, grid: Integers) -> tuple[np.ndarray, Any]:
+    """Return weights as integers of a type whose products no instruction saturates.
+
+    Args:
+        steps: Steps of the weights from their zero point, -128 to 127, as floats.
+        grid: The grid of the activations that they multiply.
+
+    Returns:
+        The integers, shaped like `steps`, and the integer of 0.
+    """
+    # CPUs without VNNI add pairs of products of an unsigned and a signed integer in 16 bits.
+    # Runtimes multiply two unsigned integers in a wider type.
+    is_wide = 2 * grid.quant_max * int(steps.abs().max()) > 32_767
+    dtype, zero = (np.uint8, 128) if is_wide else (np.int8, 0)
+    return (steps.detach() + zero).numpy().astype(dtype), dtype(zero)
 
 
 def floats_of(scale: float) -> Tensor:

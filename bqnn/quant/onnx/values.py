@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from bqnn.quant.fbgemm import FakeQuant
+from bqnn.quant.fake_quant import FakeQuant
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bqnn.export.graph import Graph, Port
+from bqnn.quant.onnx.graph import Graph, Port
 
 FLOAT = np.dtype(np.float32)
 
@@ -27,7 +27,7 @@ def test_a_graph_that_violates_the_standard_is_refused() -> None:
 
 
 def test_constants_that_are_too_large_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bqnn.export.graph.LARGEST_FILE", 1000)
+    monkeypatch.setattr("bqnn.quant.onnx.graph.LARGEST_FILE", 1000)
     graph = Graph()
     for _ in range(2):  # the second one is the first
         graph.constant(np.zeros(200, np.float32))

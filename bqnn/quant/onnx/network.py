@@ -3,22 +3,23 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from bqnn.export.floats import POOLS, SOFTMAXES, write_average, write_module
-from bqnn.export.graph import Graph
-from bqnn.export.moves import Move, write_move
-from bqnn.export.pooling import Averages
-from bqnn.export.values import Integers, Value, row_of
 from bqnn.layers.draws import Drawn
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.markers import Cat, DropoutSite, Pool
 from bqnn.layers.trace import function_of, trace
-from bqnn.quant.fbgemm import FakeQuant
+from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.grids import ASKING, OnGrid, grid_of, keeps_grid, plain
+from bqnn.quant.onnx.floats import POOLS, SOFTMAXES, write_average, write_module
+from bqnn.quant.onnx.graph import Graph
+from bqnn.quant.onnx.moves import Move, write_move
+from bqnn.quant.onnx.pooling import Averages
+from bqnn.quant.onnx.values import Integers, Value, row_of
 from bqnn.quant.simulated import (
     OutputOnGrid,
     SimulatedAdd,
@@ -45,8 +46,9 @@ class Form(Protocol):
     def add(self, x: Value, y: Value, module: SimulatedAdd) -> str: ...
     def cat(self, inputs: list[Value], module: SimulatedCat) -> str: ...
     def average(self, x: Value, averages: Averages, quant: FakeQuant) -> str: ...
-    def dropout(self, x: Value, kept: Tensor) -> str: ...
+    def dropout(self, x: Value, kept: str) -> str: ...
     def relu(self, x: Value) -> str: ...
+    def max_pool(self, x: str, **attributes: Any) -> str: ...
 
 
 class NetworkWriter:
@@ -55,16 +57,21 @@ class NetworkWriter:
     Args:
         graph: The graph to write into.
         form: The form of the modules in integers.
+        traces: The graph of `forward` of networks, from `traced`; others are added.
 
     Attributes:
         float_parts: The names of what computes in float, whose results depend on the runtime.
+        rounded: The outputs of the modules that round, by the name of the module.
     """
 
-    def __init__(self, graph: Graph, form: Form) -> None:
+    def __init__(
+        self, graph: Graph, form: Form, traces: dict[nn.Module, fx.Graph] | None = None
+    ) -> None:
         self.graph = graph
         self.form = form
         self.float_parts: set[str] = set()
-        self._traces: dict[nn.Module, fx.Graph] = {}
+        self.rounded: dict[str, Value] = {}
+        self._traces = {} if traces is None else traces
         self._measured: dict[tuple[str, torch.Size], Averages] = {}
 
     @torch.no_grad()
@@ -82,7 +89,9 @@ class NetworkWriter:
             place = net.held()
             net = net.members[place] if net.members else net.current
         values: dict[fx.Node, Any] = {}
-        for node in self._trace(net).nodes:
+        if net not in self._traces:
+            self._traces[net] = traced(net)
+        for node in self._traces[net].nodes:
             args = fx.node.map_arg(node.args, values.__getitem__)
             kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
             if node.op == "placeholder":
@@ -104,14 +113,6 @@ class NetworkWriter:
                 values[node] = self._function(function_of(node), node, args, kwargs)
         raise AssertionError("a graph ends with its output")
 
-    def _trace(self, net: nn.Module) -> fx.Graph:
-        if isinstance(net, Traced):
-            return net.graph
-        if net not in self._traces:
-            leaves = [m for m in net.modules() if isinstance(m, OutputOnGrid)]
-            self._traces[net] = trace(net, leaves=leaves)
-        return self._traces[net]
-
     def _module(self, name: str, module: nn.Module, args: list[Any]) -> Value:
         x = args[0]
         if isinstance(module, SimulatedLeave):
@@ -120,7 +121,8 @@ class NetworkWriter:
         if isinstance(module, OutputOnGrid):
             written = self._rounding(name, module, args)
             quant = Integers.of(module.output_quant)
-            return Value(written, module(*[each.example for each in args]), quant)
+            self.rounded[name] = Value(written, module(*[each.example for each in args]), quant)
+            return self.rounded[name]
         if isinstance(module, MCDropout):
             return self._dropout(x, module)
         if isinstance(module, UNCHANGED) and not isinstance(module, Drawn):
@@ -160,16 +162,22 @@ class NetworkWriter:
         if module.rate == 0:
             return x
         example, factor = plain(x.example), 1 / (1 - module.rate)
-        kept = module.kept(example)[:1]
+        name, kept = self.kept(module, example)
         if x.integers is None:
-            scaled = kept.float().mul_(factor)
-            name = self.graph.call("Mul", x.name, self.graph.constant(scaled.numpy()))
-            return Value(name, example * scaled, None, x.steps)
+            scaled = self.graph.cast(name, np.float32)
+            by = self.graph.call("Mul", scaled, self.graph.constant(np.float32(factor)))
+            out = self.graph.call("Mul", x.name, by)
+            return Value(out, example * kept.float().mul_(factor), None, x.steps)
         grid = grid_of(x.example)
         assert grid is not None
         dropped = OnGrid.of(example * kept * factor, grid._replace(scale=grid.scale * factor))
         integers = Integers(x.integers.scale * factor, x.integers.zero_point, x.integers.quant_max)
-        return Value(self.form.dropout(x, kept), dropped, integers)
+        return Value(self.form.dropout(x, name), dropped, integers)
+
+    def kept(self, module: MCDropout, example: Tensor) -> tuple[str, Tensor]:
+        """Return what MC dropout keeps: its name in the graph, and booleans for the example."""
+        kept = module.kept(example)[:1]
+        return self.graph.constant(kept.numpy()), kept
 
     def _relu(self, x: Value) -> Value:
         if x.integers is None:
@@ -179,8 +187,7 @@ class NetworkWriter:
     def _max_pool(self, x: Value, pool: nn.MaxPool2d) -> Value:
         out = pool(x.example)
         padding = _pair(pool.padding)
-        name = self.graph.call(
-            "MaxPool",
+        name = self.form.max_pool(
             x.name,
             kernel_shape=_pair(pool.kernel_size),
             strides=_pair(pool.stride),
@@ -249,6 +256,13 @@ class NetworkWriter:
             "elements, relu, max_pool2d and, outside of the integers, averages, cat, softmax and "
             "log_softmax"
         )
+
+
+def traced(net: nn.Module) -> fx.Graph:
+    """Trace the `forward` of a simulated network. Meanwhile, no other thread may call a module."""
+    if isinstance(net, Traced):
+        return net.graph
+    return trace(net, leaves=[m for m in net.modules() if isinstance(m, OutputOnGrid)])
 
 
 def _holds_value(parts: Any) -> bool:

@@ -1,0 +1,262 @@
+"""The contract of an engine: how it packs and runs layers, how it rounds, what it supports."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from bqnn.layers.linear_map import Geometry
+from bqnn.quant.engines.rounding import Rounding
+from bqnn.quant.fake_quant import FakeQuant
+
+
+class ActivationGrid(NamedTuple):
+    """The grid of an activation, x = scale * (integer - zero_point), as Python numbers.
+
+    Attributes:
+        scale: The step of the grid.
+        zero_point: The integer of x = 0.
+        quant_max: The largest integer; the smallest is 0.
+
+    Examples:
+        >>> ActivationGrid(scale=0.5, zero_point=0, quant_max=127).quant_max
+        127
+    """
+
+    scale: float
+    zero_point: int
+    quant_max: int
+
+    @classmethod
+    def of(cls, quant: FakeQuant) -> Self:
+        """Return the grid of a fake quantizer of activations."""
+        return cls(float(quant.scale), int(quant.zero_point), quant.quant_max)
+
+
+class Weight(NamedTuple):
+    """The integer weights of a layer, and its bias.
+
+    Attributes:
+        integers: Integers [C, ...] in int8.
+        scale: The steps of their grids, [C] or [1].
+        zero_point: The integers of 0, [C] or [1].
+        bias: The bias [C] in float32, or None.
+        geometry: The geometry of a convolution; None for a linear layer.
+    """
+
+    integers: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bias: Tensor | None
+    geometry: Geometry | None
+
+    @property
+    def centered(self) -> Tensor:
+        """The integers minus their zero points, in float32."""
+        zero_point = FakeQuant.along(self.integers, self.zero_point)
+        return self.integers.float().sub_(zero_point)
+
+
+class Layer(NamedTuple):
+    """The properties of a layer that select a kernel, besides the input shape.
+
+    Attributes:
+        weight: Shape of the weights.
+        geometry: Geometry of the convolution; None for a linear layer.
+        per_channel: Whether each output channel has its own scale.
+        has_bias: Whether there is a bias.
+        relu: Whether the kernel applies a ReLU.
+        is_zero: Whether the zero points of weights, inputs and outputs are zero.
+    """
+
+    weight: tuple[int, ...]
+    geometry: Geometry | None
+    per_channel: bool
+    has_bias: bool
+    relu: bool
+    is_zero: tuple[bool, bool, bool]
+
+
+class Packed(Protocol):
+    """Weights in the form that an engine runs. They can be pickled and copied."""
+
+    def __call__(self, x: Tensor, relu: bool, output: ActivationGrid) -> Tensor:
+        """Run the layer.
+
+        Args:
+            x: Activations in the form of the engine, [..., F] or [B, C, H, W].
+            relu: Whether a ReLU follows.
+            output: The grid of the outputs.
+        """
+        ...
+
+
+class Engine(ABC):
+    """How an int8 network is executed.
+
+    A simulation asks `rounding` and `fuses_sums`, so that it computes the same integers.
+
+    Attributes:
+        name: The name in a QuantSpec.
+        fuses_sums: Whether a residual sum rounds as `rounding.fused_sum`, not as `plain_sum`.
+    """
+
+    name: str
+    fuses_sums = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle an engine as its name: there is one of each."""
+        from bqnn.quant.engines import engine
+
+        return engine, (self.name,)
+
+    def missing(self) -> str | None:
+        """Return why the engine cannot run on this machine, or None if it can."""
+        return None
+
+    @abstractmethod
+    def rounding(self, layer: Layer, inputs: Sequence[int]) -> Rounding:
+        """Return how the kernel of a layer rounds.
+
+        Args:
+            layer: The properties of the layer.
+            inputs: Shape of the inputs, [N, F] or [B, C, H, W].
+        """
+
+    @abstractmethod
+    def saturates(self, layer: Layer, weight_bits: int, activation_bits: int) -> bool:
+        """Return whether the sums of a layer can be wrong on this CPU, because they saturate.
+
+        Args:
+            layer: The properties of the layer.
+            weight_bits: Bit width of the weights.
+            activation_bits: Bit width of the inputs.
+        """
+
+
+class WholeNetwork(nn.Module):
+    """Base class of networks that an engine runs as a whole."""
+
+    def integers(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the outputs of all modules that round, by name, as integers."""
+        raise NotImplementedError
+
+
+class NetworkEngine(Engine):
+    """An engine that executes a network as a whole."""
+
+    @abstractmethod
+    def network(self, simulated: nn.Module) -> WholeNetwork:
+        """Return a network that executes the integers of a simulated one.
+
+        Args:
+            simulated: The network, in evaluation mode and on the CPU.
+        """
+
+
+class LayerEngine(Engine):
+    """An engine that executes layer by layer.
+
+    The activations of a network have a form that belongs to its engine, such as torch's quantized
+    tensors.
+    """
+
+    @abstractmethod
+    def pack(self, weight: Weight) -> Packed:
+        """Pack weights."""
+
+    @abstractmethod
+    def quantize(self, x: Tensor, grid: ActivationGrid) -> Tensor:
+        """Convert floats to activations on a grid."""
+
+    @abstractmethod
+    def wrap(self, integers: Tensor, scale: float, zero_point: int) -> Tensor:
+        """Return activations for integers in uint8, in the same memory layout."""
+
+    @abstractmethod
+    def holds(self, x: Any) -> bool:
+        """Return whether `x` is an activation in the form of the engine."""
+
+    @abstractmethod
+    def integers(self, x: Tensor) -> Tensor:
+        """Return the integers of activations, in uint8."""
+
+    @abstractmethod
+    def grid(self, x: Tensor) -> tuple[float, int]:
+        """Return scale and zero point of activations."""
+
+    @abstractmethod
+    def dequantize(self, x: Tensor) -> Tensor:
+        """Convert activations to floats."""
+
+    @abstractmethod
+    def add(self, x: Tensor, y: Tensor, output: ActivationGrid, relu: bool) -> Tensor:
+        """Compute x + y, or relu(x + y), on a grid."""
+
+    def keep(self, x: Tensor, kept: Tensor, factor: float) -> Tensor:
+        """Multiply activations by `factor` where `kept` is True, and by zero elsewhere; exact.
+
+        The factor multiplies the scale, and dropped values become the zero point.
+
+        Args:
+            x: Activations.
+            kept: Booleans that broadcast over `x`.
+            factor: The factor.
+        """
+        scale, zero_point = self.grid(x)
+        integers = self.integers(x)
+        if zero_point == 0:
+            out = integers * kept
+        else:  # arithmetic of uint8 wraps modulo 256, which cancels in the two shifts
+            out = (integers - zero_point).mul_(kept).add_(zero_point)
+        return self.wrap(out, scale * factor, zero_point)
+
+    def centered(self, x: Tensor) -> Tensor:
+        """Return integer - zero_point of activations, in float32."""
+        return self.integers(x).float() - self.grid(x)[1]
+
+    def like(self, floats: Tensor, x: Tensor) -> Tensor:
+        """Return activations for floats on the grid and in the memory layout of others."""
+        scale, zero_point = self.grid(x)
+        integers = (floats / floats.new_tensor(scale)).round_().add_(zero_point)
+        return self.wrap(integers.to(torch.uint8, memory_format=layout(x)), scale, zero_point)
+
+
+class IntegerOutput(nn.Module):
+    """Base class of modules that compute integers on a grid.
+
+    Attributes:
+        engine: The engine whose activations the module reads and returns.
+        grid: The grid of the outputs.
+    """
+
+    engine: LayerEngine
+    grid: ActivationGrid
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """Return channels_last for images in that layout, and contiguous_format otherwise."""
+    is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_last else torch.contiguous_format
+
+
+def in_batch(x: Tensor, is_conv: bool) -> Tensor:
+    """Reshape inputs for a kernel: [..., F] -> [N, F]; images [B, C, H, W] are unchanged.
+
+    Args:
+        x: The inputs.
+        is_conv: Whether the kernel is a convolution.
+
+    Raises:
+        ValueError: Images have no batch dimension.
+    """
+    if not is_conv:
+        return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if x.dim() != 4:
+        raise ValueError(
+            f"inputs of shape {tuple(x.shape)}: a quantized convolution takes [B, C, H, W]; add "
+            "the batch dimension with x[None]"
+        )
+    return x
