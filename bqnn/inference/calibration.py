@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 LARGEST_LOG_SCALE = 3.0  # factors are searched from 0.05 to 20
 LARGEST_BIAS = 10.0
+FEW_ERRORS = 10  # wrong predictions, of which a temperature needs some
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ def fit_calibration(
         targets: Their targets [N].
 
     Returns:
-        The calibration. Factors are from 0.05 to 20; a warning names one at a bound.
+        The calibration. Factors are from 0.05 to 20. Warnings tell of a factor at a bound, and of
+        fewer than ten wrong predictions, which determine a temperature poorly.
 
     Raises:
         ValueError: The name is unknown, or a regression has no such calibration.
@@ -169,6 +171,7 @@ def fit_calibration(
         bounded = min(max(log_factor, -LARGEST_LOG_SCALE), LARGEST_LOG_SCALE)
         _warn_at_bound([bounded])
         return DeviationScaling(math.exp(bounded))
+    _warn_of_few_errors(likelihood.summary(draws)["probabilities"], targets)
     num_scales = likelihood.num_outputs if name == "vector" else 1
     log_scale, bias = _fit_logits(draws.double(), targets, num_scales, has_bias=name == "vector")
     _warn_at_bound(log_scale)
@@ -251,9 +254,21 @@ def _fit_logits(
     return found[:num_scales].tolist(), found[num_scales:].tolist()
 
 
+def _warn_of_few_errors(probabilities: Tensor, targets: Tensor) -> None:
+    num_errors = int((probabilities.argmax(-1) != targets).sum())
+    if num_errors < FEW_ERRORS:
+        log.warning(
+            "calibration: only %d of %d validation rows are predicted wrong, so it may overfit them; "
+            "compare the calibrated nll of the test set, or train with a larger "
+            "task.validation_share",
+            num_errors,
+            len(targets),
+        )
+
+
 def _warn_at_bound(log_scales: list[float]) -> None:
     if max(map(abs, log_scales)) >= LARGEST_LOG_SCALE:
         log.warning(
-            "calibration: a factor is at the end of its range (0.05 to 20), as if the validation "
-            "rows were all predicted right, or at random; there may be too few of them"
+            "calibration: a factor is at the end of its range (0.05 to 20), as if all validation "
+            "rows were predicted right, or none; there may be too few of them"
         )

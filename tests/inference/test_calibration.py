@@ -117,6 +117,13 @@ def test_rows_that_are_all_predicted_right_give_the_bound_and_a_warning(
         fitted = fit_calibration("temperature", LETTERS, logits, targets)
     assert fitted == TemperatureScaling(pytest.approx(math.exp(-3)))
     assert "a factor is at the end of its range" in caplog.text
+    assert "only 0 of 30 validation rows are predicted wrong" in caplog.text
+
+
+def test_enough_errors_need_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        fit_calibration("temperature", LETTERS, *labelled(200))
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(
