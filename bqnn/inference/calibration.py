@@ -258,9 +258,8 @@ def _warn_of_few_errors(probabilities: Tensor, targets: Tensor) -> None:
     num_errors = int((probabilities.argmax(-1) != targets).sum())
     if num_errors < FEW_ERRORS:
         log.warning(
-            "calibration: only %d of %d validation rows are predicted wrong, so it may overfit them; "
-            "compare the calibrated nll of the test set, or train with a larger "
-            "task.validation_share",
+            "calibration: only %d of %d validation rows are predicted wrong, so it may overfit "
+            "them; compare the nll of the test set, or train with a larger task.validation_share",
             num_errors,
             len(targets),
         )
