@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from bqnn.arguments import keywords, prefixed
 from bqnn.checkpoints.file import read_checkpoint
 from bqnn.checkpoints.schema import check_recipe
+from bqnn.inference.calibration import calibration_from
 from bqnn.inference.likelihoods import Likelihood, likelihood_from
 from bqnn.jobs.typed import command_line
 from bqnn.layers.noise import reseed
@@ -120,6 +121,8 @@ def build(recipe: Recipe) -> Method:
     options |= {"num_train": facts["num_train"], "seed": recipe["seed"]}
     model: Method = _construct(method, "method", options, net, likelihood)
     model.recipe = recipe
+    if "calibration" in recipe:
+        model.calibration = calibration_from(recipe["calibration"], likelihood)
     return model
 
 

@@ -82,10 +82,15 @@ def export(model: Method, num_samples: int, form: str = "exact", masks: str = "f
         The model of ONNX, checked against the standard.
 
     Raises:
-        ValueError: The recipe has no normalization, the file would be too large, or there is no MC
-            dropout whose masks could be random.
+        ValueError: The model is calibrated, its recipe has no normalization, the file would be too
+            large, or there is no MC dropout whose masks could be random.
         TypeError: The network has an operation that cannot be exported. The message names it.
     """
+    if model.calibration is not None:
+        raise ValueError(
+            f"export: the checkpoint has a calibration ({model.calibration.name}), and a file has "
+            "the outputs of the network itself; export the checkpoint that was calibrated"
+        )
     assert model.recipe is not None
     facts = model.recipe["facts"]
     graph = Graph()

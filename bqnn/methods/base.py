@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bqnn.arguments import ArgumentError, prefixed, whole_number
+from bqnn.inference.calibration import Calibration
 from bqnn.inference.likelihoods import Likelihood
 from bqnn.inference.predict import predictive_sets
 from bqnn.layers.noise import reseed
@@ -47,6 +48,7 @@ class Method(pl.LightningModule):
     Attributes:
         epoch_terms: The terms of the loss in the current epoch.
         recipe: The description from which a checkpoint's model is rebuilt; None if there is none.
+        calibration: Calibrates the draws of predictions; None leaves them as they are.
 
     Raises:
         ValueError: A number is out of range, or the schedule is unknown.
@@ -80,6 +82,7 @@ class Method(pl.LightningModule):
         self.val_samples = whole_number("val_samples", val_samples, reason, 1)
         self.stream = Stream.TRAINING
         self.recipe: dict[str, Any] | None = None
+        self.calibration: Calibration | None = None
         self.epoch_terms = EpochTerms()
         self._evaluation = Evaluation(likelihood)
 
@@ -111,7 +114,7 @@ class Method(pl.LightningModule):
         Returns:
             Draws of the output [S, N_i, num_outputs] for each set, on the CPU.
         """
-        return predictive_sets(
+        draws = predictive_sets(
             self.net,
             sets,
             self.available_samples if num_samples is None else num_samples,
@@ -119,6 +122,7 @@ class Method(pl.LightningModule):
             seed=self.seed,
             progress=progress,
         )
+        return draws if self.calibration is None else [self.calibration(each) for each in draws]
 
     @property
     def available_samples(self) -> int:

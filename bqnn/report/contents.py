@@ -56,6 +56,11 @@ BANDS = (
     "Lines: means over seeds and splits. Bands: plus and minus one standard deviation. Dashed "
     "lines: the same networks in float."
 )
+CONFORMAL = (
+    "Prediction sets calibrated on validation rows (lac, aps, raps), or intervals (normalized, "
+    "cqr): the share of targets that they cover, the least one of a class, and their mean size. "
+    "The dotted line is the coverage that they are made for."
+)
 PAIRS = (
     "Differences a - b, paired by seed and split: mean and standard deviation over n pairs, and "
     "two-sided p values of the paired t test and of Wilcoxon's signed-rank test. The p values are "
@@ -66,7 +71,8 @@ SUMMARY = (
     "Over seeds and splits: the mean, the standard deviation of single runs (std), the standard "
     "error of the mean, and the number of runs (n). summary.csv has every metric."
 )
-LEVEL = r"^shift/.+_[0-9]{1,6}/"  # one level of a distortion; their mean ends with _mean instead
+# One level of a distortion; the mean of the levels ends with _mean instead.
+LEVEL = r"^(?:calibrated/)?shift/.+_[0-9]{1,6}/"
 
 
 def contents(runs: Runs, plots: Path) -> "tuple[Section, dict[str, DataFrame]]":
@@ -151,6 +157,10 @@ def _sweep(sweep: Sweep, colors: Mapping[str, str], plots: Path) -> Section:
             section.figures = [draw(metric, [metric]) for metric in metrics]
         else:
             section.parts.append(Section(name, 4, figures=[draw(name, metrics)], folded=True))
+    for name, metrics in sweep.conformal().items():
+        figures = [draw(f"{name}/conformal", metrics)]
+        title = f"Conformal sets of {name}"
+        section.parts.append(Section(title, 4, CONFORMAL, figures, folded=name != "test"))
     return section
 
 

@@ -238,6 +238,13 @@ REFUSED = [
     ("facts.source_sha256", "../x", "recipe.facts.source_sha256='../x': expected 64 hexadecimal"),
     ("facts.feature_categories", [["a"] * 20_000], "recipe.facts.feature_categories=a list of 1"),
     ("task.root", "\ud800", r"recipe.task.root='\ud800': expected null, or a path"),
+    ("calibration", 2.0, "recipe.calibration=2.0: expected a dictionary"),
+    ("calibration", {}, "recipe.calibration: has no name"),
+    ("calibration", {"name": "deviation"}, "calibration='deviation' with no numbers: expected one"),
+    ("calibration", {"name": "deviation", "factor": 0.0}, "recipe.calibration.factor=0.0"),
+    ("calibration", {"name": "deviation", "factor": "2"}, "recipe.calibration.factor='2'"),
+    ("calibration", {"name": "deviation", "_target_": "a.B"}, "no key '_target_' is known"),
+    ("calibration", {"name": "temperature", "temperature": 2.0}, "is not for a regression of 2"),
     ("net", {"name": "mlp", "hidden_features": 3}, "cannot be built from these options"),
 ]
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bqnn.checkpoints.calibrated import save_calibrated
+from bqnn.inference.calibration import TemperatureScaling
 from bqnn.methods import METHODS
 
 ScriptHere = Callable[..., tuple[int, str]]
@@ -177,6 +179,17 @@ def test_a_float_checkpoint_is_refused(trained: Path, export: Export) -> None:
     code, errors = export(f"checkpoint={trained}/bbb_0", "hydra.run.dir=out")
     assert code == 1
     assert "quantize the checkpoint first (bqnn quantize" in errors
+
+
+def test_a_calibrated_checkpoint_is_refused(
+    quantized: Path, export: Export, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    calibrated = tmp_path / "calibrated.ckpt"
+    save_calibrated(quantized / "checkpoint.ckpt", calibrated, TemperatureScaling(2.0))
+    code, errors = export("checkpoint=calibrated.ckpt", "hydra.run.dir=out")
+    assert code == 1
+    assert "the checkpoint has a calibration (temperature), and a file has the outputs" in errors
 
 
 def test_a_damaged_checkpoint_is_refused(quantized: Path, export: Export, tmp_path: Path) -> None:
