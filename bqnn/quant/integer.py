@@ -17,6 +17,7 @@ from bqnn.quant.engines import usable_engine
 from bqnn.quant.engines.contract import (
     ActivationGrid,
     Engine,
+    IntegerOutput,
     LayerEngine,
     NetworkEngine,
     Packed,
@@ -45,19 +46,7 @@ from bqnn.quant.summary import check_agreement
 log = logging.getLogger(__name__)
 
 
-class IntegerModule(nn.Module):
-    """Base class of modules that compute integers on a grid.
-
-    Attributes:
-        engine: The engine whose activations the module reads and returns.
-        grid: The grid of the outputs.
-    """
-
-    engine: LayerEngine
-    grid: ActivationGrid
-
-
-class IntegerLayer(IntegerModule):
+class IntegerLayer(IntegerOutput):
     """A point-valued layer whose integer weights are packed once."""
 
     def __init__(self, layer: SimulatedPointLayer, engine: LayerEngine) -> None:
@@ -81,7 +70,7 @@ def _packed(weight: Weight, executor: Engine, engine: LayerEngine) -> Packed:
     return ExactLayer(weight, engine) if is_exact else engine.pack(weight)
 
 
-class IntegerGaussianLayer(DrawnWeights, IntegerModule):
+class IntegerGaussianLayer(DrawnWeights, IntegerOutput):
     """A Bayesian layer with integers for mu and sigma; each draw of the weights is packed."""
 
     def __init__(self, layer: SimulatedGaussianLayer, engine: LayerEngine) -> None:
@@ -136,7 +125,7 @@ class IntegerDropout(Stochastic):
         return self.engine.keep(x, kept, 1 / (1 - self.dropout.rate))
 
 
-class IntegerEnter(Quantized, IntegerModule):
+class IntegerEnter(Quantized, IntegerOutput):
     """Quantizes the inputs of the network. Raises a ValueError if a value is not finite."""
 
     def __init__(self, enter: SimulatedEnter, engine: LayerEngine) -> None:
@@ -165,7 +154,7 @@ class IntegerLeave(nn.Module):
         return self.engine.dequantize(x).contiguous()
 
 
-class IntegerAdd(Add, IntegerModule):
+class IntegerAdd(Add, IntegerOutput):
     """Residual sum."""
 
     def __init__(self, add: SimulatedAdd, engine: LayerEngine) -> None:
@@ -177,7 +166,7 @@ class IntegerAdd(Add, IntegerModule):
         return self.engine.add(x, y, self.grid, self.relu)
 
 
-class IntegerPool(Pool, IntegerModule):
+class IntegerPool(Pool, IntegerOutput):
     """Global average pooling of integers in float, rounded once."""
 
     def __init__(self, pool: SimulatedPool, engine: LayerEngine) -> None:
@@ -191,7 +180,7 @@ class IntegerPool(Pool, IntegerModule):
         return self.engine.quantize(means, self.grid)
 
 
-class IntegerAvgPool(AvgPool, IntegerModule):
+class IntegerAvgPool(AvgPool, IntegerOutput):
     """Average pooling of integers in float, rounded once."""
 
     def __init__(self, pool: SimulatedAvgPool, engine: LayerEngine) -> None:
@@ -205,7 +194,7 @@ class IntegerAvgPool(AvgPool, IntegerModule):
         return self.engine.quantize(means, self.grid)
 
 
-class IntegerCat(Cat, IntegerModule):
+class IntegerCat(Cat, IntegerOutput):
     """Concatenation of activations, each requantized to one grid."""
 
     def __init__(self, cat: SimulatedCat, engine: LayerEngine) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bqnn.layers.draws import held_draw
 from bqnn.layers.ensemble import Ensemble
-from bqnn.quant.engines.contract import LayerEngine
+from bqnn.quant.engines.contract import IntegerOutput, WholeNetwork
 from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.grids import plain
 from bqnn.quant.simulated import SimulatedGaussianLayer, SimulatedLayer, SimulatedPointLayer
@@ -296,27 +296,42 @@ def twins(simulated: nn.Module, integer: nn.Module, x: Tensor, index: int = 0) -
         An iterator over the modules that the draw used and whose outputs are quantized.
     """
     seen = _record(simulated, x, index, lambda module: hasattr(module, "output_quant"))
-    if hasattr(integer, "integers"):  # of an engine that runs networks as a whole
-        with held_draw(integer, index, comparison_noise()):
-            found = integer.integers(x)
-        for name, (inputs, output) in seen.items():
-            module = simulated.get_submodule(name)
-            expected = module.output_quant.integers(plain(output)).int()
-            yield Twin(name, module, inputs, expected, found[name].int())
-        return
-    grids = _record(integer, x, index, lambda module: hasattr(module, "grid"))
-    with held_draw(integer, index, comparison_noise()):
-        for name, (inputs, output) in seen.items():
-            module, twin = simulated.get_submodule(name), integer.get_submodule(name)
-            quant, engine = module.output_quant, twin.engine
-            assert isinstance(quant, FakeQuant)
-            assert isinstance(engine, LayerEngine)
+    whole = isinstance(integer, WholeNetwork)
+    run = _run_whole if whole else _run_modules
+    integers = run(integer, x, index, {name: inputs for name, (inputs, _) in seen.items()})
+    for name, (inputs, output) in seen.items():
+        module = simulated.get_submodule(name)
+        quant = module.output_quant
+        assert isinstance(quant, FakeQuant)
+        expected = quant.integers(plain(output)).int()
+        yield Twin(name, module, tuple(map(plain, inputs)), expected, integers[name].int())
+
+
+Inputs = Mapping[str, tuple[Tensor, ...]]
+
+
+def _run_modules(net: nn.Module, x: Tensor, index: int, inputs: Inputs) -> dict[str, Tensor]:
+    """Return the integers of each module of an int8 network on inputs of the simulation."""
+    seen = _record(net, x, index, lambda module: isinstance(module, IntegerOutput))
+    integers = {}
+    with held_draw(net, index, comparison_noise()):
+        for name, floats in inputs.items():
+            module = net.get_submodule(name)
+            assert isinstance(module, IntegerOutput)
+            engine = module.engine
             fed = [
-                engine.like(floats, like) if engine.holds(like) else floats
-                for floats, like in zip(map(plain, inputs), grids[name][0], strict=True)
+                engine.like(plain(each), like) if engine.holds(like) else plain(each)
+                for each, like in zip(floats, seen[name][0], strict=True)
             ]
-            got = engine.integers(twin(*fed)).int()
-            yield Twin(name, module, inputs, quant.integers(plain(output)).int(), got)
+            integers[name] = engine.integers(module(*fed))
+    return integers
+
+
+def _run_whole(net: nn.Module, x: Tensor, index: int, inputs: Inputs) -> dict[str, Tensor]:
+    """Return the integers of each module in a network that an engine runs as a whole."""
+    assert isinstance(net, WholeNetwork)
+    with held_draw(net, index, comparison_noise()):
+        return net.integers(x)
 
 
 def _drawn_output(net: nn.Module, x: Tensor, index: int) -> Any:

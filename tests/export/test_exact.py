@@ -56,6 +56,8 @@ def test_all_methods_and_networks(method: str, net: str, bits: tuple[int, int]) 
         {"engine": "onednn", "weight_granularity": "tensor"},
         {"activation_bits": 3},
         {"weight_bits": 8, "activation_bits": 8},
+        {"engine": "onnxruntime"},
+        {"engine": "reference", "activation_bits": 8},
     ],
     ids=lambda options: " ".join(f"{key}={value}" for key, value in options.items()),
 )

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from bqnn.inference.predict import predictive
 from bqnn.layers.bayes import JointPosterior, kl_divergence
 from bqnn.layers.draws import held_draw
-from bqnn.quant.engines.measure import has_vnni
 from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import convert
 from bqnn.quant.simulated import calibrate, prepare
-from bqnn.quant.spec import QuantSpec
+from bqnn.quant.spec import ENGINES, QuantSpec
 from tests.quant.conftest import float_net, inputs
 from tests.small_methods import image_method
 
@@ -89,11 +88,10 @@ def test_networks_of_all_methods_predict_at_once(numeric: str) -> None:
     assert_as_serial(calls)
 
 
-@pytest.mark.skipif(not has_vnni(), reason="without VNNI the engines' integers differ anyway")
 def test_int8_networks_of_different_engines_predict_at_once() -> None:
     before = torch.backends.quantized.engine
     calls = []
-    for engine in ("fbgemm", "x86", "onednn"):
+    for engine in ENGINES:
         calls += calls_of(make("bbb", "lenet", "int8", engine), inputs("lenet"), 3, count=8)
     assert_as_serial(calls)
     assert torch.backends.quantized.engine == before

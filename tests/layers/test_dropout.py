@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from bqnn.layers.dropout import MCDropout, to_mcdropout
 from bqnn.layers.markers import DropoutSite
 from bqnn.nets import MLP, LeNet, ResNet
+from bqnn.quant.engines.contract import ActivationGrid
+from bqnn.quant.engines.reference import Reference
 from bqnn.quant.grids import Grid, OnGrid, plain
 from bqnn.quant.integer import IntegerDropout
 from bqnn.quant.simulated import SimulatedDropout
@@ -107,10 +109,11 @@ def test_dropout_of_integers_drops_by_the_same_rate(rate):
     torch.manual_seed(0)
     simulated = dropout(OnGrid.of(x, Grid(1.0, 0, 127)))
     torch.manual_seed(0)
-    integers = IntegerDropout(dropout)(torch.quantize_per_tensor(x, 1.0, 0, torch.quint8))
-    torch.testing.assert_close(integers.dequantize(), plain(simulated))
+    engine = Reference()
+    integers = IntegerDropout(dropout, engine)(engine.quantize(x, ActivationGrid(1.0, 0, 255)))
+    torch.testing.assert_close(engine.dequantize(integers), plain(simulated))
     expected = x.numel() * rate
-    dropped = int((integers.int_repr() == 0).sum())
+    dropped = int((engine.integers(integers) == 0).sum())
     assert abs(dropped - expected) < 5 * math.sqrt(expected * (1 - rate)) + 1
 
 

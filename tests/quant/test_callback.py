@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from bqnn.quant.fbgemm import FakeQuant
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bqnn.layers.markers import Enter, Leave
-from bqnn.quant import fbgemm
 from bqnn.quant.callback import QuantizationCallback, calibrate_module
+from bqnn.quant.engines import measure
+from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.integer import convert
 from bqnn.quant.simulated import SimulatedLayer, is_prepared
 from bqnn.quant.spec import QuantSpec
@@ -194,18 +194,19 @@ def test_parts_in_eval_mode_stay_so_and_still_get_ranges(tmp_path: Path) -> None
     convert(module.net, "fbgemm")
 
 
-def test_saturating_bits_are_refused_before_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_bits_that_would_saturate_are_said_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(fbgemm, "has_vnni", lambda: False)
+    monkeypatch.setattr(measure, "has_vnni", lambda: False)
     module = Classifier()
     callback = QuantizationCallback(QuantSpec(activation_bits=8))
-    before = copy.deepcopy(module.net[1].weight)
-    with pytest.raises(ValueError, match=r"would saturate on this CPU.* allow_sat"):
-        bare_trainer(1, callbacks=[callback], default_root_dir=tmp_path).fit(module, data())
-    assert torch.equal(module.net[1].weight, before)
-    allowed = QuantizationCallback(QuantSpec(activation_bits=8, allow_saturation=True))
-    bare_trainer(1, callbacks=[allowed], default_root_dir=tmp_path).fit(Classifier(), data())
+    bare_trainer(1, callbacks=[callback], default_root_dir=tmp_path).fit(module, data())
+    assert "run on the engine reference" in caplog.text
+    (x,) = next(iter(data()))[:1]
+    simulated = module.eval().net(x).detach()
+    with torch.no_grad():
+        assert torch.equal(convert(module.net)(x), module.net(x))
+    assert simulated.shape[0] == len(x)
 
 
 def test_half_precision_is_refused(tmp_path: Path) -> None:

@@ -2,12 +2,11 @@
 
 import copy
 import math
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
-from bqnn.quant.fbgemm import can_saturate, has_vnni
-from bqnn.quant.saturation import refuse_saturation
 from torch import Tensor, nn
 
 from bqnn.arguments import ArgumentError
@@ -15,107 +14,21 @@ from bqnn.inference.predict import predictive
 from bqnn.layers.bayes import to_bayes
 from bqnn.layers.draws import held_draw
 from bqnn.layers.dropout import MCDropout, to_mcdropout
-from bqnn.layers.ensemble import Ensemble
-from bqnn.layers.markers import DropoutSite, Enter, Leave
-from bqnn.quant import fbgemm
+from bqnn.layers.markers import Enter, Leave
+from bqnn.quant.engines import fbgemm, measure, usable_engine
+from bqnn.quant.engines.contract import ActivationGrid, LayerEngine
+from bqnn.quant.engines.reference import ExactLayer
 from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import IntegerDropout, convert
 from bqnn.quant.quantize import prepare_qat, quantize
 from bqnn.quant.simulated import SimulatedLayer, calibrate, prepare
-from bqnn.quant.spec import QuantSpec
-from bqnn.quant.summary import comparison_noise, disagreements, twins, weight_integers
+from bqnn.quant.spec import ENGINES, QuantSpec
+from bqnn.quant.summary import comparison_noise, twins, weight_integers
 from tests.quant.conftest import Make, float_net, inputs
 
 METHODS = ("pointwise", "bbb", "mcdropout", "sghmc")
 NETS = ("mlp", "lenet", "resnet")
-BITS = range(2, 9)
-ENGINES = ("fbgemm", "x86", "onednn")
-SCHEMES: dict[str, dict] = {  # beside the default, one symmetric scale per output channel
-    "tensor": {"weight_granularity": "tensor", "weight_symmetric": False},
-    "affine": {"weight_symmetric": False},
-    "parameters": {"strategy": "parameters"},
-    "weights": {"strategy": "weights"},
-    "log": {"sigma_grid": "log"},
-}
-
-
-def members(net: nn.Module) -> int:
-    return len(net) if isinstance(net, Ensemble) else 1
-
-
-def assert_same_integers(made: nn.Module, engine: str, x: Tensor) -> None:
-    """Compare every layer on the inputs of its simulated twin, and the whole network."""
-    integer = convert(copy.deepcopy(made), engine)
-    for index in range(members(made)):
-        for name, found in disagreements(made, integer, x, index).items():
-            assert found.differing == 0, (name, found)
-    expected, got = (predictive(net, x, members(made)) for net in (made, integer))
-    assert torch.equal(expected, got)
-
-
-@pytest.mark.parametrize("weight_bits", BITS)
-@pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("method", METHODS)
-def test_int8_computes_the_simulated_integers(
-    method: str, net: str, weight_bits: int, simulated: Make
-) -> None:
-    for activation_bits in BITS:
-        if can_saturate(weight_bits, activation_bits) and not has_vnni():
-            continue  # 16 bits do not hold the sum of two such products
-        made = simulated(method, net, weight_bits=weight_bits, activation_bits=activation_bits)
-        assert_same_integers(made, "fbgemm", inputs(net))
-
-
-def saturates(made: nn.Module) -> bool:
-    """Return whether the sums of a layer can be wrong on this CPU."""
-    try:
-        refuse_saturation(made)
-    except ValueError:
-        return True
-    return False
-
-
-@pytest.mark.parametrize("engine", ["x86", "onednn"])
-@pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("method", METHODS)
-def test_other_engines_compute_them_too(
-    method: str, net: str, engine: str, simulated: Make
-) -> None:
-    for weight_bits, activation_bits in ((8, 8), (8, 7), (4, 7), (2, 2)):
-        made = simulated(
-            method,
-            net,
-            weight_bits=weight_bits,
-            activation_bits=activation_bits,
-            engine=engine,
-        )
-        if activation_bits < 8 or not saturates(made):  # what does is refused, see below
-            assert_same_integers(made, engine, inputs(net))
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("net", NETS)
-def test_other_schemes_compute_them_too(net: str, scheme: str, simulated: Make) -> None:
-    for method in ("pointwise", "bbb"):
-        for engine in ("fbgemm", "x86"):
-            made = simulated(method, net, weight_bits=4, engine=engine, **SCHEMES[scheme])
-            assert_same_integers(made, engine, inputs(net))
-
-
-def test_sums_that_no_float32_holds_are_exact() -> None:
-    net = nn.Sequential(Enter(), nn.Linear(4096, 8, bias=False), Leave())
-    nn.init.uniform_(net[1].weight, 0.5, 1)  # sums of about 4096 * 0.75 * 127 * 0.75 * 255
-    x = torch.rand(32, 4096)
-    spec = QuantSpec(activation_bits=8, activation_observer="minmax")
-    made = calibrate(prepare(fuse(net), spec), [x])
-    if has_vnni():
-        assert_same_integers(made, "fbgemm", x)
-    weight, grid = made[1].rounded_weight(None).detach(), made[1].weight_grid
-    integers = (weight / grid.scale.reshape(-1, 1)).round()
-    whole = torch.randint(256, (32, 4096)).float()
-    exact = whole.double() @ integers.double().T
-    assert exact.max() > 2**24
-    assert torch.equal(made[1].exact_sums(whole, integers, 255), exact.float())
+TWINS = ("fbgemm", "x86", "onednn", "reference")
 
 
 @torch.no_grad()
@@ -132,7 +45,7 @@ def in_float64(layer: SimulatedLayer, x: Tensor) -> Tensor:
 def test_the_simulation_rounds_what_float64_gives(method: str, net: str, simulated: Make) -> None:
     """For any engine, it differs only at rounding ties, by one step."""
     num_layers = wrong_outputs = outputs = 0
-    for engine in ENGINES:
+    for engine in TWINS:
         made = simulated(method, net, weight_bits=8, engine=engine)
         integer = convert(copy.deepcopy(made), engine)
         for twin in twins(made, integer, inputs(net, rows=512)):
@@ -150,7 +63,7 @@ def test_the_simulation_rounds_what_float64_gives(method: str, net: str, simulat
             wrong_outputs += int(wrong.sum())
             outputs += wrong.numel()
             num_layers += 1
-    assert num_layers >= 3 * len(ENGINES)
+    assert num_layers >= 3 * len(TWINS)
     assert wrong_outputs < outputs / 10_000
 
 
@@ -182,7 +95,9 @@ def test_integers_stay_inside_their_bits(method: str, bits: int, simulated: Make
     seen: list[int] = []
     for module in integer.modules():
         if hasattr(module, "grid"):
-            module.register_forward_hook(lambda _, __, out: seen.append(int(out.int_repr().max())))
+            module.register_forward_hook(
+                lambda module, _, out: seen.append(int(module.engine.integers(out).max()))
+            )
     integer(3 * inputs("resnet"))  # beyond what was calibrated
     assert len(seen) > 10
     assert max(seen) <= 2**bits - 1
@@ -211,17 +126,24 @@ def test_noise_is_the_same_in_float_and_int8(method: str, simulated: Make) -> No
 
 
 def test_dropout_in_integers_is_exact() -> None:
-    x = torch.quantize_per_tensor(torch.randn(64, 50), 0.05, 60, torch.quint8)
-    dropout = MCDropout(0.25)
-    torch.manual_seed(1)
-    got = IntegerDropout(dropout)(x)
-    torch.manual_seed(1)
-    expected = dropout(x.dequantize())
-    dropped = expected == 0
-    assert torch.equal(got.int_repr()[~dropped], x.int_repr()[~dropped])
-    assert (got.int_repr()[dropped] == 60).all()
-    assert got.q_scale() == pytest.approx(0.05 / 0.75)
-    assert torch.allclose(got.dequantize(), expected)
+    floats = torch.randn(64, 50)
+    for name in ("fbgemm", "onednn", "reference"):
+        engine = usable_engine(name)
+        assert isinstance(engine, LayerEngine)
+        x = engine.quantize(floats, ActivationGrid(0.05, 60, 255))
+        dropout = MCDropout(0.25)
+        torch.manual_seed(1)
+        got = IntegerDropout(dropout, engine)(x)
+        torch.manual_seed(1)
+        expected = dropout(engine.dequantize(x))
+        dropped = expected == 0
+        integers = engine.integers(got)
+        assert torch.equal(integers[~dropped], engine.integers(x)[~dropped])
+        assert (integers[dropped] == 60).all()
+        scale, zero_point = engine.grid(got)
+        assert scale == pytest.approx(0.05 / 0.75)
+        assert zero_point == 60
+        assert torch.allclose(engine.dequantize(got), expected)
 
 
 def test_one_draw_serves_many_batches(simulated: Make) -> None:
@@ -252,68 +174,32 @@ def calibrated(net: nn.Module, x: Tensor, **options: object) -> nn.Module:
 IMAGES = torch.randn(8, 16, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
-def test_saturating_bits_are_refused_unless_asked_for(
+def test_sums_that_would_saturate_are_exact_and_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(fbgemm, "has_vnni", lambda: False)
-    net = calibrated(small_conv(), IMAGES, activation_bits=8)
-    with pytest.raises(
-        ValueError, match=r"the first is 1\) would saturate .*bits=7, .* with allow_sat"
-    ):
-        convert(copy.deepcopy(net), "fbgemm")
-    convert(copy.deepcopy(net), "fbgemm", allow_saturation=True)
-    assert "can differ from the simulation" in caplog.text
-    asked = calibrated(small_conv(), IMAGES, activation_bits=8, allow_saturation=True)
-    convert(asked, "fbgemm")
-    for bits in ({"activation_bits": 7}, {"activation_bits": 8, "weight_bits": 7}):
-        convert(calibrated(small_conv(), IMAGES, **bits), "fbgemm")
-
-
-def test_depthwise_kernels_are_refused_where_they_saturate() -> None:
-    """FBGEMM sums their products in 16 bits, even on CPUs with VNNI."""
-    x = 255 * torch.ones(8, 16, 6, 6)
-    net = small_conv(groups=16)
-    nn.init.constant_(net[1].weight, 1)
-    nn.init.zeros_(net[1].bias)
-    made = calibrated(net, x, activation_bits=8)
-    if saturates(made):
-        with pytest.raises(ValueError, match="would saturate on this CPU"):
-            convert(made, "fbgemm")
-    else:
-        assert_same_integers(made, "fbgemm", x)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("method", ["pointwise", "bbb", "mcdropout", "sghmc"])
-def test_linear_layers_take_any_number_of_leading_dimensions(method: str, engine: str) -> None:
-    for shape in ((8, 12, 16), (5, 3, 4, 16), (7, 16), (16,)):
-        torch.manual_seed(0)
-        net: nn.Module = nn.Sequential(
-            Enter(), nn.Linear(16, 24), nn.ReLU(), DropoutSite(), nn.Linear(24, 12), Leave()
+    monkeypatch.setattr(measure, "has_vnni", lambda: False)
+    for engine in ("fbgemm", "x86", "onednn"):
+        caplog.clear()
+        made = calibrated(small_conv(), IMAGES, activation_bits=8, engine=engine)
+        assert re.search(
+            r"2 layers \(the first is 1\) run on the engine reference.* activation_bits=7 avoids",
+            caplog.text,
         )
-        if method == "bbb":
-            to_bayes(net, 0.3, -3.0)
-        elif method == "mcdropout":
-            to_mcdropout(net, 0.3)
-        elif method == "sghmc":
-            net = Ensemble(net, 1)
-            net.collect()
-        x = torch.randn(shape)
-        made = calibrated(net.eval(), x, engine=engine)
-        noise = [comparison_noise() for _ in range(2)]
-        with held_draw(made, 0, noise[0]), torch.no_grad():
-            expected = made(x)
-            rows = made(x.reshape(-1, 16)) if method != "mcdropout" else None
-        assert expected.shape == (*shape[:-1], 12)
-        assert rows is None or torch.equal(rows.reshape(expected.shape), expected)
-        integer = convert(made, engine)
-        with held_draw(integer, 0, noise[1]):
-            assert torch.equal(integer(x), expected)
+        assert [made[place].executor.name for place in (1, 4)] == ["reference"] * 2
+        integer = convert(copy.deepcopy(made), probe=IMAGES)
+        assert isinstance(integer[1].packed, ExactLayer)
+        assert torch.equal(integer(IMAGES), made(IMAGES))
+    caplog.clear()
+    for bits in ({"activation_bits": 7}, {"activation_bits": 8, "weight_bits": 7}):
+        made = calibrated(small_conv(), IMAGES, **bits)
+        assert made[1].executor.name == "fbgemm"
+    calibrated(small_conv(), IMAGES, activation_bits=8, engine="onnxruntime")
+    assert not caplog.text
 
 
 def test_images_without_a_batch_dimension_are_refused_in_one_line() -> None:
     made = calibrated(small_conv(), IMAGES)
-    for net in (made, convert(copy.deepcopy(made), "fbgemm")):
+    for net in (made, *(convert(copy.deepcopy(made), engine) for engine in ENGINES)):
         with pytest.raises(ValueError, match=r"takes \[B, C, H, W\]; add the batch dimension"):
             net(IMAGES[0])
 
@@ -327,10 +213,10 @@ def test_a_probe_refuses_other_integers_and_warns_of_ties(
     run = fbgemm.PackedWeight.__call__
 
     def off(steps: int) -> object:
-        def other(self: object, x: Tensor, relu: bool, scale: float, zero_point: int) -> Tensor:
-            out = run(self, x, relu, scale, zero_point)
+        def other(self: object, x: Tensor, relu: bool, output: ActivationGrid) -> Tensor:
+            out = run(self, x, relu, output)
             integers = (out.int_repr().int() + steps).clamp(0, 255).to(torch.uint8)
-            return torch._make_per_tensor_quantized_tensor(integers, scale, zero_point)
+            return fbgemm.make("fbgemm").wrap(integers, output.scale, output.zero_point)
 
         return other
 
@@ -362,7 +248,9 @@ def with_dropout() -> nn.Module:
 
 @pytest.mark.parametrize("change", [to_mcdropout, to_bayes])
 def test_quantized_networks_stay_what_they_are(change: Callable[[nn.Module], nn.Module]) -> None:
-    for net in (prepare_qat(with_dropout()), quantize(with_dropout(), [torch.randn(8, 4)])):
+    x = torch.randn(8, 4)
+    integers = [quantize(with_dropout(), [x], QuantSpec(engine=engine)) for engine in ENGINES]
+    for net in (prepare_qat(with_dropout()), *integers):
         with pytest.raises(ArgumentError, match=f"quantized already; call {change.__name__} on"):
             change(net)
 

@@ -136,11 +136,19 @@ class Engine(ABC):
         """
 
 
+class WholeNetwork(nn.Module):
+    """Base class of networks that an engine runs as a whole."""
+
+    def integers(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the outputs of all modules that round, by name, as integers."""
+        raise NotImplementedError
+
+
 class NetworkEngine(Engine):
     """An engine that executes a network as a whole."""
 
     @abstractmethod
-    def network(self, simulated: nn.Module) -> nn.Module:
+    def network(self, simulated: nn.Module) -> WholeNetwork:
         """Return a network that executes the integers of a simulated one.
 
         Args:
@@ -214,6 +222,18 @@ class LayerEngine(Engine):
         scale, zero_point = self.grid(x)
         integers = (floats / floats.new_tensor(scale)).round_().add_(zero_point)
         return self.wrap(integers.to(torch.uint8, memory_format=layout(x)), scale, zero_point)
+
+
+class IntegerOutput(nn.Module):
+    """Base class of modules that compute integers on a grid.
+
+    Attributes:
+        engine: The engine whose activations the module reads and returns.
+        grid: The grid of the outputs.
+    """
+
+    engine: LayerEngine
+    grid: ActivationGrid
 
 
 def layout(x: Tensor) -> torch.memory_format:

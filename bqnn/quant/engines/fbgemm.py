@@ -148,8 +148,15 @@ class PackedWeight:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the weights unpacked, because torch would pack them for its current engine."""
         ops = torch.ops.quantized
-        unpack = ops.conv2d_unpack if self._is_conv else ops.linear_unpack
-        return PackedWeight, (*unpack(self._packed), self._geometry, self._engine)
+        weight, bias = (ops.conv2d_unpack if self._is_conv else ops.linear_unpack)(self._packed)
+        if weight.qscheme() == torch.per_tensor_affine:
+            scale = torch.tensor([weight.q_scale()], device="cpu")
+            zero_point = torch.tensor([weight.q_zero_point()], device="cpu")
+        else:
+            scale = weight.q_per_channel_scales().float()
+            zero_point = weight.q_per_channel_zero_points()
+        unpacked = Weight(weight.int_repr(), scale, zero_point, bias, self._geometry)
+        return _pack, (self._engine, unpacked)
 
     def __call__(self, x: Tensor, relu: bool, output: ActivationGrid) -> Tensor:
         ops = torch.ops.quantized
@@ -160,6 +167,10 @@ class PackedWeight:
         out = run(in_batch(x, self._is_conv), self._packed, output.scale, output.zero_point)
         out = out if x.dim() == out.dim() else out.reshape(*x.shape[:-1], out.shape[-1])
         return clamped(out, output)
+
+
+def _pack(engine: str, weight: Weight) -> Packed:
+    return make(engine).pack(weight)
 
 
 def clamped(x: Tensor, grid: ActivationGrid) -> Tensor:

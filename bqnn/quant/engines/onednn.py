@@ -79,7 +79,8 @@ class PackedWeight:
         scale, zero_point = x.grid.scale, x.grid.zero_point
         rows = in_batch(plain(x), geometry is not None)
         inputs = (rows, scale, zero_point, self._pack(rows, x.grid), self._scale, self._zero_point)
-        outputs = (output.scale, output.zero_point, torch.uint8, "relu" if relu else "none", [], "")
+        activation = "relu" if relu else "none"
+        outputs: Any = (output.scale, output.zero_point, torch.uint8, activation, [], "")
         if geometry is None:
             out = torch.ops.onednn.qlinear_pointwise(*inputs, bias, *outputs)
             out = out if x.dim() == 2 else out.reshape(*x.shape[:-1], out.shape[-1])

@@ -6,17 +6,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bqnn.layers.draws import Drawn, DrawnWeights, held_draw
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.finite import refuse_non_finite
-from bqnn.quant.engines.contract import Layer, NetworkEngine
+from bqnn.layers.markers import Quantized
+from bqnn.quant.engines.contract import Layer, NetworkEngine, WholeNetwork
 from bqnn.quant.engines.rounding import Rounding
 from bqnn.quant.grids import UNTRACED, plain
 from bqnn.quant.onnx.graph import Graph, Port
-from bqnn.quant.onnx.network import NetworkWriter
+from bqnn.quant.onnx.network import NetworkWriter, traced
 from bqnn.quant.onnx.qlinear import QLinearForm
 from bqnn.quant.onnx.session import missing_packages, start_session
 from bqnn.quant.onnx.values import Value
@@ -41,11 +42,11 @@ class OnnxRuntime(NetworkEngine):
     def saturates(self, layer: Layer, weight_bits: int, activation_bits: int) -> bool:
         return False  # weights become unsigned where 16 bits do not hold two products
 
-    def network(self, simulated: nn.Module) -> nn.Module:
+    def network(self, simulated: nn.Module) -> WholeNetwork:
         return OnnxNetwork(simulated)
 
 
-class OnnxNetwork(Drawn):
+class OnnxNetwork(Quantized, Drawn, WholeNetwork):
     """A simulated network that ONNX Runtime executes in integers.
 
     Each draw of random weights is a graph of its own. A graph takes the masks of MC dropout as
@@ -58,14 +59,25 @@ class OnnxNetwork(Drawn):
     def __init__(self, simulated: nn.Module) -> None:
         super().__init__()
         self.simulated = simulated
-        self._graphs: dict[int, OneDraw] = {}  # of networks without random weights
         self._turns = itertools.count()
+        self._start()
+
+    def _start(self) -> None:
+        net = self.simulated
+        parts = [*(net.members or [net.current])] if isinstance(net, Ensemble) else [net]
+        self._traces = {part: traced(part) for part in parts}  # tracing is not safe in threads
+        self._graphs: dict[Any, OneDraw] = {}  # of networks without random weights
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle without the sessions of ONNX Runtime."""
-        return {**self.__dict__, "_graphs": {}}
+        """Copy and pickle without what can be made again."""
+        left_out = ("_graphs", "_traces")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
-    def make_draw(self, index: int) -> dict[int, "OneDraw"]:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start()
+
+    def make_draw(self, index: int) -> dict[Any, "OneDraw"]:
         return {}  # `forward` writes the graph, once all layers have their draw
 
     @torch.no_grad()
@@ -76,7 +88,6 @@ class OnnxNetwork(Drawn):
         return self._with_graph(x)[""]
 
     def integers(self, x: Tensor) -> dict[str, Tensor]:
-        """Return the outputs of all modules that round, by name, as integers."""
         found = self._with_graph(x, all_outputs=True)
         return {name: values for name, values in found.items() if name}
 
@@ -89,16 +100,17 @@ class OnnxNetwork(Drawn):
         with held_draw(self, next(self._turns) % max(members, 1)):
             return self._graph(self.held(), x, all_outputs).run(x)
 
-    def _graph(self, held: dict[int, "OneDraw"], x: Tensor, all_outputs: bool) -> "OneDraw":
+    def _graph(self, held: dict[Any, "OneDraw"], x: Tensor, all_outputs: bool) -> "OneDraw":
         net = self.simulated
         is_random = any(isinstance(module, DrawnWeights) for module in net.modules())
         kept = held if is_random else self._graphs
-        place = net.held() if isinstance(net, Ensemble) else 0
         if all_outputs:
-            return OneDraw(net, x, all_outputs=True)
-        if place not in kept:
-            kept[place] = OneDraw(net, x, all_outputs=False)
-        return kept[place]
+            return OneDraw(net, x, self._traces, all_outputs=True)
+        member = net.held() if isinstance(net, Ensemble) else 0
+        key = (member, x.shape[1:], torch.get_num_threads())
+        if key not in kept:
+            kept[key] = OneDraw(net, x, self._traces, all_outputs=False)
+        return kept[key]
 
 
 class OneDraw:
@@ -107,12 +119,20 @@ class OneDraw:
     Args:
         net: The simulated network.
         x: Inputs [N, ...], which show the shape of a row.
+        traces: The graphs of `forward` of the network, or of the members of an ensemble.
         all_outputs: Whether the graph returns the integers of all modules that round.
     """
 
-    def __init__(self, net: nn.Module, x: Tensor, *, all_outputs: bool) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        x: Tensor,
+        traces: dict[nn.Module, fx.Graph],
+        *,
+        all_outputs: bool,
+    ) -> None:
         graph = Graph()
-        writer = RowMasks(graph, QLinearForm(graph))
+        writer = RowMasks(graph, QLinearForm(graph), traces)
         output = writer.write(net, Value("inputs", plain(x[:2]).contiguous()))
         float32, uint8 = np.dtype(np.float32), np.dtype(np.uint8)
         prefix = ""
@@ -149,8 +169,8 @@ class RowMasks(NetworkWriter):
         masks: The input, the module, and the shape of a row of its inputs, for each mask.
     """
 
-    def __init__(self, graph: Graph, form: QLinearForm) -> None:
-        super().__init__(graph, form)
+    def __init__(self, graph: Graph, form: QLinearForm, traces: dict[nn.Module, fx.Graph]) -> None:
+        super().__init__(graph, form, traces)
         self.masks: list[tuple[Port, MCDropout, torch.Size]] = []
 
     def kept(self, module: MCDropout, example: Tensor) -> tuple[str, Tensor]:

@@ -47,9 +47,7 @@ class ExactForm:
     def leave(self, x: Value) -> str:
         """Convert integers to floats."""
         assert x.integers is not None
-        zero_point = self.graph.constant(np.float32(x.integers.zero_point))
-        centered = self.graph.call("Sub", self.graph.cast(x.name, np.float32), zero_point)
-        return self._by(centered, floats_of(x.integers.scale))
+        return self._by(self._centered(x.name, x.integers), floats_of(x.integers.scale))
 
     def layer(self, x: Value, layer: SimulatedLayer) -> str:
         """Apply a linear layer or a convolution, with the weights of the held draw."""
@@ -77,17 +75,18 @@ class ExactForm:
 
     def add(self, x: Value, y: Value, module: SimulatedAdd) -> str:
         """Add activations."""
-        output, tables = module.output_quant, []
+        output, summands = module.output_quant, []
         for each in (x, y):
             grid = each.integers
             assert grid is not None
-            centered = torch.arange(256.0) - grid.zero_point
             if module.engine.fuses_sums:
+                centered = torch.arange(256.0) - grid.zero_point
                 table = as_read_for_fused_sum((centered, grid.scale, grid.zero_point))
+                summands.append(self._looked_up(each.name, table))
             else:
-                table = centered * summand_factor(grid.scale, float(output.scale))
-            tables.append(self._looked_up(each.name, table))
-        steps = self.graph.call("Add", *tables)
+                factor = summand_factor(grid.scale, float(output.scale))
+                summands.append(self._by(self._centered(each.name, grid), floats_of(factor)))
+        steps = self.graph.call("Add", *summands)
         if module.engine.fuses_sums:
             steps = self._by(steps, 1 / output.scale)
         return self._integers(self.graph.call("Round", steps), output, relu=module.relu)
@@ -132,6 +131,17 @@ class ExactForm:
         """Clamp integers to the zero point and above."""
         assert x.integers is not None
         return self.graph.call("Clip", x.name, self._zero_point(x.integers))
+
+    def max_pool(self, x: str, **attributes: Any) -> str:
+        """Take the maximum of each window."""
+        return self.graph.call("MaxPool", x, **attributes)
+
+    def _centered(self, x: str, grid: Integers) -> str:
+        """Return integers minus their zero point, in float32."""
+        floats = self.graph.cast(x, np.float32)
+        if grid.zero_point == 0:
+            return floats
+        return self.graph.call("Sub", floats, self.graph.constant(np.float32(grid.zero_point)))
 
     def _sums(self, x: Value, weight: Tensor, geometry: Geometry | None) -> str:
         """Sum products of integers; exact also where instructions for 8 bits would saturate."""

@@ -48,6 +48,7 @@ class Form(Protocol):
     def average(self, x: Value, averages: Averages, quant: FakeQuant) -> str: ...
     def dropout(self, x: Value, kept: str) -> str: ...
     def relu(self, x: Value) -> str: ...
+    def max_pool(self, x: str, **attributes: Any) -> str: ...
 
 
 class NetworkWriter:
@@ -56,18 +57,21 @@ class NetworkWriter:
     Args:
         graph: The graph to write into.
         form: The form of the modules in integers.
+        traces: The graph of `forward` of networks, from `traced`; others are added.
 
     Attributes:
         float_parts: The names of what computes in float, whose results depend on the runtime.
         rounded: The outputs of the modules that round, by the name of the module.
     """
 
-    def __init__(self, graph: Graph, form: Form) -> None:
+    def __init__(
+        self, graph: Graph, form: Form, traces: dict[nn.Module, fx.Graph] | None = None
+    ) -> None:
         self.graph = graph
         self.form = form
         self.float_parts: set[str] = set()
         self.rounded: dict[str, Value] = {}
-        self._traces: dict[nn.Module, fx.Graph] = {}
+        self._traces = {} if traces is None else traces
         self._measured: dict[tuple[str, torch.Size], Averages] = {}
 
     @torch.no_grad()
@@ -85,7 +89,9 @@ class NetworkWriter:
             place = net.held()
             net = net.members[place] if net.members else net.current
         values: dict[fx.Node, Any] = {}
-        for node in self._trace(net).nodes:
+        if net not in self._traces:
+            self._traces[net] = traced(net)
+        for node in self._traces[net].nodes:
             args = fx.node.map_arg(node.args, values.__getitem__)
             kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
             if node.op == "placeholder":
@@ -106,14 +112,6 @@ class NetworkWriter:
             else:
                 values[node] = self._function(function_of(node), node, args, kwargs)
         raise AssertionError("a graph ends with its output")
-
-    def _trace(self, net: nn.Module) -> fx.Graph:
-        if isinstance(net, Traced):
-            return net.graph
-        if net not in self._traces:
-            leaves = [m for m in net.modules() if isinstance(m, OutputOnGrid)]
-            self._traces[net] = trace(net, leaves=leaves)
-        return self._traces[net]
 
     def _module(self, name: str, module: nn.Module, args: list[Any]) -> Value:
         x = args[0]
@@ -189,8 +187,7 @@ class NetworkWriter:
     def _max_pool(self, x: Value, pool: nn.MaxPool2d) -> Value:
         out = pool(x.example)
         padding = _pair(pool.padding)
-        name = self.graph.call(
-            "MaxPool",
+        name = self.form.max_pool(
             x.name,
             kernel_shape=_pair(pool.kernel_size),
             strides=_pair(pool.stride),
@@ -259,6 +256,13 @@ class NetworkWriter:
             "elements, relu, max_pool2d and, outside of the integers, averages, cat, softmax and "
             "log_softmax"
         )
+
+
+def traced(net: nn.Module) -> fx.Graph:
+    """Trace the `forward` of a simulated network. Meanwhile, no other thread may call a module."""
+    if isinstance(net, Traced):
+        return net.graph
+    return trace(net, leaves=[m for m in net.modules() if isinstance(m, OutputOnGrid)])
 
 
 def _holds_value(parts: Any) -> bool:

@@ -4,6 +4,8 @@ Tools for hardware read it and replace the operators between by integer ones of 
 roundings are those of the runtime, so its integers differ from bqnn's int8 now and then.
 """
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
@@ -84,6 +86,10 @@ class QdqForm:
         assert x.integers is not None
         zero_point = self.graph.constant(np.uint8(x.integers.zero_point))
         return self.graph.call("Clip", x.name, zero_point)
+
+    def max_pool(self, x: str, **attributes: Any) -> str:
+        """Take the maximum of each window."""
+        return self.graph.call("MaxPool", x, **attributes)
 
     def _grid(self, grid: Integers) -> tuple[str, str]:
         scale = self.graph.constant(np.float32(grid.scale))

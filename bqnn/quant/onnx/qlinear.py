@@ -1,11 +1,14 @@
 """The form of the engine onnxruntime: QLinearConv and QGemm, with biases in int32."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from bqnn.quant.engines.contract import ActivationGrid
 from bqnn.quant.engines.rounding import integer_bias
 from bqnn.quant.onnx.exact import ExactForm, attributes_of, integers_of_weight
+from bqnn.quant.onnx.graph import Graph
 from bqnn.quant.onnx.values import Value
 from bqnn.quant.simulated import SimulatedLayer
 
@@ -18,6 +21,10 @@ class QLinearForm(ExactForm):
     The sums, with a bias in int32, are multiplied by s_x s_w / s_y and rounded. All other modules
     are written as in `ExactForm`.
     """
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph)
+        self._unclipped: dict[str, tuple[str, int, int]] = {}
 
     def layer(self, x: Value, layer: SimulatedLayer) -> str:
         if layer.geometry is None and x.example.dim() != 2:
@@ -53,9 +60,19 @@ class QLinearForm(ExactForm):
         else:
             inputs += [graph.constant(integers), *rest, *grid, *([shift] if shift else [])]
             out = graph.call("QLinearConv", *inputs, **attributes_of(layer.geometry))
-        low = output.zero_point if layer.relu else 0
-        if low > 0 or output.quant_max < 255:
-            out = graph.call(
-                "Clip", out, *(graph.constant(np.uint8(e)) for e in (low, output.quant_max))
-            )
+        return self._clipped(out, output.zero_point if layer.relu else 0, output.quant_max)
+
+    def max_pool(self, x: str, **attributes: Any) -> str:
+        if x not in self._unclipped:
+            return super().max_pool(x, **attributes)
+        # The order does not matter, and the runtime pools the output of a convolution faster.
+        out, low, high = self._unclipped[x]
+        return self._clipped(super().max_pool(out, **attributes), low, high)
+
+    def _clipped(self, x: str, low: int, high: int) -> str:
+        if low == 0 and high == 255:
+            return x
+        ends = (self.graph.constant(np.uint8(end)) for end in (low, high))
+        out = self.graph.call("Clip", x, *ends)
+        self._unclipped[out] = (x, low, high)
         return out

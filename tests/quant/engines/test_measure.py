@@ -6,14 +6,14 @@ import sys
 
 import pytest
 import torch
-from bqnn.quant.fbgemm import PackedWeight, make_fake_quant, quantized_weight, requantize
 from torch import Tensor
 
 from bqnn.layers.linear_map import Geometry, linear_map
-from bqnn.quant import fbgemm, kernels
+from bqnn.quant.engines import engine, measure
+from bqnn.quant.engines.contract import ActivationGrid, Layer, LayerEngine, Weight
+from bqnn.quant.engines.rounding import requantize
 
-SUPPORTED = torch.backends.quantized.supported_engines
-ENGINES = [engine for engine in ("fbgemm", "x86", "onednn") if engine in SUPPORTED]
+ENGINES = [name for name in ("fbgemm", "x86", "onednn") if engine(name).missing() is None]
 KINDS: dict[str, tuple[tuple[int, ...], int]] = {  # the weight's shape, and groups
     "linear": ((24, 40), 1),
     "wide": ((10, 300), 1),
@@ -40,17 +40,17 @@ def near_ties(kind: str, rows: int, seed: int, *, per_channel: bool, affine: boo
     x = torch.randint(0, 4, inputs_of(kind, rows), generator=generator).float()
     step = float(torch.rand(1, generator=generator) * 0.01 + 0.001)
     in_scale = float(torch.rand(1, generator=generator) * 0.05 + 0.01)
-    weight = make_fake_quant(8, signed=True, channels=shape[0] if per_channel else None)
-    jitter = torch.randint(-8, 9, weight.scale.shape, generator=generator)
-    weight.scale.copy_(step * (1 + jitter * 2.0**-23))
-    weight.zero_point.fill_(3 if affine else 0)
+    scale = torch.full((shape[0] if per_channel else 1,), step)
+    scale *= 1 + torch.randint(-8, 9, scale.shape, generator=generator) * 2.0**-23
+    zero_point = torch.full(scale.shape, 3 if affine else 0, dtype=torch.int32)
     sums = linear_map(x.double(), integers.double(), None, geometry).float()
     spread = max(1, round(float(sums.abs().max()) / 60))
     bias = torch.randint(-20, 20, shape[:1], generator=generator) * (in_scale * step)
     return {
         "geometry": geometry,
-        "weight": weight,
-        "integers": integers,
+        "steps": integers,
+        "scale": scale,
+        "zero_point": zero_point,
         "x": x,
         "in_scale": in_scale,
         "sums": sums,
@@ -60,37 +60,37 @@ def near_ties(kind: str, rows: int, seed: int, *, per_channel: bool, affine: boo
 
 
 def executed_and_expected(
-    made: dict, engine: str, *, has_bias: bool, relu: bool, offset: int
+    made: dict, name: str, *, has_bias: bool, relu: bool, offset: int
 ) -> tuple[Tensor, Tensor]:
-    weight, bias = made["weight"], made["bias"] if has_bias else None
-    output = make_fake_quant(8, signed=False)
-    output.scale.fill_(made["out_scale"])
-    output.zero_point.fill_(0 if relu else 80)
-    floats = made["integers"] * weight.along(made["integers"], weight.scale)
-    packed = PackedWeight(quantized_weight(floats, weight), bias, made["geometry"], engine)
-    x = torch.quantize_per_tensor(
-        made["x"] * made["in_scale"], made["in_scale"], offset, torch.quint8
-    )
-    got = packed(x, relu, float(output.scale), int(output.zero_point)).int_repr().int()
-    layer = kernels.Layer(
-        engine,
-        tuple(made["integers"].shape),
-        made["geometry"],
-        per_channel=weight.channels is not None,
+    bias = made["bias"] if has_bias else None
+    output = ActivationGrid(float(torch.tensor(made["out_scale"])), 0 if relu else 80, 255)
+    integers = (made["steps"] + made["zero_point"][0]).to(torch.int8)
+    geometry = made["geometry"]
+    chosen = engine(name)
+    assert isinstance(chosen, LayerEngine)
+    packed = chosen.pack(Weight(integers, made["scale"], made["zero_point"], bias, geometry))
+    x = chosen.wrap((made["x"] + offset).to(torch.uint8), made["in_scale"], offset)
+    got = chosen.integers(packed(x, relu, output)).int()
+    layer = Layer(
+        tuple(integers.shape),
+        geometry,
+        per_channel=len(made["scale"]) > 1,
         has_bias=has_bias,
         relu=relu,
-        is_zero=(not weight.zero_point.any(), offset == 0, relu),
+        is_zero=(not made["zero_point"].any(), offset == 0, relu),
     )
-    rounding = kernels.rounding_of(layer, x.shape)
-    floats = requantize(made["sums"], made["in_scale"], weight, bias, output, relu, rounding)
-    return got, (floats / output.scale).round().int() + int(output.zero_point)
+    rounding = chosen.rounding(layer, x.shape)
+    steps = requantize(
+        made["sums"], made["in_scale"], made["scale"], bias, output, relu=relu, rounding=rounding
+    )
+    return got, steps.int() + output.zero_point
 
 
 @pytest.mark.parametrize("scheme", ["channel", "tensor", "affine"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("engine", ENGINES)
-def test_ties_fall_on_the_side_that_the_kernel_takes(engine: str, kind: str, scheme: str) -> None:
-    if engine == "onednn" and scheme == "affine":
+@pytest.mark.parametrize("name", ENGINES)
+def test_ties_fall_on_the_side_that_the_kernel_takes(name: str, kind: str, scheme: str) -> None:
+    if name == "onednn" and scheme == "affine":
         pytest.skip("oneDNN supports only symmetric weights")
     for seed, rows in enumerate((1, 2, 16, 16)):
         made = near_ties(
@@ -100,7 +100,7 @@ def test_ties_fall_on_the_side_that_the_kernel_takes(engine: str, kind: str, sch
             for relu in (False, True):
                 for offset in (0, 5):
                     got, expected = executed_and_expected(
-                        made, engine, has_bias=has_bias, relu=relu, offset=offset
+                        made, name, has_bias=has_bias, relu=relu, offset=offset
                     )
                     assert torch.equal(got, expected), (rows, has_bias, relu, offset)
 
@@ -115,7 +115,13 @@ def test_ties_are_followed_on_lesser_cpus(isa: str) -> None:
 
 
 def test_only_bits_that_leave_16_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = kernels.Layer("fbgemm", (4, 8), None, True, False, False, (True, True, True))
-    monkeypatch.setattr(fbgemm, "has_vnni", lambda: False)
-    found = {(w, a) for w in range(2, 9) for a in range(2, 9) if kernels.saturates(layer, w, a)}
-    assert found == {(8, 8)}
+    layer = Layer((4, 8), None, True, False, False, (True, True, True))
+    monkeypatch.setattr(measure, "has_vnni", lambda: False)
+    for name in ENGINES:
+        found = {
+            (weight_bits, activation_bits)
+            for weight_bits in range(2, 9)
+            for activation_bits in range(2, 9)
+            if engine(name).saturates(layer, weight_bits, activation_bits)
+        }
+        assert found == {(8, 8)}

@@ -1,0 +1,226 @@
+"""What every engine must do. Each engine's test module inherits it."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bqnn.inference.predict import predictive
+from bqnn.layers.bayes import to_bayes
+from bqnn.layers.draws import held_draw
+from bqnn.layers.dropout import to_mcdropout
+from bqnn.layers.ensemble import Ensemble
+from bqnn.layers.markers import Add, Enter, Leave
+from bqnn.quant.engines import engine, usable_engine
+from bqnn.quant.fuse import fuse
+from bqnn.quant.integer import convert
+from bqnn.quant.quantize import quantize
+from bqnn.quant.simulated import calibrate, prepare
+from bqnn.quant.spec import SYMMETRIC_ONLY, QuantSpec
+from bqnn.quant.summary import disagreements
+from tests.quant.conftest import SHAPES, float_net, inputs
+
+METHODS = ("pointwise", "bbb", "mcdropout", "sghmc")
+NETS = tuple(SHAPES)
+BITS = range(2, 9)
+FEW = ((8, 8), (8, 7), (4, 7), (2, 2))
+
+
+def simulated(method: str, net: str, **options: Any) -> nn.Module:
+    spec = QuantSpec(**{"activation_observer": "minmax", "output_bits": None, **options})
+    return calibrate(prepare(fuse(float_net(method, net)), spec), [inputs(net)])
+
+
+def calibrated(net: nn.Module, x: Tensor, **options: Any) -> nn.Module:
+    spec = QuantSpec(activation_observer="minmax", **options)
+    return calibrate(prepare(fuse(net.eval()), spec), [x])
+
+
+def assert_same_integers(made: nn.Module, x: Tensor) -> None:
+    """Compare every layer on the inputs of its simulated twin, and the whole network."""
+    integer = convert(copy.deepcopy(made))
+    count = len(made) if isinstance(made, Ensemble) else 1
+    for index in range(count):
+        found = disagreements(made, integer, x, index)
+        assert found
+        for name, each in found.items():
+            assert each.differing == 0, (name, each)
+    expected, got = (predictive(net, x, count) for net in (made, integer))
+    assert torch.equal(expected, got)
+
+
+class EngineContract:
+    """Tests of an engine; a subclass sets `name`."""
+
+    name: str
+
+    @pytest.fixture(autouse=True)
+    def available(self) -> None:
+        reason = engine(self.name).missing()
+        if reason is not None:
+            pytest.skip(f"engine={self.name}: {reason}")
+
+    def test_it_is_found_by_its_name(self) -> None:
+        assert usable_engine(self.name).name == self.name
+        assert copy.deepcopy(engine(self.name)) is engine(self.name)
+        assert pickle.loads(pickle.dumps(engine(self.name))) is engine(self.name)
+
+    @pytest.mark.parametrize("net", NETS)
+    @pytest.mark.parametrize("method", METHODS)
+    def test_int8_computes_the_simulated_integers(self, method: str, net: str) -> None:
+        for weight_bits, activation_bits in FEW:
+            bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+            made = simulated(method, net, engine=self.name, **bits)
+            assert_same_integers(made, inputs(net))
+
+    @pytest.mark.parametrize("weight_bits", BITS)
+    def test_at_every_bit_width(self, weight_bits: int) -> None:
+        for activation_bits in BITS:
+            bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+            made = simulated("bbb", "resnet", engine=self.name, **bits)
+            assert_same_integers(made, inputs("resnet"))
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("weight_bits", BITS)
+    @pytest.mark.parametrize("net", NETS)
+    @pytest.mark.parametrize("method", METHODS)
+    def test_all_methods_and_networks_at_every_bit_width(
+        self, method: str, net: str, weight_bits: int
+    ) -> None:
+        for activation_bits in BITS:
+            bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+            made = simulated(method, net, engine=self.name, **bits)
+            assert_same_integers(made, inputs(net))
+
+    @pytest.mark.parametrize("method", ["pointwise", "bbb"])
+    @pytest.mark.parametrize(
+        "scheme",
+        [
+            {"weight_granularity": "tensor"},
+            {"weight_granularity": "tensor", "weight_symmetric": False},
+            {"weight_symmetric": False},
+            {"strategy": "parameters"},
+            {"strategy": "weights"},
+            {"sigma_grid": "log"},
+        ],
+        ids=["tensor", "affine tensor", "affine", "parameters", "weights", "log"],
+    )
+    def test_at_other_schemes(self, scheme: dict[str, Any], method: str) -> None:
+        if self.name in SYMMETRIC_ONLY and not scheme.get("weight_symmetric", True):
+            with pytest.raises(ValueError, match="supports only symmetric weights"):
+                QuantSpec(engine=self.name, **scheme)
+            return
+        for net in NETS:
+            made = simulated(method, net, weight_bits=4, engine=self.name, **scheme)
+            assert_same_integers(made, inputs(net))
+
+    def test_the_largest_products_are_summed_right(self) -> None:
+        """Some CPUs sum pairs of products in 16 bits, which 8-bit activations exceed."""
+        for groups in (1, 4, 16):
+            layer = nn.Conv2d(16, 16, 3, padding=1, groups=groups)
+            nn.init.constant_(layer.weight, 1)
+            nn.init.zeros_(layer.bias)
+            net = nn.Sequential(Enter(), layer, nn.ReLU(), nn.Flatten(), nn.Linear(576, 3), Leave())
+            nn.init.constant_(net[4].weight, 1)
+            x = torch.ones(8, 16, 6, 6)
+            made = calibrated(net, x, activation_bits=8, engine=self.name)
+            assert_same_integers(made, x)
+            # Of the 9 taps, 9 lie within the image at 16 pixels, 6 at 16, and 4 at 4.
+            expected = 16 * 16 / groups * (16 * 9 + 16 * 6 + 4 * 4)
+            assert convert(made)(x)[0, 0].item() == pytest.approx(expected, rel=0.01)
+
+    def test_sums_that_no_float32_holds(self) -> None:
+        net = nn.Sequential(Enter(), nn.Linear(4096, 8, bias=False), Leave())
+        nn.init.uniform_(net[1].weight, 0.5, 1)  # sums of about 4096 * 0.75 * 127 * 0.5 * 255
+        x = torch.rand(32, 4096)
+        assert_same_integers(calibrated(net, x, activation_bits=8, engine=self.name), x)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_linear_layers_take_any_number_of_leading_dimensions(self, method: str) -> None:
+        for shape in ((8, 12, 16), (5, 3, 4, 16), (7, 16)):
+            torch.manual_seed(0)
+            net: nn.Module = nn.Sequential(
+                Enter(), nn.Linear(16, 9), nn.ReLU(), nn.Dropout(0), nn.Linear(9, 4), Leave()
+            )
+            if method == "bbb":
+                to_bayes(net, prior_std=0.3, init_rho=-3.0)
+            elif method == "mcdropout":
+                to_mcdropout(net, 0.25)
+            elif method == "sghmc":
+                net = Ensemble(net, 1)
+                net.collect()
+            x = torch.randn(shape)
+            assert_same_integers(calibrated(net, x, engine=self.name), x)
+
+    @pytest.mark.parametrize(
+        "pool",
+        [
+            nn.MaxPool2d(2),
+            nn.MaxPool2d(3, 2, padding=1),
+            nn.MaxPool2d(3, 1, dilation=2),
+            nn.MaxPool2d((3, 2), (2, 1), ceil_mode=True),
+            nn.MaxPool2d(2, 2, padding=1, ceil_mode=True),
+        ],
+        ids=str,
+    )
+    def test_max_pools(self, pool: nn.Module) -> None:
+        torch.manual_seed(0)
+        net = nn.Sequential(Enter(), nn.Conv2d(3, 5, 3), pool, nn.ReLU(), nn.Flatten())
+        x = torch.randn(4, 3, 19, 18)
+        count = net(x).shape[1]
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            made = nn.Sequential(*copy.deepcopy(net), nn.Linear(count, 2), Leave())
+            rows = x.to(memory_format=memory_format)
+            assert_same_integers(calibrated(made, rows, engine=self.name), rows)
+
+    @pytest.mark.parametrize("relu", [False, True])
+    def test_residual_sums_of_grids_with_and_without_zero_points(self, relu: bool) -> None:
+        class Block(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.enter, self.leave = Enter(), Leave()
+                self.first, self.second = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
+                self.act, self.add, self.last = nn.ReLU(), Add(relu), Add(relu=False)
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.enter(x)
+                a, b = self.first(x), self.second(x)
+                return self.leave(self.last(self.add(a, b), self.act(a)))
+
+        torch.manual_seed(0)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(16, 3, 9, 9).to(memory_format=memory_format)
+            for bits in (8, 7, 3):
+                made = calibrated(Block(), x, activation_bits=bits, engine=self.name)
+                assert_same_integers(made, x)
+
+    def test_one_draw_serves_many_batches(self) -> None:
+        integer = convert(simulated("bbb", "mlp", engine=self.name))
+        x = inputs("mlp")
+        with held_draw(integer, 0):
+            assert torch.equal(integer(x)[:8], integer(x[:8]))
+        assert not torch.equal(integer(x), integer(x))
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_copies_and_pickles_compute_the_same(self, method: str) -> None:
+        integer, x = convert(simulated(method, "lenet", engine=self.name)), inputs("lenet")
+        expected = predictive(integer, x, 2)
+        for twin in (copy.deepcopy(integer), pickle.loads(pickle.dumps(integer))):
+            assert torch.equal(predictive(twin, x, 2), expected)
+
+    def test_an_input_that_is_not_finite_is_refused(self) -> None:
+        integer, x = convert(simulated("pointwise", "mlp", engine=self.name)), inputs("mlp")
+        x[3, 2] = torch.nan
+        with pytest.raises(ValueError, match=r"row 3 .* remove these rows"):
+            integer(x)
+
+    def test_networks_of_plain_torch(self) -> None:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU6(), nn.AvgPool2d(2))
+        net.extend([nn.Flatten(), nn.Linear(36, 5)])
+        x = torch.randn(8, 3, 8, 8)
+        quantized = quantize(net.eval(), [x], QuantSpec(engine=self.name))
+        assert (quantized(x) - net(x)).abs().mean() < 0.1 * net(x).abs().mean()
