@@ -2,12 +2,13 @@
 
 import copy
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bqnn.arguments import whole_number
+from bqnn.arguments import ArgumentError, whole_number
 from bqnn.layers.draws import Drawn
 from bqnn.layers.swap import check_copied_as_one, check_no_loose_tensors
 from bqnn.text import counted
@@ -54,6 +55,30 @@ class Ensemble(Drawn):
         self.register_load_state_dict_pre_hook(_make_room)
         self._turn = 0
 
+    @classmethod
+    def of(cls, nets: Sequence[nn.Module]) -> "Ensemble":
+        """Make an ensemble of networks with equal layers.
+
+        Args:
+            nets: At least one network. Each becomes a member, the last one the newest. The current
+                network is a copy of the last one, which is not trained.
+
+        Raises:
+            ValueError: The networks have different parameters or buffers.
+
+        Examples:
+            >>> ensemble = Ensemble.of([nn.Linear(3, 2) for _ in range(5)])
+            >>> len(ensemble)
+            5
+        """
+        ensemble = cls(copy.deepcopy(nets[-1]).requires_grad_(False), len(nets))
+        shapes = _shapes(ensemble.current)
+        if any(_shapes(net) != shapes for net in nets):
+            raise ArgumentError("nets: their layers differ; pass copies with other weights", "nets")
+        ensemble.members.extend(nets)
+        ensemble.collected.fill_(len(nets))
+        return ensemble
+
     def __len__(self) -> int:
         """Return the number of members."""
         return len(self.members)
@@ -66,6 +91,11 @@ class Ensemble(Drawn):
             self._add_member()
         self.members[slot].load_state_dict(self.current.state_dict())
         self.collected += 1
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Copy the newest member to the current network."""
+        self.current.load_state_dict(self.members[self.make_draw(0)].state_dict())
 
     def make_draw(self, index: int) -> int:
         """Return the position of a member.
@@ -123,6 +153,10 @@ def _make_room(module: nn.Module, state: dict[str, Any], prefix: str, *_: object
     while len(module.members) < count:
         module._add_member()
     del module.members[count:]
+
+
+def _shapes(net: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in net.state_dict().items()}
 
 
 def _collected(state: dict[str, Any], prefix: str) -> int:

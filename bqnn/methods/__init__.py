@@ -2,6 +2,7 @@
 
 from bqnn.methods.base import Method
 from bqnn.methods.bbb import BayesByBackprop
+from bqnn.methods.ensemble import DeepEnsemble
 from bqnn.methods.mcdropout import MCDropoutMethod
 from bqnn.methods.members import MemberTuning
 from bqnn.methods.pointwise import Pointwise
@@ -10,6 +11,7 @@ from bqnn.methods.sghmc import SGHMCEnsemble
 __all__ = [
     "METHODS",
     "BayesByBackprop",
+    "DeepEnsemble",
     "MCDropoutMethod",
     "MemberTuning",
     "Method",
@@ -22,4 +24,5 @@ METHODS: dict[str, type[Method]] = {
     "bbb": BayesByBackprop,
     "mcdropout": MCDropoutMethod,
     "sghmc": SGHMCEnsemble,
+    "ensemble": DeepEnsemble,
 }

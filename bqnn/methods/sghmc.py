@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from bqnn.arguments import ArgumentError, whole_number
 from bqnn.inference.likelihoods import Likelihood
 from bqnn.layers.ensemble import Ensemble
-from bqnn.methods.base import Batch, Method
-from bqnn.methods.members import MemberTuning
+from bqnn.methods.base import Batch
+from bqnn.methods.members import EnsembleMethod, MemberTuning
 from bqnn.optim import make_optimizer
 
 log = logging.getLogger(__name__)
 
 
-class SGHMCEnsemble(Method):
+class SGHMCEnsemble(EnsembleMethod):
     """Sample weights with `bqnn.optim.SGHMC`, and keep the last networks of the chain.
 
     Args:
@@ -39,7 +39,7 @@ class SGHMCEnsemble(Method):
         torch.Size([1, 2, 2])
     """
 
-    net: Ensemble
+    growing = ("num_members", "collect_every")
 
     def __init__(
         self,
@@ -59,21 +59,11 @@ class SGHMCEnsemble(Method):
         self.collect_every = collect_every
         self._said_empty = False
 
-    @property
-    def available_samples(self) -> int:
-        return min(self.num_samples, max(len(self.net), 1))
-
     def check_samples(self, num_samples: int | None) -> int:
         """Return the number of draws; ValueError if the ensemble has fewer members."""
-        available = max(len(self.net), 1)
-        if num_samples is not None and num_samples > available:
-            raise ArgumentError(
-                f"num_samples={num_samples}: this ensemble has {available} members; ask for at "
-                f"most {available}, or train with more (num_members, collect_every)",
-                *("num_samples", "num_members", "collect_every"),
-            )
+        count = super().check_samples(num_samples)
         self._say_if_empty()
-        return super().check_samples(num_samples)
+        return count
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return [*super().configure_callbacks(), CollectMembers()]
