@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.optim import Optimizer
 
 from bqnn.arguments import ArgumentError
 from bqnn.inference.likelihoods import Likelihood
@@ -67,13 +68,29 @@ class MemberTraining(EnsembleMethod):
             params = [param for param in member.parameters() if param.requires_grad]
             # One backward pass per member, to limit memory.
             found = torch.autograd.grad(loss, params, allow_unused=True)
-            gradients |= {p: grad for p, grad in zip(params, found, strict=True) if grad is not None}
+            gradients |= {
+                p: grad for p, grad in zip(params, found, strict=True) if grad is not None
+            }
             all_terms.append({name: torch.as_tensor(term).detach() for name, term in terms.items()})
         means: Terms = {
             name: torch.stack([terms[name] for terms in all_terms]).mean() for name in all_terms[0]
         }
         means["loss"] = _WithGradients.apply(means["loss"], [*gradients.values()], *gradients)
         return means
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_algorithm == "value" or not gradient_clip_val:
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
+            return
+        for member in self.net.members:  # each has its own norm
+            nn.utils.clip_grad_norm_(member.parameters(), gradient_clip_val)
 
 
 class MemberTuning(MemberTraining):

@@ -1,12 +1,13 @@
-"""The four methods pass the contract of methods."""
+"""The methods pass the contract of methods."""
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from bqnn.methods import METHODS
 from bqnn.testing import MethodContract
-from tests.small_methods import OPTIONS
+from tests.small_methods import OPTIONS, made
 
 
 class TestPointwise(MethodContract):
@@ -30,12 +31,18 @@ class TestSGHMC(MethodContract):
     options = OPTIONS["sghmc"]
 
 
+class TestDeepEnsemble(MethodContract):
+    method = partial(made, "ensemble")
+    options = OPTIONS["ensemble"]
+    trains_at_random = False
+
+
 def test_methods_make_as_many_draws_as_they_say() -> None:
     contracts: list[type[MethodContract]] = [
-        *(TestPointwise, TestBayesByBackprop, TestMCDropout, TestSGHMC),
+        *(TestPointwise, TestBayesByBackprop, TestMCDropout, TestSGHMC, TestDeepEnsemble),
     ]
     counts = [len(_draws(contract())) for contract in contracts]
-    assert counts == [1, 20, 20, 2]
+    assert counts == [1, 20, 20, 2, 3]
 
 
 def _draws(contract: Any) -> torch.Tensor:

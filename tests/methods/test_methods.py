@@ -126,7 +126,10 @@ class At(pl.Callback):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(name):
     method = table_method(name)
-    network = method.net.current if name == "sghmc" else method.net
+    network = {
+        "sghmc": lambda net: net.current,
+        "ensemble": lambda net: net.members[1],
+    }.get(name, lambda net: net)(method.net)
     said = r"loss is nan at step 5 \(epoch 1, batch 2\).*; net\..*output\.heads\.0\.linear\.bias"
     spoil = At(5, lambda _: nn.init.constant_(network.output.heads[0].linear.bias, torch.nan))
     with pytest.raises(FloatingPointError, match=said):
@@ -137,9 +140,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_gradient_that_is_not_finite_stops_the_run_with_its_parameter(name, value):
     method = table_method(name)
-    wanted = {"bbb": "net.features.2.rho", "sghmc": "net.current.features.2.weight"}.get(
-        name, "net.features.2.weight"
-    )
+    wanted = {
+        "bbb": "net.features.2.rho",
+        "sghmc": "net.current.features.2.weight",
+        "ensemble": "net.members.1.features.2.weight",
+    }.get(name, "net.features.2.weight")
     before = []
 
     def spoil(module: Method) -> None:
