@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
 from bqnn.arguments import ArgumentError
@@ -153,13 +153,11 @@ class _WithGradients(torch.autograd.Function):
     """A scalar whose gradients are given."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: FunctionCtx, value: Tensor, gradients: Sequence[Tensor], *params: Tensor
-    ) -> Tensor:
-        ctx.gradients = gradients  # type: ignore[attr-defined]
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *params: Tensor) -> Tensor:
+        ctx.gradients = gradients
         return value.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: FunctionCtx, factor: Tensor) -> Any:  # type: ignore[override]
-        return None, None, *(factor * gradient for gradient in ctx.gradients)  # type: ignore[attr-defined]
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> Any:
+        return None, None, *(factor * gradient for gradient in ctx.gradients)

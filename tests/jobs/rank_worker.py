@@ -20,6 +20,7 @@ from bqnn.quant.callback import QuantizationCallback
 from bqnn.quant.spec import QuantSpec
 from bqnn.training.callbacks import ShareBuffers
 from tests.bare_trainer import bare_trainer
+from tests.small_methods import made
 
 SGD = {"name": "sgd", "lr": 1e-2}
 # bbb has next to no sigma, so that there is no noise to differ, and the prior pulls hard.
@@ -34,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "schedule": "constant",
         "optimizer": {"name": "sghmc", "lr": 1e-3},
     },
+    "ensemble": {"num_members": 3, "optimizer": SGD},
 }
 GLOBAL_BATCH = 20
 
@@ -47,7 +49,7 @@ def make(name: str, data: SyntheticData) -> Method:
     torch.manual_seed(0)
     net = MLP([1], [1, 1], hidden_features=[16, 16])
     options = {**OPTIONS[name], "num_samples": 3, "val_samples": 2}
-    return METHODS[name](net, Regression(0.0, 1.0), num_train=len(data.train), seed=0, **options)
+    return made(name, net, Regression(0.0, 1.0), num_train=len(data.train), seed=0, **options)
 
 
 def with_batch_norm(data: SyntheticData) -> Method:

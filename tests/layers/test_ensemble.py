@@ -119,9 +119,9 @@ def test_an_ensemble_of_networks_has_them_as_members_and_follows_the_newest():
 
 
 def test_networks_with_other_layers_make_no_ensemble():
-    with pytest.raises(ValueError, match="^nets: their layers differ"):
+    with pytest.raises(ValueError, match=r"^nets: their layers differ"):
         Ensemble.of([nn.Linear(1, 1), nn.Linear(1, 2)])
-    with pytest.raises(ValueError, match="^nets: their layers differ"):
+    with pytest.raises(ValueError, match=r"^nets: their layers differ"):
         Ensemble.of([nn.Linear(1, 1), nn.Linear(1, 1, bias=False)])
 
 

@@ -1,5 +1,7 @@
 """Members of an ensemble are trained independently of each other."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -84,7 +86,7 @@ class TwoWays(nn.Module):
 
 def test_weight_decay_does_not_move_a_layer_that_is_not_called():
     pointwise = table_method("pointwise")
-    options = {"num_train": NUM_ROWS, "seed": 0}
+    options: dict[str, Any] = {"num_train": NUM_ROWS, "seed": 0}
     options["optimizer"] = {"name": "adam", "lr": 0.1, "weight_decay": 0.1}
     net = TwoWays()
     before = net.unused.weight.clone()
@@ -97,7 +99,7 @@ def test_weight_decay_does_not_move_a_layer_that_is_not_called():
 
 
 def test_the_number_of_members_is_checked():
-    with pytest.raises(ValueError, match="^num_members=0: an ensemble has at least one member"):
+    with pytest.raises(ValueError, match=r"^num_members=0: an ensemble has at least one member"):
         table_method("ensemble", num_members=0)
     method = table_method("ensemble", num_members=2)
     with pytest.raises(ValueError, match=r"^num_samples=3: .* 2 members.*more \(num_members\)$"):

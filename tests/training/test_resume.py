@@ -34,6 +34,7 @@ TRAINING = {
     "bbb": ["method=bbb", "method.warmup_epochs=12"],
     "mcdropout": ["method=mcdropout"],
     "sghmc": ["method=sghmc", "method.burn_in=8", "method.num_members=3"],
+    "ensemble": ["method=ensemble", "method.num_members=3"],
 }
 COMMON = ["logger=none", "plots=false", "trainer.save_every=0"]
 SHORT = ["task=synthetic", "task.num_train=200", "trainer.max_epochs=24", "trainer.save_best=true"]
