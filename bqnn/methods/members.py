@@ -60,17 +60,13 @@ class MemberTraining(EnsembleMethod):
 
     def loss_terms(self, inputs: Tensor, targets: Tensor) -> Terms:
         """Return means over members. The gradients of `loss` are those of the members' losses."""
-        all_terms, gradients = [], {}
+        gradients: dict[nn.Parameter, Tensor] = {}
+        all_terms = []
         for member in self.net.members:
             terms = self.member_terms(member, inputs, targets)
             loss = terms["loss"]
             assert isinstance(loss, Tensor)
-            params = [param for param in member.parameters() if param.requires_grad]
-            # One backward pass per member, to limit memory.
-            found = torch.autograd.grad(loss, params, allow_unused=True)
-            gradients |= {
-                p: grad for p, grad in zip(params, found, strict=True) if grad is not None
-            }
+            gradients |= _gradients(loss, member)  # one backward pass per member, to limit memory
             all_terms.append({name: torch.as_tensor(term).detach() for name, term in terms.items()})
         means: Terms = {
             name: torch.stack([terms[name] for terms in all_terms]).mean() for name in all_terms[0]
@@ -147,6 +143,21 @@ class MemberTuning(MemberTraining):
             precision = shape / (self.prior_rate + square.detach() / 2)
             energies.append(precision * square / 2)
         return torch.stack(energies).sum()
+
+
+def _gradients(loss: Tensor, net: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """Return the gradients of a loss, without a change of `grad` of the parameters.
+
+    Unlike `torch.autograd.grad`, it supports reentrant activation checkpoints.
+    """
+    before = {param: param.grad for param in net.parameters() if param.requires_grad}
+    for param in before:
+        param.grad = None
+    loss.backward()
+    found = {param: param.grad for param in before if param.grad is not None}
+    for param, grad in before.items():
+        param.grad = grad
+    return found
 
 
 class _WithGradients(torch.autograd.Function):
