@@ -54,6 +54,7 @@ class Ensemble(Drawn):
         self.register_buffer("collected", torch.zeros((), dtype=torch.int64))
         self.register_load_state_dict_pre_hook(_make_room)
         self._turn = 0
+        self._is_fixed = False  # True: a state has as many members as there are
 
     @classmethod
     def of(cls, nets: Sequence[nn.Module]) -> "Ensemble":
@@ -77,6 +78,7 @@ class Ensemble(Drawn):
             raise ArgumentError("nets: their layers differ; pass copies with other weights", "nets")
         ensemble.members.extend(nets)
         ensemble.collected.fill_(len(nets))
+        ensemble._is_fixed = True
         return ensemble
 
     def __len__(self) -> int:
@@ -140,6 +142,11 @@ def _make_room(module: nn.Module, state: dict[str, Any], prefix: str, *_: object
     """
     assert isinstance(module, Ensemble)
     count = min(_collected(state, prefix), module.num_members)
+    if module._is_fixed and count < module.num_members:
+        raise RuntimeError(
+            f"{prefix}collected={count} members, but the ensemble has {module.num_members}; the "
+            "file is damaged, save it again"
+        )
     current = module.current.state_dict()
     shapes = {name: value.shape for name, value in module.current.named_parameters()}
     for index, name in itertools.product(range(count), current):

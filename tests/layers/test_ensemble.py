@@ -118,6 +118,15 @@ def test_an_ensemble_of_networks_has_them_as_members_and_follows_the_newest():
     assert ensemble.current(ONE) == 7
 
 
+def test_an_ensemble_of_networks_loads_only_states_with_all_of_them():
+    ensemble, state = (Ensemble.of([scale(1), scale(factor)]) for factor in (2, 3))
+    ensemble.load_state_dict(state.state_dict(), strict=True)
+    assert members(ensemble.eval()) == [3, 1]
+    for fewer in (collected([1], num_members=2), collected([], num_members=2)):
+        with pytest.raises(RuntimeError, match=r"^collected=[01] members, but the ensemble has 2"):
+            ensemble.load_state_dict(fewer.state_dict())
+
+
 def test_networks_with_other_layers_make_no_ensemble():
     with pytest.raises(ValueError, match=r"^nets: their layers differ"):
         Ensemble.of([nn.Linear(1, 1), nn.Linear(1, 2)])
