@@ -207,11 +207,11 @@ _CHECKS: dict[str, Callable[[str, object], float]] = {
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD, "sghmc": SGHMC}
 
 
-def make_optimizer(params: Iterable[Tensor], name: str, **options: Any) -> Optimizer:
+def make_optimizer(params: Iterable[Tensor] | Iterable[dict[str, Any]], name: str, **options: Any) -> Optimizer:
     """Create an optimizer by name. torch's optimizers use fused kernels.
 
     Args:
-        params: The parameters.
+        params: The parameters, or groups of them.
         name: A key of `OPTIMIZERS`.
         options: Arguments of the optimizer.
 

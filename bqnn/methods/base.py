@@ -22,6 +22,7 @@ from bqnn.optim import make_optimizer
 from bqnn.seeds import Stream, stream_seed
 
 Batch = tuple[Tensor, Tensor]
+Parameters = list[nn.Parameter] | list[dict[str, Any]]  # groups as in torch.optim
 
 
 class Method(pl.LightningModule):
@@ -195,8 +196,8 @@ class Method(pl.LightningModule):
         """Return the arguments of `make_optimizer`."""
         return self.optimizer
 
-    def trained_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the optimizer updates."""
+    def trained_parameters(self) -> Parameters:
+        """Return the parameters that the optimizer updates, or groups of them."""
         return [param for param in self.parameters() if param.requires_grad]
 
     def is_logged_epoch(self) -> bool:

@@ -1,5 +1,6 @@
 """Bayes by Backprop: variational inference with one Gaussian per weight."""
 
+import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -9,8 +10,13 @@ from torch import Tensor, nn
 from bqnn.arguments import ArgumentError, real_number, whole_number
 from bqnn.inference.likelihoods import Likelihood
 from bqnn.layers.bayes import GaussianWeight, JointPosterior, to_bayes
-from bqnn.methods.base import Method
+from bqnn.methods.base import Method, Parameters
 from bqnn.methods.terms import Terms
+
+log = logging.getLogger(__name__)
+
+# A rho that has moved by less than this has not changed the start of sigma by a tenth.
+SMALLEST_MOVE = 0.1
 
 
 class BayesByBackprop(Method):
@@ -25,6 +31,7 @@ class BayesByBackprop(Method):
         beta: Factor of the KL; 1 is the ELBO.
         warmup_epochs: The number of epochs in which beta grows linearly from 0, batch by batch.
         init_delta: Sigma after `initialize_from`, as a multiple of |mean|.
+        rho_lr: Learning rate of rho; None for that of the optimizer.
         keep: Types of modules whose parameters keep point values, see `to_bayes`.
         options: Arguments of `Method`.
 
@@ -49,6 +56,7 @@ class BayesByBackprop(Method):
         beta: float,
         warmup_epochs: int = 0,
         init_delta: float = 0.1,
+        rho_lr: float | None = None,
         keep: type[nn.Module] | Collection[type[nn.Module]] = (),
         **options: Any,
     ) -> None:
@@ -57,10 +65,13 @@ class BayesByBackprop(Method):
         warmup_epochs = whole_number("warmup_epochs", warmup_epochs, reason, 0)
         reason = "sigma as a multiple of the mean has to be positive; 0.1 is usual"
         init_delta = real_number("init_delta", init_delta, reason, 0, without=(0,))
+        if rho_lr is not None:
+            rho_lr = real_number("rho_lr", rho_lr, "choose more than 0", 0, without=(0,))
         super().__init__(to_bayes(net, prior_std, init_rho, keep=keep), likelihood, **options)
         self.beta = beta
         self.warmup_epochs = warmup_epochs
         self.init_delta = init_delta
+        self.rho_lr = rho_lr
 
     def loss_terms(self, inputs: Tensor, targets: Tensor) -> Terms:
         with JointPosterior(self.net) as posterior:
@@ -73,7 +84,17 @@ class BayesByBackprop(Method):
     def fine_tuning(self, optimizer: dict[str, Any], prior_weight: float) -> Method:
         self.beta *= prior_weight
         self.warmup_epochs = 0
+        self.rho_lr = None
         return super().fine_tuning(optimizer, prior_weight)
+
+    def trained_parameters(self) -> Parameters:
+        if self.rho_lr is None:
+            return super().trained_parameters()
+        layers = [m for m in self.modules() if isinstance(m, GaussianWeight)]
+        rhos = [layer.rho for layer in layers if layer.rho.requires_grad]
+        own = {id(rho) for rho in rhos}
+        others = [p for p in self.parameters() if p.requires_grad and id(p) not in own]
+        return [{"params": others}, {"params": rhos, "lr": self.rho_lr}]
 
     def current_beta(self) -> float:
         """Return beta at the current batch of the warm-up."""
