@@ -207,7 +207,9 @@ _CHECKS: dict[str, Callable[[str, object], float]] = {
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD, "sghmc": SGHMC}
 
 
-def make_optimizer(params: Iterable[Tensor] | Iterable[dict[str, Any]], name: str, **options: Any) -> Optimizer:
+def make_optimizer(
+    params: Iterable[Tensor] | Iterable[dict[str, Any]], name: str, **options: Any
+) -> Optimizer:
     """Create an optimizer by name. torch's optimizers use fused kernels.
 
     Args:

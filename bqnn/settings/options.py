@@ -122,6 +122,7 @@ METHOD: Table = {
     "warmup_epochs": COUNT,
     "init_from": maybe(PATH),
     "init_delta": POSITIVE,
+    "rho_lr": maybe(POSITIVE),
     "rate": maybe(SHARE),
     "drop_before_output": flag(),
     "num_members": whole(1, 10_000),
