@@ -361,6 +361,65 @@ def test_a_state_of_another_network_or_method_is_refused_and_changes_nothing(oth
     assert torch.equal(weights_of(bayes), before)
 
 
+def test_rho_has_its_own_learning_rate_in_the_training_alone():
+    method = table_method("bbb", rho_lr=0.25, optimizer={"name": "sgd", "lr": 0.1})
+    others, rhos = method.trained_parameters()
+    layers = [module for module in method.modules() if isinstance(module, GaussianWeight)]
+    assert [id(param) for param in rhos["params"]] == [id(layer.rho) for layer in layers]
+    assert len(others["params"]) + len(layers) == len(list(method.parameters()))
+    fit = trainer(max_epochs=4)
+    fit.fit(method, table())
+    starts = [group["initial_lr"] for group in fit.optimizers[0].param_groups]
+    assert starts == [0.1, 0.25]
+    assert [group["lr"] for group in fit.optimizers[0].param_groups] == pytest.approx([0, 0])
+    assert fit.callback_metrics["train/lr"] == pytest.approx(0.0146446609)
+    tuning = method.fine_tuning({"name": "adam", "lr": 1e-3}, prior_weight=1.0)
+    assert all(isinstance(param, nn.Parameter) for param in tuning.trained_parameters())
+
+
+def test_rates_of_rho_that_are_none_or_equal_train_the_same():
+    states = []
+    for rate in (None, 1e-2):
+        method = table_method("bbb", rho_lr=rate)  # adam at 1e-2
+        trainer(max_epochs=2).fit(method, table())
+        states.append(weights_of(method.net))
+    assert torch.equal(*states)
+    with pytest.raises(ValueError, match=r"^rho_lr=0: choose more than 0"):
+        table_method("bbb", rho_lr=0)
+
+
+def tuned_bayes(max_epochs: int, **changes: Any) -> Method:
+    method = table_method("bbb", prior_std=0.1, num_train=100, beta=10.0, **changes)
+    trainer(max_epochs=max_epochs).fit(method, table())
+    return method
+
+
+@pytest.mark.parametrize("init_rho", [-9.0, 0.0])
+def test_sigma_that_is_on_its_way_at_the_end_is_warned_of_with_a_remedy(init_rho, caplog):
+    with caplog.at_level("WARNING", logger="bqnn"):
+        tuned_bayes(3, init_rho=init_rho, rho_lr=1e-3)
+    (line,) = caplog.messages
+    assert "\n" not in line
+    assert f"still {'raise' if init_rho < 0 else 'lower'} it (prior_std is 0.1)" in line
+    assert "choose a larger rho_lr, or train longer" in line
+
+
+def test_sigma_that_has_converged_is_not_warned_of_and_does_not_depend_on_its_start(caplog):
+    sigmas = []
+    with caplog.at_level("WARNING", logger="bqnn"):
+        for init_rho in (-7.0, -1.0):
+            net = tuned_bayes(150, init_rho=init_rho, rho_lr=0.1).net
+            layers = [module for module in net.modules() if isinstance(module, GaussianWeight)]
+            sigmas.append(torch.cat([layer.sigma.detach().flatten() for layer in layers]))
+    assert caplog.messages == []
+    torch.testing.assert_close(*[sigma.median() for sigma in sigmas], rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_every_optimizer_trains_rho(optimizer):
+    tuned_bayes(1, optimizer={"name": optimizer, "lr": 1e-3})
+
+
 # ---- MC dropout
 
 
