@@ -28,7 +28,9 @@ GIVEN = {
     "method": ("net", "likelihood", "num_train", "seed", "make_net"),
     "net": ("input_shape", "heads"),
     "task": ("data_dir", "seed"),
-    "optimizer": ("params", "num_train", "num_burn_in_steps", "fused", "foreach", "capturable"),
+    "optimizer": (
+        *("params", "num_train", "num_burn_in_steps", "noise", "fused", "foreach", "capturable"),
+    ),
 }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bqnn.arguments import ArgumentError, prefixed, whole_number
 from bqnn.inference.likelihoods import Likelihood
 from bqnn.inference.predict import predictive_sets
+from bqnn.inference.predictions import Prediction
 from bqnn.layers.noise import reseed
 from bqnn.layers.safe_convolutions import guard_backward
 from bqnn.methods.epochs import is_last_epoch
@@ -135,6 +136,14 @@ class Method(pl.LightningModule):
             ValueError: The method cannot make that many different draws.
         """
         return self.available_samples if num_samples is None else num_samples
+
+    def diagnostics(self, validation: Prediction) -> dict[str, float]:
+        """Return metrics of the training itself, such as the convergence of a sampler.
+
+        Args:
+            validation: The predictions of all draws for the validation rows.
+        """
+        return {}
 
     def loss_terms(self, inputs: Tensor, targets: Tensor) -> Terms:
         """Return the loss of a training batch as `loss`, and its terms by name."""

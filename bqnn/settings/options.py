@@ -128,6 +128,10 @@ METHOD: Table = {
     "num_members": whole(1, 10_000),
     "burn_in": COUNT,
     "collect_every": EVERY,
+    "chain_epochs": maybe(EVERY),
+    "optimize_epochs": COUNT,
+    "cycle_epochs": maybe(EVERY),
+    "exploration": SHARE,
 }
 
 OPTIMIZER: Table = {
