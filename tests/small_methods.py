@@ -52,8 +52,8 @@ def mlp() -> nn.Module:
 
 
 def made(name: str, net: nn.Module, likelihood: Likelihood, **options: Any) -> Method:
-    """Create a method. The members of an ensemble are the network with other weights."""
-    if name == "ensemble":
+    """Create a method. Members of an ensemble, and chains, have the network with other weights."""
+    if name == "ensemble" or options.get("chain_epochs"):
         options["make_net"] = partial(with_other_weights, net)
     return METHODS[name](net, likelihood, **options)
 

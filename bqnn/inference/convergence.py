@@ -1,4 +1,4 @@
-"""Convergence of Markov chains: split R-hat and the effective sample size (Vehtari et al., 2021)."""
+"""Convergence of Markov chains, after Vehtari et al. (2021): R-hat and effective sample size."""
 
 import math
 
@@ -33,7 +33,9 @@ def split_rhat(draws: Tensor) -> float:
         True
     """
     halves = _halves(draws)
-    return max(_rhat(_normal_scores(x)) for x in (halves, (halves - halves.median()).abs()))
+    distances = (halves - halves.quantile(0.5)).abs()
+    found = [_rhat(_normal_scores(values)) for values in (halves, distances)]
+    return max((rhat for rhat in found if math.isfinite(rhat)), default=math.nan)
 
 
 def effective_sample_size(draws: Tensor) -> float:
@@ -60,9 +62,12 @@ def effective_sample_size(draws: Tensor) -> float:
     scores = _normal_scores(_halves(draws))
     num_chains, num_draws = scores.shape
     within, total = _variances(scores)
+    if total == 0:
+        return math.nan
     rho = 1 - (within - _autocovariance(scores).mean(0)) / total  # [N]
     rho[0] = 1
-    pairs = rho[: num_draws // 2 * 2].reshape(-1, 2).sum(1)
+    # The last lags, of few draws, are left out as in the R package `posterior` and in ArviZ.
+    pairs = rho[: 2 * max((num_draws - 3) // 2, 1)].reshape(-1, 2).sum(1)
     count = int((pairs > 0).cumprod(0).sum())
     tau = float(2 * pairs[:count].cummin(0).values.sum()) - 1
     if 2 * count < num_draws:
@@ -84,7 +89,7 @@ def _halves(draws: Tensor) -> Tensor:
 
 def _normal_scores(draws: Tensor) -> Tensor:
     """Replace each draw by the normal quantile of its rank; equal draws share their mean rank."""
-    values, place, counts = draws.unique(return_inverse=True, return_counts=True)
+    _, place, counts = draws.unique(return_inverse=True, return_counts=True)
     ranks = counts.cumsum(0) - (counts - 1) / 2
     return torch.special.ndtri((ranks[place].double() - 3 / 8) / (draws.numel() + 1 / 4))
 

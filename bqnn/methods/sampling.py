@@ -48,8 +48,9 @@ class SamplingPlan:
         real_number("exploration", self.exploration, reason, 0, 1, (1,))
         if self.chain_epochs is not None and self.burn_in + self.collect_every > self.chain_epochs:
             raise ArgumentError(
-                f"chain_epochs={self.chain_epochs}: a chain gives its first member after "
-                f"{self.burn_in + self.collect_every} epochs (burn_in + collect_every); choose more",
+                f"chain_epochs={self.chain_epochs}: the first member of a chain comes after "
+                f"{self.burn_in + self.collect_every} epochs (burn_in + collect_every); choose "
+                "more",
                 *("chain_epochs", "burn_in", "collect_every"),
             )
 

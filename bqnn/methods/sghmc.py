@@ -132,13 +132,15 @@ class SGHMCEnsemble(EnsembleMethod):
 
         Chains of which there are too few members are left out; without others, the result is empty.
         """
-        count = len(validation.samples)
-        epochs = self.plan.collected(self.current_epoch)[-count:]
-        if len(epochs) < count:  # the training did not collect these members
+        targets, count = validation.targets, len(validation.samples)
+        assert targets is not None
+        planned = self.plan.collected(self.trainer.max_epochs or 0)
+        epochs = [epoch for epoch in planned if epoch < self.current_epoch][-count:]
+        if len(epochs) < count:  # there is no member yet
             return {}
         chains: dict[int, list[Tensor]] = {}
         for epoch, sample in zip(epochs, validation.samples.flip(0), strict=True):
-            nll = self.likelihood.loss(sample.double(), validation.targets)
+            nll = self.likelihood.loss(sample.double(), targets)
             chains.setdefault(self.plan.chain(epoch), []).append(nll)
         long = [chain for chain in chains.values() if len(chain) >= FEWEST]
         if not long:
@@ -229,8 +231,8 @@ class SGHMCEnsemble(EnsembleMethod):
             )
         if self.make_net(0).state_dict().keys() != self.net.current.state_dict().keys():
             raise ArgumentError(
-                f"chain_epochs={self.plan.chain_epochs}: a network with fake quantization cannot be "
-                "restarted; train it in float, and quantize the result",
+                f"chain_epochs={self.plan.chain_epochs}: chains of a network with fake "
+                "quantization cannot start; train in float, and quantize the result",
                 "chain_epochs",
             )
 

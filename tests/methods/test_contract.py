@@ -31,6 +31,16 @@ class TestSGHMC(MethodContract):
     options = OPTIONS["sghmc"]
 
 
+class TestSGHMCWithChains(MethodContract):
+    method = partial(made, "sghmc")
+    options = OPTIONS["sghmc"] | {"chain_epochs": 1, "num_members": 4}
+
+
+class TestSGHMCWithCycles(MethodContract):
+    method = METHODS["sghmc"]
+    options = OPTIONS["sghmc"] | {"cycle_epochs": 2, "exploration": 0.4, "optimize_epochs": 1}
+
+
 class TestDeepEnsemble(MethodContract):
     method = partial(made, "ensemble")
     options = OPTIONS["ensemble"]
