@@ -64,7 +64,5 @@ def test_equal_draws_have_no_value_and_too_few_are_refused():
     assert math.isnan(split_rhat(torch.ones(2, 6)))
     assert math.isnan(effective_sample_size(torch.ones(2, 6)))
     for compute in (split_rhat, effective_sample_size):
-        with pytest.raises(
-            ValueError, match=r"^draws: they have the shape \(2, 3\); pass \[M, N\]"
-        ):
+        with pytest.raises(ValueError, match=r"^draws: they have the shape \(2, 3\); pass"):
             compute(torch.ones(2, 3))

@@ -530,16 +530,14 @@ def test_cycles_set_the_steps_and_the_noise_of_the_sampler():
 def test_chains_and_cycles_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match=r"^schedule=cosine: cycle_epochs sets the size"):
         table_method("sghmc", cycle_epochs=2, schedule="cosine")
-    method = METHODS["sghmc"](
-        *(mlp(), Regression(0.0, 1.0)),
-        **{"num_train": NUM_ROWS, "seed": 0, **OPTIONS["sghmc"], "chain_epochs": 2},
-    )
+    options = {"num_train": NUM_ROWS, "seed": 0, **OPTIONS["sghmc"], "chain_epochs": 2}
+    method = SGHMCEnsemble(mlp(), Regression(0.0, 1.0), **options)
     with pytest.raises(ValueError, match=r"^chain_epochs=2: each chain needs .* make_net"):
         trainer(max_epochs=4).fit(method, table())
-    method = table_method("sghmc", chain_epochs=2)
-    callback = QuantizationCallback(QuantSpec())
+    method = SGHMCEnsemble(mlp(), Regression(0.0, 1.0), **options, make_net=lambda _: mlp())
+    quantize = QuantizationCallback(QuantSpec())
     with pytest.raises(ValueError, match=r"^chain_epochs=2: .* train in float, and quantize"):
-        trainer(max_epochs=4, callbacks=[callback]).fit(method, table())
+        trainer(max_epochs=4, callbacks=[quantize]).fit(method, table())
 
 
 def test_diagnostics_are_those_of_the_validation_nll_of_the_members_by_chain():
