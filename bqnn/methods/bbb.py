@@ -60,7 +60,7 @@ class BayesByBackprop(Method):
         beta: float,
         warmup_epochs: int = 0,
         init_delta: float = 0.1,
-        rho_lr: float | None = 0.03,
+        rho_lr: float | None = None,
         keep: type[nn.Module] | Collection[type[nn.Module]] = (),
         **options: Any,
     ) -> None:

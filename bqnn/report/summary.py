@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 MAIN_KEYS = [f"test/{n}" for n in ("error", "nll", "ape", "mi", "ece", "rmse", "coverage95")]
+CONVERGENCE = ["val/rhat", "val/ess"]  # of the chains of sghmc
 BASELINE = "pointwise"
 PROCEDURES = {
     ("quantize", "ptq"): "PTQ",
