@@ -13,6 +13,7 @@ from bqnn.arguments import ArgumentError, prefixed, whole_number
 from bqnn.inference.calibration import Calibration
 from bqnn.inference.likelihoods import Likelihood
 from bqnn.inference.predict import predictive_sets
+from bqnn.inference.predictions import Prediction
 from bqnn.layers.noise import reseed
 from bqnn.layers.safe_convolutions import guard_backward
 from bqnn.methods.epochs import is_last_epoch
@@ -24,6 +25,7 @@ from bqnn.optim import make_optimizer
 from bqnn.seeds import Stream, stream_seed
 
 Batch = tuple[Tensor, Tensor]
+Parameters = list[nn.Parameter] | list[dict[str, Any]]  # groups as in torch.optim
 
 
 class Method(pl.LightningModule):
@@ -140,6 +142,14 @@ class Method(pl.LightningModule):
         """
         return self.available_samples if num_samples is None else num_samples
 
+    def diagnostics(self, validation: Prediction) -> dict[str, float]:
+        """Return metrics of the training itself, such as the convergence of a sampler.
+
+        Args:
+            validation: The predictions of all draws for the validation rows.
+        """
+        return {}
+
     def loss_terms(self, inputs: Tensor, targets: Tensor) -> Terms:
         """Return the loss of a training batch as `loss`, and its terms by name."""
         nll = self.likelihood.loss(self(inputs), targets)
@@ -204,8 +214,8 @@ class Method(pl.LightningModule):
         """Return the arguments of `make_optimizer`."""
         return self.optimizer
 
-    def trained_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the optimizer updates."""
+    def trained_parameters(self) -> Parameters:
+        """Return the parameters that the optimizer updates, or groups of them."""
         return [param for param in self.parameters() if param.requires_grad]
 
     def is_logged_epoch(self) -> bool:

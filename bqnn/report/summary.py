@@ -11,6 +11,7 @@ MAIN_KEYS = [
     f"test/{name}"
     for name in ("error", "nll", "nll_mixture", "ape", "mi", "ece", "rmse", "crps", "coverage95")
 ]
+CONVERGENCE = ["val/rhat", "val/ess"]  # of the chains of sghmc
 BASELINE = "pointwise"
 PROCEDURES = {
     ("quantize", "ptq"): "PTQ",

@@ -128,6 +128,7 @@ METHOD: Table = {
     "warmup_epochs": COUNT,
     "init_from": maybe(PATH),
     "init_delta": POSITIVE,
+    "rho_lr": maybe(POSITIVE),
     "rate": maybe(SHARE),
     "drop_before_output": flag(),
     "num_members": whole(1, 10_000),
@@ -137,6 +138,10 @@ METHOD: Table = {
     "swa_lr": POSITIVE,
     "scale": POSITIVE,
     "prior": either(POSITIVE, one_of("validation", "marginal_likelihood")),
+    "chain_epochs": maybe(EVERY),
+    "optimize_epochs": COUNT,
+    "cycle_epochs": maybe(EVERY),
+    "exploration": SHARE,
 }
 
 OPTIMIZER: Table = {

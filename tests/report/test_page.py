@@ -142,6 +142,20 @@ def test_failed_runs_alone_are_a_report(write_run: WriteRun, tmp_path: Path) -> 
     assert "FAILED" in (tmp_path / "out" / "index.html").read_text()
 
 
+def test_the_convergence_of_chains_has_a_table(write_run: WriteRun, tmp_path: Path) -> None:
+    for seed, rhat in enumerate((1.5, 1.7)):
+        metrics = {"test/nll": 0.1, "val/rhat": rhat, "val/ess": 8.0}
+        write_run(f"chains_{seed}", metrics, method="sghmc", seed=seed)
+    write_run("other", {"test/nll": 0.2, "val/nll": 0.3})
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) is None
+    text = (tmp_path / "out" / "report.md").read_text()
+    _, _, section = text.partition("Convergence of Markov chains")
+    table = section.partition("\n#")[0]
+    assert re.search(r"\| val/rhat \|.* 1\.6 \|", table)
+    assert re.search(r"\| val/ess \|.* 8 \|", table)
+    assert "val/nll" not in table
+
+
 PROBE = """
 <script>
   const table = [...document.querySelectorAll("table")].at(-1);
