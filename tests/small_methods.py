@@ -23,6 +23,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "schedule": "constant",
         "optimizer": {"name": "sghmc", "lr": 1e-3},
     },
+    "swag": {"swa_lr": 1e-2, "swa_start": 0.0, "optimizer": {"name": "sgd", "lr": 1e-2}},
+    "laplace": {"prior": "marginal_likelihood", "optimizer": ADAM},
 }
 
 

@@ -20,7 +20,9 @@ PAGES = (
     "export",
 )  # tests/test_own_pages.py runs the own_*.md
 SHORT = ["trainer.max_epochs=1", "logger=none", "plots=false", "method.num_samples=2"]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXAMPLES = [  # tests/test_web_service.py runs the service
+    path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "web_service"
+]
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

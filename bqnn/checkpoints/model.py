@@ -1,6 +1,7 @@
 """A trained model that predicts rows in the units of the data."""
 
 from pathlib import Path
+from typing import Self
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from bqnn.checkpoints.recipe import load as load_method
 from bqnn.checkpoints.rows import read_rows
 from bqnn.data.normalization import Normalization
 from bqnn.inference.answers import ClassificationAnswer, RegressionAnswer
-from bqnn.inference.predict import BATCH_SIZE, predictive_sets
+from bqnn.inference.predict import BATCH_SIZE, Bank, predictive_sets
 from bqnn.jobs.locate import CHECKPOINT
 from bqnn.methods import Method
 from bqnn.methods.base import channels_last
@@ -105,6 +106,7 @@ class Model:
 
     def __init__(self, method: Method) -> None:
         self.method = method
+        self._bank: Bank | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -115,6 +117,35 @@ class Model:
                 "with bqnn.checkpoints.recipe.build"
             )
         return self.method.recipe
+
+    def prepare(self, num_samples: int | None = None, *, seed: int | None = None) -> Self:
+        """Draw the weights now, and keep them for all calls of `predict`.
+
+        Answers stay bit-equal to those of a model that is not prepared. A call is faster, most of
+        all for few rows in int8, because the weights of a draw are packed once. Calls with more
+        draws or another seed make those draws that are not kept.
+
+        Args:
+            num_samples: The number of draws S; None for the method's own.
+            seed: The seed of the draws; None for that of the training.
+
+        Returns:
+            The model.
+
+        Raises:
+            TypeError: An argument has a wrong type.
+            ValueError: An argument is out of its range.
+        """
+        num_samples, seed = self._checked(num_samples, seed)
+        self._bank = Bank(self.method.net, num_samples, seed=seed)
+        return self
+
+    def _checked(self, num_samples: int | None, seed: int | None) -> tuple[int, int]:
+        if num_samples is not None:
+            num_samples = whole_number("num_samples", num_samples, "choose 1 or more", 1)
+        seed = self.method.seed if seed is None else seed
+        seed = whole_number("seed", seed, "choose 0 or more", 0, 2**63 - 1)
+        return self.method.check_samples(num_samples), seed
 
     def predict(
         self,
@@ -148,12 +179,8 @@ class Model:
             ValueError: The rows have a wrong shape or range or are not finite, or an argument is
                 out of its range, or the checkpoint has no normalization.
         """
-        if num_samples is not None:
-            num_samples = whole_number("num_samples", num_samples, "choose 1 or more", 1)
-        num_samples = self.method.check_samples(num_samples)
+        num_samples, seed = self._checked(num_samples, seed)
         batch_size = whole_number("batch_size", batch_size, "choose 1 row or more", 1)
-        seed = self.method.seed if seed is None else seed
-        seed = whole_number("seed", seed, "choose 0 or more", 0, 2**63 - 1)
         normalization = self._normalization()
 
         def prepare(batch: Tensor) -> Tensor:
@@ -172,6 +199,7 @@ class Model:
             prepare=prepare,
             seed=seed,
             batch_size=batch_size,
+            bank=self._bank,
         )
         if self.method.calibration is not None:
             draws = self.method.calibration(draws)

@@ -18,7 +18,7 @@ from bqnn.inference.calibration import calibration_from
 from bqnn.inference.likelihoods import Likelihood, likelihood_from
 from bqnn.jobs.typed import command_line
 from bqnn.layers.noise import reseed
-from bqnn.methods import METHODS, BayesByBackprop, Method
+from bqnn.methods import METHODS, Method, PointwiseStart
 from bqnn.methods.base import channels_last
 from bqnn.nets import NETS
 from bqnn.plugins import find_class, refuse_foreign
@@ -79,8 +79,8 @@ def start_keys(method: Callable[..., Any]) -> tuple[str, ...]:
 
     They are not arguments of the method's class, because a model that is loaded does not start.
     """
-    is_bayes = isinstance(method, type) and issubclass(method, BayesByBackprop)
-    return ("init_from",) if is_bayes else ()
+    can_start = isinstance(method, type) and issubclass(method, PointwiseStart)
+    return ("init_from",) if can_start else ()
 
 
 def build(recipe: Recipe) -> Method:

@@ -2,12 +2,12 @@
 
 from bqnn.arguments import ArgumentError, renamed
 from bqnn.checkpoints.file import read_checkpoint
-from bqnn.methods import BayesByBackprop
+from bqnn.methods import PointwiseStart
 from bqnn.text import printable
 
 
-def start_from(model: BayesByBackprop, path: str) -> None:
-    """Initialize Bayes-by-backprop from a pointwise run of the same network.
+def start_from(model: PointwiseStart, path: str) -> None:
+    """Initialize a method from a pointwise run of the same network.
 
     Args:
         model: The model. Call this before a Trainer gets it, because callbacks may change its

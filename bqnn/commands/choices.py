@@ -14,7 +14,7 @@ from bqnn.checkpoints.recipe import start_keys
 from bqnn.checkpoints.schema import check_recipe
 from bqnn.data import DATASETS, TensorData
 from bqnn.data.task import TRAINING_KEYS
-from bqnn.methods import METHODS, Method
+from bqnn.methods import METHODS, Method, PostHocGaussian
 from bqnn.nets import NETS
 from bqnn.optim import OPTIMIZERS
 from bqnn.plugins import find_class
@@ -51,12 +51,28 @@ def check_training(config: Mapping[str, Any]) -> None:
     _check_options("task", config["task"], data, TRAINING_KEYS)
     check_optimizer("method.optimizer", config["method"].get("optimizer", {}))
     quantization_callbacks(config["quant"])
+    if isinstance(method, type) and issubclass(method, PostHocGaussian):
+        _check_post_hoc(config)
     groups = {group: config[group] for group in ("seed", "method", "net", "task")}
     facts = {"likelihood": "regression", "input_shape": [1], "num_train": 1}
     try:
         check_recipe({"version": 1, "stage": "float", **groups, "facts": facts})
     except ValueError as error:
         raise ValueError(str(error).removeprefix("recipe.")) from None
+
+
+def _check_post_hoc(config: Mapping[str, Any]) -> None:
+    """Refuse what needs a posterior before the end of the training."""
+    late = f"method={config['method']['name']} sets its posterior after the last epoch"
+    if config["quant"]["name"] != "none":
+        raise ValueError(
+            f"quant={config['quant']['name']}: {late}, and ranges of a training without it are too "
+            "narrow; train with quant=none, then quantize the checkpoint with quantize.py"
+        )
+    if config["trainer"]["save_best"]:
+        raise ValueError(
+            f"trainer.save_best=true: {late}, so that the best epoch may have none; leave it out"
+        )
 
 
 def check_optimizer(key: str, options: Mapping[str, Any]) -> None:

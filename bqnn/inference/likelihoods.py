@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -63,6 +64,20 @@ class Likelihood(ABC):
         Args:
             output: One draw [B, num_outputs].
             targets: Targets [B].
+        """
+
+    @abstractmethod
+    def fisher_factors(self, output: Tensor) -> Tensor:
+        """Factorize the Fisher information of the outputs of one draw.
+
+        The Fisher information of a row is the sum over k of f_k f_k^T, where f_k is factor k. It is
+        the expected Hessian of the negative log-likelihood.
+
+        Args:
+            output: One draw [B, num_outputs].
+
+        Returns:
+            The factors [K, B, num_outputs].
         """
 
     @abstractmethod
@@ -153,6 +168,12 @@ class Classification(Likelihood):
         """Compute -log softmax(output)[target], averaged over the batch."""
         require_one_target_per_row(output, targets)
         return cross_entropy(output.float(), targets)
+
+    def fisher_factors(self, output: Tensor) -> Tensor:
+        """Compute sqrt(p_k) (e_k - p), whose outer products sum to diag(p) - p p^T."""
+        probabilities = output.softmax(-1)
+        directions = torch.eye(self.num_outputs).to(output)[:, None] - probabilities
+        return probabilities.t()[..., None].sqrt() * directions
 
     def mixture(self, draws: Tensor | Mixture, targets: Tensor | None = None) -> CategoricalMixture:
         if isinstance(draws, Tensor):
@@ -262,6 +283,12 @@ class Regression(Likelihood):
         require_one_target_per_row(output, targets)
         mean, log_variance = output.float().unbind(-1)
         return gaussian_nll(mean, log_variance, targets).mean()
+
+    def fisher_factors(self, output: Tensor) -> Tensor:
+        """Compute (1 / std, 0) and (0, sqrt(1/2)), the factors of diag(1 / variance, 1/2)."""
+        of_mean = torch.exp(-0.5 * output[:, 1])
+        of_log_variance = torch.full_like(of_mean, 0.5**0.5)
+        return torch.stack([of_mean, of_log_variance])[..., None] * torch.eye(2).to(output)[:, None]
 
     def mixture(self, draws: Tensor | Mixture, targets: Tensor | None = None) -> GaussianMixture:
         """Mix draws, in standardized units."""

@@ -1,7 +1,10 @@
 """Monte-Carlo prediction."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +13,7 @@ from bqnn.arguments import ArgumentTypeError, whole_number
 from bqnn.inference.precision import full_precision
 from bqnn.layers.bayes import JointPosterior
 from bqnn.layers.chain import is_chain
-from bqnn.layers.draws import Drawn, Stochastic, held_draw
+from bqnn.layers.draws import Drawn, Stochastic, held_draw, make_draw
 from bqnn.layers.finite import refuse_non_finite
 from bqnn.seeds import Stream, stream_seed
 from bqnn.text import short
@@ -76,6 +79,7 @@ def predictive_sets(
     prepare: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
     batch_size: int = BATCH_SIZE,
+    bank: Bank | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
     """Predict several sets of inputs, each bit-equal to `predictive`.
@@ -91,6 +95,7 @@ def predictive_sets(
             format; None for the identity.
         seed: The seed of the run.
         batch_size: The number of rows in a forward pass.
+        bank: Draws of the weights of this network that were made before; None to make them.
         progress: Called with the index of a set and of a draw, after each draw of a set.
 
     Returns:
@@ -114,14 +119,15 @@ def predictive_sets(
         refuse_non_finite(x, f"inputs of set {index}" if len(sets) > 1 else "inputs")
     # Without random weights, sets are processed one by one, and each can use all the memory.
     is_drawn = any(isinstance(module, Drawn) for module in net.modules())
-    posterior = JointPosterior(net)  # all draws share it
+    are_made = bank is not None and bank.covers(num_samples, seed)
+    posterior = nullcontext() if are_made else JointPosterior(net)  # all draws share it
     samples: list[Tensor] = []
     for group in [list(sets)] if is_drawn else [[x] for x in sets]:
         room = MAX_KEPT_BYTES // len(group) if num_samples > 1 else 0
         passes = [_one_pass(net, x.split(batch_size), prepare, room) for x in group]
         draws: list[list[Tensor]] = [[] for _ in group]
         for index in range(num_samples):
-            with posterior, evaluation_draw(net, index, seed) as restart_masks:
+            with posterior, evaluation_draw(net, index, seed, bank) as restart_masks:
                 for place, (one_pass, outputs) in enumerate(zip(passes, draws, strict=True)):
                     restart_masks()  # masks do not depend on the other sets
                     outputs.append(one_pass())
@@ -131,26 +137,74 @@ def predictive_sets(
     return samples
 
 
+class Bank:
+    """Draws of the weights of a network, kept for many predictions.
+
+    Predictions with a bank are bit-equal to those without. An int8 network packs each draw once.
+    The network must not change as long as the bank is used.
+
+    Args:
+        net: The network, in evaluation mode.
+        num_samples: The number of draws to make.
+        seed: The seed of the run.
+
+    Examples:
+        >>> from bqnn.layers.bayes import to_bayes
+        >>> net = to_bayes(nn.Sequential(nn.Linear(3, 2)), prior_std=1.0, init_rho=-5.0).eval()
+        >>> bank, x = Bank(net, num_samples=3), torch.ones(4, 3)
+        >>> (draws,) = predictive_sets(net, [x], num_samples=3, bank=bank)
+        >>> torch.equal(draws, predictive(net, x, num_samples=3))
+        True
+    """
+
+    @torch.no_grad()
+    def __init__(self, net: nn.Module, num_samples: int, *, seed: int = 0) -> None:
+        if net.training:
+            raise ValueError("Bank: the network is in training mode; call eval() on it first")
+        self.seed = seed
+        with full_precision(), JointPosterior(net):
+            self.draws = [
+                make_draw(net, index, _weights_generator(seed, index))
+                for index in range(num_samples)
+            ]
+
+    def covers(self, num_samples: int, seed: int) -> bool:
+        """Return whether the bank has the first `num_samples` draws of a seed."""
+        return seed == self.seed and num_samples <= len(self.draws)
+
+    def get(self, index: int, seed: int) -> dict[nn.Module, Any] | None:
+        """Return a draw, or None if the bank does not have it."""
+        return self.draws[index] if self.covers(index + 1, seed) else None
+
+
+def _weights_generator(seed: int, index: int) -> torch.Generator:
+    generator = torch.Generator("cpu")
+    return generator.manual_seed(stream_seed(seed, Stream.EVALUATION_WEIGHTS, index))
+
+
 @contextmanager
-def evaluation_draw(net: nn.Module, index: int, seed: int) -> Iterator[Callable[[], None]]:
+def evaluation_draw(
+    net: nn.Module, index: int, seed: int, bank: Bank | None = None
+) -> Iterator[Callable[[], None]]:
     """Hold the draw of a network with which predictions begin that have this seed.
 
     Args:
         net: The network, in evaluation mode.
         index: The number of the draw.
         seed: The seed of the run.
+        bank: Draws that were made before.
 
     Yields:
         A function to call before each set of rows, which then gets the same masks of MC dropout.
     """
-    generator = torch.Generator("cpu")
-    generator.manual_seed(stream_seed(seed, Stream.EVALUATION_WEIGHTS, index))
+    generator = _weights_generator(seed, index)
+    made = None if bank is None else bank.get(index, seed)
     mask_seed = stream_seed(seed, Stream.EVALUATION_MASKS, index)
 
     def restart_masks() -> None:
         generator.manual_seed(mask_seed)
 
-    with held_draw(net, index, generator):
+    with held_draw(net, index, generator, made):
         yield restart_masks
 
 

@@ -2,7 +2,8 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal, Self
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bqnn.arguments import ArgumentTypeError, real_number
-from bqnn.layers.draws import DrawnWeights, evaluation_noise
+from bqnn.layers.draws import DrawnWeights, evaluation_noise, held_draw
 from bqnn.layers.linear_map import Geometry, linear_map, linear_map_gradients
 from bqnn.layers.noise import in_memory_order, noise_like
 from bqnn.layers.swap import check_float, swap
@@ -32,8 +33,8 @@ class GaussianWeight(DrawnWeights):
 
         f(x; mean) + sqrt(f(x^2; sigma^2)) * eps,    eps ~ N(0, 1) for every output.
 
-    Evaluation mode samples the weights (Blundell et al. 2015): one draw per call, or the held draw
-    (see `bqnn.layers.draws.held_draw`).
+    Evaluation mode samples the weights (Blundell et al. 2015), with one draw per call. In both
+    modes, a held draw is used instead (see `bqnn.layers.draws.held_draw` and `held_means`).
 
     Args:
         weight: Initial means.
@@ -105,9 +106,10 @@ class GaussianWeight(DrawnWeights):
         return torch.addcmul(self.mean, self.sigma, evaluation_noise(self.mean))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return linear_map(x, self.weights(), self.bias, self.geometry)
-        return local_reparametrization(x, self.mean, self.variance, self.bias, self.geometry)
+        weights = self.held_weights() if self.training else self.weights()
+        if weights is None:
+            return local_reparametrization(x, self.mean, self.variance, self.bias, self.geometry)
+        return linear_map(x, weights, self.bias, self.geometry)
 
 
 class BayesLinear(GaussianWeight):
@@ -364,6 +366,27 @@ def to_bayes(
     if count == 0:
         raise ValueError("to_bayes: the network has no Linear or Conv2d to convert")
     return net
+
+
+@contextmanager
+def held_means(net: nn.Module) -> Iterator[None]:
+    """Hold the means of all Gaussian weights of a network as its draw, in this thread.
+
+    The network then computes without noise, also in training mode, and gradients reach the means.
+
+    Args:
+        net: The network, before it is quantized.
+
+    Examples:
+        >>> net = to_bayes(nn.Sequential(nn.Linear(3, 2)), prior_std=1.0, init_rho=0.0)
+        >>> with held_means(net):
+        ...     output = net(torch.ones(1, 3))
+        >>> torch.allclose(output, net[0].mean.sum(1) + net[0].bias)
+        True
+    """
+    layers = [module for module in net.modules() if isinstance(module, GaussianWeight)]
+    with held_draw(net, 0, made={layer: layer.mean for layer in layers}):
+        yield
 
 
 def _checked(prior_std: float, init_rho: float) -> tuple[float, float]:

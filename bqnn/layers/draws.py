@@ -1,6 +1,6 @@
 """Draws of random modules. A draw belongs to a call, not to the modules."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -16,11 +16,12 @@ class Draw:
 
     Args:
         generator: CPU generator of the random numbers.
+        values: The results of `Drawn.make_draw` by module.
     """
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, generator: torch.Generator, values: Mapping[nn.Module, Any]) -> None:
         self.generator = generator
-        self.values: dict[nn.Module, Any] = {}  # the results of `Drawn.make_draw`
+        self.values = dict(values)
 
 
 # One value per thread (and asyncio task), so that threads can share a network.
@@ -59,10 +60,14 @@ class DrawnWeights(Drawn):
         """Draw the weights, in the form that `forward` needs."""
         raise NotImplementedError
 
+    def held_weights(self) -> Any:
+        """Return the weights that the thread holds, or None."""
+        # torch.export would turn a held draw into a constant.
+        return None if torch.compiler.is_exporting() else self.held()
+
     def weights(self) -> Any:
         """Return the held draw of the weights, or a new draw."""
-        # torch.export would turn a held draw into a constant.
-        held = None if torch.compiler.is_exporting() else self.held()
+        held = self.held_weights()
         return self.draw() if held is None else held
 
     def make_draw(self, index: int) -> Any:
@@ -71,7 +76,10 @@ class DrawnWeights(Drawn):
 
 @contextmanager
 def held_draw(
-    net: nn.Module, index: int, generator: torch.Generator | None = None
+    net: nn.Module,
+    index: int,
+    generator: torch.Generator | None = None,
+    made: Mapping[nn.Module, Any] | None = None,
 ) -> Iterator[None]:
     """Hold one draw of every random module of a network, in this thread.
 
@@ -80,6 +88,8 @@ def held_draw(
         index: The number of the draw. It selects the member of an ensemble.
         generator: CPU generator for all random numbers of the draw. The default is torch's global
             generator.
+        made: The result of `make_draw` for the network, which is then not made again. Random
+            numbers of calls, such as dropout masks, still come from the generator.
 
     Examples:
         >>> from bqnn.layers.bayes import to_bayes
@@ -91,18 +101,46 @@ def held_draw(
         >>> torch.equal(net(x), net(x))
         False
     """
-    draw = Draw(torch.default_generator if generator is None else generator)
     outer = _held.get()
-    if outer is not None:
-        draw.values.update(outer.values)
+    draw = Draw(
+        torch.default_generator if generator is None else generator,
+        {} if outer is None else outer.values,
+    )
     token = _held.set(draw)
     try:
-        for module in net.modules():
-            if isinstance(module, Drawn):
-                draw.values[module] = module.make_draw(index)
+        if made is None:
+            for module in net.modules():
+                if isinstance(module, Drawn):
+                    draw.values[module] = module.make_draw(index)
+        else:
+            draw.values.update(made)
         yield
     finally:
         _held.reset(token)
+
+
+def make_draw(net: nn.Module, index: int, generator: torch.Generator) -> dict[nn.Module, Any]:
+    """Make one draw of every random module of a network, to hold it several times.
+
+    Args:
+        net: The network.
+        index: The number of the draw.
+        generator: CPU generator for its random numbers.
+
+    Examples:
+        >>> from bqnn.layers.bayes import to_bayes
+        >>> net = to_bayes(nn.Sequential(nn.Linear(3, 2)), prior_std=1.0, init_rho=0.0).eval()
+        >>> made = make_draw(net, 0, torch.Generator().manual_seed(0))
+        >>> with held_draw(net, 0, made=made):
+        ...     first = net(torch.ones(1, 3))
+        >>> with held_draw(net, 0, made=made):
+        ...     torch.equal(net(torch.ones(1, 3)), first)
+        True
+    """
+    with held_draw(net, index, generator):
+        draw = _held.get()
+        assert draw is not None
+        return {module: draw.values[module] for module in net.modules() if module in draw.values}
 
 
 def evaluation_noise(like: Tensor) -> Tensor:

@@ -2,18 +2,26 @@
 
 from bqnn.methods.base import Method
 from bqnn.methods.bbb import BayesByBackprop
+from bqnn.methods.laplace import Laplace
 from bqnn.methods.mcdropout import MCDropoutMethod
 from bqnn.methods.members import MemberTuning
 from bqnn.methods.pointwise import Pointwise
+from bqnn.methods.posthoc import PostHocGaussian
 from bqnn.methods.sghmc import SGHMCEnsemble
+from bqnn.methods.start import PointwiseStart
+from bqnn.methods.swag import SWAG
 
 __all__ = [
     "METHODS",
+    "SWAG",
     "BayesByBackprop",
+    "Laplace",
     "MCDropoutMethod",
     "MemberTuning",
     "Method",
     "Pointwise",
+    "PointwiseStart",
+    "PostHocGaussian",
     "SGHMCEnsemble",
 ]
 
@@ -22,4 +30,6 @@ METHODS: dict[str, type[Method]] = {
     "bbb": BayesByBackprop,
     "mcdropout": MCDropoutMethod,
     "sghmc": SGHMCEnsemble,
+    "swag": SWAG,
+    "laplace": Laplace,
 }

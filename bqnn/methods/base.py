@@ -7,6 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from bqnn.arguments import ArgumentError, prefixed, whole_number
 from bqnn.inference.calibration import Calibration
@@ -181,6 +182,10 @@ class Method(pl.LightningModule):
         with prefixed("optimizer"):
             optimizer = make_optimizer(self.trained_parameters(), **options)
         epochs = min(epochs, math.ceil(steps / self.steps_per_epoch))  # max_steps may end it first
+        return self.scheduled(optimizer, epochs, steps)
+
+    def scheduled(self, optimizer: Optimizer, epochs: int, steps: int) -> Any:
+        """Combine the optimizer with the schedule, see `with_schedule`."""
         return with_schedule(optimizer, self.schedule, epochs=epochs, steps=steps)
 
     @property

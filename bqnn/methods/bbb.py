@@ -6,14 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bqnn.arguments import ArgumentError, real_number, whole_number
+from bqnn.arguments import real_number, whole_number
 from bqnn.inference.likelihoods import Likelihood
 from bqnn.layers.bayes import GaussianWeight, JointPosterior, to_bayes
 from bqnn.methods.base import Method
+from bqnn.methods.start import PointwiseStart
 from bqnn.methods.terms import Terms
 
 
-class BayesByBackprop(Method):
+class BayesByBackprop(PointwiseStart):
     """Bayes by Backprop (Blundell et al., 2015).
 
     The loss is mean NLL + beta * KL / num_train, with the KL in closed form.
@@ -94,26 +95,7 @@ class BayesByBackprop(Method):
         Raises:
             ValueError: The state does not fit this network.
         """
-        given: dict[str, Tensor | None] = dict(state)
-        layers = {n: m for n, m in self.named_modules() if isinstance(m, GaussianWeight)}
-        for name, layer in layers.items():
-            given[f"{name}.mean"] = given.pop(f"{name}.weight", None)
-            given[f"{name}.rho"] = layer.rho
-        own = self.state_dict()
-        differing = [
-            name for name in own.keys() | given.keys() if _shape(given, name) != _shape(own, name)
-        ]
-        if differing:
-            raise ArgumentError(
-                "state: its network is not this one, they differ in "
-                f"{', '.join(sorted(differing)[:3])}; train with the same net and task",
-                "state",
-            )
-        self.load_state_dict(given)
-        for layer in layers.values():
-            layer.set_sigma((self.init_delta * layer.mean.abs()).clamp_min(1e-4))
-
-
-def _shape(state: Mapping[str, Tensor | None], name: str) -> torch.Size | None:
-    value = state.get(name)
-    return None if value is None else value.shape
+        super().initialize_from(state)
+        for layer in self.modules():
+            if isinstance(layer, GaussianWeight):
+                layer.set_sigma((self.init_delta * layer.mean.abs()).clamp_min(1e-4))

@@ -133,6 +133,10 @@ METHOD: Table = {
     "num_members": whole(1, 10_000),
     "burn_in": COUNT,
     "collect_every": EVERY,
+    "swa_start": SHARE,
+    "swa_lr": POSITIVE,
+    "scale": POSITIVE,
+    "prior": either(POSITIVE, one_of("validation", "marginal_likelihood")),
 }
 
 OPTIMIZER: Table = {

@@ -25,7 +25,7 @@ from bqnn.checkpoints.file import trained_epochs
 from bqnn.checkpoints.start import start_from
 from bqnn.data import TensorData
 from bqnn.jobs.job import Job
-from bqnn.methods import BayesByBackprop, Method
+from bqnn.methods import Method, PointwiseStart
 from bqnn.quant.spec import QuantSpec
 from bqnn.text import one_line, short
 from bqnn.training.batch_norm import refuse_single_values
@@ -199,9 +199,12 @@ def fit(job: Job, trainer: pl.Trainer, model: Method, data: TensorData) -> None:
     refuse_single_values(trainer, model, data)
     with renamed(partial(_key, job.verb)):
         start = job.config["method"].get("init_from")
-        if start is not None and job.verb == "train" and not resumes:
-            assert isinstance(model, BayesByBackprop)
-            start_from(model, start)
+        if start is not None and job.verb == "train":
+            assert isinstance(model, PointwiseStart)
+            if not resumes:
+                start_from(model, start)
+            if not model.trains_after_start:  # it needs one pass over the rows
+                trainer.fit_loop.max_epochs = 1
         trainer.fit(model, datamodule=data, ckpt_path=path if resumes else None, weights_only=True)
     if trainer.global_step == 0:
         limits = ("limit_train_batches", "max_steps", "max_time")

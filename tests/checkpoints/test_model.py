@@ -210,6 +210,26 @@ def test_equal_calls_give_equal_answers_and_seeds_other_draws() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("method", ["pointwise", "bbb", "mcdropout"])
+def test_a_prepared_model_gives_the_same_answers(method: str) -> None:
+    model, prepared = (model_of(TABLE, method) for _ in range(2))
+    prepared.method.load_state_dict(model.method.state_dict())
+    assert prepared.prepare(4, seed=9) is prepared
+    for options in ({"num_samples": 4, "seed": 9}, {"num_samples": 6, "seed": 9}, {"seed": 2}):
+        expected, got = (each.predict(flats(), **options) for each in (model, prepared))
+        assert np.array_equal(got.samples, expected.samples)
+
+
+def test_a_model_is_prepared_for_its_own_draws_by_default() -> None:
+    model = model_of(TABLE).prepare()
+    assert model._bank is not None
+    assert model._bank.covers(model.method.num_samples, model.method.seed)
+    bads: tuple[Any, ...] = (0, 1.5, "many")
+    for bad in bads:
+        with pytest.raises((TypeError, ValueError), match="num_samples"):
+            model.prepare(bad)
+
+
 def test_a_row_has_the_same_answer_alone_and_in_batches() -> None:
     model, rows = model_of(TABLE), flats()
     whole, batches = regress(model, rows), regress(model, rows, batch_size=7)

@@ -72,8 +72,8 @@ def test_building_and_loading_a_model_ignore_the_start_of_training(tmp_path: Pat
         assert torch.equal(value, model.state_dict()[name])
 
 
-def test_bbb_alone_has_a_start() -> None:
+def test_methods_with_gaussian_weights_have_a_start() -> None:
     has_start = {name: start_keys(method) for name, method in METHODS.items() if start_keys(method)}
-    assert has_start == {"bbb": ("init_from",)}
+    assert has_start == dict.fromkeys(("bbb", "swag", "laplace"), ("init_from",))
     with pytest.raises(ValueError, match=r"method=pointwise cannot be built .*init_from"):
         build(recipe_of("pointwise", init_from="a.ckpt"))

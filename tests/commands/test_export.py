@@ -72,6 +72,22 @@ def test_every_method_is_exported_verified_and_described(
     assert call_without_bqnn(out)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_no_integer_differs_at_any_bits(
+    method: str, trained: Path, script_here: ScriptHere, export: Export, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    quick = ["quant.mode=ptq", "quant.activation_bits=7", "logger=none", "plots=false"]
+    for bits in (8, 4, 2):
+        arguments = [f"checkpoint={trained}/{method}_0", f"quant.weight_bits={bits}", *quick]
+        assert script_here("quantize", *arguments, f"hydra.run.dir=int8/{bits}")[0] == 0
+    code, errors = export("checkpoint=int8/*/checkpoint.ckpt", "hydra.run.dir=out")
+    assert code == 0, errors
+    records = [read(path) for path in (tmp_path / "out").glob("*/verification.json")]
+    assert [(r["rows"], r["differing"]) for r in records] == [(364, 0)] * 3
+
+
 def test_a_table_is_read_in_its_units(
     script_here: ScriptHere, export: Export, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ import torch
 from bqnn.data import SyntheticData
 from bqnn.inference.likelihoods import Regression
 from bqnn.layers.markers import Enter
-from bqnn.methods import METHODS, Method
+from bqnn.methods import METHODS, Method, PostHocGaussian
 from bqnn.nets import MLP, ResNet
 from bqnn.quant.callback import QuantizationCallback
 from bqnn.quant.spec import QuantSpec
@@ -34,6 +34,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "schedule": "constant",
         "optimizer": {"name": "sghmc", "lr": 1e-3},
     },
+    "swag": {"swa_lr": 1e-2, "swa_start": 0.0, "optimizer": SGD},
+    "laplace": {"optimizer": SGD},
 }
 GLOBAL_BATCH = 20
 
@@ -92,7 +94,11 @@ def main(rank: str, port: str, folder: str) -> None:
         data = rows(GLOBAL_BATCH // 2)
         seen[name] = fit(make(name, data), data, [], **two)
         quantize = QuantizationCallback(QuantSpec(), freeze_epochs=1)
-        seen[f"{name} quantized"] = fit(make(name, data), data, [quantize], **two)
+        method = make(name, data)
+        if isinstance(method, PostHocGaussian):  # it is quantized after the training
+            fit(method, data, [], **two)
+            method = method.fine_tuning(SGD, prior_weight=1.0)
+        seen[f"{name} quantized"] = fit(method, data, [quantize], **two)
     seen["batch norm"] = fit(with_batch_norm(data), data, [], **two)
     torch.save(seen, Path(folder) / f"{rank}.pt")
 

@@ -68,8 +68,17 @@ def test_ranks_end_bit_equal(name: str, both: tuple[dict, dict]) -> None:
     assert both[0][name]["metrics"] == pytest.approx(both[1][name]["metrics"], nan_ok=False, abs=0)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("name", ["pointwise", "bbb", "sghmc"])
+@pytest.mark.parametrize(
+    ("name", "quantized"),
+    [
+        *(
+            (name, quantized)
+            for name in ("pointwise", "bbb", "sghmc")
+            for quantized in (False, True)
+        ),
+        *(("swag", False), ("laplace", False)),
+    ],
+)
 def test_two_ranks_train_what_one_process_would(
     name: str, quantized: bool, both: tuple[dict, dict]
 ) -> None:

@@ -16,6 +16,7 @@ from bqnn.layers.bayes import (
     BayesLinear,
     GaussianWeight,
     JointPosterior,
+    held_means,
     kl_divergence,
     to_bayes,
 )
@@ -458,3 +459,17 @@ def test_a_bayesian_network_is_not_converted_again():
     net = to_bayes(nn.Sequential(nn.Linear(3, 2)))
     with pytest.raises(TypeError, match="0 is a BayesLinear already; convert a network once"):
         to_bayes(net)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("make", [bayes_linear, bayes_conv])
+def test_held_means_are_the_weights_in_both_modes(make, training):
+    layer = make().train(training)
+    x = torch.randn(2, 5) if layer.geometry is None else torch.randn(2, 4, 6, 6)
+    with held_means(nn.Sequential(layer)):
+        out = layer(x)
+    torch.testing.assert_close(out, linear_map(x, layer.mean, layer.bias, layer.geometry))
+    out.sum().backward()
+    assert layer.mean.grad is not None
+    assert layer.rho.grad is None
+    assert not torch.equal(layer(x), layer(x))

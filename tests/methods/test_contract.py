@@ -1,4 +1,4 @@
-"""The four methods pass the contract of methods."""
+"""The methods pass the contract of methods."""
 
 from typing import Any
 
@@ -30,12 +30,24 @@ class TestSGHMC(MethodContract):
     options = OPTIONS["sghmc"]
 
 
+class TestSWAG(MethodContract):
+    method = METHODS["swag"]
+    options = OPTIONS["swag"]
+    trains_at_random = False
+
+
+class TestLaplace(MethodContract):
+    method = METHODS["laplace"]
+    options = OPTIONS["laplace"]
+    trains_at_random = False
+
+
 def test_methods_make_as_many_draws_as_they_say() -> None:
     contracts: list[type[MethodContract]] = [
-        *(TestPointwise, TestBayesByBackprop, TestMCDropout, TestSGHMC),
+        *(TestPointwise, TestBayesByBackprop, TestMCDropout, TestSGHMC, TestSWAG, TestLaplace),
     ]
     counts = [len(_draws(contract())) for contract in contracts]
-    assert counts == [1, 20, 20, 2]
+    assert counts == [1, 20, 20, 2, 20, 20]
 
 
 def _draws(contract: Any) -> torch.Tensor:

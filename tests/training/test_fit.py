@@ -39,9 +39,41 @@ def test_a_run_to_start_from_is_needed_only_once(script_here: ScriptHere, tmp_pa
     assert code == 0, errors
 
 
+def test_a_given_network_gets_its_curvature_in_one_epoch(
+    script_here: ScriptHere, tmp_path: Path
+) -> None:
+    pointwise = ["method=pointwise", "trainer.max_epochs=3", "hydra.run.dir=p"]
+    assert script_here("train", *QUICK, *pointwise)[0] == 0
+    laplace = [*QUICK, "method=laplace", "method.init_from=p/checkpoint.ckpt", "hydra.run.dir=l"]
+    assert script_here("train", *laplace)[0] == 0
+    found = read_checkpoint(tmp_path / "l" / "checkpoint.ckpt")
+    state, given = found["state_dict"], read_checkpoint(tmp_path / "p" / "checkpoint.ckpt")
+    for name, value in given["state_dict"].items():
+        mean = name.replace(".weight", ".mean")
+        assert torch.equal(state[mean if mean in state else name], value)
+    assert found["epoch"] == 0
+    # A resumed job has nothing left to train, even if it was stopped before it was DONE.
+    status = tmp_path / "l" / "status.json"
+    status.write_text(status.read_text().replace("DONE", "INTERRUPTED"))
+    code, errors = script_here("train", *laplace, "resume=true")
+    assert code == 0, errors
+    again = read_checkpoint(tmp_path / "l" / "checkpoint.ckpt")["state_dict"]
+    assert all(torch.equal(again[name], value) for name, value in state.items())
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["method=swag", "quant=default"], "quant=default: method=swag sets its posterior after"),
+        (
+            ["method=laplace", "trainer.save_best=true", "trainer.check_val_every_n_epoch=1"],
+            "trainer.save_best=true: method=laplace sets its posterior after the last epoch",
+        ),
+        (
+            ["method=laplace", "task.validation_share=0"],
+            "method.prior=validation: there are no validation rows; provide some, or choose "
+            "method.prior=marginal_likelihood",
+        ),
         (
             ["method=pointwise", "method.optimizer.lr=1e30"],
             "likely causes: method.optimizer.lr is too high",

@@ -29,14 +29,17 @@ FORKS.set_forkserver_preload(
 )
 
 # Ensemble members, a schedule, a growing beta, a best epoch, and validations between epochs.
+BEST = "trainer.save_best=true"
 TRAINING = {
-    "pointwise": ["method=pointwise"],
-    "bbb": ["method=bbb", "method.warmup_epochs=12"],
-    "mcdropout": ["method=mcdropout"],
-    "sghmc": ["method=sghmc", "method.burn_in=8", "method.num_members=3"],
+    "pointwise": ["method=pointwise", BEST],
+    "bbb": ["method=bbb", "method.warmup_epochs=12", BEST],
+    "mcdropout": ["method=mcdropout", BEST],
+    "sghmc": ["method=sghmc", "method.burn_in=8", "method.num_members=3", BEST],
+    "swag": ["method=swag", "method.swa_start=0.3", "method.collect_every=2"],
+    "laplace": ["method=laplace"],
 }
 COMMON = ["logger=none", "plots=false", "trainer.save_every=0"]
-SHORT = ["task=synthetic", "task.num_train=200", "trainer.max_epochs=24", "trainer.save_best=true"]
+SHORT = ["task=synthetic", "task.num_train=200", "trainer.max_epochs=24"]
 SHORT += ["trainer.check_val_every_n_epoch=3", *COMMON]
 QAT = ["quant.fine_tuning.max_epochs=12", "quant.freeze_epochs=4", *COMMON]
 
