@@ -68,6 +68,7 @@ class SGHMC(Optimizer):
         resample_prior: The number of steps between draws of the precision; 0 turns them off.
         prior_shape: The shape of the Gamma prior.
         prior_rate: The rate of the Gamma prior.
+        noise: Whether steps and momenta are random. Without noise, the sampler is an optimizer.
 
     Raises:
         ValueError: A number is out of range.
@@ -95,6 +96,7 @@ class SGHMC(Optimizer):
         resample_prior: int = 5,
         prior_shape: float = 10.0,
         prior_rate: float = 10.0,
+        noise: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -106,6 +108,7 @@ class SGHMC(Optimizer):
             "resample_prior": resample_prior,
             "prior_shape": prior_shape,
             "prior_rate": prior_rate,
+            "noise": noise,
             "step": 0,
         }
         super().__init__(params, defaults)
@@ -146,8 +149,9 @@ class SGHMC(Optimizer):
             _warn_of_large_noise(inverse_mass, lr, group["friction"])
         torch._foreach_reciprocal_(inverse_mass)
 
+        has_noise = group.get("noise", True)  # older states have no such key
         every = group["resample_momentum"]
-        if every and step % every == 0:
+        if has_noise and every and step % every == 0:
             _draw_momentum(velocity, inverse_mass, force, lr, group["friction"])
         every = group["resample_prior"]
         if every and step % every == 0:
@@ -163,9 +167,10 @@ class SGHMC(Optimizer):
 
         torch._foreach_mul_(velocity, 1 - group["friction"])
         torch._foreach_addcmul_(velocity, inverse_mass, force, value=-(lr**2))
-        torch._foreach_mul_(inverse_mass, 2 * group["friction"] * lr**2)
-        torch._foreach_sqrt_(inverse_mass)  # the buffer now holds the noise's standard deviation
-        torch._foreach_addcmul_(velocity, inverse_mass, _noise(params))
+        if has_noise:
+            torch._foreach_mul_(inverse_mass, 2 * group["friction"] * lr**2)
+            torch._foreach_sqrt_(inverse_mass)  # now the standard deviation of the noise
+            torch._foreach_addcmul_(velocity, inverse_mass, _noise(params))
         torch._foreach_add_(params, velocity)
         group["step"] = step + 1
 
@@ -207,11 +212,13 @@ _CHECKS: dict[str, Callable[[str, object], float]] = {
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD, "sghmc": SGHMC}
 
 
-def make_optimizer(params: Iterable[Tensor], name: str, **options: Any) -> Optimizer:
+def make_optimizer(
+    params: Iterable[Tensor] | Iterable[dict[str, Any]], name: str, **options: Any
+) -> Optimizer:
     """Create an optimizer by name. torch's optimizers use fused kernels.
 
     Args:
-        params: The parameters.
+        params: The parameters, or groups of them.
         name: A key of `OPTIMIZERS`.
         options: Arguments of the optimizer.
 

@@ -20,6 +20,7 @@ class Stream(IntEnum):
     FINE_TUNING_ORDER = 8  # like ORDER
     COMPARISON = 9  # comparison of an int8 network with its simulation
     TEST_SPLIT = 10
+    CONFORMAL = 11  # number: 0 for the rows of a threshold, 1 for others
 
 
 def stream_seed(seed: int, stream: Stream, number: int = 0, rank: int = 0) -> int:

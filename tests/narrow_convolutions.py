@@ -17,6 +17,7 @@ from bqnn.layers.markers import DropoutSite
 from bqnn.layers.noise import reseed
 from bqnn.methods import METHODS, Method
 from bqnn.nets import ResNet
+from tests.small_methods import made
 
 SIZE = 32
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -24,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bbb": {"prior_std": 1.0, "init_rho": -80.0, "beta": 0.5},  # without noise
     "mcdropout": {"rate": 0.2, "drop_before_output": True},
     "sghmc": {"burn_in": 0, "collect_every": 1, "num_members": 2, "schedule": "constant"},
+    "ensemble": {"num_members": 2},
 }
 
 
@@ -175,7 +177,7 @@ def method(name: str, net: Callable[[], nn.Module]) -> Method:
     torch.manual_seed(0)
     optimizer = {"name": "sghmc" if name == "sghmc" else "adam", "lr": 1e-3}
     options = {"num_train": 8, "seed": 0, "optimizer": optimizer, **OPTIONS[name]}
-    return METHODS[name](net(), Classification(["a", "b", "c", "d"]), **options)
+    return made(name, net(), Classification(["a", "b", "c", "d"]), **options)
 
 
 def batch() -> tuple[Tensor, Tensor]:

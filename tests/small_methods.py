@@ -1,12 +1,14 @@
 """Each method on a small network, and its training rows."""
 
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from bqnn.data.loader import TensorLoader
-from bqnn.inference.likelihoods import Classification, Regression
+from bqnn.inference.likelihoods import Classification, Likelihood, Regression
 from bqnn.methods import METHODS, Method
 from bqnn.nets import MLP, LeNet
 
@@ -25,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "swag": {"swa_lr": 1e-2, "swa_start": 0.0, "optimizer": {"name": "sgd", "lr": 1e-2}},
     "laplace": {"prior": "marginal_likelihood", "optimizer": ADAM},
+    "ensemble": {"num_members": 3, "num_samples": 3, "optimizer": ADAM},
 }
 
 
@@ -50,13 +53,30 @@ def mlp() -> nn.Module:
     return MLP([3], [1, 1], hidden_features=[4])
 
 
+def made(name: str, net: nn.Module, likelihood: Likelihood, **options: Any) -> Method:
+    """Create a method. Members of an ensemble, and chains, have the network with other weights."""
+    if name == "ensemble" or options.get("chain_epochs"):
+        options["make_net"] = partial(with_other_weights, net)
+    return METHODS[name](net, likelihood, **options)
+
+
+def with_other_weights(net: nn.Module, seed: int) -> nn.Module:
+    """Return a copy of a network with new initial weights."""
+    net = deepcopy(net)
+    torch.manual_seed(seed)
+    for module in net.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.BatchNorm2d):
+            module.reset_parameters()
+    return net
+
+
 def image_method(name: str, net: nn.Module | None = None, **changes: Any) -> Method:
     """Create a method on LeNet and three classes."""
     options = {"num_train": NUM_ROWS, "seed": 0, **OPTIONS[name], **changes}
-    return METHODS[name](net or lenet(), Classification(["a", "b", "c"]), **options)
+    return made(name, net or lenet(), Classification(["a", "b", "c"]), **options)
 
 
 def table_method(name: str, **changes: Any) -> Method:
     """Create a method on an MLP and one target."""
     options = {"num_train": NUM_ROWS, "seed": 0, **OPTIONS[name], **changes}
-    return METHODS[name](mlp(), Regression(target_mean=0.0, target_std=1.0), **options)
+    return made(name, mlp(), Regression(target_mean=0.0, target_std=1.0), **options)

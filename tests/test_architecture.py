@@ -90,7 +90,7 @@ def test_some_packages_are_known_in_one_place_only(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_quantized_operators_are_called_in_one_place_only(path: Path) -> None:
     if "torch.ops.quantized" in path.read_text():
-        assert str(path.relative_to(PACKAGE)) == "quant/fbgemm.py"
+        assert str(path.relative_to(PACKAGE)) == "quant/engines/fbgemm.py"
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,27 @@ def test_equal_seeds_agree_bit_for_bit_and_others_do_not(seed_of_the_second):
     assert torch.equal(*chains) == (seed_of_the_second == 0)
 
 
+def test_without_noise_the_sampler_is_an_optimizer_that_finds_the_mode():
+    weights = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        theta = torch.zeros(3, requires_grad=True)
+        sampler = SGHMC([theta], lr=0.05, num_train=100, num_burn_in_steps=0, noise=False)
+        sampler.param_groups[0]["resample_prior"] = 0
+        sampler.state[theta] = {
+            "velocity": torch.zeros(3), "precision": 1.0,
+            **{name: torch.ones(3) for name in ("tau", "g", "V")},
+        }  # fmt: skip
+        for _ in range(500):
+            theta.grad = None
+            (theta - 2).square().sum().div(2).backward()
+            sampler.step()
+        weights.append(theta.detach())
+    assert torch.equal(*weights)
+    mode = 2 * 100 / (100 + 1)  # of 100 |theta - 2|^2 / 2 + |theta|^2 / 2
+    torch.testing.assert_close(weights[0], torch.full((3,), mode), rtol=1e-4, atol=0)
+
+
 def test_precision_is_drawn_from_its_gamma_conditional_for_each_tensor():
     torch.manual_seed(0)
     tensors = [nn.Parameter(torch.full((6,), 2.0)), nn.Parameter(torch.full((4, 10), 0.1))]

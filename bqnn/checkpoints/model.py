@@ -201,6 +201,8 @@ class Model:
             batch_size=batch_size,
             bank=self._bank,
         )
+        if self.method.calibration is not None:
+            draws = self.method.calibration(draws)
         answer = self.method.likelihood.answer(draws)
         return answer if isinstance(rows, Tensor) else answer.numpy()
 

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from bqnn.arguments import keywords, prefixed
 from bqnn.checkpoints.file import read_checkpoint
 from bqnn.checkpoints.schema import check_recipe
+from bqnn.inference.calibration import calibration_from
 from bqnn.inference.likelihoods import Likelihood, likelihood_from
 from bqnn.jobs.typed import command_line
 from bqnn.layers.noise import reseed
@@ -113,13 +114,22 @@ def build(recipe: Recipe) -> Method:
     # Found before seeding: the import of a plug-in may draw random numbers.
     net_class = find_class("net", recipe["net"], NETS, nn.Module)
     method = find_class("method", recipe["method"], METHODS, Method)
-    reseed(torch.device("cpu"), stream_seed(recipe["seed"], Stream.INITIAL_WEIGHTS))
-    net = _make_net(net_class, recipe["net"], facts["input_shape"], likelihood)
+
+    def make_net(number: int) -> nn.Module:
+        seed = stream_seed(recipe["seed"], Stream.INITIAL_WEIGHTS, number)
+        reseed(torch.device("cpu"), seed)
+        return _make_net(net_class, recipe["net"], facts["input_shape"], likelihood)
+
+    net = make_net(0)
     no_options = start_keys(method)
     options = {key: value for key, value in recipe["method"].items() if key not in no_options}
     options |= {"num_train": facts["num_train"], "seed": recipe["seed"]}
+    if "make_net" in keywords(method):
+        options["make_net"] = make_net
     model: Method = _construct(method, "method", options, net, likelihood)
     model.recipe = recipe
+    if "calibration" in recipe:
+        model.calibration = calibration_from(recipe["calibration"], likelihood)
     return model
 
 

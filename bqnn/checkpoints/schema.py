@@ -17,6 +17,7 @@ from bqnn.settings.rules import (
     name,
     number,
     one_of,
+    real,
     text,
     whole,
 )
@@ -107,6 +108,8 @@ def _check_columns(facts: Mapping[str, Any]) -> None:
         )
 
 
+FACTOR = real(1e-3, 1e3)  # of a calibration
+
 FACTS: Schema = {
     "likelihood": name(),
     "input_shape": many(whole(1, 1_000_000), 3),
@@ -136,6 +139,13 @@ RECIPE: Schema = {
     "task": {"dataset": name(), **TASK},
     "facts": FACTS,
     "quant": Rule("a dictionary", lambda value: type(value) is dict),  # checked by QuantSpec
+    "calibration": {
+        "name": name(),
+        "temperature": FACTOR,
+        "scale": many(FACTOR, 100_000),
+        "bias": many(real(-1000, 1000), 100_000),
+        "factor": FACTOR,
+    },
 }
 
 # Groups that accept further options, for methods and networks that are added to bqnn. Tasks are not
@@ -151,4 +161,5 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "recipe.net": ("name",),
     "recipe.task": ("name", "dataset"),
     "recipe.facts": ("likelihood", "input_shape", "num_train"),
+    "recipe.calibration": ("name",),
 }

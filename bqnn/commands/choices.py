@@ -25,10 +25,12 @@ from bqnn.text import short
 
 # Arguments that the program passes, so that no configuration may have them.
 GIVEN = {
-    "method": ("net", "likelihood", "num_train", "seed"),
+    "method": ("net", "likelihood", "num_train", "seed", "make_net"),
     "net": ("input_shape", "heads"),
     "task": ("data_dir", "seed"),
-    "optimizer": ("params", "num_train", "num_burn_in_steps", "fused", "foreach", "capturable"),
+    "optimizer": (
+        *("params", "num_train", "num_burn_in_steps", "noise", "fused", "foreach", "capturable"),
+    ),
 }
 
 

@@ -1,26 +1,35 @@
 """The verb of `python evaluate.py`: evaluate trained networks on a suite of sets."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import Logger
 
+from bqnn.arguments import renamed
+from bqnn.checkpoints.calibrated import save_calibrated
 from bqnn.checkpoints.file import find_checkpoints
 from bqnn.checkpoints.recipe import described, load
 from bqnn.commands.predictions import predict
 from bqnn.data import TensorData
 from bqnn.data.task import make_data
+from bqnn.evaluation.conformal import fit_conformal
 from bqnn.evaluation.figures import draw_results, draw_suite
 from bqnn.evaluation.results import (
     require_results,
+    write_calibration,
     write_curves,
     write_metrics,
     write_predictions,
     write_uncertainty,
 )
-from bqnn.evaluation.suite import Findings, judge, make_sets
+from bqnn.evaluation.suite import EvaluationSet, Findings, judge, make_sets, validation_set
 from bqnn.evaluation.tables import suite_table
+from bqnn.inference.calibration import check_calibration, fit_calibration
+from bqnn.inference.conformal import conformal_rank
+from bqnn.inference.predictions import Prediction
 from bqnn.jobs.isolation import leave_as_found
 from bqnn.jobs.job import Job
 from bqnn.jobs.parts import run_parts
@@ -30,16 +39,34 @@ from bqnn.training.loggers import log_figures, log_final, log_uncertain, make_lo
 from bqnn.training.process import prepare_torch
 from bqnn.training.trainer import refuse_devices
 
-FILES = ("metrics.json", "predictions.npz", "uncertainty.npz", "risk_coverage.csv")
+FILES = ("predictions.npz", "uncertainty.npz", "risk_coverage.csv")
+CALIBRATED = "calibrated"  # the folder of the calibrated results, and the start of their metrics
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A model, which may be calibrated, and the findings of its suite."""
+
+    model: Method
+    findings: Findings
 
 
 def check(config: dict[str, Any], is_sweep: bool) -> None:
-    """Refuse several devices, and a GPU that does not exist.
+    """Refuse several devices, a GPU that does not exist, and a calibration that cannot be saved.
 
     Raises:
-        ValueError: The devices are refused.
+        ValueError: The devices or the options are refused.
     """
     refuse_devices(config["trainer"], allow_several=False)
+    if config["save_calibrated"] and config["calibrate"] is None:
+        raise ValueError(
+            "save_calibrated=true: there is no calibration to save; add calibrate=temperature"
+        )
+    if config["save_calibrated"] and config["numeric"] == "unquantized":
+        raise ValueError(
+            "save_calibrated=true: the saved network would be simulated or int8, but numeric="
+            "unquantized fits the calibration without rounding; choose numeric=simulated or int8"
+        )
 
 
 def run(job: Job) -> None:
@@ -60,17 +87,27 @@ def evaluate(job: Job) -> None:
     model = load_model(job)
     num_samples = model.check_samples(job.config["num_samples"])
     data = make_data(job.config, model.recipe)
-    sets = make_sets(data, job.config["suite"])
+    if job.config["calibrate"] is not None:
+        check_calibration(job.config["calibrate"], model.likelihood)
+        model.calibration = None  # of an earlier evaluation, which the new one replaces
+    sets, fitted_on = make_sets(data, job.config["suite"]), fitting_set(job, data)
     loggers = make_loggers(job)
     numeric = job.config["numeric"]
-    predictions = predict(job, numeric or "float", model, sets, data.normalize, num_samples)
-    findings = judge(predictions, job.config["convergence"])
+    predictions = predict(
+        job, numeric or "float", model, {**sets, **fitted_on}, data.normalize, num_samples
+    )
+    judged = {"": Judged(model, judge_sets(job, predictions, sets))}
+    if job.config["calibrate"] is not None:
+        judged[CALIBRATED] = calibrate(job, model, predictions, sets)
     prefix = "" if numeric is None else f"{numeric}/"
-    metrics = {f"{prefix}{name}": value for name, value in findings.metrics.items()}
+    metrics = {f"{prefix}{name}": value for name, value in all_metrics(job, judged).items()}
     metrics["num_samples"] = num_samples
 
-    files = write_results(job, loggers, model, data, findings, metrics)
-    say(suite_table(findings.metrics))
+    files = write_results(job, loggers, data, judged, metrics)
+    say(suite_table(judged[""].findings.metrics))
+    if CALIBRATED in judged:
+        say(f"\ncalibrated by {job.config['calibrate']}, as in calibration.json:")
+        say(suite_table(judged[CALIBRATED].findings.metrics))
     say(f"\n{num_samples} draws; results in {job.folder}")
     require_results(job.folder, metrics, files)
 
@@ -82,26 +119,92 @@ def load_model(job: Job) -> Method:
     return model if accelerator == "cpu" or numeric == "int8" else model.cuda()
 
 
+def fitting_set(job: Job, data: TensorData) -> dict[str, EvaluationSet]:
+    """Return the validation rows as `val` if something is fitted on them, else nothing.
+
+    Raises:
+        ValueError: The data set has no validation rows, or too few.
+    """
+    wanted = [f"{k}={v}" for k in ("calibrate", "conformal") if (v := job.config[k]) is not None]
+    if not wanted:
+        return {}
+    found = validation_set(data, wanted[0])
+    if job.config["conformal"] is not None:
+        with renamed({"alpha": "conformal"}.__getitem__):
+            conformal_rank(len(found.inputs), job.config["conformal"])
+    return {"val": found}
+
+
+def judge_sets(job: Job, predictions: Mapping[str, Prediction], sets: Iterable[str]) -> Findings:
+    """Judge the predictions of the suite's sets; conformal sets are fitted on `val`."""
+    alpha = job.config["conformal"]
+    conformal = None if alpha is None else fit_conformal(predictions["val"], alpha)
+    shown = {name: predictions[name] for name in sets}
+    return judge(shown, job.config["convergence"], conformal)
+
+
+def calibrate(
+    job: Job, model: Method, predictions: Mapping[str, Prediction], sets: Iterable[str]
+) -> Judged:
+    """Fit a calibration on the validation rows, write it, and judge the calibrated predictions."""
+    validation = predictions["val"]
+    assert validation.targets is not None
+    calibration = fit_calibration(
+        job.config["calibrate"], model.likelihood, validation.samples, validation.targets
+    )
+    write_calibration(job.folder, calibration, validation)
+    if job.config["save_calibrated"]:
+        path = job.folder / f"{CALIBRATED}.ckpt"
+        save_calibrated(job.config["checkpoint"], path, calibration)
+    calibrated = copy(model)
+    calibrated.calibration = calibration
+    changed = {name: each.calibrated(calibration) for name, each in predictions.items()}
+    return Judged(calibrated, judge_sets(job, changed, sets))
+
+
+def all_metrics(job: Job, judged: Mapping[str, Judged]) -> dict[str, float]:
+    """Collect the metrics as test/nll and calibrated/test/nll, and the numbers of a calibration."""
+    metrics = dict(judged[""].findings.metrics)
+    if CALIBRATED in judged:
+        model, found = judged[CALIBRATED].model, judged[CALIBRATED].findings.metrics
+        assert model.calibration is not None
+        metrics |= {f"{CALIBRATED}/{name}": value for name, value in found.items()}
+        metrics |= {f"calibration/{n}": value for n, value in model.calibration.numbers().items()}
+    if job.config["conformal"] is not None:
+        metrics["conformal/level"] = 1 - job.config["conformal"]
+    return metrics
+
+
 def write_results(
     job: Job,
     loggers: list[Logger],
-    model: Method,
     data: TensorData,
-    findings: Findings,
+    judged: Mapping[str, Judged],
     metrics: Mapping[str, float],
 ) -> list[str | Path]:
     """Write and log metrics, predictions and figures, and return the expected files."""
-    test = findings.predictions["test"]
     write_metrics(job.folder, metrics)
-    write_predictions(job.folder, test)
-    write_uncertainty(job.folder, findings.predictions)
-    write_curves(job.folder, findings)
     log_final(loggers, metrics)
-    log_uncertain(loggers, data, test)
-    expected: list[str | Path] = [*FILES]
-    if job.config["plots"]:
-        figures = draw_results(job.folder, model, data, test)
-        figures += draw_suite(job.folder, findings)
-        log_figures(loggers, figures)
-        expected += figures
+    log_uncertain(loggers, data, judged[""].findings.predictions["test"])
+    expected: list[str | Path] = ["metrics.json"]
+    for part, each in judged.items():
+        folder = job.folder / part
+        folder.mkdir(exist_ok=True)
+        expected += [folder / name for name in FILES]
+        test = each.findings.predictions["test"]
+        write_predictions(folder, test)
+        write_uncertainty(folder, each.findings.predictions)
+        write_curves(folder, each.findings)
+        if job.config["conformal"] is not None:
+            expected.append(folder / "conformal.csv")
+        if job.config["plots"]:
+            figures = draw_results(folder, each.model, data, test)
+            figures += draw_suite(folder, each.findings)
+            if not part:
+                log_figures(loggers, figures)
+            expected += figures
+    if CALIBRATED in judged:
+        expected.append("calibration.json")
+    if job.config["save_calibrated"]:
+        expected.append(f"{CALIBRATED}.ckpt")
     return expected

@@ -1,5 +1,6 @@
 """The verb of `python quantize.py`: quantize trained networks and compare them with float."""
 
+import logging
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -48,6 +49,8 @@ from bqnn.training.loggers import (
 )
 from bqnn.training.trainer import fit, make_trainer, refuse_devices
 
+log = logging.getLogger(__name__)
+
 FILES = ("checkpoint.ckpt", "metrics.json", "predictions.npz", "quantization.csv", "size.json")
 
 
@@ -75,6 +78,7 @@ def quantize(job: Job) -> None:
     """Quantize one network and write its results."""
     leave_as_found(job)
     model = load(job.config["checkpoint"], trust=job.config["trust"])
+    drop_calibration(model)
     data = make_data(job.config, model.recipe)
     loggers, timer = make_loggers(job), EpochTimer(job)
     num_samples = model.check_samples(job.config["num_samples"])
@@ -99,6 +103,19 @@ def quantize(job: Job) -> None:
     say(f"\n{timer}\nresults in {job.folder}")
     require_results(job.folder, metrics, files)
     log_checkpoint(loggers, job)
+
+
+def drop_calibration(model: Method) -> None:
+    """Remove the calibration of a float network, which does not fit its quantized outputs."""
+    if model.calibration is None or model.recipe is None:
+        return
+    log.warning(
+        "the checkpoint has a calibration (%s) of its float outputs, which is left out; calibrate "
+        "the quantized network by evaluate.py calibrate=...",
+        model.calibration.name,
+    )
+    model.calibration = None
+    model.recipe = {key: value for key, value in model.recipe.items() if key != "calibration"}
 
 
 def fine_tune(

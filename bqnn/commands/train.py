@@ -62,6 +62,9 @@ def run(job: Job) -> None:
     num_samples = model.check_samples(None)
     predictions = predict_splits(job, trainer, model, data, num_samples)
     metrics = {"num_samples": num_samples, **score_sets(predictions)}
+    if "val" in predictions:
+        found = model.diagnostics(predictions["val"])
+        metrics |= {f"val/{name}": value for name, value in found.items()}
     if is_quantized(job):
         metrics |= score_int8(job, data, num_samples)
     metrics |= timer.metrics()

@@ -11,7 +11,7 @@ from bqnn.data.csv_table import CSVData
 from bqnn.data.digits import DigitsData
 from bqnn.data.image_folder import ImageFolderData
 from bqnn.data.loader import TensorLoader
-from bqnn.data.mnist import MNISTData
+from bqnn.data.mnist import FashionMNISTData, MNISTData
 from bqnn.data.synthetic import SyntheticData
 from bqnn.data.uci import UCIData
 from bqnn.plugins import find_class
@@ -24,6 +24,7 @@ DATASETS: dict[str, Callable[..., TensorData]] = {
     "table": CSVData,
     "digits": DigitsData,
     "mnist": MNISTData,
+    "fashion_mnist": FashionMNISTData,
     "cifar10": CIFAR10Data,
     "images": ImageFolderData,
 }

@@ -1,4 +1,4 @@
-"""MNISTData: 70,000 handwritten digits of 28x28 pixels."""
+"""MNISTData and FashionMNISTData: 70,000 images of 28x28 pixels, of digits or of clothes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gzip
 import os
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ from bqnn.text import one_line, printable
 if TYPE_CHECKING:
     from torchvision.datasets import MNIST
 
+# The authors' repository, because torchvision's mirror does not support https.
+FASHION_MNIST = (
+    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
+)
 _FILES = (
     "train-images-idx3-ubyte",
     "train-labels-idx1-ubyte",
@@ -31,10 +35,8 @@ _FILES = (
 _LARGEST = 2**30  # bytes; MNIST's largest file has 47 million
 
 
-class MNISTData(ImageData):
-    """MNIST (LeCun et al. 1998): images [1, 28, 28], scaled to [0, 1].
-
-    The files are read from `<data_dir>/MNIST/raw`, and downloaded if they are missing.
+class IDXImageData(ImageData):
+    """Base class of data sets in MNIST's format: images [1, 28, 28], scaled to [0, 1].
 
     Args:
         data_dir: The folder of data files.
@@ -42,14 +44,16 @@ class MNISTData(ImageData):
         batch_size: The number of rows in a training batch.
         validation_share: The share of training rows for validation.
 
+    Attributes:
+        folder: The folder of the four files, `<data_dir>/<kind>/raw`.
+
     Raises:
         FileNotFoundError: Files are missing and cannot be downloaded.
         ValueError: A file is damaged.
-
-    Examples:
-        >>> MNISTData(data_dir="data").folder.as_posix()
-        'data/MNIST/raw'
     """
+
+    kind: ClassVar[str]  # the name of the class in torchvision
+    classes: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,
@@ -65,22 +69,51 @@ class MNISTData(ImageData):
             batch_size=batch_size,
             validation_share=validation_share,
         )
-        self.class_names = [str(digit) for digit in range(10)]
-        self.folder = self.data_dir / "MNIST" / "raw"
+        self.class_names = list(self.classes)
+        self.folder = self.data_dir / self.kind / "raw"
 
     def prepare_data(self) -> None:
         """Download missing files."""
-        from torchvision.datasets import MNIST
-
-        fetch_missing(MNIST, self.folder, MNIST.mirrors[0])
+        fetch_missing(self.kind, self.data_dir)
 
     def _read(self) -> tuple[Rows, Rows]:
         if missing := _missing(self.folder):
             raise FileNotFoundError(
                 f"{self.folder} has no {', '.join(missing)}; call prepare_data to "
-                "download, or set data_dir to the folder that contains MNIST/raw"
+                f"download, or set data_dir to the folder that contains {self.kind}/raw"
             )
         return read_part(self.folder, "train"), read_part(self.folder, "t10k")
+
+
+class MNISTData(IDXImageData):
+    """MNIST (LeCun et al. 1998): images of handwritten digits [1, 28, 28], scaled to [0, 1].
+
+    The files are read from `<data_dir>/MNIST/raw`, and downloaded if they are missing.
+
+    Examples:
+        >>> MNISTData(data_dir="data").folder.as_posix()
+        'data/MNIST/raw'
+    """
+
+    kind = "MNIST"
+    classes = tuple("0123456789")
+
+
+class FashionMNISTData(IDXImageData):
+    """FashionMNIST (Xiao et al. 2017): images of clothes [1, 28, 28], scaled to [0, 1].
+
+    The files are read from `<data_dir>/FashionMNIST/raw`, and downloaded if they are missing.
+
+    Examples:
+        >>> FashionMNISTData(data_dir="data").folder.as_posix()
+        'data/FashionMNIST/raw'
+    """
+
+    kind = "FashionMNIST"
+    classes = (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    )
 
 
 def read_part(folder: Path, part: str) -> Rows:
@@ -128,35 +161,45 @@ def _read_idx(path: Path, num_dims: int) -> Tensor:
 
 def _damaged(path: Path, reason: str) -> ValueError:
     return ValueError(
-        f"{printable(str(path))} is damaged ({reason}), so MNIST cannot be read; delete the file "
-        "to download it again"
+        f"{printable(str(path))} is damaged ({reason}), so {printable(path.parent.parent.name)} "
+        "cannot be read; delete the file to download it again"
     )
 
 
-def fetch_missing(kind: type[MNIST], folder: Path, address: str) -> None:
-    """Download the missing files of a torchvision data set in MNIST's format.
+def fetch_missing(kind: str, data_dir: Path) -> Path:
+    """Download the missing files of a data set in MNIST's format.
 
     torchvision lists the hash of each file, which is verified.
 
     Args:
-        kind: The class in torchvision.
-        folder: The folder of the files.
-        address: The https address of the files, with a slash at the end.
+        kind: The name of its class in torchvision, `MNIST` or `FashionMNIST`.
+        data_dir: The folder of data files.
+
+    Returns:
+        The folder of the files.
 
     Raises:
         FileNotFoundError: A file cannot be downloaded.
         ValueError: The hash of a file differs.
     """
-    hashes = dict(kind.resources)
-    for name in _missing(folder):
+    folder = data_dir / kind / "raw"
+    if not (missing := _missing(folder)):
+        return folder
+    from torchvision import datasets
+
+    found: type[MNIST] = getattr(datasets, kind)
+    address = FASHION_MNIST if kind == "FashionMNIST" else found.mirrors[0]
+    hashes = dict(found.resources)
+    for name in missing:
         remedy = (
             f"{folder} has no {name}: copy it there, or set data_dir to the folder that contains "
-            f"{kind.__name__}/raw"
+            f"{kind}/raw"
         )
         packed = fetch(f"{address}{name}.gz", hashes[f"{name}.gz"], remedy, kind="md5")
         folder.mkdir(parents=True, exist_ok=True)
         with written_beside(folder / name) as beside:
             beside.write_bytes(gzip.decompress(packed))
+    return folder
 
 
 def _missing(folder: Path) -> list[str]:

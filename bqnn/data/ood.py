@@ -12,15 +12,10 @@ from bqnn.data.base import TensorData
 from bqnn.data.cifar10 import CIFAR10Data
 from bqnn.data.download import fetch
 from bqnn.data.images import ImageData
-from bqnn.data.mnist import MNISTData, fetch_missing, read_part
+from bqnn.data.mnist import FashionMNISTData, MNISTData, fetch_missing, read_part
 from bqnn.data.tables import TableData
 from bqnn.files import written_beside
 from bqnn.text import short
-
-# The authors' repository, because torchvision's mirror does not support https.
-FASHION_MNIST = (
-    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
-)
 
 OODSet = tuple[Tensor, Tensor | None]  # inputs, and targets or None
 
@@ -62,11 +57,13 @@ def ood_sets(data: TensorData, names: Sequence[str] | None) -> dict[str, OODSet]
 
 def fashion_mnist(data: MNISTData) -> OODSet:
     """Return the test images of FashionMNIST (Xiao et al. 2017) and their class indices."""
-    from torchvision.datasets import FashionMNIST
+    rows = read_part(fetch_missing("FashionMNIST", data.data_dir), "t10k")
+    return rows.inputs, rows.targets
 
-    folder = data.data_dir / "FashionMNIST" / "raw"
-    fetch_missing(FashionMNIST, folder, FASHION_MNIST)
-    rows = read_part(folder, "t10k")
+
+def mnist(data: FashionMNISTData) -> OODSet:
+    """Return the test images of MNIST (LeCun et al. 1998) and their digits."""
+    rows = read_part(fetch_missing("MNIST", data.data_dir), "t10k")
     return rows.inputs, rows.targets
 
 
@@ -117,6 +114,7 @@ def out_of_range(data: TableData) -> OODSet:
 
 _MAKERS: dict[type[TensorData], dict[str, Callable[[Any], OODSet]]] = {
     MNISTData: {"fashion_mnist": fashion_mnist},
+    FashionMNISTData: {"mnist": mnist},
     CIFAR10Data: {"svhn": svhn},
     ImageData: {"uniform": uniform_noise, "inverted": inverted},
     TableData: {"out_of_range": out_of_range},

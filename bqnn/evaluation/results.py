@@ -11,7 +11,8 @@ from bqnn.data import TensorData
 from bqnn.data.distortions import DISTORTIONS
 from bqnn.evaluation.suite import Findings, distortions_in
 from bqnn.files import write_csv, write_json, written_beside
-from bqnn.inference.predictions import Prediction
+from bqnn.inference.calibration import Calibration
+from bqnn.inference.predictions import Prediction, score, with_non_finite
 from bqnn.layers.ensemble import Ensemble
 from bqnn.methods import Method
 from bqnn.methods.base import channels_last
@@ -102,8 +103,32 @@ def write_uncertainty(folder: Path, predictions: Mapping[str, Prediction]) -> No
     _write_arrays(folder / "uncertainty.npz", arrays)
 
 
+def write_calibration(folder: Path, calibration: Calibration, validation: Prediction) -> None:
+    """Write calibration.json: the calibration, its validation rows, and their NLL in both states.
+
+    Args:
+        folder: The folder of the job.
+        calibration: The calibration.
+        validation: The prediction of the rows that it was fitted on, before the calibration.
+    """
+    before, after = (
+        with_non_finite(score, each)["nll"]
+        for each in (validation, validation.calibrated(calibration))
+    )
+    record = {
+        **calibration.to_dict(),
+        "validation_rows": validation.samples.shape[1],
+        "validation_nll_before": before,
+        "validation_nll_after": after,
+    }
+    write_json(folder / "calibration.json", record)
+
+
 def write_curves(folder: Path, findings: Findings) -> None:
-    """Write shift_<distortion>.csv, risk_coverage.csv, and convergence.csv if there are steps."""
+    """Write shift_<distortion>.csv and risk_coverage.csv.
+
+    Also write convergence.csv and conformal.csv, if the findings have them.
+    """
     for distortion in distortions_in(findings.predictions):
         write_csv(folder / f"shift_{distortion}.csv", level_rows(findings.metrics, distortion))
     num_rows = len(next(iter(findings.risk.values())))
@@ -114,6 +139,8 @@ def write_curves(folder: Path, findings: Findings) -> None:
     if findings.steps:
         steps = [{"num_samples": count, **step} for count, step in enumerate(findings.steps, 1)]
         write_csv(folder / "convergence.csv", steps)
+    if findings.conformal:
+        write_csv(folder / "conformal.csv", findings.conformal)
 
 
 def level_rows(metrics: Mapping[str, float], distortion: str) -> list[dict[str, float]]:

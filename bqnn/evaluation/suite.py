@@ -5,7 +5,7 @@ shift/<distortion>_<level> such as shift/rotation_1. The name of the set starts 
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from bqnn.data import TensorData
 from bqnn.data.distortions import DISTORTIONS, distort
 from bqnn.data.images import ImageData
 from bqnn.data.ood import ood_sets
+from bqnn.evaluation.conformal import SetPredictor, conformal_metrics, conformal_rows
+from bqnn.inference.likelihoods import Classification
 from bqnn.inference.predictions import Prediction, score, score_uncertainty, with_non_finite
-from bqnn.inference.ranking import AURC, detection_metrics
+from bqnn.inference.ranking import AUGRC, AURC, FPR95, RiskCoverage, detection_metrics
 from bqnn.methods import Method
 
 LEVELS = range(1, 6)
@@ -46,12 +48,14 @@ class Findings:
         risk: The risk [N] of the test set at coverage 1/N, 2/N, ..., 1, for each score that ranks
             its rows.
         steps: The test metrics after 1, 2, ... draws; empty if they were not requested.
+        conformal: A row for each set, score and class of `conformal_rows`; empty if not requested.
     """
 
     predictions: dict[str, Prediction]
     metrics: dict[str, float]
     risk: dict[str, Tensor]
     steps: list[dict[str, float]]
+    conformal: list[dict[str, Any]] = field(default_factory=list)
 
 
 def split_sets(data: TensorData, names: Iterable[str]) -> dict[str, EvaluationSet]:
@@ -62,6 +66,24 @@ def split_sets(data: TensorData, names: Iterable[str]) -> dict[str, EvaluationSe
         for name in names
         if (split := rows[name]) is not None
     }
+
+
+def validation_set(data: TensorData, wanted: str) -> EvaluationSet:
+    """Return the validation rows, on which something is fitted after the training.
+
+    Args:
+        data: The data set, after `setup`.
+        wanted: What is fitted, for the error.
+
+    Raises:
+        ValueError: There are no validation rows.
+    """
+    if data.val is None:
+        raise ValueError(
+            f"{wanted}: it is fitted on validation rows, and the training kept none; train again "
+            "with task.validation_share above 0, such as 0.1"
+        )
+    return EvaluationSet(data.val.inputs, data.val.targets)
 
 
 def make_sets(data: TensorData, suite: Mapping[str, Any]) -> dict[str, EvaluationSet]:
@@ -137,7 +159,11 @@ def score_sets(predictions: Mapping[str, Prediction]) -> dict[str, float]:
     }
 
 
-def judge(predictions: dict[str, Prediction], convergence: bool = False) -> Findings:
+def judge(
+    predictions: dict[str, Prediction],
+    convergence: bool = False,
+    conformal: Mapping[str, SetPredictor] | None = None,
+) -> Findings:
     """Compute the metrics of a suite.
 
     The mean over the five levels of a distortion has keys such as shift/rotation_mean/nll. Metrics
@@ -146,14 +172,21 @@ def judge(predictions: dict[str, Prediction], convergence: bool = False) -> Find
     Args:
         predictions: The prediction of each set, including test.
         convergence: Whether to compute the test metrics after 1, 2, ... draws.
+        conformal: Sets from `fit_conformal`, whose size is measured on all sets but train and val,
+            and whose coverage on test and shifted sets.
     """
     test = predictions["test"]
     assert test.targets is not None
-    curves = {name: _risk(each) for name, each in predictions.items() if each.targets is not None}
-    sets = {name: _set_metrics(each, curves.get(name, {})) for name, each in predictions.items()}
+    sets = {name: _set_metrics(each) for name, each in predictions.items()}
     for name, each in predictions.items():
         if name.startswith("ood/"):
             sets[name] |= _detection(test, each)
+        elif isinstance(each.likelihood, Classification):
+            sets[name] |= _detection_of_errors(each)
+    covered = [name for name in predictions if name == "test" or name.startswith("shift/")]
+    for name, each in predictions.items():
+        if conformal and name not in ("train", "val"):
+            sets[name] |= conformal_metrics(conformal, each, has_coverage=name in covered)
     for distortion in distortions_in(sets):
         levels = [sets[f"shift/{distortion}_{level}"] for level in LEVELS]
         sets[f"shift/{distortion}_mean"] = {
@@ -161,9 +194,12 @@ def judge(predictions: dict[str, Prediction], convergence: bool = False) -> Find
             for metric in levels[0]
         }
     metrics = {f"{name}/{key}": value for name, of in sets.items() for key, value in of.items()}
-    risk = {name: area.curve() for name, area in curves["test"].items()}
+    risk = {name: area.curve() for name, area in _areas(AURC, test).items()}
     steps = test.likelihood.convergence(test.samples, test.targets) if convergence else []
-    return Findings(predictions, metrics, risk, steps)
+    table = [
+        row for name in covered for row in conformal_rows(conformal or {}, name, predictions[name])
+    ]
+    return Findings(predictions, metrics, risk, steps, table)
 
 
 def distortions_in(names: Mapping[str, Any]) -> list[str]:
@@ -171,13 +207,13 @@ def distortions_in(names: Mapping[str, Any]) -> list[str]:
     return [name for name in DISTORTIONS if f"shift/{name}_1" in names]
 
 
-def _risk(each: Prediction) -> dict[str, AURC]:
+def _areas(kind: type[RiskCoverage], each: Prediction) -> dict[str, RiskCoverage]:
     """Compute the risk of a set with targets, for each score that ranks its rows."""
     assert each.targets is not None
     losses = each.likelihood.losses(each.summary, each.targets)
     areas = {}
     for name, scores in each.likelihood.scores(each.summary).items():
-        areas[name] = AURC(sync_on_compute=False)
+        areas[name] = kind(sync_on_compute=False)
         areas[name].update(scores, losses)
     return areas
 
@@ -195,9 +231,25 @@ def _detection(familiar: Prediction, unfamiliar: Prediction) -> dict[str, float]
     return found
 
 
-def _set_metrics(each: Prediction, areas: Mapping[str, AURC]) -> dict[str, float]:
+def _detection_of_errors(each: Prediction) -> dict[str, float]:
+    """Measure how well each score separates wrong predictions from correct ones."""
+    assert each.targets is not None
+    is_wrong = each.likelihood.losses(each.summary, each.targets) > 0
+    found = {}
+    for name, scores in each.likelihood.scores(each.summary).items():
+        metric = FPR95(sync_on_compute=False)
+        metric.update(scores, is_wrong)
+        found[f"fpr95_error_{name}"] = metric.compute().item()
+    return found
+
+
+def _set_metrics(each: Prediction) -> dict[str, float]:
     uncertainty = with_non_finite(score_uncertainty, each)
     if each.targets is None:
         return uncertainty
-    risks = {f"aurc_{name}": area.compute().item() for name, area in areas.items()}
+    risks = {
+        f"{area}_{name}": metric.compute().item()
+        for area, kind in (("aurc", AURC), ("augrc", AUGRC))
+        for name, metric in _areas(kind, each).items()
+    }
     return with_non_finite(score, each) | uncertainty | risks

@@ -3,8 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 STAGES = ("float", "unquantized", "simulated", "int8")  # the numerics of a quantized network
-_COMPARED = ("error", "nll", "ape", "mi", "ece", "rmse")
-_OF_SETS = (*_COMPARED, "std", "epistemic_std", "auroc_entropy", "auroc_mi", "auroc_std")
+_COMPARED = ("error", "nll", "nll_mixture", "ape", "mi", "ece", "rmse")
+_OF_SETS = (
+    *(*_COMPARED, "std", "epistemic_std", "auroc_entropy", "auroc_mi", "auroc_std"),
+    *("coverage_lac", "size_lac", "coverage_cqr", "width_cqr"),
+)
 
 
 def split_table(metrics: Mapping[str, float], splits: Sequence[str]) -> str:
@@ -35,12 +38,13 @@ def comparison_table(metrics: Mapping[str, float]) -> str:
     """
     names = [n for n in _COMPARED if f"float/test/{n}" in metrics]
     head = (*STAGES, "fine-tuning", "quantization")
-    lines = [f"{'test':<6}" + "".join(f"{title:>14}" for title in head)]
+    first = max(6, *(len(name) + 1 for name in names))
+    lines = [f"{'test':<{first}}" + "".join(f"{title:>14}" for title in head)]
     for name in names:
         cells = [metrics[f"{stage}/test/{name}"] for stage in STAGES]
         changes = (cells[1] - cells[0], cells[3] - cells[1])
         lines.append(
-            f"{name:<6}"
+            f"{name:<{first}}"
             + "".join(f"{_number(cell):>14}" for cell in cells)
             + "".join(f"{_number(change, '+'):>14}" for change in changes)
         )

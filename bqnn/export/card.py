@@ -141,13 +141,14 @@ def write_markdown(card: Mapping[str, Any]) -> str:
     speed, size, check = card["speed"], card["bytes"], card["verification"]
     draws = counted(card["num_samples"], "draw")
     given = ", which gets the masks that the file draws" if card["masks"] == "random" else ""
+    new = " It draws new masks in each call." if card["masks"] == "random" else ""
     lines = [
         f"# {card['method']} on {card['task']}",
         "",
         f"A Bayesian neural network ({card['net']}, method {card['method']}) in integers: {bits}, "
         f"{draws}, seed {card['seed']}. Trained on {card['num_train']} rows of {card['task']}, "
         f"quantized for the engine {card['engine']}, and exported by bqnn in the form "
-        f"`{card['form']}`.",
+        f"`{card['form']}`.{new}",
         "",
         f"Of {check['outputs']} outputs on {card['test_rows']} test rows, {check['differing']} "
         f"differ from bqnn's int8{given} (by at most {check['largest_difference_steps']:.3g} "

@@ -62,6 +62,7 @@ class MaskStatistics:
             variance of this number.
 
     Examples:
+        >>> import torch
         >>> statistics = MaskStatistics([0.5, 0.5], num_samples=2)
         >>> coins = torch.rand(2, 1000, 100, generator=torch.Generator().manual_seed(0)) < 0.5
         >>> statistics.add(list(coins))

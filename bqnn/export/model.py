@@ -15,7 +15,7 @@ from bqnn.export.masks import RandomMasks
 from bqnn.export.mixture import write_mixture
 from bqnn.inference.likelihoods import Classification
 from bqnn.inference.predict import evaluation_draw
-from bqnn.layers.dropout import one_mask_for_all_rows
+from bqnn.layers.dropout import MCDropout, one_mask_for_all_rows
 from bqnn.methods import Method
 from bqnn.quant.onnx.exact import ExactForm
 from bqnn.quant.onnx.graph import Graph, Port, value_info
@@ -82,20 +82,21 @@ def export(model: Method, num_samples: int, form: str = "exact", masks: str = "f
         The model of ONNX, checked against the standard.
 
     Raises:
-        ValueError: The recipe has no normalization, the file would be too large, or there is no MC
-            dropout whose masks could be random.
+        ValueError: The model is calibrated, its recipe has no normalization, the file would be too
+            large, or there is no MC dropout whose masks could be random.
         TypeError: The network has an operation that cannot be exported. The message names it.
     """
+    if model.calibration is not None:
+        raise ValueError(
+            f"export: the checkpoint has a calibration ({model.calibration.name}), and a file has "
+            "the outputs of the network itself; export the checkpoint that was calibrated"
+        )
     assert model.recipe is not None
     facts = model.recipe["facts"]
     graph = Graph()
     shape: list[int] = facts["input_shape"]
     inputs, port = write_normalization(graph, _normalization(facts), shape, form)
-    writer: NetworkWriter
-    if masks == "random":
-        writer = RandomMasks(graph, _form(form, graph), model.seed)
-    else:
-        writer = NetworkWriter(graph, _form(form, graph))
+    writer = _writer(masks, graph, _form(form, graph), model)
     generator = torch.Generator().manual_seed(stream_seed(0, Stream.COMPARISON))
     example = torch.randn(NUM_EXAMPLES, *shape, generator=generator)
     net = deepcopy(model.net).cpu().eval()
@@ -111,14 +112,9 @@ def export(model: Method, num_samples: int, form: str = "exact", masks: str = "f
     proto = graph.to_onnx([port], outputs, metadata(form, masks, model))
     steps = torch.stack([_steps(draw) for draw in draws])
     exported = Exported(proto, form, port, steps, sorted(writer.float_parts))
-    if not isinstance(writer, RandomMasks):
-        return exported
-    if not writer.masks:
-        raise ValueError(
-            "masks=random: the network has no MC dropout whose masks could be random; use "
-            "masks=fixed"
-        )
-    return replace(exported, masks=writer.masks, rates=writer.rates)
+    if isinstance(writer, RandomMasks):
+        return replace(exported, masks=writer.masks, rates=writer.rates)
+    return exported
 
 
 def metadata(form: str, masks: str, model: Method) -> dict[str, str]:
@@ -160,6 +156,17 @@ def write_normalization(
         rows = graph.cast(rows, np.float32)
     kind = np.dtype(dtype if scale is None else np.uint8)
     return rows, Port("inputs", kind, ("N", *shape))
+
+
+def _writer(masks: str, graph: Graph, form: Form, model: Method) -> NetworkWriter:
+    if masks == "fixed":
+        return NetworkWriter(graph, form)
+    if not any(isinstance(m, MCDropout) and m.rate > 0 for m in model.net.modules()):
+        raise ValueError(
+            "masks=random: the network has no MC dropout whose masks could be random; use "
+            "masks=fixed"
+        )
+    return RandomMasks(graph, form, model.seed)
 
 
 def _form(name: str, graph: Graph) -> Form:

@@ -121,8 +121,7 @@ def calibration_sums(confidences: Tensor, correct: Tensor, num_bins: int) -> Ten
         tensor([[1.0000, 0.2500, 0.0000],
                 [1.0000, 1.0000, 1.0000]], dtype=torch.float64)
     """
-    if num_bins < 1:
-        raise ValueError(f"num_bins={num_bins}: calibration needs at least one bin")
+    _require_bins(num_bins)
     confidences = confidences.double()
     inner_edges = torch.linspace(
         0, 1, num_bins + 1, dtype=confidences.dtype, device=confidences.device
@@ -150,6 +149,37 @@ def calibration_bins(confidences: Tensor, correct: Tensor, num_bins: int) -> Cal
         (tensor([0, 2]), 0.4)
     """
     return CalibrationBins.from_sums(calibration_sums(confidences, correct, num_bins))
+
+
+def adaptive_calibration_error(confidences: Tensor, correct: Tensor, num_bins: int) -> Tensor:
+    """Compute the expected calibration error over bins of equal numbers of rows.
+
+    Rows are sorted by confidence and divided into consecutive bins, whose sizes differ by at most
+    one (Nguyen & O'Connor 2015). Rows of equal confidence have no order: each counts as correct by
+    the share of them that is.
+
+    Args:
+        confidences: The probability of each predicted class [N].
+        correct: Whether the predicted class is the target [N].
+        num_bins: The number of bins B. Rows are bins of their own if there are fewer.
+
+    Returns:
+        sum_b n_b / N |accuracy_b - confidence_b|, a float64 scalar from 0 to 1.
+
+    Raises:
+        ValueError: `num_bins` is below 1.
+
+    Examples:
+        >>> confidences = torch.tensor([0.9, 0.9, 0.8, 0.8], dtype=torch.float64)
+        >>> correct = torch.tensor([True, False, True, True])
+        >>> adaptive_calibration_error(confidences, correct, num_bins=2)  # 0.4 / 2 + 0.2 / 2
+        tensor(0.3000, dtype=torch.float64)
+    """
+    _require_bins(num_bins)
+    confidences = confidences.double()
+    gaps = sorted_by(confidences, correct) - confidences.sort().values
+    bins = gaps.tensor_split(num_bins)
+    return torch.stack([of_bin.sum().abs() for of_bin in bins]).sum() / len(gaps)
 
 
 def gaussian_nll(mean: Tensor, log_variance: Tensor, targets: Tensor) -> Tensor:
@@ -191,11 +221,7 @@ def inside_interval(mean: Tensor, std: Tensor, targets: Tensor, levels: Sequence
         >>> inside_interval(torch.zeros(3), torch.ones(3), targets, [0.95])
         tensor([[ True,  True, False]])
     """
-    if not all(0 < level < 1 for level in levels):
-        raise ValueError(f"levels={list(levels)}: a central interval needs a level in (0, 1)")
-    nominal = torch.tensor(levels, dtype=torch.float64, device=targets.device)
-    half_widths: Tensor = torch.special.ndtri((1 + nominal) / 2)
-    return (targets - mean).abs() <= half_widths[:, None] * std
+    return (targets - mean).abs() <= _half_widths(levels, targets)[:, None] * std
 
 
 def interval_coverage(
@@ -212,6 +238,118 @@ def interval_coverage(
         tensor([0.2500, 0.5000], dtype=torch.float64)
     """
     return inside_interval(mean, std, targets, levels).double().mean(-1)
+
+
+def interval_score(mean: Tensor, std: Tensor, targets: Tensor, level: float) -> Tensor:
+    """Compute the interval score of the central interval of N(mean, std^2) for each row.
+
+    It is the width of the interval [l, u] plus 2 / alpha times the distance of a target outside of
+    it, with alpha = 1 - level (Gneiting & Raftery 2007). The true quantiles minimize its mean.
+
+    Args:
+        mean: Predicted means [N].
+        std: Predicted standard deviations [N].
+        targets: Targets [N].
+        level: The probability inside the interval, between 0 and 1.
+
+    Returns:
+        u - l + 2 / alpha (l - y)_+ + 2 / alpha (y - u)_+ in the unit of the targets, [N].
+
+    Raises:
+        ValueError: The level is not between 0 and 1.
+
+    Examples:
+        >>> zeros, ones = torch.zeros(2), torch.ones(2)
+        >>> interval_score(zeros, ones, torch.tensor([0.0, 3.0]), level=0.95)
+        tensor([ 3.9199, 45.5214], dtype=torch.float64)
+    """
+    half_width = _half_widths([level], targets)[0] * std.double()
+    outside = ((targets - mean).abs() - half_width).clamp_min(0)
+    return 2 * half_width + 2 / (1 - level) * outside
+
+
+def expected_distance(mean: Tensor, variance: Tensor) -> Tensor:
+    """Compute E|z| of z ~ N(mean, variance), elementwise.
+
+    E|z| = m erf(m / sqrt(2 v)) + sqrt(2 v / pi) exp(-m^2 / (2 v)).
+
+    Examples:
+        >>> expected_distance(torch.zeros(1), torch.ones(1))  # sqrt(2 / pi)
+        tensor([0.7979])
+    """
+    width = (2 * variance).sqrt()
+    z = mean / width
+    distance: Tensor = mean * z.erf() + width * torch.exp(-z.square()) / math.sqrt(math.pi)
+    return distance
+
+
+def distance_to_earlier(means: Tensor, variances: Tensor, index: int) -> Tensor:
+    """Sum E|x_i - x_j| of draw i with the draws j <= i, and of the draws j < i with draw i.
+
+    The sums of all draws add up to those of all S^2 pairs of independent x_i and x_j.
+
+    Args:
+        means: The mean of each draw [S, N].
+        variances: The variance of each draw [S, N].
+        index: The index i of a draw.
+
+    Returns:
+        The sum of the 2 i + 1 distances, [N].
+    """
+    distances = expected_distance(
+        means[index] - means[: index + 1], variances[index] + variances[: index + 1]
+    )
+    return 2 * distances.sum(0) - distances[-1]
+
+
+def gaussian_mixture_crps(means: Tensor, variances: Tensor, targets: Tensor) -> Tensor:
+    """Compute the continuous ranked probability score of a mixture of S Gaussians for each row.
+
+    CRPS = E|x - y| - E|x - x'| / 2 with independent x and x' of the mixture (Gneiting & Raftery
+    2007), in closed form (Grimit et al. 2006). The time grows with S^2.
+
+    Args:
+        means: The mean of each draw [S, N].
+        variances: The variance of each draw [S, N].
+        targets: Targets [N].
+
+    Returns:
+        The score in the unit of the targets, 0 or more, [N].
+
+    Examples:
+        >>> gaussian_mixture_crps(torch.zeros(1, 1), torch.ones(1, 1), torch.zeros(1))
+        tensor([0.2337])
+    """
+    to_target = expected_distance(means - targets, variances).mean(0)
+    between = torch.zeros_like(to_target)
+    for index in range(len(means)):
+        between = between + distance_to_earlier(means, variances, index)
+    return to_target - between / (2 * len(means) ** 2)
+
+
+def gaussian_mixture_quantile(means: Tensor, variances: Tensor, level: float) -> Tensor:
+    """Compute a quantile of a mixture of S Gaussians for each row, by bisection.
+
+    Args:
+        means: The mean of each draw [S, N].
+        variances: The variance of each draw [S, N].
+        level: The probability below the quantile, between 0 and 1.
+
+    Returns:
+        The quantiles in float64, [N].
+
+    Examples:
+        >>> gaussian_mixture_quantile(torch.zeros(2, 1), torch.ones(2, 1), level=0.975)
+        tensor([1.9600], dtype=torch.float64)
+    """
+    means, std = means.double(), variances.double().sqrt()
+    of_draws = means + std * torch.special.ndtri(torch.tensor(level, dtype=torch.float64))
+    lower, upper = of_draws.amin(0), of_draws.amax(0)  # the quantile is between those of the draws
+    for _ in range(60):
+        middle = (lower + upper) / 2
+        is_below = torch.special.ndtr((middle - means) / std).mean(0) < level
+        lower, upper = torch.where(is_below, middle, lower), torch.where(is_below, upper, middle)
+    return (lower + upper) / 2
 
 
 def risk_coverage(scores: Tensor, losses: Tensor) -> Tensor:
@@ -231,8 +369,39 @@ def risk_coverage(scores: Tensor, losses: Tensor) -> Tensor:
         >>> risk_coverage(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.0, 1.0, 0.5]))
         tensor([0.0000, 0.5000, 0.5000], dtype=torch.float64)
     """
-    _, ranks, counts = scores.unique(return_inverse=True, return_counts=True)
-    sums = torch.zeros(len(counts), dtype=torch.float64, device=losses.device)
-    means = sums.index_add_(0, ranks, losses.double()) / counts
     kept = torch.arange(1, len(losses) + 1, device=losses.device)
-    return means.repeat_interleave(counts).cumsum(0) / kept
+    return sorted_by(scores, losses).cumsum(0) / kept
+
+
+def sorted_by(scores: Tensor, values: Tensor) -> Tensor:
+    """Sort values by their scores. Values of equal scores are replaced by their mean.
+
+    Args:
+        scores: The score of each value [N].
+        values: The values [N].
+
+    Returns:
+        The values in the order of increasing scores, in float64 [N].
+
+    Examples:
+        >>> sorted_by(torch.tensor([0.3, 0.1, 0.3]), torch.tensor([1.0, 2.0, 4.0]))
+        tensor([2.0000, 2.5000, 2.5000], dtype=torch.float64)
+    """
+    _, ranks, counts = scores.unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(counts), dtype=torch.float64, device=values.device)
+    means = sums.index_add_(0, ranks, values.double()) / counts
+    return means.repeat_interleave(counts)
+
+
+def _half_widths(levels: Sequence[float], like: Tensor) -> Tensor:
+    """Compute the half width of the central interval of N(0, 1) at each level [L], in float64."""
+    if not all(0 < level < 1 for level in levels):
+        raise ValueError(f"levels={list(levels)}: a central interval needs a level in (0, 1)")
+    nominal = torch.tensor(levels, dtype=torch.float64, device=like.device)
+    half_widths: Tensor = torch.special.ndtri((1 + nominal) / 2)
+    return half_widths
+
+
+def _require_bins(num_bins: int) -> None:
+    if num_bins < 1:
+        raise ValueError(f"num_bins={num_bins}: calibration needs at least one bin")

@@ -12,14 +12,17 @@ from bqnn.arguments import real_number
 from bqnn.inference.answers import ClassificationAnswer, RegressionAnswer
 from bqnn.inference.functional import entropy, gaussian_nll, mutual_information
 from bqnn.inference.metrics import (
+    AdaptiveCalibrationError,
     BrierScore,
     CalibrationError,
     CategoricalNLL,
+    ContinuousRankedProbabilityScore,
     ErrorRate,
     ExpectedEntropy,
     GaussianMixtureNLL,
     GaussianNLL,
     IntervalCoverage,
+    IntervalScore,
     Mixture,
     MixtureMetrics,
     MutualInformation,
@@ -152,7 +155,7 @@ class Classification(Likelihood):
         >>> metrics = likelihood.metrics()
         >>> metrics.update(torch.zeros(3, 5, 2), torch.tensor([0, 1, 1, 0, 1]))
         >>> list(metrics.compute())
-        ['error', 'nll', 'brier', 'ape', 'mi', 'ece', 'ece10']
+        ['error', 'nll', 'brier', 'ape', 'mi', 'ece', 'ece10', 'ece_adaptive']
     """
 
     def __init__(self, class_names: Sequence[str]) -> None:
@@ -183,7 +186,11 @@ class Classification(Likelihood):
         return CategoricalMixture.running(draws, targets)
 
     def metrics(self, **options: Any) -> MixtureMetrics:
-        """Collect error, nll, brier, ape, mi, ece (15 bins) and ece10 of the mixture."""
+        """Collect error, nll, brier, ape, mi, and three calibration errors of the mixture.
+
+        These are ece (15 bins of equal width), ece10 (10 bins) and ece_adaptive (15 bins of equal
+        numbers of rows).
+        """
         return MixtureMetrics(
             self.mixture,
             {
@@ -194,6 +201,7 @@ class Classification(Likelihood):
                 "mi": MutualInformation(**options),
                 "ece": CalibrationError(15, **options),
                 "ece10": CalibrationError(10, **options),
+                "ece_adaptive": AdaptiveCalibrationError(15, **options),
             },
         )
 
@@ -291,7 +299,10 @@ class Regression(Likelihood):
         return GaussianMixture.running(draws, targets)
 
     def metrics(self, **options: Any) -> MixtureMetrics:
-        """Collect rmse, nll, nll_mixture and coverage95 in original units, and two standardized."""
+        """Collect rmse, nll, nll_mixture, coverage95, crps and interval_score95 in original units.
+
+        rmse and nll are also there in standardized units.
+        """
         std = self.target_std
         return MixtureMetrics(
             self.mixture,
@@ -302,6 +313,8 @@ class Regression(Likelihood):
                 "coverage95": IntervalCoverage(0.95, **options),
                 "rmse_standardized": RootMeanSquaredError(**options),
                 "nll_standardized": GaussianNLL(**options),
+                "crps": ContinuousRankedProbabilityScore(std, **options),
+                "interval_score95": IntervalScore(0.95, std, **options),
             },
         )
 

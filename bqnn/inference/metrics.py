@@ -16,14 +16,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.utilities.data import dim_zero_cat
 
 from bqnn.inference.functional import (
     CalibrationBins,
+    adaptive_calibration_error,
     brier_score,
     calibration_sums,
     entropy,
     gaussian_nll,
     inside_interval,
+    interval_score,
     mutual_information,
 )
 from bqnn.inference.mixtures import CategoricalMixture, GaussianMixture
@@ -288,6 +291,50 @@ class CalibrationError(Metric):
         return CalibrationBins.from_sums(self.sums).error
 
 
+class AdaptiveCalibrationError(Metric):
+    """Expected calibration error over bins of equal numbers of rows, from 0 to 1.
+
+    The bins depend on all rows at once, so the states keep the confidence of every row.
+
+    Args:
+        num_bins: The number of bins. Compare only errors with equal numbers of bins.
+        options: Options of `torchmetrics.Metric`.
+
+    Examples:
+        >>> metric = AdaptiveCalibrationError(num_bins=2)
+        >>> logits = torch.tensor([0.8, 0.2]).log().expand(1, 4, 2)
+        >>> metric.update(logits, torch.tensor([0, 0, 0, 1]))  # 0.8 confident, 0.75 correct
+        >>> metric.compute()
+        tensor(0.0500, dtype=torch.float64)
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = False
+    confidences: list[Tensor]
+    correct: list[Tensor]
+
+    def __init__(self, num_bins: int = 15, **options: Any) -> None:
+        super().__init__(**options)
+        if num_bins < 1:
+            raise ValueError(f"num_bins={num_bins}: calibration needs at least one bin")
+        self.num_bins = num_bins
+        self.add_state("confidences", [], dist_reduce_fx="cat")
+        self.add_state("correct", [], dist_reduce_fx="cat")
+
+    def update(self, draws: Tensor | CategoricalMixture, targets: Tensor | None = None) -> None:
+        """Add rows: draws of logits [S, B, C] with class indices [B], or their mixture."""
+        mixture = CategoricalMixture.of(draws, targets)
+        confidences, predictions = mixture.probabilities.max(-1)
+        self.confidences.append(confidences)
+        self.correct.append(predictions == _known(mixture.targets))
+
+    def compute(self) -> Tensor:
+        """Return the error, a float64 scalar."""
+        confidences, correct = dim_zero_cat(self.confidences), dim_zero_cat(self.correct)
+        return adaptive_calibration_error(confidences, correct, self.num_bins)
+
+
 class GaussianRowMean(RowMean):
     """Base class of metrics of a Gaussian mixture in original units, y = mean + target_std * t.
 
@@ -363,6 +410,60 @@ class GaussianMixtureNLL(GaussianNLL):
         return -_known(mixture.log_likelihood)
 
 
+class ContinuousRankedProbabilityScore(GaussianRowMean):
+    """Mean CRPS of the mixture, in the unit of the target; for one certain draw, |y - mean|.
+
+    torchmetrics' class takes samples of the target, whose score is a random number.
+
+    Examples:
+        >>> metric = ContinuousRankedProbabilityScore(target_std=10.0)
+        >>> metric.update(torch.zeros(3, 1, 2), torch.zeros(1))  # 10 (sqrt(2) - 1) / sqrt(pi)
+        >>> metric.compute()
+        tensor(2.3369, dtype=torch.float64)
+    """
+
+    higher_is_better = False
+
+    def rows(self, mixture: GaussianMixture) -> Tensor:
+        return _known(mixture.crps)
+
+    def compute(self) -> Tensor:
+        """Return the mean over all rows, a float64 scalar."""
+        return super().compute() * self.target_std
+
+
+class IntervalScore(GaussianRowMean):
+    """Mean interval score of the central interval of the Gaussian with the mixture's moments.
+
+    It is in the unit of the target: the width, and a penalty for targets outside of the interval.
+
+    Args:
+        level: The probability inside the interval.
+        target_std: The unit of the draws and targets.
+        options: Options of `torchmetrics.Metric`.
+
+    Examples:
+        >>> metric = IntervalScore(level=0.95)
+        >>> metric.update(torch.zeros(3, 1, 2), torch.zeros(1))  # inside: the width
+        >>> metric.compute()
+        tensor(3.9199, dtype=torch.float64)
+    """
+
+    higher_is_better = False
+
+    def __init__(self, level: float = 0.95, target_std: float = 1.0, **options: Any) -> None:
+        super().__init__(target_std, variant=f"_{level}", **options)
+        self.level = _level(level)
+
+    def rows(self, mixture: GaussianMixture) -> Tensor:
+        std = mixture.variance.sqrt()
+        return interval_score(mixture.mean, std, _known(mixture.targets), self.level)
+
+    def compute(self) -> Tensor:
+        """Return the mean over all rows, a float64 scalar."""
+        return super().compute() * self.target_std
+
+
 class IntervalCoverage(RowMean):
     """Share of targets inside the central interval of the Gaussian with the mixture's moments.
 
@@ -381,9 +482,7 @@ class IntervalCoverage(RowMean):
 
     def __init__(self, level: float = 0.95, **options: Any) -> None:
         super().__init__(f"_{level}", **options)
-        if not 0 < level < 1:
-            raise ValueError(f"level={level}: a central interval needs a level in (0, 1)")
-        self.level = level
+        self.level = _level(level)
 
     def rows(self, mixture: GaussianMixture) -> Tensor:
         std = mixture.variance.sqrt()
@@ -420,6 +519,12 @@ class RootMeanVariance(GaussianRowMean):
     def compute(self) -> Tensor:
         """Return the standard deviation, a float64 scalar."""
         return super().compute().sqrt() * self.target_std
+
+
+def _level(level: float) -> float:
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: a central interval needs a level in (0, 1)")
+    return level
 
 
 def _known(values: Tensor | None) -> Tensor:

@@ -12,7 +12,14 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from bqnn.inference.functional import entropy, gaussian_nll, log_mean_exp
+from bqnn.inference.functional import (
+    distance_to_earlier,
+    entropy,
+    expected_distance,
+    gaussian_mixture_crps,
+    gaussian_nll,
+    log_mean_exp,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +89,7 @@ class GaussianMixture:
         epistemic: Variance of the draws' means [N]. It is divided by S, so it is 0 for S = 1.
         targets: Targets [N] in float64, where they are known.
         log_likelihood: Log density of the targets [N] in nats, where they are known.
+        crps: Continuous ranked probability score of the mixture [N], where targets are known.
 
     Examples:
         >>> draws = torch.tensor([[[1.0, 0.0]], [[3.0, 0.0]]])  # N(1, 1) and N(3, 1), one row
@@ -95,6 +103,7 @@ class GaussianMixture:
     epistemic: Tensor
     targets: Tensor | None = None
     log_likelihood: Tensor | None = None
+    crps: Tensor | None = None
 
     @property
     def variance(self) -> Tensor:
@@ -112,11 +121,14 @@ class GaussianMixture:
             return draws
         assert isinstance(draws, Tensor)
         means, log_variances = _checked(draws, targets, num_outputs=2).unbind(-1)
-        moments = (means.mean(0), log_variances.exp().mean(0), means.var(0, correction=0))
+        variances = log_variances.exp()
+        moments = (means.mean(0), variances.mean(0), means.var(0, correction=0))
         if targets is None:
             return cls(*moments)
         targets = targets.double()
-        return cls(*moments, targets, log_mean_exp(-gaussian_nll(means, log_variances, targets)))
+        log_likelihood = log_mean_exp(-gaussian_nll(means, log_variances, targets))
+        crps = gaussian_mixture_crps(means, variances, targets)
+        return cls(*moments, targets, log_likelihood, crps)
 
     @classmethod
     def running(cls, draws: Tensor, targets: Tensor) -> Iterator[Self]:
@@ -126,16 +138,21 @@ class GaussianMixture:
         """
         samples = _checked(draws, targets, num_outputs=2)
         targets = targets.double()
-        mean, aleatoric, squares = torch.zeros(3, *targets.shape).to(samples)
+        means, variances = samples[..., 0], samples[..., 1].exp()
+        mean, aleatoric, squares, to_target, between = torch.zeros(5, *targets.shape).to(samples)
         log_sum = torch.full_like(mean, -math.inf)
         for count, draw in enumerate(samples, 1):
             draw_mean, log_variance = draw.unbind(-1)
             deviation = draw_mean - mean  # squared deviations as Welford (1962) sums them
             mean = mean + deviation / count
             squares = squares + deviation * (draw_mean - mean)
-            aleatoric = aleatoric + (log_variance.exp() - aleatoric) / count
+            aleatoric = aleatoric + (variances[count - 1] - aleatoric) / count
             log_sum = torch.logaddexp(log_sum, -gaussian_nll(draw_mean, log_variance, targets))
-            yield cls(mean, aleatoric, squares / count, targets, log_sum - math.log(count))
+            to_target = to_target + expected_distance(draw_mean - targets, variances[count - 1])
+            between = between + distance_to_earlier(means, variances, count - 1)
+            crps = to_target / count - between / (2 * count**2)
+            log_likelihood = log_sum - math.log(count)
+            yield cls(mean, aleatoric, squares / count, targets, log_likelihood, crps)
 
 
 def require_one_target_per_row(output: Tensor, targets: Tensor) -> None:

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from bqnn.inference.calibration import Calibration
 from bqnn.inference.likelihoods import Likelihood
 from bqnn.inference.metrics import Mixture, MixtureMetrics, NotFiniteError
 
@@ -41,6 +42,10 @@ class Prediction:
     def summary(self) -> dict[str, Tensor]:
         """The result of `Likelihood.summary` for each row."""
         return self.likelihood.summary(self.mixture)
+
+    def calibrated(self, calibration: Calibration) -> "Prediction":
+        """Return the prediction with calibrated draws."""
+        return Prediction(self.likelihood, calibration(self.samples), self.targets)
 
 
 def score(*batches: Prediction, metrics: MixtureMetrics | None = None) -> dict[str, float]:

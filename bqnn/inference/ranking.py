@@ -103,6 +103,9 @@ class AUPR(Detection):
 class FPR95(Detection):
     """Share of familiar rows that are flagged at a threshold that flags 95 % of unfamiliar rows.
 
+    It is 0 if all rows are of one kind: then no familiar row need be flagged. With wrong
+    predictions as the unfamiliar rows, it measures the detection of errors.
+
     Examples:
         >>> metric = FPR95()
         >>> metric.update(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([False, False, True]))
@@ -116,23 +119,18 @@ class FPR95(Detection):
         import numpy as np
         from sklearn.metrics import roc_curve
 
+        if is_unfamiliar.all() or not is_unfamiliar.any():
+            return 0.0
+
         false_positive, true_positive, _ = roc_curve(is_unfamiliar, ranks, drop_intermediate=False)
         return float(false_positive[np.argmax(true_positive >= 0.95)])
 
 
-class AURC(Metric):
-    """Area under the risk-coverage curve: the mean risk of the k rows with the lowest scores.
-
-    It is the mean of `bqnn.inference.functional.risk_coverage` (Geifman & El-Yaniv 2017).
+class RiskCoverage(Metric):
+    """Base class of metrics of the risk-coverage curve, whose coverage grows with the score.
 
     Args:
         options: Options of `torchmetrics.Metric`.
-
-    Examples:
-        >>> metric = AURC()
-        >>> metric.update(torch.tensor([0.1, 0.2]), torch.tensor([0.0, 1.0]))
-        >>> metric.compute()  # of the risks 0 and 1/2
-        tensor(0.2500, dtype=torch.float64)
     """
 
     full_state_update = False
@@ -161,13 +159,49 @@ class AURC(Metric):
         self.scores.append(scores.double())
         self.losses.append(losses.double())
 
+    def curve(self) -> Tensor:
+        """Return the risk of all rows so far at coverage 1/N, 2/N, ..., 1, in float64 [N]."""
+        return risk_coverage(dim_zero_cat(self.scores), dim_zero_cat(self.losses))
+
+
+class AURC(RiskCoverage):
+    """Area under the risk-coverage curve: the mean risk of the k rows with the lowest scores.
+
+    It is the mean of `bqnn.inference.functional.risk_coverage` (Geifman & El-Yaniv 2017).
+
+    Examples:
+        >>> metric = AURC()
+        >>> metric.update(torch.tensor([0.1, 0.2]), torch.tensor([0.0, 1.0]))
+        >>> metric.compute()  # of the risks 0 and 1/2
+        tensor(0.2500, dtype=torch.float64)
+    """
+
     def compute(self) -> Tensor:
         """Return the area, a float64 scalar."""
         return self.curve().mean()
 
-    def curve(self) -> Tensor:
-        """Return the risk of all rows so far at coverage 1/N, 2/N, ..., 1, in float64 [N]."""
-        return risk_coverage(dim_zero_cat(self.scores), dim_zero_cat(self.losses))
+
+class AUGRC(RiskCoverage):
+    """Area under the generalized risk-coverage curve (Traub et al. 2024).
+
+    The generalized risk is the loss of the accepted rows, divided by the number of all rows: the
+    probability that a row is accepted and wrong. The area is that of the curve through (0, 0) and
+    a point per row. For losses of 0 and 1 with mean e, it is (1 - AUROC) e (1 - e) + e^2 / 2, with
+    the AUROC of the detection of errors.
+
+    Examples:
+        >>> metric = AUGRC()
+        >>> metric.update(torch.tensor([0.1, 0.2]), torch.tensor([0.0, 1.0]))
+        >>> metric.compute()  # a perfect ranking: 0 and (1/2)^2 / 2
+        tensor(0.1250, dtype=torch.float64)
+    """
+
+    def compute(self) -> Tensor:
+        """Return the area, a float64 scalar."""
+        risk = self.curve()
+        count = len(risk)
+        generalized = risk * torch.arange(1, count + 1, device=risk.device) / count
+        return generalized.mean() - generalized[-1] / (2 * count)
 
 
 def detection_metrics(**options: Any) -> MetricCollection:

@@ -2,12 +2,13 @@
 
 import copy
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bqnn.arguments import whole_number
+from bqnn.arguments import ArgumentError, whole_number
 from bqnn.layers.draws import Drawn
 from bqnn.layers.swap import check_copied_as_one, check_no_loose_tensors
 from bqnn.text import counted
@@ -53,6 +54,32 @@ class Ensemble(Drawn):
         self.register_buffer("collected", torch.zeros((), dtype=torch.int64))
         self.register_load_state_dict_pre_hook(_make_room)
         self._turn = 0
+        self._is_fixed = False  # True: a state has as many members as there are
+
+    @classmethod
+    def of(cls, nets: Sequence[nn.Module]) -> "Ensemble":
+        """Make an ensemble of networks with equal layers.
+
+        Args:
+            nets: At least one network. Each becomes a member, the last one the newest. The current
+                network is a copy of the last one, which is not trained.
+
+        Raises:
+            ValueError: The networks have different parameters or buffers.
+
+        Examples:
+            >>> ensemble = Ensemble.of([nn.Linear(3, 2) for _ in range(5)])
+            >>> len(ensemble)
+            5
+        """
+        ensemble = cls(copy.deepcopy(nets[-1]).requires_grad_(False), len(nets))
+        shapes = _shapes(ensemble.current)
+        if any(_shapes(net) != shapes for net in nets):
+            raise ArgumentError("nets: their layers differ; pass copies with other weights", "nets")
+        ensemble.members.extend(nets)
+        ensemble.collected.fill_(len(nets))
+        ensemble._is_fixed = True
+        return ensemble
 
     def __len__(self) -> int:
         """Return the number of members."""
@@ -66,6 +93,11 @@ class Ensemble(Drawn):
             self._add_member()
         self.members[slot].load_state_dict(self.current.state_dict())
         self.collected += 1
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Copy the newest member to the current network."""
+        self.current.load_state_dict(self.members[self.make_draw(0)].state_dict())
 
     def make_draw(self, index: int) -> int:
         """Return the position of a member.
@@ -110,6 +142,11 @@ def _make_room(module: nn.Module, state: dict[str, Any], prefix: str, *_: object
     """
     assert isinstance(module, Ensemble)
     count = min(_collected(state, prefix), module.num_members)
+    if module._is_fixed and count < module.num_members:
+        raise RuntimeError(
+            f"{prefix}collected={count} members, but the ensemble has {module.num_members}; the "
+            "file is damaged, save it again"
+        )
     current = module.current.state_dict()
     shapes = {name: value.shape for name, value in module.current.named_parameters()}
     for index, name in itertools.product(range(count), current):
@@ -123,6 +160,10 @@ def _make_room(module: nn.Module, state: dict[str, Any], prefix: str, *_: object
     while len(module.members) < count:
         module._add_member()
     del module.members[count:]
+
+
+def _shapes(net: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in net.state_dict().items()}
 
 
 def _collected(state: dict[str, Any], prefix: str) -> int:

@@ -2,6 +2,7 @@
 
 from bqnn.methods.base import Method
 from bqnn.methods.bbb import BayesByBackprop
+from bqnn.methods.ensemble import DeepEnsemble
 from bqnn.methods.laplace import Laplace
 from bqnn.methods.mcdropout import MCDropoutMethod
 from bqnn.methods.members import MemberTuning
@@ -15,6 +16,7 @@ __all__ = [
     "METHODS",
     "SWAG",
     "BayesByBackprop",
+    "DeepEnsemble",
     "Laplace",
     "MCDropoutMethod",
     "MemberTuning",
@@ -32,4 +34,5 @@ METHODS: dict[str, type[Method]] = {
     "sghmc": SGHMCEnsemble,
     "swag": SWAG,
     "laplace": Laplace,
+    "ensemble": DeepEnsemble,
 }

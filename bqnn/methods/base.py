@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bqnn.arguments import ArgumentError, prefixed, whole_number
+from bqnn.inference.calibration import Calibration
 from bqnn.inference.likelihoods import Likelihood
 from bqnn.inference.predict import predictive_sets
+from bqnn.inference.predictions import Prediction
 from bqnn.layers.noise import reseed
 from bqnn.layers.safe_convolutions import guard_backward
 from bqnn.methods.epochs import is_last_epoch
@@ -23,6 +25,7 @@ from bqnn.optim import make_optimizer
 from bqnn.seeds import Stream, stream_seed
 
 Batch = tuple[Tensor, Tensor]
+Parameters = list[nn.Parameter] | list[dict[str, Any]]  # groups as in torch.optim
 
 
 class Method(pl.LightningModule):
@@ -47,6 +50,7 @@ class Method(pl.LightningModule):
     Attributes:
         epoch_terms: The terms of the loss in the current epoch.
         recipe: The description from which a checkpoint's model is rebuilt; None if there is none.
+        calibration: Calibrates the draws of predictions; None leaves them as they are.
 
     Raises:
         ValueError: A number is out of range, or the schedule is unknown.
@@ -80,6 +84,7 @@ class Method(pl.LightningModule):
         self.val_samples = whole_number("val_samples", val_samples, reason, 1)
         self.stream = Stream.TRAINING
         self.recipe: dict[str, Any] | None = None
+        self.calibration: Calibration | None = None
         self.epoch_terms = EpochTerms()
         self._evaluation = Evaluation(likelihood)
 
@@ -111,7 +116,7 @@ class Method(pl.LightningModule):
         Returns:
             Draws of the output [S, N_i, num_outputs] for each set, on the CPU.
         """
-        return predictive_sets(
+        draws = predictive_sets(
             self.net,
             sets,
             self.available_samples if num_samples is None else num_samples,
@@ -119,6 +124,7 @@ class Method(pl.LightningModule):
             seed=self.seed,
             progress=progress,
         )
+        return draws if self.calibration is None else [self.calibration(each) for each in draws]
 
     @property
     def available_samples(self) -> int:
@@ -135,6 +141,14 @@ class Method(pl.LightningModule):
             ValueError: The method cannot make that many different draws.
         """
         return self.available_samples if num_samples is None else num_samples
+
+    def diagnostics(self, validation: Prediction) -> dict[str, float]:
+        """Return metrics of the training itself, such as the convergence of a sampler.
+
+        Args:
+            validation: The predictions of all draws for the validation rows.
+        """
+        return {}
 
     def loss_terms(self, inputs: Tensor, targets: Tensor) -> Terms:
         """Return the loss of a training batch as `loss`, and its terms by name."""
@@ -200,8 +214,8 @@ class Method(pl.LightningModule):
         """Return the arguments of `make_optimizer`."""
         return self.optimizer
 
-    def trained_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the optimizer updates."""
+    def trained_parameters(self) -> Parameters:
+        """Return the parameters that the optimizer updates, or groups of them."""
         return [param for param in self.parameters() if param.requires_grad]
 
     def is_logged_epoch(self) -> bool:

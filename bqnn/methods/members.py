@@ -1,20 +1,95 @@
-"""Fine-tuning of the members of an ensemble, independently of each other."""
+"""Training of the members of an ensemble, independently of each other."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
-from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.autograd.function import once_differentiable
+from torch.optim import Optimizer
 
+from bqnn.arguments import ArgumentError
 from bqnn.inference.likelihoods import Likelihood
 from bqnn.layers.ensemble import Ensemble
-from bqnn.methods.base import Batch, Method
+from bqnn.methods.base import Method
 from bqnn.methods.terms import Terms
 from bqnn.seeds import Stream
 
 
-class MemberTuning(Method):
+class EnsembleMethod(Method):
+    """Base class for methods whose draws are the members of an ensemble.
+
+    Attributes:
+        net: The ensemble.
+        growing: The options that give an ensemble more members.
+    """
+
+    net: Ensemble
+    growing: ClassVar[tuple[str, ...]] = ("num_members",)
+
+    @property
+    def available_samples(self) -> int:
+        return min(self.num_samples, max(len(self.net), 1))
+
+    def check_samples(self, num_samples: int | None) -> int:
+        """Return the number of draws; ValueError if the ensemble has fewer members."""
+        available = max(len(self.net), 1)
+        if num_samples is not None and num_samples > available:
+            raise ArgumentError(
+                f"num_samples={num_samples}: this ensemble has {available} members; ask for at "
+                f"most {available}, or train with more ({', '.join(self.growing)})",
+                *("num_samples", *self.growing),
+            )
+        return super().check_samples(num_samples)
+
+
+class MemberTraining(EnsembleMethod):
+    """Base class for methods that train all members of an ensemble at once.
+
+    Each member is trained by its own loss, on the same batches. The logged terms are means over
+    members.
+    """
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [param for param in self.net.members.parameters() if param.requires_grad]
+
+    def member_terms(self, member: nn.Module, inputs: Tensor, targets: Tensor) -> Terms:
+        """Return the loss of a member for a batch as `loss`, and its terms by name."""
+        nll = self.likelihood.loss(member(inputs), targets)
+        return {"loss": nll, "nll": nll}
+
+    def loss_terms(self, inputs: Tensor, targets: Tensor) -> Terms:
+        """Return means over members. The gradients of `loss` are those of the members' losses."""
+        gradients: dict[nn.Parameter, Tensor] = {}
+        all_terms = []
+        for member in self.net.members:
+            terms = self.member_terms(member, inputs, targets)
+            loss = terms["loss"]
+            assert isinstance(loss, Tensor)
+            gradients |= _gradients(loss, member)  # one backward pass per member, to limit memory
+            all_terms.append({name: torch.as_tensor(term).detach() for name, term in terms.items()})
+        means: Terms = {
+            name: torch.stack([terms[name] for terms in all_terms]).mean() for name in all_terms[0]
+        }
+        means["loss"] = _WithGradients.apply(means["loss"], [*gradients.values()], *gradients)
+        return means
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_algorithm == "value" or not gradient_clip_val:
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
+            return
+        for member in self.net.members:  # each has its own norm
+            nn.utils.clip_grad_norm_(member.parameters(), gradient_clip_val)
+
+
+class MemberTuning(MemberTraining):
     r"""Train each member of an ensemble towards the mode of its posterior.
 
     The loss of a member is its mean NLL plus `prior_weight * temperature / num_train` times
@@ -22,9 +97,8 @@ class MemberTuning(Method):
         -log p(w) = \sum_k precision_k / 2 * |w_k|^2 + const,
 
     over its tensors w_k. The precision of a tensor is the mean of the Gamma posterior from which
-    `bqnn.optim.SGHMC` draws it, given the weights. All members see the same batches, and the
-    logged terms are means over members. The learning rate falls to 0 along a cosine, step by
-    step.
+    `bqnn.optim.SGHMC` draws it, given the weights. The learning rate falls to 0 along a cosine,
+    step by step.
 
     Args:
         net: An ensemble with at least one member.
@@ -34,8 +108,6 @@ class MemberTuning(Method):
         prior_rate: Rate of the Gamma prior of the precisions.
         options: Arguments of `Method`.
     """
-
-    net: Ensemble
 
     def __init__(
         self,
@@ -54,39 +126,9 @@ class MemberTuning(Method):
         self.prior_shape = prior_shape
         self.prior_rate = prior_rate
         self.stream = Stream.FINE_TUNING
-        self.automatic_optimization = False  # one backward pass per member, to limit memory
-        for member in net.members:
-            member.requires_grad_(True)
-
-    @property
-    def available_samples(self) -> int:
-        return min(self.num_samples, len(self.net))
-
-    def trained_parameters(self) -> list[nn.Parameter]:
-        return list(self.net.members.parameters())
-
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
-        inputs, targets = batch
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        assert isinstance(optimizer, LightningOptimizer)
-        assert isinstance(schedule, LRScheduler)
-        optimizer.zero_grad()
-        all_terms = []
-        for member in self.net.members:
-            terms = self.member_terms(member, inputs, targets)
-            loss = terms["loss"]
-            assert isinstance(loss, Tensor)
-            self.manual_backward(loss)
-            all_terms.append({name: torch.as_tensor(term).detach() for name, term in terms.items()})
-        means: Terms = {
-            name: torch.stack([terms[name] for terms in all_terms]).mean() for name in all_terms[0]
-        }
-        self.epoch_terms.record(means, len(targets))
-        optimizer.step()
-        schedule.step()
+        self.net.members.requires_grad_(True)
 
     def member_terms(self, member: nn.Module, inputs: Tensor, targets: Tensor) -> Terms:
-        """Return the loss of a member for a batch as `loss`, and its terms by name."""
         nll = self.likelihood.loss(member(inputs), targets)
         prior = self.prior_energy(member)
         scale = self.prior_weight * self.temperature / self.num_train
@@ -101,3 +143,32 @@ class MemberTuning(Method):
             precision = shape / (self.prior_rate + square.detach() / 2)
             energies.append(precision * square / 2)
         return torch.stack(energies).sum()
+
+
+def _gradients(loss: Tensor, net: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """Return the gradients of a loss, without a change of `grad` of the parameters.
+
+    Unlike `torch.autograd.grad`, it supports reentrant activation checkpoints.
+    """
+    before = {param: param.grad for param in net.parameters() if param.requires_grad}
+    for param in before:
+        param.grad = None
+    loss.backward()
+    found = {param: param.grad for param in before if param.grad is not None}
+    for param, grad in before.items():
+        param.grad = grad
+    return found
+
+
+class _WithGradients(torch.autograd.Function):
+    """A scalar whose gradients are given."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *params: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> Any:
+        return None, None, *(factor * gradient for gradient in ctx.gradients)

@@ -1,30 +1,48 @@
-"""SGHMC: an ensemble of networks that one Markov chain samples from the posterior."""
+"""SGHMC: an ensemble of networks that Markov chains sample from the posterior."""
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor, nn
 
-from bqnn.arguments import ArgumentError, whole_number
+from bqnn.arguments import ArgumentError
+from bqnn.inference.convergence import FEWEST, effective_sample_size, split_rhat
 from bqnn.inference.likelihoods import Likelihood
+from bqnn.inference.predictions import Prediction
 from bqnn.layers.ensemble import Ensemble
-from bqnn.methods.base import Batch, Method
-from bqnn.methods.members import MemberTuning
+from bqnn.methods.base import Batch
+from bqnn.methods.members import EnsembleMethod, MemberTuning
+from bqnn.methods.sampling import SamplingPlan
 from bqnn.optim import make_optimizer
 
 log = logging.getLogger(__name__)
 
 
-class SGHMCEnsemble(Method):
-    """Sample weights with `bqnn.optim.SGHMC`, and keep the last networks of the chain.
+class SGHMCEnsemble(EnsembleMethod):
+    """Sample weights with `bqnn.optim.SGHMC`, and keep the last networks of each chain.
+
+    Chains run one after another. Each starts from new initial weights, with an optimization: the
+    sampler without noise.
+
+    With cycles (Zhang et al., 2020), the squared step size falls from that of the optimizer to 0
+    along a cosine, again and again. The first part of a cycle is an optimization, too. Members are
+    collected at its end.
 
     Args:
         net: The network. It is converted to an `Ensemble`.
         burn_in: The number of epochs in which the sampler adapts, and no member is collected.
         collect_every: The number of epochs between members, and between burn-in and the first.
-        num_members: The maximum number of members; older ones are dropped.
+        num_members: The maximum number of members. Each chain has an equal share; older ones are
+            dropped.
+        chain_epochs: The number of epochs of a chain, including burn-in; None for one chain.
+        optimize_epochs: The number of epochs at the start of a chain without noise.
+        cycle_epochs: The number of epochs of a cycle after burn-in; None for constant steps.
+        exploration: The share of a cycle without noise, at its start.
+        make_net: Makes the initial network of a chain, from its number. Only chains need it.
         options: Arguments of `Method`.
 
     Examples:
@@ -39,7 +57,7 @@ class SGHMCEnsemble(Method):
         torch.Size([1, 2, 2])
     """
 
-    net: Ensemble
+    growing = ("num_members", "collect_every")
 
     def __init__(
         self,
@@ -49,31 +67,37 @@ class SGHMCEnsemble(Method):
         burn_in: int,
         collect_every: int,
         num_members: int,
+        chain_epochs: int | None = None,
+        optimize_epochs: int = 0,
+        cycle_epochs: int | None = None,
+        exploration: float = 0.8,
+        make_net: Callable[[int], nn.Module] | None = None,
         **options: Any,
     ) -> None:
-        burn_in = whole_number("burn_in", burn_in, "in epochs, 0 or more", 0)
-        reason = "in epochs, 1 or more"
-        collect_every = whole_number("collect_every", collect_every, reason, 1)
         super().__init__(Ensemble(net, num_members), likelihood, **options)
-        self.burn_in = burn_in
-        self.collect_every = collect_every
+        self.plan = SamplingPlan(
+            burn_in=burn_in,
+            collect_every=collect_every,
+            num_members=num_members,
+            chain_epochs=chain_epochs,
+            optimize_epochs=optimize_epochs,
+            cycle_epochs=cycle_epochs,
+            exploration=exploration,
+        )
+        if cycle_epochs is not None and self.schedule != "constant":
+            raise ArgumentError(
+                f"schedule={self.schedule}: cycle_epochs sets the size of the steps; choose "
+                "schedule=constant, or leave out cycle_epochs",
+                *("schedule", "cycle_epochs"),
+            )
+        self.make_net = make_net
         self._said_empty = False
-
-    @property
-    def available_samples(self) -> int:
-        return min(self.num_samples, max(len(self.net), 1))
 
     def check_samples(self, num_samples: int | None) -> int:
         """Return the number of draws; ValueError if the ensemble has fewer members."""
-        available = max(len(self.net), 1)
-        if num_samples is not None and num_samples > available:
-            raise ArgumentError(
-                f"num_samples={num_samples}: this ensemble has {available} members; ask for at "
-                f"most {available}, or train with more (num_members, collect_every)",
-                *("num_samples", "num_members", "collect_every"),
-            )
+        count = super().check_samples(num_samples)
         self._say_if_empty()
-        return super().check_samples(num_samples)
+        return count
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return [*super().configure_callbacks(), CollectMembers()]
@@ -103,6 +127,56 @@ class SGHMCEnsemble(Method):
         tuning.recipe = self.recipe
         return tuning
 
+    def diagnostics(self, validation: Prediction) -> dict[str, float]:
+        """Return R-hat and the effective sample size of the validation NLL of the members.
+
+        Chains of which there are too few members are left out; without others, the result is empty.
+        """
+        targets, count = validation.targets, len(validation.samples)
+        assert targets is not None
+        planned = self.plan.collected(self.trainer.max_epochs or 0)
+        epochs = [epoch for epoch in planned if epoch < self.current_epoch][-count:]
+        if len(epochs) < count:  # there is no member yet
+            return {}
+        chains: dict[int, list[Tensor]] = {}
+        for epoch, sample in zip(epochs, validation.samples.flip(0), strict=True):
+            nll = self.likelihood.loss(sample.double(), targets)
+            chains.setdefault(self.plan.chain(epoch), []).append(nll)
+        long = [chain for chain in chains.values() if len(chain) >= FEWEST]
+        if not long:
+            return {}
+        length = min(map(len, long))
+        draws = torch.stack([torch.stack(chain[-length:]) for chain in long])
+        found = {"rhat": split_rhat(draws), "ess": effective_sample_size(draws)}
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
+    def on_train_epoch_start(self) -> None:
+        if self.plan.starts_chain(self.current_epoch):
+            self._restart()
+        self._set_step()
+        super().on_train_epoch_start()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self._set_step()
+
+    def _restart(self) -> None:
+        """Give the current network new initial weights, and the sampler an empty state."""
+        assert self.make_net is not None
+        net = self.make_net(self.plan.chain(self.current_epoch))
+        self.net.current.load_state_dict(net.state_dict())
+        (optimizer,) = self.trainer.optimizers
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            group["step"] = 0
+
+    def _set_step(self) -> None:
+        """Set the size and the noise of the sampler's next step."""
+        (optimizer,) = self.trainer.optimizers
+        for group in optimizer.param_groups:
+            group["noise"] = self.plan.has_noise(self.epochs_done)
+            if self.plan.cycle_epochs is not None:
+                group["lr"] = optimizer.defaults["lr"] * self.plan.step_share(self.epochs_done)
+
     def seed_epoch(self) -> None:
         # The noise and the Gibbs draws of the sampler must be equal on all ranks.
         self.seed_draws(rank=0)
@@ -120,7 +194,7 @@ class SGHMCEnsemble(Method):
         return num_rows * self.trainer.accumulate_grad_batches * self.steps_per_epoch / rows
 
     def optimizer_options(self, steps_per_epoch: int) -> dict[str, Any]:
-        burn_in = self.burn_in * steps_per_epoch
+        burn_in = self.plan.burn_in * steps_per_epoch
         return {**self.optimizer, "num_train": self.num_train, "num_burn_in_steps": burn_in}
 
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -136,13 +210,30 @@ class SGHMCEnsemble(Method):
                 "not stable",
                 *("gradient_clip_val", "optimizer.lr"),
             )
-        first = self.burn_in + self.collect_every
-        if first > (self.trainer.max_epochs or 0):
+        self._check_chains()
+        if not self.plan.collected(self.trainer.max_epochs or 0):
             log.warning(
                 "the ensemble stays empty: its first member comes after epoch %d (burn_in + "
                 "collect_every) and max_epochs is %d",
-                first,
+                self.plan.burn_in + self.plan.collect_every,
                 self.trainer.max_epochs,
+            )
+
+    def _check_chains(self) -> None:
+        """Refuse several chains that cannot be restarted."""
+        if self.plan.chain_epochs is None:
+            return
+        if self.make_net is None:
+            raise ArgumentError(
+                f"chain_epochs={self.plan.chain_epochs}: each chain needs a network with new "
+                "initial weights; pass make_net, or leave out chain_epochs",
+                *("chain_epochs", "make_net"),
+            )
+        if self.make_net(0).state_dict().keys() != self.net.current.state_dict().keys():
+            raise ArgumentError(
+                f"chain_epochs={self.plan.chain_epochs}: chains of a network with fake "
+                "quantization cannot start; train in float, and quantize the result",
+                "chain_epochs",
             )
 
     def on_validation_epoch_start(self) -> None:
@@ -158,15 +249,14 @@ class SGHMCEnsemble(Method):
             log.warning(
                 "no member is collected yet (burn-in takes %d epochs): evaluating the current "
                 "network",
-                self.burn_in,
+                self.plan.burn_in,
             )
 
 
 class CollectMembers(pl.Callback):
-    """Add the network to the ensemble every `collect_every` epochs after `burn_in` epochs."""
+    """Add the network to the ensemble at the ends of the epochs of the plan."""
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, SGHMCEnsemble)
-        sampled = trainer.current_epoch + 1 - pl_module.burn_in
-        if sampled > 0 and sampled % pl_module.collect_every == 0:
+        if trainer.current_epoch in pl_module.plan.collected(trainer.max_epochs or 0):
             pl_module.net.collect()

@@ -20,6 +20,7 @@ from bqnn.report.runs import CELL, UNIT, Runs
 from bqnn.report.suite_figures import SuiteRuns, level_figures, ood_figure, suite_runs
 from bqnn.report.summary import (
     BASELINE,
+    CONVERGENCE,
     MAIN_KEYS,
     beside_pointwise,
     main_metrics,
@@ -56,17 +57,28 @@ BANDS = (
     "Lines: means over seeds and splits. Bands: plus and minus one standard deviation. Dashed "
     "lines: the same networks in float."
 )
+CONFORMAL = (
+    "Prediction sets calibrated on validation rows (lac, aps, raps), or intervals (normalized, "
+    "cqr): the share of targets that they cover, the least one of a class, and their mean size. "
+    "The dotted line is the coverage that they are made for."
+)
 PAIRS = (
     "Differences a - b, paired by seed and split: mean and standard deviation over n pairs, and "
     "two-sided p values of the paired t test and of Wilcoxon's signed-rank test. The p values are "
     "not corrected for multiple tests. They are too small for splits of one data set, which share "
     "rows. differences.csv has every metric and every pair of methods."
 )
+CHAINS = (
+    "rhat: the rank-normalized split R-hat of the validation NLL of the members; near 1, the "
+    "chains and their halves agree. ess: the number of independent members with the same "
+    "information. Means over n seeds and splits."
+)
 SUMMARY = (
     "Over seeds and splits: the mean, the standard deviation of single runs (std), the standard "
     "error of the mean, and the number of runs (n). summary.csv has every metric."
 )
-LEVEL = r"^shift/.+_[0-9]{1,6}/"  # one level of a distortion; their mean ends with _mean instead
+# One level of a distortion; the mean of the levels ends with _mean instead.
+LEVEL = r"^(?:calibrated/)?shift/.+_[0-9]{1,6}/"
 
 
 def contents(runs: Runs, plots: Path) -> "tuple[Section, dict[str, DataFrame]]":
@@ -116,6 +128,7 @@ def contents(runs: Runs, plots: Path) -> "tuple[Section, dict[str, DataFrame]]":
             *(_suite(each, colors, plots) for each in suites if each.task == task),
             _size(task, own["results"], colors, plots),
             _pairs(own["differences"]),
+            _convergence(own["summary"]),
             Section("Summary", 3, SUMMARY, table=_shown(main_metrics(own["summary"])), folded=True),
         ]
         report.parts.append(Section(task, 2, parts=[part for part in parts if part is not None]))
@@ -151,6 +164,10 @@ def _sweep(sweep: Sweep, colors: Mapping[str, str], plots: Path) -> Section:
             section.figures = [draw(metric, [metric]) for metric in metrics]
         else:
             section.parts.append(Section(name, 4, figures=[draw(name, metrics)], folded=True))
+    for name, metrics in sweep.conformal().items():
+        figures = [draw(f"{name}/conformal", metrics)]
+        title = f"Conformal sets of {name}"
+        section.parts.append(Section(title, 4, CONFORMAL, figures, folded=name != "test"))
     return section
 
 
@@ -191,6 +208,16 @@ def _pairs(differences: "DataFrame") -> Section | None:
         shown = shown[(shown["kind"] != "methods") | (shown["b"] == BASELINE)]
     table = _shown(shown.drop(columns="numeric"))
     return Section("Paired differences", 3, PAIRS, table=table, folded=True)
+
+
+def _convergence(summary: "DataFrame") -> Section | None:
+    """List R-hat and the effective sample size of the runs that have them."""
+    if summary.empty:
+        return None
+    found = summary[summary["metric"].isin(CONVERGENCE)]
+    if found.empty:
+        return None
+    return Section("Convergence of Markov chains", 3, CHAINS, table=_shown(found))
 
 
 def _shown(table: "DataFrame") -> "DataFrame":

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 AXES = {"weight_bits": "activation_bits", "activation_bits": "weight_bits"}
 LONGEST_PART = 50  # characters per part of a file name; file systems allow 255 bytes in total
 MARKERS, LINES = "os^DvP", ("-", "--", ":", "-.")
-UNITS = dict.fromkeys(("nll", "ape", "mi", "aleatoric"), "nats")
+# Coverage and size of conformal sets, by any score.
+CONFORMAL = r".*/(coverage|worst_class_coverage|size|width)_[a-z]+$"
+UNITS = dict.fromkeys(("nll", "nll_mixture", "ape", "mi", "aleatoric"), "nats")
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,38 @@ class Sweep:
     floats: dict[tuple[str, str], float]
 
     def sets(self) -> dict[str, list[str]]:
-        """Return the metrics of each set: {"test": ["test/error", ...], "ood/uniform": ...}."""
+        """Return the metrics of each set: {"test": ["test/error", ...], "ood/uniform": ...}.
+
+        The metrics of conformal sets are not among them.
+        """
         sets: dict[str, list[str]] = {}
         for metric in self.lines["metric"].unique():
-            sets.setdefault(metric.rpartition("/")[0], []).append(metric)
+            if not re.match(rf"{CONFORMAL}|conformal/", metric):
+                sets.setdefault(metric.rpartition("/")[0], []).append(metric)
         order = {name: number for number, name in enumerate(MAIN_KEYS)}
         for metrics in sets.values():
             metrics.sort(key=lambda name: (order.get(name, len(order)), name))
         return sets
+
+    def conformal(self) -> dict[str, list[str]]:
+        """Return the metrics of conformal sets, for each set of rows.
+
+        The coverage and the size by one score are beside each other.
+        """
+        sets: dict[str, list[str]] = {}
+        for metric in self.lines["metric"].unique():
+            if re.match(CONFORMAL, metric):
+                sets.setdefault(metric.rpartition("/")[0], []).append(metric)
+        for metrics in sets.values():
+            metrics.sort(key=lambda name: (name.rpartition("_")[2], name.rpartition("/")[2]))
+        return sets
+
+    @property
+    def level(self) -> float | None:
+        """The coverage that conformal sets are made for, or None without a single one."""
+        found = self.lines.loc[self.lines["metric"] == "conformal/level", "mean"]
+        levels = found.round(9).unique()  # a mean of equal numbers may round
+        return float(levels[0]) if len(levels) == 1 else None
 
 
 def sweeps(scores: "DataFrame") -> Iterator[Sweep]:
@@ -214,6 +241,8 @@ def _panel(axes: "Axes", sweep: Sweep, metric: str, colors: Mapping[str, str]) -
     if zeros:
         text = f"{', '.join(zeros)}: 0"
         axes.text(0.98, 0.96, text, transform=axes.transAxes, ha="right", va="top", color=GREY)
+    if "coverage_" in metric and sweep.level is not None:
+        axes.axhline(sweep.level, color=GREY, linewidth=0.8, linestyle=":")
     axes.set_title(label(metric))
     axes.set_xlabel(sweep.axis.replace("_", " "))
     axes.set_xticks(sorted(set(sweep.lines[sweep.axis])))

@@ -12,7 +12,7 @@ IGNORED = (
     *WITHOUT_EFFECT, "seed", "task.split", "method.name", "task.name", "quant.mode",
     "quant.weight_bits", "quant.activation_bits", "quant.fine_tuning.seed",
     "trained.fine_tuning.seed", "select", "plots", "method.val_samples", "task.save_every",
-    "convergence",
+    "convergence", "save_calibrated",
 )  # fmt: skip
 IGNORED_OF_TRAINER = ("accelerator", "progress_bar", "save_every", "threads")
 # Methods are compared if these options are equal. Other options, such as the number of epochs, are

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 LEVEL = r"^shift/(?P<distortion>.+)_(?P<level>[0-9]{1,6})/(?P<name>[^/]+)$"
 UNFAMILIAR = r"^(?P<set>test|ood/[^/]+)/(?P<name>[^/]+)$"
-LEVEL_METRICS = ("error", "nll", "ape", "mi", "ece", "rmse", "std")
+LEVEL_METRICS = (
+    *("error", "nll", "ape", "mi", "ece", "rmse", "std"),
+    *("coverage_lac", "size_lac", "coverage_cqr", "width_cqr"),
+)
 OOD_METRICS = ("auroc_entropy", "auroc_mi", "auroc_std", "auroc_epistemic_std", "ape", "mi", "std")
 
 

@@ -7,7 +7,11 @@ from bqnn.report.runs import CELL, UNIT, Problem
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-MAIN_KEYS = [f"test/{n}" for n in ("error", "nll", "ape", "mi", "ece", "rmse", "coverage95")]
+MAIN_KEYS = [
+    f"test/{name}"
+    for name in ("error", "nll", "nll_mixture", "ape", "mi", "ece", "rmse", "crps", "coverage95")
+]
+CONVERGENCE = ["val/rhat", "val/ess"]  # of the chains of sghmc
 BASELINE = "pointwise"
 PROCEDURES = {
     ("quantize", "ptq"): "PTQ",

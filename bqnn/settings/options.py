@@ -41,8 +41,11 @@ from bqnn.settings.rules import (
 )
 from bqnn.text import short
 
-DISTORTIONS = ("rotation", "shift", "brightness", "noise", "blur")
-UNFAMILIAR = ("fashion_mnist", "svhn", "uniform", "inverted", "out_of_range")
+DISTORTIONS = (
+    *("rotation", "shift", "brightness", "noise", "blur"),
+    *("shot_noise", "impulse_noise", "contrast", "pixelation", "jpeg"),
+)
+UNFAMILIAR = ("fashion_mnist", "mnist", "svhn", "uniform", "inverted", "out_of_range")
 
 Table = Mapping[str, Rule]
 
@@ -57,6 +60,9 @@ JOB: Table = {
     "resume": flag(),
     "trust": flag(),
     "convergence": flag(),
+    "calibrate": maybe(one_of("temperature", "vector")),
+    "save_calibrated": flag(),
+    "conformal": maybe(real(0, 1, without=(0, 1))),
     "num_samples": maybe(DRAWS),
     "numeric": maybe(one_of("unquantized", "simulated", "int8")),
     "select": one_of("all", "best"),
@@ -122,6 +128,7 @@ METHOD: Table = {
     "warmup_epochs": COUNT,
     "init_from": maybe(PATH),
     "init_delta": POSITIVE,
+    "rho_lr": maybe(POSITIVE),
     "rate": maybe(SHARE),
     "drop_before_output": flag(),
     "num_members": whole(1, 10_000),
@@ -131,6 +138,10 @@ METHOD: Table = {
     "swa_lr": POSITIVE,
     "scale": POSITIVE,
     "prior": either(POSITIVE, one_of("validation", "marginal_likelihood")),
+    "chain_epochs": maybe(EVERY),
+    "optimize_epochs": COUNT,
+    "cycle_epochs": maybe(EVERY),
+    "exploration": SHARE,
 }
 
 OPTIMIZER: Table = {

@@ -5,6 +5,7 @@ import pickle
 import random
 from collections.abc import Callable
 from copy import deepcopy
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
@@ -238,6 +239,13 @@ REFUSED = [
     ("facts.source_sha256", "../x", "recipe.facts.source_sha256='../x': expected 64 hexadecimal"),
     ("facts.feature_categories", [["a"] * 20_000], "recipe.facts.feature_categories=a list of 1"),
     ("task.root", "\ud800", r"recipe.task.root='\ud800': expected null, or a path"),
+    ("calibration", 2.0, "recipe.calibration=2.0: expected a dictionary"),
+    ("calibration", {}, "recipe.calibration: has no name"),
+    ("calibration", {"name": "deviation"}, "calibration='deviation' with no numbers: expected one"),
+    ("calibration", {"name": "deviation", "factor": 0.0}, "recipe.calibration.factor=0.0"),
+    ("calibration", {"name": "deviation", "factor": "2"}, "recipe.calibration.factor='2'"),
+    ("calibration", {"name": "deviation", "_target_": "a.B"}, "no key '_target_' is known"),
+    ("calibration", {"name": "temperature", "temperature": 2.0}, "is not for a regression of 2"),
     ("net", {"name": "mlp", "hidden_features": 3}, "cannot be built from these options"),
 ]
 
@@ -335,6 +343,8 @@ def test_a_checkpoint_does_not_choose_what_is_read_here(
         ("net.hidden_features", [65_536] * 200),  # 3.5 TB
         ("facts.input_shape", [1_000_000] * 3),
         ("method", {**RECIPE["method"], "name": "sghmc", **ENSEMBLE}),
+        ("method", {**RECIPE["method"], "name": "ensemble", "num_members": 3}),
+        ("method", {**RECIPE["method"], "name": "ensemble", "num_members": 10_000}),
     ],
 )
 def test_an_oversized_recipe_is_refused_before_anything_is_allocated(
@@ -522,3 +532,18 @@ def test_an_odd_metrics_file_counts_as_the_worst(content: str, tmp_path: Path) -
     recipe = {"method": {"name": "bbb"}, "task": {"name": "digits"}}
     found: dict[Path, dict | None] = {tmp_path / name / "x.ckpt": recipe for name in ("a", "b")}
     assert list(_best_of_each(found)) == [tmp_path / "b" / "x.ckpt"]
+
+
+def test_members_of_an_ensemble_start_from_their_own_streams_of_the_seed() -> None:
+    recipe = altered("method", {**RECIPE["method"], "name": "ensemble", "num_members": 3})
+    nets = build(recipe).net.members
+    assert isinstance(nets, torch.nn.ModuleList)
+    first = build(RECIPE).net
+    weights = [next(net.parameters()) for net in (first, *nets)]
+    assert torch.equal(weights[0], weights[1])  # that of a pointwise network
+    assert not any(torch.equal(a, b) for a, b in combinations(weights[1:], 2))
+    torch.manual_seed(99)
+    for net, again in zip(nets, build(recipe).net.members, strict=True):
+        assert torch.equal(next(net.parameters()), next(again.parameters()))
+    other = build({**recipe, "seed": 1}).net.members
+    assert not torch.equal(next(other[1].parameters()), weights[2])

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bqnn.checkpoints.calibrated import save_calibrated
+from bqnn.inference.calibration import TemperatureScaling
 from bqnn.methods import METHODS
 
 ScriptHere = Callable[..., tuple[int, str]]
@@ -68,6 +70,22 @@ def test_every_method_is_exported_verified_and_described(
     assert list(measured) == {"pointwise": [1], "sghmc": [1, 2]}.get(method, [1, 3, 5, 20])
     assert [each["batch_size"] for each in measured[draws]] == [1, 32, 256]
     assert call_without_bqnn(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_no_integer_differs_at_any_bits(
+    method: str, trained: Path, script_here: ScriptHere, export: Export, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    quick = ["quant.mode=ptq", "quant.activation_bits=7", "logger=none", "plots=false"]
+    for bits in (8, 4, 2):
+        arguments = [f"checkpoint={trained}/{method}_0", f"quant.weight_bits={bits}", *quick]
+        assert script_here("quantize", *arguments, f"hydra.run.dir=int8/{bits}")[0] == 0
+    code, errors = export("checkpoint=int8/*/checkpoint.ckpt", "hydra.run.dir=out")
+    assert code == 0, errors
+    records = [read(path) for path in (tmp_path / "out").glob("*/verification.json")]
+    assert [(r["rows"], r["differing"]) for r in records] == [(364, 0)] * 3
 
 
 def test_a_table_is_read_in_its_units(
@@ -177,6 +195,17 @@ def test_a_float_checkpoint_is_refused(trained: Path, export: Export) -> None:
     code, errors = export(f"checkpoint={trained}/bbb_0", "hydra.run.dir=out")
     assert code == 1
     assert "quantize the checkpoint first (bqnn quantize" in errors
+
+
+def test_a_calibrated_checkpoint_is_refused(
+    quantized: Path, export: Export, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    calibrated = tmp_path / "calibrated.ckpt"
+    save_calibrated(quantized / "checkpoint.ckpt", calibrated, TemperatureScaling(2.0))
+    code, errors = export("checkpoint=calibrated.ckpt", "hydra.run.dir=out")
+    assert code == 1
+    assert "the checkpoint has a calibration (temperature), and a file has the outputs" in errors
 
 
 def test_a_damaged_checkpoint_is_refused(quantized: Path, export: Export, tmp_path: Path) -> None:

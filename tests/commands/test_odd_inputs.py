@@ -23,6 +23,7 @@ from bqnn.inference.predictions import Prediction, score
 from bqnn.methods import METHODS
 from bqnn.nets import MLP
 from tests.bare_trainer import bare_trainer
+from tests.small_methods import made
 
 settings.register_profile("bqnn", deadline=None, derandomize=True, database=None, max_examples=30)
 settings.load_profile("bqnn")
@@ -183,6 +184,7 @@ OPTIONS = {
         "schedule": "constant",
         "optimizer": {"name": "sghmc", "lr": 1e-3},
     },
+    "ensemble": {"num_members": 2, "optimizer": {"name": "adam", "lr": 1e-2}},
 }
 
 
@@ -193,7 +195,7 @@ def trained_metrics(name: str, table: list[list[float]], batch_size: int) -> dic
     torch.manual_seed(0)
     net = MLP(data.train.inputs.shape[1:], [1, 1], hidden_features=[8])
     options: dict[str, Any] = {"num_train": len(data.train), "seed": 0, "num_samples": 2}
-    method = METHODS[name](net, likelihood_from(facts), **options, **OPTIONS[name])
+    method = made(name, net, likelihood_from(facts), **options, **OPTIONS[name])
     trainer = bare_trainer(2, inference_mode=False)
     trainer.fit(method, datamodule=data)
     return dict(trainer.test(method, datamodule=data, verbose=False)[0])

@@ -58,9 +58,10 @@ def test_every_method_trains_on_digits_and_synthetic(
         assert status(job)["state"] == "DONE"
         assert str(job) in result.stdout
     digits, synthetic = jobs
-    quality = {"error", "nll", "brier", "ape", "mi", "ece", "ece10"}
+    quality = {"error", "nll", "brier", "ape", "mi", "ece", "ece10", "ece_adaptive"}
     assert _keys(digits, "test") == _keys(digits, "val") == quality
     quality = {"rmse", "nll", "nll_mixture", "coverage95", "rmse_standardized", "nll_standardized"}
+    quality |= {"crps", "interval_score95"}
     assert _keys(synthetic, "test") == _keys(synthetic, "val") == quality
     figures = {path.name for path in digits.glob("*.png")}
     assert figures == {"curves.png", "reliability.png", "confidence.png"}

@@ -9,7 +9,7 @@ from bqnn.data import TensorData
 from bqnn.data.cifar10 import CIFAR10Data
 from bqnn.data.digits import DigitsData
 from bqnn.data.image_folder import ImageFolderData
-from bqnn.data.mnist import MNISTData
+from bqnn.data.mnist import FashionMNISTData, MNISTData
 from bqnn.data.synthetic import SyntheticData
 from bqnn.data.uci import UCIData
 from bqnn.testing import DataContract
@@ -55,6 +55,16 @@ class TestMNIST(InFolder):
 
     def make(self, **options: Any) -> TensorData:
         return MNISTData(data_dir=str(self.folder), **options)
+
+
+class TestFashionMNIST(InFolder):
+    has_unique_rows = False
+
+    def write(self) -> None:
+        write_mnist(self.folder, "FashionMNIST")
+
+    def make(self, **options: Any) -> TensorData:
+        return FashionMNISTData(data_dir=str(self.folder), **options)
 
 
 class TestImageFolder(InFolder):

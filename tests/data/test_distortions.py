@@ -6,7 +6,20 @@ import scipy.ndimage
 import torch
 from torch import Tensor
 
-from bqnn.data.distortions import DISTORTIONS, Distortion, blur, brighten, distort, rotate, shift
+from bqnn.data.distortions import (
+    DISTORTIONS,
+    Distortion,
+    add_impulse_noise,
+    add_shot_noise,
+    blur,
+    brighten,
+    compress,
+    distort,
+    pixelate,
+    reduce_contrast,
+    rotate,
+    shift,
+)
 
 LEVELS = range(1, 6)
 
@@ -69,6 +82,59 @@ def test_noise_has_its_standard_deviation_and_grows_from_one_draw():
     assert (third - 3 * first)[inside].abs().max() <= 2  # rounding
 
 
+def test_shot_noise_is_unbiased_and_grows_with_the_root_of_brightness():
+    torch.manual_seed(0)
+    for grey in (0.25, 1.0):
+        noisy = add_shot_noise(torch.full((100, 1, 28, 28), grey), 0.2)
+        assert noisy.mean() == pytest.approx(grey, abs=0.005)
+        assert noisy.std() == pytest.approx(0.2 * grey**0.5, rel=0.02)
+    assert add_shot_noise(torch.zeros(1, 1, 4, 4), 0.5).sum() == 0
+
+
+def test_impulse_noise_is_black_or_white_in_its_share_of_pixels():
+    torch.manual_seed(0)
+    noisy = add_impulse_noise(torch.full((100, 1, 28, 28), 0.5), 0.2)
+    assert (noisy == 0).float().mean() == pytest.approx(0.1, abs=0.005)
+    assert (noisy == 1).float().mean() == pytest.approx(0.1, abs=0.005)
+    assert set(noisy.unique().tolist()) == {0, 0.5, 1}
+
+
+def test_more_impulse_noise_hits_the_same_pixels_and_others():
+    images = random_images()
+    first, third = (distort(images, DISTORTIONS["impulse_noise"], n, 255) for n in (1, 3))
+    hit = first != images
+    assert torch.equal(third[hit], first[hit])
+    assert (third != images).sum() > hit.sum()
+
+
+def test_contrast_keeps_the_mean_of_each_channel():
+    images = random_images(channels=3) / 255.0
+    flat = reduce_contrast(images, 0.3)
+    torch.testing.assert_close(flat.mean((2, 3)), images.mean((2, 3)))
+    torch.testing.assert_close(flat.std((2, 3)), 0.3 * images.std((2, 3)))
+
+
+def test_pixels_of_half_the_resolution_are_means_of_four():
+    images = random_images(channels=3) / 255.0
+    coarse = pixelate(images, 0.5)
+    blocks = images.unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2))
+    torch.testing.assert_close(coarse, blocks.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_jpeg_of_smooth_images_is_close_and_worse_at_a_low_quality(channels):
+    ramp = torch.linspace(0, 1, 32).expand(4, channels, 32, 32)
+    error = [(compress(ramp, quality) - ramp).abs().mean().item() for quality in (95, 7)]
+    assert error[0] < 0.01 < error[1]
+
+
+def test_jpeg_keeps_images_channels_and_colors_apart():
+    colors = torch.eye(3).repeat(2, 1)[:, :, None, None].expand(6, 3, 16, 16)
+    assert (compress(colors, 95) - colors).abs().max() < 0.1
+    planes = torch.tensor([[0.0, 1.0], [1.0, 0.5]])[:, :, None, None].expand(2, 2, 8, 8)
+    assert (compress(planes, 95) - planes).abs().max() < 0.02
+
+
 @pytest.mark.parametrize("white", [255, 16])
 @pytest.mark.parametrize("name", DISTORTIONS)
 def test_every_level_gives_pixels_again_and_the_same_each_time(name, white):
@@ -89,7 +155,10 @@ def test_every_level_gives_pixels_again_and_the_same_each_time(name, white):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("name", ["rotation", "shift", "brightness", "noise"])
+NEUTRAL = ["rotation", "shift", "brightness", "noise", "impulse_noise", "contrast", "pixelation"]
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
 def test_nothing_changes_nothing(name):
     kind = DISTORTIONS[name]
     images = random_images()

@@ -17,7 +17,7 @@ from bqnn.data.cifar10 import CIFAR10Data
 from bqnn.data.digits import DigitsData
 from bqnn.data.image_folder import ImageFolderData
 from bqnn.data.images import random_crop, random_flip
-from bqnn.data.mnist import MNISTData
+from bqnn.data.mnist import FashionMNISTData, MNISTData
 
 DATA_DIR = os.environ.get("BQNN_DATA_DIR", "")
 
@@ -110,8 +110,8 @@ def write_idx(path: Path, values: np.ndarray) -> None:
     path.write_bytes(header + values.astype(np.uint8).tobytes())
 
 
-def write_mnist(data_dir: Path) -> Path:
-    folder = data_dir / "MNIST" / "raw"
+def write_mnist(data_dir: Path, kind: str = "MNIST") -> Path:
+    folder = data_dir / kind / "raw"
     folder.mkdir(parents=True)
     for part, count in (("train", 20), ("t10k", 5)):
         images = np.arange(count * 784).reshape(count, 28, 28) % 256
@@ -128,6 +128,27 @@ def test_mnist_is_read_and_scaled_without_a_download(tmp_path):
     assert data.test.targets.dtype == torch.int64
     expected = torch.arange(784).remainder(256).float() / 255
     torch.testing.assert_close(data.normalize(data.train.inputs)[0].flatten(), expected)
+
+
+def test_fashion_mnist_is_read_from_its_own_folder(tmp_path):
+    write_mnist(tmp_path, "FashionMNIST")
+    data = FashionMNISTData(data_dir=str(tmp_path))
+    ready(data)
+    assert (len(data.train), len(data.val or ()), len(data.test)) == (18, 2, 5)
+    assert data.class_names[0] == "T-shirt/top"
+    assert data.class_names[9] == "Ankle boot"
+    path = tmp_path / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"^{path} is damaged .* so FashionMNIST cannot be read"):
+        ready(FashionMNISTData(data_dir=str(tmp_path)))
+
+
+def test_missing_fashion_mnist_says_where_to_put_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "urlopen", no_network)
+    with pytest.raises(FileNotFoundError, match="no route to host") as error:
+        ready(FashionMNISTData(data_dir=str(tmp_path)))
+    for part in ("https://", "fashion", str(tmp_path / "FashionMNIST" / "raw"), "data_dir"):
+        assert part in str(error.value)
 
 
 def test_missing_mnist_says_where_to_put_it(tmp_path, monkeypatch):
@@ -572,6 +593,13 @@ def test_the_real_mnist_has_its_published_sizes():
     assert data.test.targets.bincount().tolist() == [
         *(980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009)
     ]
+
+
+@pytest.mark.skipif(not DATA_DIR, reason="BQNN_DATA_DIR is not set: no copy of the real data")
+def test_the_real_fashion_mnist_has_its_published_sizes():
+    data = ready(FashionMNISTData(data_dir=DATA_DIR))
+    assert (len(data.train), len(data.val), len(data.test)) == (54_000, 6_000, 10_000)
+    assert data.test.targets.bincount().tolist() == [1000] * 10
 
 
 def test_a_file_that_is_not_an_image_is_named_once(tmp_path):

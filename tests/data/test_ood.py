@@ -12,8 +12,9 @@ import torchvision
 from bqnn.data import build_data, download
 from bqnn.data.base import TensorData
 from bqnn.data.cifar10 import CIFAR10Data
-from bqnn.data.mnist import MNISTData
-from bqnn.data.ood import fashion_mnist, ood_sets, svhn
+from bqnn.data.mnist import FashionMNISTData, MNISTData
+from bqnn.data.ood import fashion_mnist, mnist, ood_sets, svhn
+from tests.data.test_images import write_mnist
 
 DATA_DIR = os.environ.get("BQNN_DATA_DIR", "")
 
@@ -85,7 +86,30 @@ def test_data_that_cannot_be_had_is_named_with_a_remedy(
         svhn(CIFAR10Data(data_dir=str(tmp_path)))
     with pytest.raises(FileNotFoundError, match=r"https://.*no network.*FashionMNIST/raw"):
         fashion_mnist(MNISTData(data_dir=str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match=r"https://.*no network.*MNIST/raw"):
+        mnist(FashionMNISTData(data_dir=str(tmp_path)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_digits_and_clothes_are_unfamiliar_to_each_other(tmp_path: Path):
+    write_mnist(tmp_path)
+    folder = write_mnist(tmp_path, "FashionMNIST")
+    for part in ("train", "t10k"):
+        path = folder / f"{part}-images-idx3-ubyte"
+        content = path.read_bytes()
+        path.write_bytes(content[:16] + bytes(len(content) - 16))  # all black
+    for task, other, is_black in (
+        ("mnist", "fashion_mnist", True),
+        ("fashion_mnist", "mnist", False),
+    ):
+        data = ready(task, str(tmp_path))
+        sets = ood_sets(data, None)
+        assert list(sets) == [other, "uniform", "inverted"]
+        images, targets = sets[other]
+        assert bool((images == 0).all()) == is_black
+        assert targets is not None
+        assert targets.tolist() == [0, 1, 2, 3, 4]
+        assert images.shape == data.test.inputs.shape
 
 
 def test_a_damaged_file_is_named(tmp_path: Path):

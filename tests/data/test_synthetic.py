@@ -173,7 +173,8 @@ def test_data_sets_are_built_by_name():
     )
     assert isinstance(data, SyntheticData)
     assert (data.seed, data.function, data.num_train) == (7, "linear", 30)
-    assert set(DATASETS) == {"synthetic", "uci", "digits", "mnist", "cifar10", "images", "table"}
+    images = {"digits", "mnist", "fashion_mnist", "cifar10", "images"}
+    assert set(DATASETS) == {"synthetic", "uci", "table", *images}
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,11 @@ def test_metrics_of_a_hand_case():
     metrics = judge(by_hand()).metrics
     assert metrics["test/error"] == pytest.approx(1 / 3)
     assert metrics["test/aurc_entropy"] == pytest.approx((0 + 0 + 1 / 3) / 3)
+    # The one error is the least certain row of the test set, and the most certain one at level 3.
+    assert metrics["test/augrc_entropy"] == pytest.approx((1 / 3) ** 2 / 2)
+    assert metrics["test/fpr95_error_entropy"] == 0
+    assert metrics["shift/rotation_3/fpr95_error_mi"] == 1
+    assert "ood/noise/fpr95_error_entropy" not in metrics
     assert metrics["shift/rotation_2/error"] == pytest.approx(1 / 3)
     assert metrics["shift/rotation_3/error"] == pytest.approx(2 / 3)
     assert metrics["shift/rotation_mean/error"] == pytest.approx((2 / 3 + 3 * 2 / 3) / 5)

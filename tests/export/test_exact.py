@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision import models
 
 from bqnn.export.model import export
 from bqnn.export.verification import predict_executed
@@ -24,7 +25,7 @@ from tests.export.networks import (
     rows_for,
     run,
 )
-from tests.quant.test_torchvision import SMALL, made
+from tests.quant.test_torchvision import SMALL, made, small_resnet
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -135,6 +136,24 @@ def test_networks_of_torchvision(make: Callable[..., nn.Module]) -> None:
         np.testing.assert_allclose(found, expected, atol=1e-6)
     else:
         assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [
+        (models.resnet18, "pointwise"),
+        (models.mobilenet_v2, "mcdropout"),
+        (small_resnet, "bbb"),
+        (small_resnet, "sghmc"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_int8_networks_of_torchvision(make: Callable[..., nn.Module], method: str) -> None:
+    model = quantized(converted(made(make), method), (3, 32, 32))
+    exported = export(model, min(2, NUM_SAMPLES[method]))
+    assert not exported.float_parts
+    model.net = convert(deepcopy(model.net))
+    assert differing(exported, model, count=20) == 0
 
 
 def test_draws_and_masks_are_those_of_a_row_that_is_predicted_alone() -> None:

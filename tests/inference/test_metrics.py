@@ -1,5 +1,6 @@
 """Metrics equal their formulas over all rows for any batches, and work with torchmetrics."""
 
+import math
 import pickle
 from collections.abc import Callable
 
@@ -10,14 +11,24 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError, Metric, MetricCollection
 
-from bqnn.inference.functional import brier_score, entropy, gaussian_nll, log_mean_exp
+from bqnn.inference.functional import (
+    adaptive_calibration_error,
+    brier_score,
+    entropy,
+    expected_distance,
+    gaussian_nll,
+    log_mean_exp,
+)
 from bqnn.inference.likelihoods import Classification, Likelihood, Regression
 from bqnn.inference.metrics import (
+    AdaptiveCalibrationError,
     CalibrationError,
     CategoricalNLL,
+    ContinuousRankedProbabilityScore,
     GaussianMixtureNLL,
     GaussianNLL,
     IntervalCoverage,
+    IntervalScore,
     NotFiniteError,
     RootMeanSquaredError,
     RootMeanVariance,
@@ -78,7 +89,20 @@ def expected_of_numbers(samples: Tensor, targets: Tensor) -> dict[str, Tensor]:
         "std": std * ((std * variance.sqrt() / std).square().mean().sqrt()),
         "aleatoric_std": std * ((std * aleatoric.sqrt() / std).square().mean().sqrt()),
         "epistemic_std": std * ((std * epistemic.sqrt() / std).square().mean().sqrt()),
+        "crps": std * mixture_crps(means, variances, targets).mean(),
+        "interval_score95": std * interval_score(half_width, targets - mean, 0.05).mean(),
     }
+
+
+def mixture_crps(means: Tensor, variances: Tensor, targets: Tensor) -> Tensor:
+    """E|x - y| - E|x - x'| / 2, over all pairs of draws."""
+    pairs = expected_distance(means[:, None] - means, variances[:, None] + variances)
+    return expected_distance(means - targets, variances).mean(0) - pairs.mean((0, 1)) / 2
+
+
+def interval_score(half_width: Tensor, residual: Tensor, alpha: float) -> Tensor:
+    below, above = -half_width - residual, residual - half_width
+    return 2 * half_width + 2 / alpha * (below.clamp_min(0) + above.clamp_min(0))
 
 
 BOTH = pytest.mark.parametrize(
@@ -105,7 +129,9 @@ def test_one_batch_gives_the_formulas_bit_for_bit(
         collection.update(samples, targets)
         for name, value in collection.compute().items():
             assert value.dtype == torch.float64
-            if not name.startswith("ece"):
+            if name in ("crps", "interval_score95"):  # their terms are summed in another order
+                assert value.item() == pytest.approx(expected[name].item(), rel=1e-12), name
+            elif not name.startswith("ece"):
                 assert value.item() == expected[name].item(), name
 
 
@@ -171,7 +197,9 @@ def test_sums_of_processes_are_the_metrics_of_all_rows(
     for name in whole:
         metric: Metric = parts[0][name]
         for state, reduce in metric._reductions.items():
-            gathered = torch.stack([getattr(part[name], state) for part in parts])
+            states = [getattr(part[name], state) for part in parts]
+            is_list = isinstance(states[0], list)  # torchmetrics passes its tensors one by one
+            gathered = [torch.cat(each) for each in states] if is_list else torch.stack(states)
             assert callable(reduce)
             setattr(metric, state, reduce(gathered))
     assert values(parts[0]) == pytest.approx(values(whole), rel=1e-12)
@@ -203,6 +231,73 @@ def test_the_squared_error_is_that_of_torchmetrics() -> None:
     assert ours.compute() == theirs.compute()
 
 
+def test_crps_of_one_gaussian_is_its_closed_form_and_of_many_an_integral() -> None:
+    """CRPS of N(m, s^2) by Gneiting & Raftery (2007); of a mixture, its definition."""
+    normal = torch.distributions.Normal(torch.tensor(1.0).double(), torch.tensor(2.0).double())
+    log_variance, y = 2 * math.log(2.0), torch.tensor(4.0).double()
+    metric = ContinuousRankedProbabilityScore()
+    metric.update(torch.tensor([[[1.0, log_variance]]], dtype=torch.float64), y[None])
+    z = (y - 1) / 2
+    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    expected = 2 * (z * (2 * normal.cdf(y) - 1) + 2 * density - 1 / math.sqrt(math.pi))
+    assert metric.compute().item() == pytest.approx(expected.item(), rel=1e-12)
+
+    samples, targets = regressed(num_rows=4)
+    x = torch.linspace(-60, 60, 600_001, dtype=torch.float64)
+    for row in range(4):
+        means, log_variances = samples[:, row].double().unbind(-1)
+        z = (x - means[:, None]) / (log_variances[:, None] / 2).exp()
+        squares = (torch.special.ndtr(z).mean(0) - (x >= targets[row]).double()).square()
+        metric.reset()
+        metric.update(samples[:, row : row + 1], targets[row : row + 1])
+        assert metric.compute().item() == pytest.approx(torch.trapezoid(squares, x).item(), 1e-4)
+
+
+def test_crps_of_certain_draws_is_the_absolute_error_less_their_disagreement() -> None:
+    certain = torch.tensor([[[0.0, -60.0]], [[2.0, -60.0]]])  # a half each on 0 and on 2
+    metric = ContinuousRankedProbabilityScore(target_std=3.0)
+    metric.update(certain, torch.tensor([5.0]))
+    assert metric.compute().item() == pytest.approx(3 * (4.0 - 1.0 / 2))
+
+
+def test_interval_score_is_least_for_the_true_interval() -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randn(20_000, generator=generator)
+    scores = []
+    for std in (0.7, 1.0, 1.4):
+        metric = IntervalScore(0.9)
+        draws = torch.tensor([0.0, 2 * math.log(std)]).expand(1, len(targets), 2)
+        metric.update(draws, targets)
+        scores.append(metric.compute().item())
+    half = 1.6448536
+    exact = 2 * half + 2 * (2 / 0.1) * (math.exp(-(half**2) / 2) / 2.5066283 - 0.05 * half)
+    assert scores[1] == min(scores) == pytest.approx(exact, rel=0.01)
+
+
+def test_adaptive_calibration_error_of_a_case_counted_by_hand() -> None:
+    """Bins of 2, 2 and 1 of five rows; the two rows of 0.8 lie in two bins."""
+    confidences = torch.tensor([0.95, 0.8, 0.6, 0.8, 0.7])
+    correct = torch.tensor([True, False, True, True, False])
+    logits = torch.stack([confidences, 1 - confidences], -1).log()
+    expected = (abs(0.4 - 0.7) + abs(-0.3 - 0.3) + 0.05) / 5
+    for order in torch.arange(5), torch.tensor([3, 1, 0, 4, 2]):
+        metric = AdaptiveCalibrationError(3)
+        for rows in order.split(2):
+            metric.update(logits[None, rows], (~correct[rows]).long())
+        assert metric.compute().item() == pytest.approx(expected, abs=1e-6)
+    for num_bins in (5, 50):  # a bin per row, but for the rows of equal confidence
+        error = adaptive_calibration_error(confidences, correct, num_bins).item()
+        assert error == pytest.approx((0.4 + 0.7 + 0.3 + 0.3 + 0.05) / 5)
+
+
+def test_adaptive_calibration_error_is_ece_if_all_rows_are_in_one_bin() -> None:
+    samples, targets = classified()
+    one, equal_width = AdaptiveCalibrationError(1), CalibrationError(1)
+    one.update(samples, targets)
+    equal_width.update(samples, targets)
+    assert one.compute().item() == pytest.approx(equal_width.compute().item(), rel=1e-12)
+
+
 def test_rows_that_are_not_finite_are_counted_and_the_first_metric_is_named() -> None:
     samples, targets = torch.zeros(2, 3, 2), torch.zeros(3)
     samples[:, 1, 1] = 1000.0  # a log variance
@@ -212,10 +307,16 @@ def test_rows_that_are_not_finite_are_counted_and_the_first_metric_is_named() ->
     with pytest.raises(NotFiniteError, match=r"^nll: 1 of 7 rows are not finite") as caught:
         collection.finite_numbers()
     assert caught.value.metrics["rmse"] == 0
-    assert caught.value.metrics == collection.numbers()
+    assert caught.value.metrics == pytest.approx(collection.numbers(), abs=0, rel=0, nan_ok=True)
 
 
-@pytest.mark.parametrize("metric", [CategoricalNLL(), CalibrationError(), RootMeanSquaredError()])
+WITH_TARGETS = [
+    *(CategoricalNLL(), CalibrationError(), AdaptiveCalibrationError()),
+    *(RootMeanSquaredError(), ContinuousRankedProbabilityScore(), IntervalScore()),
+]
+
+
+@pytest.mark.parametrize("metric", WITH_TARGETS)
 def test_metrics_that_compare_with_targets_ask_for_them(metric: Metric) -> None:
     with pytest.raises(ValueError, match="targets=None: "):
         metric.update(torch.zeros(2, 3, 2))
@@ -225,7 +326,10 @@ def test_metrics_that_compare_with_targets_ask_for_them(metric: Metric) -> None:
     ("make", "message"),
     [
         (lambda: CalibrationError(num_bins=0), "num_bins=0"),
+        (lambda: AdaptiveCalibrationError(num_bins=0), "num_bins=0"),
         (lambda: IntervalCoverage(level=95), "level=95"),
+        (lambda: IntervalScore(level=0.0), "level=0.0"),
+        (lambda: ContinuousRankedProbabilityScore(target_std=-1.0), "target_std=-1.0"),
         (lambda: RootMeanSquaredError(target_std=0.0), "target_std=0.0"),
         (lambda: RootMeanVariance(part="total"), "part='total'"),
     ],

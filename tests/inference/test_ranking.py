@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bqnn.inference.functional import risk_coverage
-from bqnn.inference.ranking import AURC, detection_metrics
+from bqnn.inference.ranking import AUGRC, AURC, AUROC, FPR95, detection_metrics
 
 
 def detection(*batches: tuple[Tensor, Tensor]) -> dict[str, float]:
@@ -85,7 +85,35 @@ def test_aurc_is_the_mean_of_the_curve_over_all_batches() -> None:
     assert metric.scores == []
 
 
-@pytest.mark.parametrize("metric", [AURC(), detection_metrics()])
+def test_augrc_is_its_closed_form_for_errors() -> None:
+    """Traub et al. (2024): (1 - AUROC) e (1 - e) + e^2 / 2, with ties of scores, too."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(300, generator=generator).mul(4).round()
+    is_wrong = torch.rand(300, generator=generator) < 0.3
+    metric, auroc = AUGRC(), AUROC()
+    for rows in torch.arange(300).split(70):
+        metric.update(scores[rows], is_wrong[rows].double())
+        auroc.update(scores[rows], is_wrong[rows])
+    error = is_wrong.double().mean().item()
+    expected = (1 - auroc.compute().item()) * error * (1 - error) + error**2 / 2
+    assert metric.compute().item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_augrc_of_a_case_counted_by_hand() -> None:
+    metric = AUGRC()
+    metric.update(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([4.0, 0.0, 2.0]))
+    areas = [0, (0 + 2 / 3) / 2, (2 / 3 + 6 / 3) / 2]  # of trapezoids of width 1/3
+    assert metric.compute().item() == pytest.approx(sum(areas) / 3)
+
+
+@pytest.mark.parametrize("is_wrong", [torch.zeros(4), torch.ones(4)])
+def test_rows_of_one_kind_leave_nothing_to_detect(is_wrong: Tensor) -> None:
+    metric = FPR95()
+    metric.update(torch.tensor([0.1, 0.4, 0.2, 0.3]), is_wrong.bool())
+    assert metric.compute() == 0
+
+
+@pytest.mark.parametrize("metric", [AURC(), AUGRC(), detection_metrics()])
 def test_shapes_that_would_broadcast_are_refused(metric) -> None:
     with pytest.raises(ValueError, match=r"scores of shape \[5\], .* of shape \[5, 1\]"):
         metric.update(torch.zeros(5), torch.zeros(5, 1))

@@ -20,6 +20,7 @@ from bqnn.quant.callback import QuantizationCallback
 from bqnn.quant.spec import QuantSpec
 from bqnn.training.callbacks import ShareBuffers
 from tests.bare_trainer import bare_trainer
+from tests.small_methods import made
 
 SGD = {"name": "sgd", "lr": 1e-2}
 # bbb has next to no sigma, so that there is no noise to differ, and the prior pulls hard.
@@ -36,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "swag": {"swa_lr": 1e-2, "swa_start": 0.0, "optimizer": SGD},
     "laplace": {"optimizer": SGD},
+    "ensemble": {"num_members": 3, "optimizer": SGD},
 }
 GLOBAL_BATCH = 20
 
@@ -49,7 +51,7 @@ def make(name: str, data: SyntheticData) -> Method:
     torch.manual_seed(0)
     net = MLP([1], [1, 1], hidden_features=[16, 16])
     options = {**OPTIONS[name], "num_samples": 3, "val_samples": 2}
-    return METHODS[name](net, Regression(0.0, 1.0), num_train=len(data.train), seed=0, **options)
+    return made(name, net, Regression(0.0, 1.0), num_train=len(data.train), seed=0, **options)
 
 
 def with_batch_norm(data: SyntheticData) -> Method:

@@ -17,7 +17,6 @@ from tests.layers.networks import (
     COMPILED_NETS,
     EXPORTED,
     IMAGES,
-    METHODS,
     NETS,
     NUM_MEMBERS,
     RANDOM,
@@ -117,10 +116,9 @@ def test_compiled_dropout_drops_by_its_rate(rate: float, training: bool, backend
     torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - rate)))
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(("strict", "method"), EXPORTED)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("method", METHODS)
 def test_an_exported_network_is_as_random_as_it_was(
     method: str, name: str, training: bool, strict: bool
 ) -> None:

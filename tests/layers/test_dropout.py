@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bqnn.layers.dropout import MCDropout, to_mcdropout
+from bqnn.layers.dropout import MCDropout, given_masks, to_mcdropout
 from bqnn.layers.markers import DropoutSite
 from bqnn.nets import MLP, LeNet, ResNet
 from bqnn.quant.engines.contract import ActivationGrid
@@ -33,6 +33,16 @@ def kinds_in_order(net: nn.Module) -> list[type[nn.Module]]:
     for hook in hooks:
         hook.remove()
     return called
+
+
+def test_given_masks_are_used_in_their_order_and_only_inside_the_context():
+    net = nn.Sequential(MCDropout(0.5), nn.Identity(), MCDropout(0.5)).eval()
+    first, second = torch.tensor([[True, True, False]]), torch.tensor([[True, False, True]])
+    with pytest.raises(StopIteration), given_masks(net, [first, second]):
+        assert net(torch.ones(1, 3)).tolist() == [[4, 0, 0]]
+        net(torch.ones(1, 3))  # there are no more
+    torch.manual_seed(0)
+    assert not torch.equal(net(torch.ones(1, 99)), net(torch.ones(1, 99)))
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.8])

@@ -104,6 +104,36 @@ def test_networks_that_cannot_be_copied_are_refused_before_training():
     assert torch.equal(ensemble.eval()(x), new(x))
 
 
+def test_an_ensemble_of_networks_has_them_as_members_and_follows_the_newest():
+    nets = [scale(factor) for factor in (1, 2, 3)]
+    nets[1].requires_grad_(False)
+    ensemble = Ensemble.of(nets)
+    assert [*ensemble.members] == nets
+    assert members(ensemble.eval()) == [3, 2, 1]
+    trained = [name for name, weight in ensemble.named_parameters() if weight.requires_grad]
+    assert trained == ["members.0.weight", "members.2.weight"]
+    nn.init.constant_(nets[2].weight, 7)
+    assert ensemble.current(ONE) == 3
+    ensemble.follow()
+    assert ensemble.current(ONE) == 7
+
+
+def test_an_ensemble_of_networks_loads_only_states_with_all_of_them():
+    ensemble, state = (Ensemble.of([scale(1), scale(factor)]) for factor in (2, 3))
+    ensemble.load_state_dict(state.state_dict(), strict=True)
+    assert members(ensemble.eval()) == [3, 1]
+    for fewer in (collected([1], num_members=2), collected([], num_members=2)):
+        with pytest.raises(RuntimeError, match=r"^collected=[01] members, but the ensemble has 2"):
+            ensemble.load_state_dict(fewer.state_dict())
+
+
+def test_networks_with_other_layers_make_no_ensemble():
+    with pytest.raises(ValueError, match=r"^nets: their layers differ"):
+        Ensemble.of([nn.Linear(1, 1), nn.Linear(1, 2)])
+    with pytest.raises(ValueError, match=r"^nets: their layers differ"):
+        Ensemble.of([nn.Linear(1, 1), nn.Linear(1, 1, bias=False)])
+
+
 def test_only_the_current_network_is_trained():
     ensemble = collected([1, 2], num_members=2)
     assert ensemble.current.weight.requires_grad

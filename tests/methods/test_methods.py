@@ -1,5 +1,6 @@
 """The methods in a Trainer: losses, members and checkpoints."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from bqnn.data.loader import TensorLoader
+from bqnn.inference.convergence import effective_sample_size, split_rhat
 from bqnn.inference.likelihoods import Regression
 from bqnn.inference.predictions import Prediction, score
 from bqnn.layers.bayes import GaussianWeight, kl_divergence
@@ -23,6 +25,8 @@ from bqnn.methods import (
     SGHMCEnsemble,
 )
 from bqnn.nets import ResNet
+from bqnn.quant.callback import QuantizationCallback
+from bqnn.quant.spec import QuantSpec
 from tests.bare_trainer import bare_trainer
 from tests.small_methods import (
     NUM_ROWS,
@@ -32,6 +36,7 @@ from tests.small_methods import (
     mlp,
     table,
     table_method,
+    with_other_weights,
 )
 
 
@@ -126,7 +131,10 @@ class At(pl.Callback):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(name):
     method = table_method(name)
-    network = method.net.current if name == "sghmc" else method.net
+    network = {
+        "sghmc": lambda net: net.current,
+        "ensemble": lambda net: net.members[1],
+    }.get(name, lambda net: net)(method.net)
     said = r"loss is nan at step 5 \(epoch 1, batch 2\).*; net\..*output\.heads\.0\.linear\.bias"
     spoil = At(5, lambda _: nn.init.constant_(network.output.heads[0].linear.bias, torch.nan))
     with pytest.raises(FloatingPointError, match=said):
@@ -142,6 +150,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_its_parameter(name, va
         "sghmc": "net.current.features.2.weight",
         "swag": "net.features.2.mean",
         "laplace": "net.features.2.mean",
+        "ensemble": "net.members.1.features.2.weight",
     }.get(name, "net.features.2.weight")
     before = []
 
@@ -359,6 +368,65 @@ def test_a_state_of_another_network_or_method_is_refused_and_changes_nothing(oth
     assert torch.equal(weights_of(bayes), before)
 
 
+def test_rho_has_its_own_learning_rate_in_the_training_alone():
+    method = table_method("bbb", rho_lr=0.25, optimizer={"name": "sgd", "lr": 0.1})
+    others, rhos = method.trained_parameters()
+    layers = [module for module in method.modules() if isinstance(module, GaussianWeight)]
+    assert [id(param) for param in rhos["params"]] == [id(layer.rho) for layer in layers]
+    assert len(others["params"]) + len(layers) == len(list(method.parameters()))
+    fit = trainer(max_epochs=4)
+    fit.fit(method, table())
+    starts = [group["initial_lr"] for group in fit.optimizers[0].param_groups]
+    assert starts == [0.1, 0.25]
+    assert [group["lr"] for group in fit.optimizers[0].param_groups] == pytest.approx([0, 0])
+    assert fit.callback_metrics["train/lr"] == pytest.approx(0.0146446609)
+    tuning = method.fine_tuning({"name": "adam", "lr": 1e-3}, prior_weight=1.0)
+    assert all(isinstance(param, nn.Parameter) for param in tuning.trained_parameters())
+
+
+def test_rates_of_rho_that_are_none_or_equal_train_the_same():
+    states = []
+    for rate in (None, 1e-2):
+        method = table_method("bbb", rho_lr=rate)  # adam at 1e-2
+        trainer(max_epochs=2).fit(method, table())
+        states.append(weights_of(method.net))
+    assert torch.equal(*states)
+    with pytest.raises(ValueError, match=r"^rho_lr=0: choose more than 0"):
+        table_method("bbb", rho_lr=0)
+
+
+def tuned_bayes(max_epochs: int, **changes: Any) -> Method:
+    method = table_method("bbb", prior_std=0.1, num_train=100, beta=10.0, **changes)
+    trainer(max_epochs=max_epochs).fit(method, table())
+    return method
+
+
+@pytest.mark.parametrize("init_rho", [-9.0, 0.0])
+def test_sigma_that_is_on_its_way_at_the_end_is_warned_of_with_a_remedy(init_rho, caplog):
+    with caplog.at_level("WARNING", logger="bqnn"):
+        tuned_bayes(3, init_rho=init_rho, rho_lr=1e-3)
+    (line,) = caplog.messages
+    assert "\n" not in line
+    assert f"still {'raise' if init_rho < 0 else 'lower'} it (prior_std is 0.1)" in line
+    assert "choose a larger rho_lr, or train longer" in line
+
+
+def test_sigma_that_has_converged_is_not_warned_of_and_does_not_depend_on_its_start(caplog):
+    sigmas = []
+    with caplog.at_level("WARNING", logger="bqnn"):
+        for init_rho in (-7.0, -1.0):
+            net = tuned_bayes(150, init_rho=init_rho, rho_lr=0.1).net
+            layers = [module for module in net.modules() if isinstance(module, GaussianWeight)]
+            sigmas.append(torch.cat([layer.sigma.detach().flatten() for layer in layers]))
+    assert caplog.messages == []
+    torch.testing.assert_close(*[sigma.median() for sigma in sigmas], rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_every_optimizer_trains_rho(optimizer):
+    tuned_bayes(1, optimizer={"name": optimizer, "lr": 1e-3})
+
+
 # ---- MC dropout
 
 
@@ -420,6 +488,79 @@ def test_members_count_from_the_end_of_burn_in_and_the_last_are_kept(
     assert len(method.net) == len(expected)
     for member, epoch in zip(method.net.members, expected, strict=True):
         assert torch.equal(weights_of(member), look.seen[epoch - 1])
+
+
+class Steps(pl.Callback):
+    """Records the step size and the noise of each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, bool]] = []
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: Any) -> None:
+        (group,) = optimizer.param_groups
+        self.seen.append((group["lr"], group["noise"]))
+
+
+def test_chains_start_from_other_weights_with_an_empty_sampler_and_give_equal_numbers():
+    options = {"chain_epochs": 3, "burn_in": 1, "num_members": 4}
+    method = table_method("sghmc", **options, optimizer={"name": "sghmc", "lr": 1e-12})
+    look = AtEpochEnd(lambda method: weights_of(method.net.current))
+    fit = trainer(max_epochs=6, callbacks=[look])
+    fit.fit(method, table(), table())
+    for epochs, start in ((range(3), mlp()), (range(3, 6), with_other_weights(mlp(), 1))):
+        for epoch in epochs:  # the tiny steps leave the weights where the chain starts
+            torch.testing.assert_close(look.seen[epoch], weights_of(start), atol=1e-6, rtol=0)
+    assert fit.optimizers[0].param_groups[0]["step"] == 3 * 3
+    epochs_of_members = [1, 2, 4, 5]
+    assert len(method.net) == 4
+    for member, epoch in zip(method.net.members, epochs_of_members, strict=True):
+        assert torch.equal(weights_of(member), look.seen[epoch])
+
+
+def test_cycles_set_the_steps_and_the_noise_of_the_sampler():
+    steps = Steps()
+    options = {"cycle_epochs": 2, "burn_in": 1, "exploration": 0.5, "optimize_epochs": 1}
+    method = table_method("sghmc", **options, optimizer={"name": "sghmc", "lr": 0.01})
+    trainer(max_epochs=5, callbacks=[steps]).fit(method, table())
+    sizes, noise = zip(*steps.seen, strict=True)
+    cycle = [0.01 * math.cos(math.pi / 2 * step / 6) for step in range(6)]  # three steps an epoch
+    assert sizes == pytest.approx([0.01] * 3 + 2 * cycle)
+    assert list(noise) == [False] * 3 + 2 * ([False] * 3 + [True] * 3)
+    assert len(method.net) == 2  # the last epoch of each cycle
+
+
+def test_chains_and_cycles_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match=r"^schedule=cosine: cycle_epochs sets the size"):
+        table_method("sghmc", cycle_epochs=2, schedule="cosine")
+    options = {"num_train": NUM_ROWS, "seed": 0, **OPTIONS["sghmc"], "chain_epochs": 2}
+    method = SGHMCEnsemble(mlp(), Regression(0.0, 1.0), **options)
+    with pytest.raises(ValueError, match=r"^chain_epochs=2: each chain needs .* make_net"):
+        trainer(max_epochs=4).fit(method, table())
+    method = SGHMCEnsemble(mlp(), Regression(0.0, 1.0), **options, make_net=lambda _: mlp())
+    quantize = QuantizationCallback(QuantSpec())
+    with pytest.raises(ValueError, match=r"^chain_epochs=2: .* train in float, and quantize"):
+        trainer(max_epochs=4, callbacks=[quantize]).fit(method, table())
+
+
+def test_diagnostics_are_those_of_the_validation_nll_of_the_members_by_chain():
+    method = table_method("sghmc", chain_epochs=6, burn_in=1, num_members=10, num_samples=10)
+    rows = table()
+    trainer(max_epochs=12).fit(method, rows)
+    method.eval()
+    samples = method.predictive(rows.inputs)
+    prediction = Prediction(method.likelihood, samples, rows.targets)
+    with torch.no_grad():
+        nll = torch.stack([
+            method.likelihood.loss(member(rows.inputs).double(), rows.targets)
+            for member in method.net.members
+        ])  # fmt: skip
+    draws = nll.reshape(2, 5)
+    found = method.diagnostics(prediction)
+    assert found["rhat"] == pytest.approx(split_rhat(draws))
+    assert found["ess"] == pytest.approx(effective_sample_size(draws))
+    few = Prediction(method.likelihood, samples[:3], rows.targets)
+    assert method.diagnostics(few) == {}  # chains of 3 members are too short
+    assert table_method("bbb").diagnostics(prediction) == {}
 
 
 def test_sampler_gets_the_rows_and_the_steps_of_burn_in_and_the_current_network_alone():

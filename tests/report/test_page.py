@@ -100,6 +100,33 @@ def test_figures_show_the_means_the_spread_and_the_float_value(sweep: Path) -> N
     assert list(before.get_xdata()) == pytest.approx([4 * 14 / 3])
 
 
+def test_coverage_and_size_of_conformal_sets_are_drawn_against_bits(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    for bits in (2, 4, 8):
+        metrics = {"int8/test/coverage_lac": 0.8, "int8/test/worst_class_coverage_lac": 0.7}
+        metrics |= {"int8/test/size_lac": 2 / bits, "int8/conformal/level": 0.8}
+        metrics |= {"int8/shift/noise_mean/size_aps": 3.0}
+        write_run(f"w{bits}", metrics, bits=(bits, 7), numeric="int8", conformal=0.2)
+    scores = read_runs([tmp_path / "runs"]).scores
+    (sweep,) = sweeps(scores)
+    assert sweep.sets() == {}
+    assert sweep.level == 0.8
+    found = sweep.conformal()
+    names = ["test/coverage_lac", "test/size_lac", "test/worst_class_coverage_lac"]
+    assert found == {"test": names, "shift/noise_mean": ["shift/noise_mean/size_aps"]}
+    figure = bit_widths(sweep, names, method_colors(scores))
+    coverage, size, _ = figure.axes
+    assert list(size.lines[0].get_ydata()) == [1, 0.5, 0.25]
+    assert len(size.lines) == 1
+    assert list(coverage.lines[1].get_ydata()) == [0.8, 0.8]  # the dotted line
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) is None
+    text = (tmp_path / "out/report.md").read_text()
+    assert "Conformal sets of test" in text
+    (drawn,) = (tmp_path / "out" / "plots").glob("*_test_conformal.png")
+    assert drawn.name in text
+
+
 def test_a_report_without_runs_says_so(tmp_path: Path) -> None:
     said = main([str(tmp_path), "--out", str(tmp_path / "out")])
     assert said is not None
@@ -113,6 +140,20 @@ def test_failed_runs_alone_are_a_report(write_run: WriteRun, tmp_path: Path) -> 
     write_run("failed", {}, state="FAILED")
     assert main([str(tmp_path), "--out", str(tmp_path / "out")]) is None
     assert "FAILED" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_the_convergence_of_chains_has_a_table(write_run: WriteRun, tmp_path: Path) -> None:
+    for seed, rhat in enumerate((1.5, 1.7)):
+        metrics = {"test/nll": 0.1, "val/rhat": rhat, "val/ess": 8.0}
+        write_run(f"chains_{seed}", metrics, method="sghmc", seed=seed)
+    write_run("other", {"test/nll": 0.2, "val/nll": 0.3})
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) is None
+    text = (tmp_path / "out" / "report.md").read_text()
+    _, _, section = text.partition("Convergence of Markov chains")
+    table = section.partition("\n#")[0]
+    assert re.search(r"\| val/rhat \|.* 1\.6 \|", table)
+    assert re.search(r"\| val/ess \|.* 8 \|", table)
+    assert "val/nll" not in table
 
 
 PROBE = """

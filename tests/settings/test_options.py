@@ -171,6 +171,9 @@ NULL = {
     "task.size": "a number crops images",
     "task.channels": "null: all have the same already",
     "task.features": "null: all but the target",
+    "method.rho_lr": "null for that of the optimizer",
+    "method.chain_epochs": "null: one chain",
+    "method.cycle_epochs": "null: constant steps",
 }
 
 

@@ -43,6 +43,7 @@ CODE = [
     (DATASETS["synthetic"], CONF / "task" / "synthetic.yaml", None),
     (DATASETS["digits"], CONF / "task" / "digits.yaml", None),
     (DATASETS["mnist"], CONF / "task" / "mnist.yaml", None),
+    (DATASETS["fashion_mnist"], CONF / "task" / "fashion_mnist.yaml", None),
     (DATASETS["cifar10"], CONF / "task" / "cifar10.yaml", None),
     (DATASETS["images"], CONF / "task" / "images.yaml", None),
     (DATASETS["table"], CONF / "task" / "table.yaml", None),

@@ -35,6 +35,7 @@ TRAINING = {
     "bbb": ["method=bbb", "method.warmup_epochs=12", BEST],
     "mcdropout": ["method=mcdropout", BEST],
     "sghmc": ["method=sghmc", "method.burn_in=8", "method.num_members=3", BEST],
+    "ensemble": ["method=ensemble", "method.num_members=3", BEST],
     "swag": ["method=swag", "method.swa_start=0.3", "method.collect_every=2"],
     "laplace": ["method=laplace"],
 }
