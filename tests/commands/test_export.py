@@ -67,7 +67,8 @@ def test_every_method_is_exported_verified_and_described(
             assert card["metrics"][name]["value"] == found
     assert card["bytes"]["file"] == (out / "model.onnx").stat().st_size
     measured = {each["num_samples"]: each["latencies"] for each in card["speed"]["draws"]}
-    assert list(measured) == {"pointwise": [1], "sghmc": [1, 2]}.get(method, [1, 3, 5, 20])
+    counts = {"pointwise": [1], "sghmc": [1, 2], "ensemble": [1, 3, 5]}
+    assert list(measured) == counts.get(method, [1, 3, 5, 20])
     assert [each["batch_size"] for each in measured[draws]] == [1, 32, 256]
     assert call_without_bqnn(out)
 
