@@ -135,7 +135,8 @@ def _validation_batches(trainer: pl.Trainer) -> list[Batch]:
     loaders = found if isinstance(found, list) else [found]
     batches = [
         trainer.strategy.batch_to_device(batch)
-        for loader, count in zip(loaders, trainer.num_val_batches, strict=True)
+        # Without loaders, Lightning still counts the batches of one.
+        for loader, count in zip(loaders, trainer.num_val_batches, strict=bool(loaders))
         for batch in islice(loader, None if count == float("inf") else int(count))
     ]
     trainer.training = True

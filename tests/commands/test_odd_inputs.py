@@ -185,6 +185,8 @@ OPTIONS = {
         "optimizer": {"name": "sghmc", "lr": 1e-3},
     },
     "ensemble": {"num_members": 2, "optimizer": {"name": "adam", "lr": 1e-2}},
+    "swag": {"swa_start": 0.0, "swa_lr": 1e-2, "optimizer": {"name": "adam", "lr": 1e-2}},
+    "laplace": {"prior": 0.1, "optimizer": {"name": "adam", "lr": 1e-2}},
 }
 
 
