@@ -21,6 +21,9 @@ QUICK = ["logger=none", "quant.fine_tuning.max_epochs=2"]
 
 
 @pytest.mark.parametrize("mode", ["qat", "ptq"])
+AFTER_TRAINING = ("swag", "laplace")  # methods that set their posterior after the last epoch
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_quantized_and_described(
     method: str, mode: str, trained: Path, script_here: ScriptHere, tmp_path: Path
@@ -185,7 +188,7 @@ def test_a_sweep_over_bits_and_the_schemes(
     assert nll["default", 3] < nll["paper", 3]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in AFTER_TRAINING])
 def test_training_can_be_quantization_aware_from_the_start(
     method: str, script_here: ScriptHere, tmp_path: Path
 ) -> None:
@@ -198,3 +201,13 @@ def test_training_can_be_quantization_aware_from_the_start(
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["int8/test/nll"] == pytest.approx(metrics["test/nll"], abs=0.01)
     assert load(tmp_path / "run" / "checkpoint.ckpt").recipe["stage"] == "qat"
+
+
+@pytest.mark.parametrize("method", AFTER_TRAINING)
+def test_a_posterior_set_after_the_training_is_quantized_after_it(
+    method: str, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    code, errors = script_here("train", f"method={method}", "quant=default", "hydra.run.dir=run")
+    assert code == 1
+    assert "train with quant=none, then quantize the checkpoint" in errors
+    assert not (tmp_path / "run").exists()
