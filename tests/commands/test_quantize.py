@@ -20,10 +20,10 @@ ScriptHere = Callable[..., tuple[int, str]]
 QUICK = ["logger=none", "quant.fine_tuning.max_epochs=2"]
 
 
-@pytest.mark.parametrize("mode", ["qat", "ptq"])
 AFTER_TRAINING = ("swag", "laplace")  # methods that set their posterior after the last epoch
 
 
+@pytest.mark.parametrize("mode", ["qat", "ptq"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_quantized_and_described(
     method: str, mode: str, trained: Path, script_here: ScriptHere, tmp_path: Path
