@@ -154,7 +154,7 @@ def test_bbb_starts_from_a_pointwise_checkpoint(script_here: ScriptHere, tmp_pat
 
 # What never becomes a job, and what is said of it.
 REFUSED = [
-    (["method=nonsense"], "Could not find 'method/nonsense' (there are bbb, mcdropout,"),
+    (["method=nonsense"], "Could not find 'method/nonsense' (there are bbb, ensemble,"),
     (["method=bb"], "did you mean method=bbb?"),
     (["task=digit"], "did you mean task=digits?"),
     (["trainer=smok"], "did you mean trainer=smoke?"),
@@ -182,12 +182,12 @@ REFUSED = [
     (["~seed"], "~seed: this key is needed"),
     (["~trainer.max_epochs"], "~trainer.max_epochs: this key is needed"),
     (["~trainer"], "~trainer.accelerator: this key is needed"),
-    (["~method"], "~method: choose one of bbb, mcdropout,"),
+    (["~method"], "~method: choose one of bbb, ensemble,"),
     (["~method.prior_std"], "method.prior_std is missing: method=bbb requires it"),
     (["~method.optimizer"], "method.optimizer.name='None': unknown"),
     (["~task.name"], "task.name is missing"),
     (["method.optimizer=adam"], "did you mean method.optimizer.name?"),
-    (["method="], "method=: choose one of bbb, mcdropout,"),
+    (["method="], "method=: choose one of bbb, ensemble,"),
     (["method.lr="], "method.lr: there is no such key; did you mean method.optimizer.lr?"),
     (["=3"], "=3: write it as key=value"),
     (["[x]=1"], "[x]=1: write it as key=value"),
