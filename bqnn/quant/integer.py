@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bqnn.arguments import ArgumentError
 from bqnn.layers.draws import DrawnWeights, Stochastic, evaluation_noise
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
@@ -41,6 +42,7 @@ from bqnn.quant.simulated import (
     replace_modules,
     use_engine,
 )
+from bqnn.quant.spec import ENGINES
 from bqnn.quant.summary import check_agreement
 
 log = logging.getLogger(__name__)
@@ -254,6 +256,8 @@ def convert(
     layers = [module for module in net.modules() if isinstance(module, SimulatedLayer)]
     if not layers:
         raise ValueError("convert: the network has no fake-quantized layer; call prepare() first")
+    if engine is not None and engine not in ENGINES:
+        raise ArgumentError(f"engine={engine}: choose {' or '.join(ENGINES)}", "engine")
     prepared = layers[0].engine
     if engine is not None and usable_engine(engine) is not prepared:
         log.warning(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bqnn.arguments import ArgumentError
 from bqnn.layers.bayes import GaussianWeight, local_reparametrization
 from bqnn.layers.draws import evaluation_noise
 from bqnn.layers.dropout import MCDropout
@@ -35,7 +36,7 @@ from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.fuse import Fused, activated, check_features
 from bqnn.quant.grids import Grid, OnGrid, grid_of, plain
 from bqnn.quant.region import check_region
-from bqnn.quant.spec import QuantSpec
+from bqnn.quant.spec import ENGINES, SYMMETRIC_ONLY, QuantSpec
 from bqnn.quant.stochastic import GaussianGrids, activation_fake_quant, weight_fake_quant
 
 log = logging.getLogger(__name__)
@@ -433,6 +434,9 @@ def use_engine(net: nn.Module, name: str) -> None:
     Args:
         net: A prepared network.
         name: The name of the engine.
+
+    Raises:
+        ValueError: The engine does not support the network's weights.
     """
     activation_bits = max(
         (
@@ -445,26 +449,36 @@ def use_engine(net: nn.Module, name: str) -> None:
         default=0,
     )
     chosen = usable_engine(name)
+    for module in net.modules():
+        if isinstance(module, SimulatedLayer) and chosen.name in SYMMETRIC_ONLY:
+            zero_point = module.weight_grid.zero_point
+            if not zero_point.is_meta and zero_point.any():
+                raise ArgumentError(
+                    f"engine={name} supports only symmetric weights, and the network has others; "
+                    f"choose {' or '.join(e for e in ENGINES if e not in SYMMETRIC_ONLY)}",
+                    "engine",
+                )
     exact: list[tuple[str, SimulatedLayer]] = []
     for path, module in net.named_modules():
         if isinstance(module, OutputOnGrid):
             module.engine = chosen
         if isinstance(module, SimulatedLayer):
             module.executor = chosen
-            if chosen.saturates(module.kernel(), module.weight_grid.bits, activation_bits):
+            if chosen.can_be_wrong(module.kernel(), module.weight_grid.bits, activation_bits):
                 module.executor = engine("reference")
                 exact.append((path, module))
     if exact:
         path, layer = exact[0]
         log.warning(
             "%d layers (the first is %s) run on the engine reference, which is slower: with "
-            "%d-bit weights and %d-bit activations, sums of the engine %s would saturate on this "
-            "CPU; activation_bits=7 avoids it",
+            "%d-bit weights and %d-bit activations, sums of the engine %s would be wrong on this "
+            "CPU%s",
             len(exact),
             path,
             layer.weight_grid.bits,
             activation_bits,
             chosen.name,
+            "; activation_bits=7 avoids it" if activation_bits == 8 else "",
         )
 
 

@@ -126,8 +126,10 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def saturates(self, layer: Layer, weight_bits: int, activation_bits: int) -> bool:
-        """Return whether the sums of a layer can be wrong on this CPU, because they saturate.
+    def can_be_wrong(self, layer: Layer, weight_bits: int, activation_bits: int) -> bool:
+        """Return whether the sums of a layer can be wrong on this CPU.
+
+        They may saturate, or the kernel may have an error.
 
         Args:
             layer: The properties of the layer.

@@ -65,6 +65,17 @@ def saturates(engine: LayerEngine, layer: Layer, weight_bits: int, activation_bi
     return not has_vnni() or _is_seen_to_saturate(engine, layer)
 
 
+def pads_whole_windows(layer: Layer) -> bool:
+    """Return whether a depthwise convolution has windows that lie in the padding.
+
+    oneDNN then reads memory that it has not written, if the zero point of the inputs is not 0.
+    """
+    geometry = layer.geometry
+    if geometry is None or geometry.groups == 1 or layer.weight[1] != 1:
+        return False
+    return any(p >= k for p, k in zip(geometry.padding, layer.weight[2:], strict=True))
+
+
 def has_vnni() -> bool:
     """Return whether this CPU has VNNI, which sums products of 8-bit integers in 32 bits."""
     return torch.cpu._is_vnni_supported()

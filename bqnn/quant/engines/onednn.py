@@ -48,8 +48,9 @@ class OneDnn(PlainEngine):
     def rounding(self, layer: Layer, inputs: Sequence[int]) -> Rounding:
         return measure.rounding_of(self, layer, inputs, ("onednn", "onednn_product"))
 
-    def saturates(self, layer: Layer, weight_bits: int, activation_bits: int) -> bool:
-        return measure.saturates(self, layer, weight_bits, activation_bits)
+    def can_be_wrong(self, layer: Layer, weight_bits: int, activation_bits: int) -> bool:
+        is_wrong = measure.pads_whole_windows(layer)
+        return is_wrong or measure.saturates(self, layer, weight_bits, activation_bits)
 
     def pack(self, weight: Weight) -> Packed:
         return PackedWeight(weight)

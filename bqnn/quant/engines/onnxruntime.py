@@ -22,6 +22,8 @@ from bqnn.quant.onnx.qlinear import QLinearForm
 from bqnn.quant.onnx.session import missing_packages, start_session
 from bqnn.quant.onnx.values import Value
 
+NUM_EXAMPLES = 5  # rows with which a network is walked
+
 
 def make(name: str) -> NetworkEngine:
     """Return the engine."""
@@ -39,7 +41,7 @@ class OnnxRuntime(NetworkEngine):
     def rounding(self, layer: Layer, inputs: Sequence[int]) -> Rounding:
         return "integer_bias"
 
-    def saturates(self, layer: Layer, weight_bits: int, activation_bits: int) -> bool:
+    def can_be_wrong(self, layer: Layer, weight_bits: int, activation_bits: int) -> bool:
         return False  # weights become unsigned where 16 bits do not hold two products
 
     def network(self, simulated: nn.Module) -> WholeNetwork:
@@ -133,7 +135,7 @@ class OneDraw:
     ) -> None:
         graph = Graph()
         writer = RowMasks(graph, QLinearForm(graph), traces)
-        output = writer.write(net, Value("inputs", plain(x[:2]).contiguous()))
+        output = writer.write(net, Value("inputs", _example(x)))
         float32, uint8 = np.dtype(np.float32), np.dtype(np.uint8)
         prefix = ""
         if isinstance(net, Ensemble):
@@ -179,6 +181,13 @@ class RowMasks(NetworkWriter):
         shape = (f"N_{name}", *all_kept.shape[1:])
         self.masks.append((Port(name, np.dtype(bool), shape), module, example.shape[1:]))
         return name, all_kept
+
+
+def _example(x: Tensor) -> Tensor:
+    """Return a few rows like those of `x`; their number must not matter to the network."""
+    if len(x) == 0:
+        return torch.zeros(NUM_EXAMPLES, *x.shape[1:])
+    return plain(x)[torch.arange(NUM_EXAMPLES) % len(x)].contiguous()
 
 
 def _free(x: Tensor) -> tuple[int | str, ...]:

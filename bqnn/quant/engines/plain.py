@@ -98,7 +98,7 @@ class PlainEngine(LayerEngine):
     @abstractmethod
     def pack(self, weight: Weight) -> Packed: ...
 
-    def saturates(self, layer: Layer, weight_bits: int, activation_bits: int) -> bool:
+    def can_be_wrong(self, layer: Layer, weight_bits: int, activation_bits: int) -> bool:
         return False
 
     def quantize(self, x: Tensor, grid: ActivationGrid) -> Tensor:

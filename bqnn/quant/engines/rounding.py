@@ -182,7 +182,7 @@ def plain_sum(x: Summand, y: Summand, scale: float) -> Tensor:
         tensor([5.])
     """
     first, second = (each[0] * summand_factor(each[1], scale) for each in (x, y))
-    return first.add_(second).round_()
+    return (first + second).round_()  # either may broadcast
 
 
 def summand_factor(scale: float, output_scale: float) -> float:

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bqnn.quant.grids import plain
 from bqnn.quant.onnx.graph import Graph
 from bqnn.quant.onnx.values import Value
 
@@ -36,8 +35,7 @@ def write_move(graph: Graph, x: Value, move: Move, name: str) -> Value | list[Va
         ('Reshape', torch.Size([3, 10]))
     """
     found = move(x.example)
-    places = torch.arange(x.example.numel(), dtype=torch.int64).view(x.example.shape)
-    moved = move(places)
+    moved = move(_places(x.example))
     if isinstance(found, Tensor):
         return _write(graph, x, move, found, moved, name)
     return [
@@ -62,7 +60,7 @@ def _write(graph: Graph, x: Value, move: Move, found: Tensor, places: Tensor, na
         shape = graph.constant(np.array([-1, *found.shape[1:]], np.int64))
         return x.moved(graph.call("Reshape", x.name, shape), found, steps)
     axes = _axis_order(move, x.example.dim())
-    if axes is not None:
+    if axes is not None and torch.equal(places, _places(x.example).permute(axes)):
         return x.moved(graph.call("Transpose", x.name, perm=axes), found, steps)
     flat = graph.call("Reshape", x.name, graph.constant(np.array([-1, size], np.int64)))
     taken = graph.call("Gather", flat, graph.constant(order.numpy()), axis=1)
@@ -70,20 +68,24 @@ def _write(graph: Graph, x: Value, move: Move, found: Tensor, places: Tensor, na
     return x.moved(graph.call("Reshape", taken, shape), found, steps)
 
 
+def _places(x: Tensor) -> Tensor:
+    """Number the elements of a tensor."""
+    return torch.arange(x.numel(), dtype=torch.int64).view(x.shape)
+
+
 def _rows(places: Tensor) -> Tensor:
     return places[:1].expand_as(places)
 
 
 def _axis_order(move: Move, dims: int) -> tuple[int, ...] | None:
-    """Return the order of the axes if the operation only permutes them."""
+    """Return the order of the axes if the operation seems to only permute them.
+
+    It is tried on sizes that differ; on others, it may also cut.
+    """
     sizes = tuple(range(2, 2 + dims))
     try:
         out = move(torch.empty(sizes))
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None
     axes = tuple(size - 2 for size in out.shape) if isinstance(out, Tensor) else ()
-    is_view = sorted(axes) == list(range(dims))
-    if not is_view:
-        return None
-    places = torch.arange(int(np.prod(sizes))).view(sizes)
-    return axes if torch.equal(plain(move(places)), places.permute(axes)) else None
+    return axes if sorted(axes) == list(range(dims)) else None

@@ -186,14 +186,21 @@ class NetworkWriter:
 
     def _max_pool(self, x: Value, pool: nn.MaxPool2d) -> Value:
         out = pool(x.example)
-        padding = _pair(pool.padding)
+        kernel, strides, dilations = map(_pair, (pool.kernel_size, pool.stride, pool.dilation))
+        before = _pair(pool.padding)
+        # Runtimes count windows that reach over the border in other ways than torch.
+        sizes = zip(
+            before, x.example.shape[-2:], out.shape[-2:], kernel, strides, dilations, strict=True
+        )
+        after = tuple(
+            max(0, (n - 1) * s + d * (k - 1) + 1 - size - pad) for pad, size, n, k, s, d in sizes
+        )
         name = self.form.max_pool(
             x.name,
-            kernel_shape=_pair(pool.kernel_size),
-            strides=_pair(pool.stride),
-            pads=padding * 2,
-            dilations=_pair(pool.dilation),
-            ceil_mode=int(pool.ceil_mode),
+            kernel_shape=kernel,
+            strides=strides,
+            pads=before + after,
+            dilations=dilations,
         )
         return x.moved(name, out, None if x.steps is None else row_of(out, x.steps.max().item()))
 

@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bqnn.inference.predict import predictive
 from bqnn.layers.bayes import to_bayes
@@ -17,7 +19,7 @@ from bqnn.layers.markers import Add, Enter, Leave
 from bqnn.quant.engines import engine, usable_engine
 from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import convert
-from bqnn.quant.quantize import quantize
+from bqnn.quant.quantize import prepare_qat, quantize
 from bqnn.quant.simulated import calibrate, prepare
 from bqnn.quant.spec import SYMMETRIC_ONLY, QuantSpec
 from bqnn.quant.summary import disagreements
@@ -27,6 +29,33 @@ METHODS = ("pointwise", "bbb", "mcdropout", "sghmc")
 NETS = tuple(SHAPES)
 BITS = range(2, 9)
 FEW = ((8, 8), (8, 7), (4, 7), (2, 2))
+
+
+BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "pool after a reshape": lambda x: functional.max_pool2d(x.reshape(len(x), 4, 9, 6), 2),
+    "first rows of pixels": lambda x: x[:, :, :5],
+    "first columns": lambda x: x[..., :6],
+    "narrow": lambda x: x.narrow(3, 0, 7),
+    "last columns": lambda x: x[..., 2:],
+    "transpose": lambda x: x.transpose(2, 3),
+    "transpose and cut": lambda x: x.transpose(2, 3)[:, :, :6],
+    "sum of halves": lambda x: x[..., :4] + x[..., 5:],
+    "sum that broadcasts": lambda x: x[:, :, :1] + x,
+    "sum that broadcasts twice": lambda x: x[:, :, :1] + x[:, :, :, :1],
+    "rows of the batch": lambda x: x + x[:1],
+}
+
+
+class Between(nn.Module):
+    """Two convolutions with an operation between them."""
+
+    def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 3, 1)
+        self.operation = operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.operation(self.first(x)))
 
 
 def simulated(method: str, net: str, **options: Any) -> nn.Module:
@@ -163,6 +192,7 @@ class EngineContract:
             nn.MaxPool2d(3, 1, dilation=2),
             nn.MaxPool2d((3, 2), (2, 1), ceil_mode=True),
             nn.MaxPool2d(2, 2, padding=1, ceil_mode=True),
+            nn.MaxPool2d(2, 3, padding=1, ceil_mode=True),
         ],
         ids=str,
     )
@@ -196,6 +226,39 @@ class EngineContract:
             for bits in (8, 7, 3):
                 made = calibrated(Block(), x, activation_bits=bits, engine=self.name)
                 assert_same_integers(made, x)
+
+    @pytest.mark.parametrize("between", BETWEEN, ids=str)
+    def test_what_moves_cuts_or_adds_between_layers(self, between: str) -> None:
+        torch.manual_seed(0)
+        x = torch.randn(6, 2, 6, 9)
+        spec = QuantSpec(activation_observer="minmax", engine=self.name)
+        made = calibrate(prepare_qat(Between(BETWEEN[between]), spec), [x]).eval()
+        integer = convert(copy.deepcopy(made))
+        if self.name == "onnxruntime" and between == "rows of the batch":
+            with pytest.raises(TypeError, match="changes the axis of the rows"):
+                integer(x[:1])
+            return
+        for rows in (x[:1], x, x[:3], x.to(memory_format=torch.channels_last), x[:0]):
+            with torch.no_grad():
+                assert torch.equal(integer(rows), made(rows)), rows.shape
+
+    def test_a_window_in_the_padding_of_a_depthwise_convolution(self) -> None:
+        torch.manual_seed(0)
+        net = nn.Sequential(Enter(), nn.Conv2d(2, 16, 3, padding=1))
+        net.extend([nn.Conv2d(16, 32, 2, padding=2, groups=16), nn.Conv2d(32, 3, 1), Leave()])
+        x = torch.randn(4, 2, 7, 6)
+        for _ in range(3):
+            assert_same_integers(calibrated(copy.deepcopy(net), x, engine=self.name), x)
+
+    def test_convert_refuses_weights_that_the_engine_does_not_know(self) -> None:
+        made = simulated("pointwise", "mlp", weight_symmetric=False)
+        x = inputs("mlp")
+        if self.name in SYMMETRIC_ONLY:
+            with pytest.raises(ValueError, match=f"engine={self.name} supports only symmetric"):
+                convert(made, self.name)
+        else:
+            expected = made(x).detach()
+            assert (convert(made, self.name)(x) - expected).abs().max() < 0.1
 
     def test_one_draw_serves_many_batches(self) -> None:
         integer = convert(simulated("bbb", "mlp", engine=self.name))
