@@ -26,6 +26,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mcdropout": {"rate": 0.2, "drop_before_output": True},
     "sghmc": {"burn_in": 0, "collect_every": 1, "num_members": 2, "schedule": "constant"},
     "ensemble": {"num_members": 2},
+    "swag": {"swa_start": 0.0, "swa_lr": 1e-3},
+    "laplace": {"prior": 0.1},
 }
 
 
@@ -168,7 +170,8 @@ CASES = [
     (name, net)
     for name in METHODS
     for net in NETS
-    if not (name == "bbb" and net not in (narrow_resnet, odd_geometries))
+    # Gaussian weights are those of layers.
+    if name not in ("bbb", "swag", "laplace") or net in (narrow_resnet, odd_geometries)
 ]
 
 

@@ -70,7 +70,7 @@ def test_seeds_are_the_same_in_every_version():
 def test_every_generator_of_a_run_starts_from_a_stream():
     """Other generators, with a constant or the data's seed, define data sets or examples."""
     defines_data = {
-        *("data/distortions.py", "data/synthetic.py", "data/ood.py", "quant/kernels.py"),
+        *("data/distortions.py", "data/synthetic.py", "data/ood.py", "quant/engines/measure.py"),
         "testing.py",
     }
     starts = 0

@@ -114,7 +114,7 @@ def test_every_tuned_file_belongs_to_a_cell() -> None:
 
 
 def test_the_command_line_wins_over_tuned_values() -> None:
-    assert composed("method=bbb", "task=digits")["method"]["beta"] == 0.02  # conf/tuned
+    assert composed("method=bbb", "task=digits")["method"]["beta"] == 0.002  # conf/tuned
     assert composed("method=bbb", "task=digits", "method.beta=0.7")["method"]["beta"] == 0.7
 
 

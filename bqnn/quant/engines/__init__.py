@@ -29,7 +29,8 @@ def engine(name: str) -> Engine:
         >>> engine("reference").missing() is None
         True
     """
-    module = import_module(f"{__name__}.{_MODULES[name]}")
+    package = Engine.__module__.rpartition(".")[0]
+    module = import_module(f"{package}.{_MODULES[name]}")
     made: Engine = module.make(name)
     return made
 
