@@ -259,7 +259,7 @@ def _warn_of_few_errors(probabilities: Tensor, targets: Tensor) -> None:
     if num_errors < FEW_ERRORS:
         log.warning(
             "calibration: only %d of %d validation rows are predicted wrong, so it may overfit "
-            "them; compare the nll of the test set, or train with a larger share of validation rows",
+            "them; compare the nll of the test set, or train with more validation rows",
             num_errors,
             len(targets),
         )
