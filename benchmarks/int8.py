@@ -58,7 +58,7 @@ def main() -> None:
             in_float = _net(name, method, arguments.samples)
             num_samples = 1 if method == "pointwise" else arguments.samples
             for chosen in engines:
-                integer = _integer(in_float, x[:256], chosen, arguments.bits)
+                integer = integer_net(in_float, x[:256], chosen, arguments.bits)
                 label = f"{name} {method} {chosen}"
                 _compare(label, in_float, integer, x, num_samples, arguments.pairs)
     if "resnet" in arguments.nets:
@@ -120,7 +120,8 @@ def _net(name: str, method: str, num_members: int) -> nn.Module:
     return net.to(memory_format=torch.channels_last).eval()
 
 
-def _integer(net: nn.Module, x: Tensor, name: str, bits: tuple[int, int]) -> nn.Module:
+def integer_net(net: nn.Module, x: Tensor, name: str, bits: tuple[int, int]) -> nn.Module:
+    """Quantize a copy of a network for an engine, calibrated on inputs."""
     spec = QuantSpec(
         weight_bits=bits[0],
         activation_bits=bits[1],

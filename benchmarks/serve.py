@@ -7,12 +7,12 @@ network, which makes as many passes as there are draws.
 """
 
 import argparse
-import copy
 import resource
 import statistics
 from collections.abc import Callable
 
 import torch
+from int8 import integer_net
 from torch import Tensor, nn
 from train_step import machine, seconds
 
@@ -21,13 +21,11 @@ from bqnn.layers.bayes import to_bayes
 from bqnn.layers.dropout import to_mcdropout
 from bqnn.nets import LeNet
 from bqnn.quant.engines import engine
-from bqnn.quant.fuse import fuse
-from bqnn.quant.integer import convert
-from bqnn.quant.simulated import calibrate, prepare
-from bqnn.quant.spec import ENGINES, QuantSpec
+from bqnn.quant.spec import ENGINES
 from bqnn.training.process import keep_freed_memory, silence_known_warnings
 
 SHAPE = (1, 8, 8)
+BITS = (8, 7)  # of weights and activations
 
 
 def main() -> None:
@@ -52,7 +50,7 @@ def main() -> None:
     sides: dict[str, tuple[nn.Module, nn.Module]] = {"float": (point, bayes)}
     for name in arguments.engines:
         if engine(name).missing() is None:
-            sides[name] = (_integer(point, x, name), _integer(bayes, x, name))
+            sides[name] = (integer_net(point, x, name, BITS), integer_net(bayes, x, name, BITS))
     for batch in arguments.batches:
         for draws in arguments.draws:
             _measure(sides, x[:batch], draws, arguments.rounds)
@@ -100,11 +98,6 @@ def _net(method: str) -> nn.Module:
     if method == "bbb":
         return to_bayes(net, prior_std=0.3, init_rho=-5.0).eval()
     return to_mcdropout(net, rate=0.2).eval()
-
-
-def _integer(net: nn.Module, x: Tensor, name: str) -> nn.Module:
-    spec = QuantSpec(activation_observer="minmax", engine=name)
-    return convert(calibrate(prepare(fuse(copy.deepcopy(net)), spec), [x]))
 
 
 if __name__ == "__main__":

@@ -10,37 +10,16 @@ import pytest
 import torch
 
 import bqnn
-from bqnn.checkpoints.recipe import build
+from tests.checkpoints.test_model import TABLE, model_of
 from tests.running import ROOT
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Create a folder with the checkpoint of a Bayesian network for a table."""
-    recipe = {
-        "version": 1,
-        "stage": "float",
-        "seed": 3,
-        "method": {
-            "name": "bbb",
-            "optimizer": {"name": "adam"},
-            "prior_std": 0.3,
-            "init_rho": -2.0,
-            "beta": 1.0,
-        },
-        "net": {"name": "mlp", "hidden_features": [8]},
-        "task": {"name": "flats", "dataset": "uci"},
-        "facts": {
-            "likelihood": "regression",
-            "target_mean": 200.0,
-            "target_std": 50.0,
-            "input_shape": [2],
-            "input_mean": [80.0, 3.0],
-            "input_std": [20.0, 1.0],
-            "num_train": 100,
-        },
-    }
-    content = {"state_dict": build(recipe).state_dict(), "recipe": recipe, "epoch": 1}
+    model = model_of(TABLE)
+    state = model.method.state_dict()
+    content = {"state_dict": state, "recipe": model.recipe, "epoch": 1}
     torch.save(content, tmp_path / "checkpoint.ckpt")
     return tmp_path
 

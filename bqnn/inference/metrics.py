@@ -273,9 +273,7 @@ class CalibrationError(Metric):
 
     def __init__(self, num_bins: int = 15, **options: Any) -> None:
         super().__init__(**options)
-        if num_bins < 1:
-            raise ValueError(f"num_bins={num_bins}: calibration needs at least one bin")
-        self.num_bins = num_bins
+        self.num_bins = _checked_bins(num_bins)
         zeros = torch.zeros(num_bins, 3, dtype=torch.float64)
         self.add_state("sums", zeros, dist_reduce_fx="sum")
 
@@ -316,9 +314,7 @@ class AdaptiveCalibrationError(Metric):
 
     def __init__(self, num_bins: int = 15, **options: Any) -> None:
         super().__init__(**options)
-        if num_bins < 1:
-            raise ValueError(f"num_bins={num_bins}: calibration needs at least one bin")
-        self.num_bins = num_bins
+        self.num_bins = _checked_bins(num_bins)
         self.add_state("confidences", [], dist_reduce_fx="cat")
         self.add_state("correct", [], dist_reduce_fx="cat")
 
@@ -525,6 +521,12 @@ def _level(level: float) -> float:
     if not 0 < level < 1:
         raise ValueError(f"level={level}: a central interval needs a level in (0, 1)")
     return level
+
+
+def _checked_bins(num_bins: int) -> int:
+    if num_bins < 1:
+        raise ValueError(f"num_bins={num_bins}: calibration needs at least one bin")
+    return num_bins
 
 
 def _known(values: Tensor | None) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bqnn.arguments import ArgumentError
 from bqnn.layers.bayes import GaussianWeight, local_reparametrization
 from bqnn.layers.draws import evaluation_noise
 from bqnn.layers.dropout import MCDropout
@@ -36,7 +35,7 @@ from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.fuse import Fused, activated, check_features
 from bqnn.quant.grids import Grid, OnGrid, grid_of, plain
 from bqnn.quant.region import check_region
-from bqnn.quant.spec import ENGINES, SYMMETRIC_ONLY, QuantSpec
+from bqnn.quant.spec import QuantSpec, check_symmetry
 from bqnn.quant.stochastic import GaussianGrids, activation_fake_quant, weight_fake_quant
 
 log = logging.getLogger(__name__)
@@ -126,9 +125,9 @@ class SimulatedLayer(OutputOnGrid):
     def executed(self, x: Tensor, grid: Grid) -> Tensor:
         """Compute the output of the int8 layer for inputs [N, F] or [B, C, H, W] on a grid."""
         factor, bias = self.fold()
-        weight, quant = self.rounded_weight(factor), self.weight_grid
-        integers = (weight / quant.along(weight, quant.scale)).round_()
-        sums = exact_sums((x / grid.scale).round_(), integers, self.geometry, grid.largest)
+        quant = self.weight_grid
+        weight = self.weight_steps(factor)
+        sums = exact_sums((x / grid.scale).round_(), weight, self.geometry, grid.largest)
         output = ActivationGrid.of(self.output_quant)
         steps = requantize(
             sums,
@@ -197,6 +196,11 @@ class SimulatedLayer(OutputOnGrid):
     def rounded_weight(self, factor: Tensor | None) -> Tensor:
         """Return the weights times `factor` [C] per output channel, rounded to their grid."""
         raise NotImplementedError
+
+    def weight_steps(self, factor: Tensor | None) -> Tensor:
+        """Return the integers of the rounded weights minus their zero points, in float32."""
+        weight, quant = self.rounded_weight(factor), self.weight_grid
+        return (weight / quant.along(weight, quant.scale)).round_()
 
     def apply_weights(self, x: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
         """Apply the linear map with rounded weights, times `factor` [C] per output channel."""
@@ -450,14 +454,9 @@ def use_engine(net: nn.Module, name: str) -> None:
     )
     chosen = usable_engine(name)
     for module in net.modules():
-        if isinstance(module, SimulatedLayer) and chosen.name in SYMMETRIC_ONLY:
+        if isinstance(module, SimulatedLayer):
             zero_point = module.weight_grid.zero_point
-            if not zero_point.is_meta and zero_point.any():
-                raise ArgumentError(
-                    f"engine={name} supports only symmetric weights, and the network has others; "
-                    f"choose {' or '.join(e for e in ENGINES if e not in SYMMETRIC_ONLY)}",
-                    "engine",
-                )
+            check_symmetry(chosen.name, zero_point.is_meta or not zero_point.any())
     exact: list[tuple[str, SimulatedLayer]] = []
     for path, module in net.named_modules():
         if isinstance(module, OutputOnGrid):

@@ -93,12 +93,7 @@ class QuantSpec:
         reason = "in standard deviations, above 0; 3 is usual"
         noise_range = real_number("noise_range", self.noise_range, reason, 0, without=(0,))
         object.__setattr__(self, "noise_range", noise_range)
-        if self.engine in SYMMETRIC_ONLY and not self.weight_symmetric:
-            raise ArgumentError(
-                f"engine={self.engine} supports only symmetric weights; set weight_symmetric=true, "
-                f"or choose {' or '.join(e for e in ENGINES if e not in SYMMETRIC_ONLY)}",
-                *("engine", "weight_symmetric"),
-            )
+        check_symmetry(self.engine, self.weight_symmetric)
         object.__setattr__(self, "overrides", tuple(_checked_override(o) for o in self.overrides))
         object.__setattr__(self, "keep", _checked_keep(self.keep))
 
@@ -202,6 +197,16 @@ PROCEDURE = ("name", "mode", "freeze_epochs", "fine_tuning")
 OBSERVERS = {"qat": "moving_average", "ptq": "histogram"}
 LAYER_BITS = ("weight_bits", "activation_bits", "sigma_bits", "noise_bits")
 BITS = (*LAYER_BITS, "output_bits")
+
+
+def check_symmetry(engine: str, is_symmetric: bool) -> None:
+    """Raise an ArgumentError if an engine does not support weights with zero points."""
+    if engine in SYMMETRIC_ONLY and not is_symmetric:
+        raise ArgumentError(
+            f"engine={engine} supports only symmetric weights; set weight_symmetric=true, "
+            f"or choose {' or '.join(e for e in ENGINES if e not in SYMMETRIC_ONLY)}",
+            *("engine", "weight_symmetric"),
+        )
 
 
 def _checked_bits(name: str, bits: object) -> int | None:

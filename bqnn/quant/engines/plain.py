@@ -5,7 +5,6 @@ own. What moves elements runs on the integers as it is. ReLU and max pooling are
 operations that torch has for uint8 on every device.
 """
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bqnn.quant.engines import rounding
-from bqnn.quant.engines.contract import ActivationGrid, Layer, LayerEngine, Packed, Weight
+from bqnn.quant.engines.contract import ActivationGrid, Layer, LayerEngine
 from bqnn.quant.grids import Grid, OnGrid, plain
 
 RELUS_INPLACE = (torch.relu_, Tensor.relu_)
@@ -94,9 +93,6 @@ def _pair(sizes: Any) -> tuple[int, int]:
 
 class PlainEngine(LayerEngine):
     """Base class of engines whose activations are `PlainIntegers`."""
-
-    @abstractmethod
-    def pack(self, weight: Weight) -> Packed: ...
 
     def can_be_wrong(self, layer: Layer, weight_bits: int, activation_bits: int) -> bool:
         return False

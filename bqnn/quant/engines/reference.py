@@ -31,15 +31,6 @@ class Reference(PlainEngine):
     def pack(self, weight: Weight) -> Packed:
         return ExactLayer(weight, self)
 
-    def pack_for(self, engine: LayerEngine, weight: Weight) -> Packed:
-        """Return a layer with exact sums in a network of another engine.
-
-        Args:
-            engine: The engine whose activations the layer takes and returns.
-            weight: The weights.
-        """
-        return ExactLayer(weight, engine)
-
 
 @dataclass
 class ExactLayer:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bqnn.layers.linear_map import Geometry
+from bqnn.quant.engines.contract import ActivationGrid
 from bqnn.quant.engines.rounding import (
     Rounding,
     as_read_for_fused_sum,
@@ -23,7 +24,7 @@ from bqnn.quant.engines.rounding import (
 from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.onnx.graph import Graph
 from bqnn.quant.onnx.pooling import Averages
-from bqnn.quant.onnx.values import Integers, Value
+from bqnn.quant.onnx.values import Value
 from bqnn.quant.simulated import SimulatedAdd, SimulatedCat, SimulatedLayer
 
 
@@ -54,8 +55,7 @@ class ExactForm:
         assert x.integers is not None
         factor, bias = layer.fold()
         quant = layer.weight_grid
-        weight = layer.rounded_weight(factor)
-        weight = (weight / quant.along(weight, quant.scale)).round()
+        weight = layer.weight_steps(factor)
         sums = self.graph.cast(self._sums(x, weight, layer.geometry), np.float32)
         shape = (self.batch_size, *x.example.shape[1:])
         if layer.geometry is None:
@@ -136,7 +136,7 @@ class ExactForm:
         """Take the maximum of each window."""
         return self.graph.call("MaxPool", x, **attributes)
 
-    def _centered(self, x: str, grid: Integers) -> str:
+    def _centered(self, x: str, grid: ActivationGrid) -> str:
         """Return integers minus their zero point, in float32."""
         floats = self.graph.cast(x, np.float32)
         if grid.zero_point == 0:
@@ -151,7 +151,9 @@ class ExactForm:
         sums = [self._product(x.name, x.integers, part, geometry) for part in parts]
         return sums[0] if len(sums) == 1 else self.graph.call("Add", *sums)
 
-    def _product(self, x: str, grid: Integers, weight: Tensor, geometry: Geometry | None) -> str:
+    def _product(
+        self, x: str, grid: ActivationGrid, weight: Tensor, geometry: Geometry | None
+    ) -> str:
         graph = self.graph
         array, zero = integers_of_weight(weight, grid)
         zero_points = (self._zero_point(grid), graph.constant(zero))
@@ -225,11 +227,11 @@ class ExactForm:
         index = self.graph.cast(x, np.int32)
         return self.graph.call("Gather", self.graph.constant(table.numpy()), index, axis=0)
 
-    def _zero_point(self, grid: Integers) -> str:
+    def _zero_point(self, grid: ActivationGrid) -> str:
         return self.graph.constant(np.uint8(grid.zero_point))
 
 
-def integers_of_weight(steps: Tensor, grid: Integers) -> tuple[np.ndarray, Any]:
+def integers_of_weight(steps: Tensor, grid: ActivationGrid) -> tuple[np.ndarray, Any]:
     """Return weights as integers of a type whose products no instruction saturates.
 
     Args:

@@ -13,13 +13,14 @@ from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.markers import Cat, DropoutSite, Pool
 from bqnn.layers.trace import function_of, trace
+from bqnn.quant.engines.contract import ActivationGrid
 from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.grids import ASKING, OnGrid, grid_of, keeps_grid, plain
 from bqnn.quant.onnx.floats import POOLS, SOFTMAXES, write_average, write_module
 from bqnn.quant.onnx.graph import Graph
 from bqnn.quant.onnx.moves import Move, write_move
 from bqnn.quant.onnx.pooling import Averages
-from bqnn.quant.onnx.values import Integers, Value, row_of
+from bqnn.quant.onnx.values import Value, row_of
 from bqnn.quant.simulated import (
     OutputOnGrid,
     SimulatedAdd,
@@ -120,7 +121,7 @@ class NetworkWriter:
             return Value(self.form.leave(x), floats, None, row_of(floats, x.integers.scale))
         if isinstance(module, OutputOnGrid):
             written = self._rounding(name, module, args)
-            quant = Integers.of(module.output_quant)
+            quant = ActivationGrid.of(module.output_quant)
             self.rounded[name] = Value(written, module(*[each.example for each in args]), quant)
             return self.rounded[name]
         if isinstance(module, MCDropout):
@@ -171,7 +172,7 @@ class NetworkWriter:
         grid = grid_of(x.example)
         assert grid is not None
         dropped = OnGrid.of(example * kept * factor, grid._replace(scale=grid.scale * factor))
-        integers = Integers(x.integers.scale * factor, x.integers.zero_point, x.integers.quant_max)
+        integers = x.integers._replace(scale=x.integers.scale * factor)
         return Value(self.form.dropout(x, name), dropped, integers)
 
     def kept(self, module: MCDropout, example: Tensor) -> tuple[str, Tensor]:

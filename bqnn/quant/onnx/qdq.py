@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from bqnn.quant.engines.contract import ActivationGrid
 from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.onnx.exact import attributes_of
 from bqnn.quant.onnx.floats import write_average
 from bqnn.quant.onnx.graph import Graph
 from bqnn.quant.onnx.pooling import Averages
-from bqnn.quant.onnx.values import Integers, Value
+from bqnn.quant.onnx.values import Value
 from bqnn.quant.simulated import SimulatedAdd, SimulatedCat, SimulatedLayer
 
 
@@ -30,7 +31,7 @@ class QdqForm:
 
     def enter(self, x: str, quant: FakeQuant) -> str:
         """Round floats to a grid."""
-        grid = Integers.of(quant)
+        grid = ActivationGrid.of(quant)
         integers = self.graph.call("QuantizeLinear", x, *self._grid(grid))
         if grid.quant_max == 255:
             return integers
@@ -91,7 +92,7 @@ class QdqForm:
         """Take the maximum of each window."""
         return self.graph.call("MaxPool", x, **attributes)
 
-    def _grid(self, grid: Integers) -> tuple[str, str]:
+    def _grid(self, grid: ActivationGrid) -> tuple[str, str]:
         scale = self.graph.constant(np.float32(grid.scale))
         return scale, self.graph.constant(np.uint8(grid.zero_point))
 

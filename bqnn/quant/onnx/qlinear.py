@@ -33,9 +33,7 @@ class QLinearForm(ExactForm):
         graph, output = self.graph, ActivationGrid.of(layer.output_quant)
         factor, bias = layer.fold()
         quant = layer.weight_grid
-        weight = layer.rounded_weight(factor)
-        steps = (weight / quant.along(weight, quant.scale)).round()
-        integers, zero = integers_of_weight(steps, x.integers)
+        integers, zero = integers_of_weight(layer.weight_steps(factor), x.integers)
         scale = quant.scale.detach()
         inputs = [
             x.name,

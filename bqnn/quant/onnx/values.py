@@ -6,36 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from bqnn.quant.fake_quant import FakeQuant
-
-
-@dataclass(frozen=True)
-class Integers:
-    """The grid of integers in the file, uint8: x = scale * (integer - zero_point).
-
-    Attributes:
-        scale: The step of the grid.
-        zero_point: The integer of x = 0.
-        quant_max: The largest integer.
-
-    Examples:
-        >>> Integers(scale=0.5, zero_point=0, quant_max=127).bits
-        7
-    """
-
-    scale: float
-    zero_point: int
-    quant_max: int
-
-    @classmethod
-    def of(cls, quant: FakeQuant) -> Self:
-        """Return the grid of a fake quantizer of activations."""
-        return cls(float(quant.scale), int(quant.zero_point), quant.quant_max)
-
-    @property
-    def bits(self) -> int:
-        """The bit width."""
-        return self.quant_max.bit_length()
+from bqnn.quant.engines.contract import ActivationGrid
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +23,7 @@ class Value:
 
     name: str
     example: Tensor
-    integers: Integers | None = None
+    integers: ActivationGrid | None = None
     steps: Tensor | None = None
 
     def moved(self, name: str, example: Tensor, steps: Tensor | None = None) -> Self:
