@@ -26,6 +26,10 @@ def prepare_torch(job: Job) -> str:
     options = job.config["trainer"]
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
+    if options.get("matmul_precision") is not None:
+        before = torch.get_float32_matmul_precision()
+        job.at_end(lambda _: torch.set_float32_matmul_precision(before))
+        torch.set_float32_matmul_precision(options["matmul_precision"])
     silence_known_warnings()
     keep_freed_memory()
     stop_searching_for_gpus()
