@@ -5,8 +5,11 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from pytorch_lightning.accelerators import CUDAAccelerator
 
 from bqnn.jobs.job import Job
 
@@ -63,6 +66,23 @@ def find_accelerator(name: str) -> str:
         f"trainer.accelerator={name}: torch finds no GPU of NVIDIA or AMD on this machine; choose "
         "auto or cpu"
     )
+
+
+def find_device(options: Mapping[str, Any]) -> torch.device:
+    """Return the device on which a job evaluates networks, the first of those that it may use.
+
+    Args:
+        options: The group `trainer` of a configuration.
+
+    Examples:
+        >>> find_device({"accelerator": "cpu", "devices": 1})
+        device(type='cpu')
+    """
+    if find_accelerator(options["accelerator"]) == "cpu":
+        return torch.device("cpu")
+    devices = options.get("devices", "auto")
+    chosen = [0] if devices == "auto" else CUDAAccelerator.parse_devices(devices)
+    return torch.device("cuda", chosen[0] if chosen else 0)
 
 
 def stop_searching_for_gpus() -> None:
