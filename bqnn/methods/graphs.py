@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,12 +100,14 @@ class _Graph:
         """Run the step on another stream, and refuse one that waits for the device."""
         current, other = torch.cuda.current_stream(), torch.cuda.Stream()
         other.wait_stream(current)
-        with torch.cuda.stream(other):
-            for _ in range(WARM_UP):
-                self._step()
-            with _without_waiting():
-                self._step()
-        current.wait_stream(other)
+        try:
+            with torch.cuda.stream(other):
+                for _ in range(WARM_UP):
+                    self._step()
+                with _without_waiting():
+                    self._step()
+        finally:
+            current.wait_stream(other)
 
     def _capture(self) -> None:
         terms, gradients = self._step()
@@ -142,11 +144,17 @@ def _kind(x: Tensor) -> tuple[object, ...]:
 def _nothing_changed(method: Method) -> Iterator[None]:
     """Restore the buffers of a method and the random state after the body."""
     buffers = [(buffer, buffer.clone()) for buffer in method.buffers()]
-    with torch.random.fork_rng([method.device]):
-        yield
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    try:
+        with _kept_random_state(method.device):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def _kept_random_state(device: torch.device) -> AbstractContextManager[None]:
+    return torch.random.fork_rng([device])
 
 
 @contextmanager
