@@ -47,6 +47,7 @@ from bqnn.training.loggers import (
     log_uncertain,
     make_loggers,
 )
+from bqnn.training.process import find_device, prepare_torch
 from bqnn.training.trainer import fit, make_trainer, refuse_devices
 
 log = logging.getLogger(__name__)
@@ -77,13 +78,13 @@ def run(job: Job) -> None:
 def quantize(job: Job) -> None:
     """Quantize one network and write its results."""
     leave_as_found(job)
+    prepare_torch(job)
     model = load(job.config["checkpoint"], trust=job.config["trust"])
     drop_calibration(model)
     data = make_data(job.config, model.recipe)
     loggers, timer = make_loggers(job), EpochTimer(job)
     num_samples = model.check_samples(job.config["num_samples"])
-    test_set = split_sets(data, ["test"])
-    predictions = {"float": predict(job, "float", model, test_set, data.normalize, num_samples)}
+    predictions = {"float": predict_test(job, "float", model, data, num_samples)}
     if job.config["quant"]["mode"] == "qat":
         start = fine_tune(job, loggers, timer, model, data)
     else:
@@ -91,9 +92,7 @@ def quantize(job: Job) -> None:
     path, trust = job.folder / "checkpoint.ckpt", job.config["trust"]
     models = {numeric: load(path, numeric, trust=trust) for numeric in NUMERICS}
     for numeric, quantized in models.items():
-        predictions[numeric] = predict(
-            job, numeric, quantized, test_set, data.normalize, num_samples
-        )
+        predictions[numeric] = predict_test(job, numeric, quantized, data, num_samples)
     tests = {f"{numeric}/test": of["test"] for numeric, of in predictions.items()}
     metrics = score_sets(tests)
     metrics |= {"num_samples": num_samples, **timer.metrics()}
@@ -103,6 +102,17 @@ def quantize(job: Job) -> None:
     say(f"\n{timer}\nresults in {job.folder}")
     require_results(job.folder, metrics, files)
     log_checkpoint(loggers, job)
+
+
+def predict_test(
+    job: Job, numeric: str, model: Method, data: TensorData, num_samples: int
+) -> dict[str, Prediction]:
+    """Predict the test rows on the accelerator of the job; int8 runs on the CPU only."""
+    if numeric != "int8":
+        model.to(find_device(job.config["trainer"]))
+    found = predict(job, numeric, model, split_sets(data, ["test"]), data.normalize, num_samples)
+    model.cpu()  # layers are compared there
+    return found
 
 
 def drop_calibration(model: Method) -> None:

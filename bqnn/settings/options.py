@@ -197,6 +197,9 @@ TRAINER: Table = {
         "32-true or bf16-mixed (variances underflow in 16-bit floats)",
         one_of("32-true", "bf16-mixed").holds,
     ),
+    "compile": flag(),
+    "data_on_device": flag(),
+    "matmul_precision": maybe(one_of("highest", "high", "medium")),
     "threads": maybe(whole(1, 1024)),
     "progress_bar": flag(),
     # Further options of Lightning's Trainer, which a command line adds with `+`.

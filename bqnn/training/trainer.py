@@ -25,7 +25,7 @@ from bqnn.checkpoints.file import trained_epochs
 from bqnn.checkpoints.start import start_from
 from bqnn.data import TensorData
 from bqnn.jobs.job import Job
-from bqnn.methods import Method, PointwiseStart
+from bqnn.methods import CompileSteps, Method, PointwiseStart
 from bqnn.quant.spec import QuantSpec
 from bqnn.text import one_line, short
 from bqnn.training.batch_norm import refuse_single_values
@@ -66,7 +66,9 @@ def make_trainer(
             "trainer.save_best=true: there are no validation rows to choose by; set "
             "task.validation_share above 0"
         )
-    del options["threads"]
+    for name in ("threads", "matmul_precision", "data_on_device"):
+        options.pop(name, None)
+    compiles: list[pl.Callback] = [CompileSteps()] if options.pop("compile", False) else []
     save = SaveCheckpoint(job.folder, options.pop("save_every"), options.pop("save_best"))
     progress: list[pl.Callback] = [TrainingProgress()] if options.pop("progress_bar") else []
     trainer = pl.Trainer(
@@ -74,6 +76,7 @@ def make_trainer(
         callbacks=[
             StretchSchedule(),
             ShareBuffers(),
+            *compiles,
             *callbacks,
             MetricsCsv(job.folder / "metrics.csv"),
             save,
@@ -193,6 +196,7 @@ def fit(job: Job, trainer: pl.Trainer, model: Method, data: TensorData) -> None:
             the method does not support an option. Errors name the keys of the configuration.
     """
     path = job.folder / "checkpoint.ckpt"
+    data.on_device = job.config["trainer"].get("data_on_device", True)
     resumes = job.is_resumed and path.exists()
     if job.is_resumed:
         job.record_epoch(trained_epochs(path) if resumes else 0)
