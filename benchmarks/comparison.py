@@ -3,7 +3,8 @@
 A cell is a method on a task with a seed (and a split). It runs `bqnn train`, `bqnn quantize` for
 each of `--forms`, and `bqnn evaluate` for each network, in one process. The results are rows of a
 CSV file, which is written after each cell and keeps the rows of other cells. The same command
-resumes an interrupted comparison. A cell that fails does not stop the others.
+resumes an interrupted comparison. A cell that fails does not stop the others. The lengths of
+trainings and the numbers of networks are in comparison.yaml, other settings in conf/tuned.
 
     python benchmarks/comparison.py --tasks digits --seeds 0 1 2 --forms qat:4,7
     python benchmarks/comparison.py --tasks yacht --splits 20 --results docs/results/tables.csv
@@ -20,14 +21,17 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from bqnn.files import written_beside
 from bqnn.jobs.status import read_status
 
 METHODS = ("ensemble", "bbb", "sghmc", "laplace", "swag", "mcdropout", "pointwise")  # slowest first
+SETTINGS = Path(__file__).with_suffix(".yaml")
 KEY = ("task", "split", "method", "seed", "form", "weight_bits", "activation_bits")
 # The other data of each task; AUROC says how well uncertainty tells it from the test rows.
 OTHER = {"mnist": "fashion_mnist", "fashion_mnist": "mnist", "digits": "uniform"}
@@ -56,6 +60,7 @@ VALUES = {
         for kind in ("coverage", "width")
     },
 }
+VERBS = ("train", "quantize", "evaluate")
 QUIET = ("logger=none", "plots=false", "trainer.progress_bar=false", "resume=true")
 
 
@@ -109,12 +114,15 @@ class Plan:
         out: The folder of all cells.
         forms: The quantized forms.
         alpha: The share of targets that prediction sets may miss.
-        options: Further arguments of each verb: train, quantize and evaluate.
+        settings: Arguments of each verb (train, quantize, evaluate) by task and method, where the
+            method `all` is for all methods.
+        options: Further arguments of each verb.
     """
 
     out: Path
     forms: Sequence[Form]
     alpha: float
+    settings: Mapping[str, Mapping[str, Mapping[str, Sequence[str]]]]
     options: Mapping[str, Sequence[str]]
 
     def commands(self, cell: Cell) -> Iterator[tuple[str, Path, list[str]]]:
@@ -139,18 +147,25 @@ class Plan:
         failures = []
         for verb, folder, arguments in self.commands(cell):
             try:
-                _run(verb, [*arguments, *QUIET, *self.options[verb], f"hydra.run.dir={folder}"])
+                _run(verb, [*arguments, *self.more(verb, cell), f"hydra.run.dir={folder}"])
             except SystemExit:
                 status = read_status(folder)
                 reason = None if status is None else status.error
                 failures.append(f"{verb} {folder}: {reason or 'refused, see the output above'}")
         return failures[0] if failures else None
 
+    def more(self, verb: str, cell: Cell) -> list[str]:
+        """Return the arguments of a verb that do not depend on the form."""
+        of_task = self.settings.get(cell.task, {})
+        set_up = [of_task.get(name, {}).get(verb, []) for name in ("all", cell.method)]
+        return [*QUIET, *chain(*set_up), *self.options[verb]]
+
     def rows(self, cell: Cell) -> Iterator[dict[str, Any]]:
         """Yield the results of a cell, a row per form; forms without results are left out."""
         folder = self.out / str(cell)
         other = OTHER.get(cell.task, OTHER_ROWS)
-        sizes = [size for form in self.forms if (size := _read(folder / str(form) / "size.json"))]
+        sizes = [_read(folder / str(form) / "size.json") for form in self.forms]
+        float_bytes = next((size["float_bytes"] for size in sizes if size), None)
         for form in (FLOAT, *self.forms):
             found = _read(folder / f"{form}_evaluated" / "metrics.json")
             if not found:
@@ -158,8 +173,7 @@ class Plan:
             prefix = "" if form == FLOAT else "int8/"
             columns = CLASSES if f"{prefix}test/error" in found else VALUES
             made = _read(folder / str(form) / "metrics.json")
-            own = _read(folder / str(form) / "size.json")
-            size = own.get("packed_bytes") or (sizes[0]["float_bytes"] if sizes else None)
+            size = _read(folder / str(form) / "size.json").get("packed_bytes", float_bytes)
             status = _read(folder / "float" / "status.json")
             yield {
                 **dict(
@@ -184,8 +198,10 @@ def main() -> None:
         Cell(method, task, seed, split)
         for method, task, seed, split in product(chosen, options.tasks, options.seeds, splits)
     ]
-    more = {verb: getattr(options, verb) for verb in ("train", "quantize", "evaluate")}
-    plan = Plan(options.out, options.forms, options.alpha, more)
+    threads = ["trainer.threads=1"] if options.processes > 1 else []
+    more = {verb: [*threads, *getattr(options, verb)] for verb in VERBS}
+    settings = yaml.safe_load(SETTINGS.read_text())
+    plan = Plan(options.out, options.forms, options.alpha, settings, more)
     plan.out.mkdir(parents=True, exist_ok=True)
     failures, started = {}, time.monotonic()
     for number, (cell, failure) in enumerate(_results(plan, cells, options.processes), start=1):
@@ -259,7 +275,8 @@ def _run(verb: str, arguments: list[str]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
 
 
 def _rounded(value: float) -> float:
@@ -279,7 +296,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("outputs/comparison"), help="of the runs")
     parser.add_argument("--results", type=Path, default=Path("docs/results/images.csv"))
-    for verb in ("train", "quantize", "evaluate"):
+    for verb in VERBS:
         parser.add_argument(f"--{verb}", nargs="*", default=[], help=f"more options of {verb}")
     return parser.parse_args()
 
