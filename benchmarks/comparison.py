@@ -60,6 +60,7 @@ VALUES = {
         for kind in ("coverage", "width")
     },
 }
+INTERRUPTED = 130  # the exit code of a verb
 VERBS = ("train", "quantize", "evaluate")
 QUIET = ("logger=none", "plots=false", "trainer.progress_bar=false", "resume=true")
 
@@ -148,7 +149,9 @@ class Plan:
         for verb, folder, arguments in self.commands(cell):
             try:
                 _run(verb, [*arguments, *self.more(verb, cell), f"hydra.run.dir={folder}"])
-            except SystemExit:
+            except SystemExit as stop:
+                if stop.code == INTERRUPTED:
+                    raise
                 status = read_status(folder)
                 reason = None if status is None else status.error
                 failures.append(f"{verb} {folder}: {reason or 'refused, see the output above'}")
@@ -204,7 +207,10 @@ def main() -> None:
     plan = Plan(options.out, options.forms, options.alpha, settings, more)
     plan.out.mkdir(parents=True, exist_ok=True)
     failures, started = {}, time.monotonic()
-    for number, (cell, failure) in enumerate(_results(plan, cells, options.processes), start=1):
+    done = ((cell, None) for cell in cells) if options.collect else None
+    for number, (cell, failure) in enumerate(
+        done or _results(plan, cells, options.processes), start=1
+    ):
         if failure is not None:
             failures[cell] = failure
         write_rows(options.results, plan.rows(cell))
@@ -294,6 +300,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--forms", nargs="*", type=Form.parse, default=[Form("qat", 4, 7)])
     parser.add_argument("--alpha", type=float, default=0.1, help="of prediction sets")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--collect", action="store_true", help="only write rows of what is done")
     parser.add_argument("--out", type=Path, default=Path("outputs/comparison"), help="of the runs")
     parser.add_argument("--results", type=Path, default=Path("docs/results/images.csv"))
     for verb in VERBS:
