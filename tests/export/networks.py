@@ -30,10 +30,10 @@ OPTIONS: dict[str, dict] = {
 NUM_SAMPLES = {"pointwise": 1, "sghmc": 2, "bbb": 3, "mcdropout": 3}
 
 
-def float_net(net: str) -> nn.Module:
+def float_net(net: str, num_outputs: int = 10) -> nn.Module:
     """A network whose batch norms are far from the identity."""
     torch.manual_seed(3)
-    made = NETS[net](SHAPES[net], (10,), **OPTIONS[net])
+    made = NETS[net](SHAPES[net], (num_outputs,), **OPTIONS[net])
     for module in made.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight)  # half of them negative

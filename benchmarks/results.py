@@ -1,0 +1,230 @@
+"""Write the tables and figures of the documents from docs/results/*.csv: make results
+
+A document has tables between the comments `<!-- table: <name> <options> -->` and
+`<!-- end of table -->`. The name is a key of `TABLES`, and the options are `key=value`. `FIGURES`
+has the figures. comparison.py writes the CSV files.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+from pandas import DataFrame, Series
+
+from bqnn.files import write_text
+from bqnn.plots.style import COLORS, GREY, new_figure, save_small, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+METHODS = ("pointwise", "mcdropout", "bbb", "laplace", "swag", "sghmc", "ensemble")
+BLOCK = re.compile(r"(<!-- table: (\w+)((?: \w+=\S+)*) -->\n)(.*?)(<!-- end of table -->)", re.S)
+ALPHA = 0.1  # of the conformal sets
+VALIDATION_ROWS = {"digits": 143, "mnist": 6000, "fashion_mnist": 6000}
+TEST_ROWS = {"digits": 364, "mnist": 10_000, "fashion_mnist": 10_000}
+
+
+def comparison(task: str) -> str:
+    """Compare the methods on a task: quality in float, and in int8 with 4-bit weights."""
+    rows = _of_task("images", task)
+    rows = rows[(rows["form"] == "float") | _is_form(rows, "qat", 4, 7)]
+    columns: dict[str, Callable[[DataFrame], str]] = {
+        "error %": lambda own: _mean(100 * own["error"], 2),
+        "NLL": lambda own: _mean(own["nll"], 4),
+        "ECE %": lambda own: _mean(100 * own["ece"], 2),
+        "MI": lambda own: _mean(own["mi"], 4),
+        "AUROC": lambda own: _mean(own["auroc"], 3),
+        "NLL, calibrated": lambda own: _mean(own["calibrated_nll"], 4),
+        "seconds": lambda own: _plain(own["training_seconds"]),
+        "kB": lambda own: f"{own['bytes'].mean() / 1000:,.0f}",
+    }
+    return _table(["", "", "n", *columns], _lines(rows, columns))
+
+
+def conformal(task: str, score: str) -> str:
+    """Show coverage in % / mean number of classes of conformal sets against the bits of weights."""
+    rows = _of_task("images", task)
+    rows = rows[rows["form"].isin(["float", "ptq"])]
+    widths = sorted(rows["weight_bits"].dropna().unique(), reverse=True)
+
+    def cell(own: DataFrame) -> str:
+        coverage, size = own[f"coverage_{score}"].mean(), own[f"size_{score}"].mean()
+        return f"{100 * coverage:.1f} / {size:.2f}" if len(own) else ""
+
+    lines = []
+    for method, own in _by_method(rows):
+        cells = [own[own["form"] == "float"], *(own[own["weight_bits"] == w] for w in widths)]
+        lines.append([method, _count(own), *map(cell, cells)])
+    return _table(["", "n", "float", *(f"{w:.0f} bits" for w in widths)], lines)
+
+
+def tables(metric: str) -> str:
+    """Compare the methods on tables: mean and standard error over the splits."""
+    rows = _read("tables")
+    rows = rows[(rows["form"] == "float") | _is_form(rows, "qat", 4, 7)]
+    methods = [method for method in METHODS if (rows["method"] == method).any()]
+    lines = []
+    for task in dict.fromkeys(rows["task"]):
+        for form, own in rows[rows["task"] == task].groupby("form", sort=True):
+            cells = [_error(own.loc[own["method"] == method, metric]) for method in methods]
+            lines.append([task, _form(str(form)), _count(own), *cells])
+    return _table(["", "", "n", *methods], lines)
+
+
+TABLES: Mapping[str, Callable[..., str]] = {
+    function.__name__: function for function in (comparison, conformal, tables)
+}
+
+
+def draw_conformal(path: Path) -> None:
+    """Draw coverage and size of conformal sets against the bits of weights."""
+    rows = _read("images")
+    rows = rows[rows["form"].isin(["float", "ptq"])]
+    tasks = [task for task, own in rows.groupby("task") if own["weight_bits"].nunique() > 1]
+    with style():
+        figure = new_figure(7.0, 2.7 * len(tasks) + 0.5)
+        grid = figure.subplots(len(tasks), 2, squeeze=False)
+        for task, (left, right) in zip(tasks, grid, strict=True):
+            own = rows[rows["task"] == task]
+            _curves(left, own, "coverage_aps")
+            _curves(right, own, "size_aps")
+            deviation = coverage_deviation(str(task), len(set(own["seed"])))
+            left.axhspan(
+                1 - ALPHA - 2 * deviation, 1 - ALPHA + 2 * deviation, color=GREY, alpha=0.2
+            )
+            left.set_title(f"{task}: coverage")
+            right.set_title(f"{task}: mean number of classes")
+            right.set_yscale("log")
+            right.yaxis.set_major_formatter("{x:g}")
+            right.yaxis.set_minor_formatter("{x:g}")
+        handles, names = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=4)
+    save_small(figure, path)
+
+
+FIGURES: Mapping[str, Callable[[Path], None]] = {"docs/conformal.png": draw_conformal}
+
+
+def coverage_deviation(task: str, num_seeds: int) -> float:
+    """Return the standard deviation of a mean coverage over seeds.
+
+    The validation rows, on which a threshold is set, differ between seeds. The test rows do not, so
+    their share does not shrink with more seeds.
+    """
+    share = 1 / (num_seeds * VALIDATION_ROWS[task]) + 1 / TEST_ROWS[task]
+    return sqrt(ALPHA * (1 - ALPHA) * share)
+
+
+def rewritten(document: str) -> str:
+    """Return a document with its tables made again."""
+
+    def block(found: re.Match[str]) -> str:
+        start, name, options, _, end = found.groups()
+        given = dict(option.split("=", 1) for option in options.split())
+        return f"{start}\n{TABLES[name](**given)}\n\n{end}"
+
+    return BLOCK.sub(block, document)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="only report documents that differ")
+    check = parser.parse_args().check
+    differing = []
+    for path in sorted((ROOT / "docs").rglob("*.md")):
+        text = path.read_text()
+        if (new := rewritten(text)) != text:
+            differing.append(str(path.relative_to(ROOT)))
+            if not check:
+                write_text(path, new)
+    print(f"{'differ' if check else 'rewritten'}: {', '.join(differing) or 'no document'}")
+    if check:
+        sys.exit(bool(differing))
+    for name, draw in FIGURES.items():
+        draw(ROOT / name)
+
+
+def _read(name: str) -> DataFrame:
+    return pd.read_csv(RESULTS / f"{name}.csv")
+
+
+def _of_task(name: str, task: str) -> DataFrame:
+    rows = _read(name)
+    return rows[rows["task"] == task]
+
+
+def _is_form(rows: DataFrame, form: str, weight_bits: int, activation_bits: int) -> "Series[bool]":
+    bits = (rows["weight_bits"] == weight_bits) & (rows["activation_bits"] == activation_bits)
+    return (rows["form"] == form) & bits
+
+
+def _by_method(rows: DataFrame) -> Iterable[tuple[str, DataFrame]]:
+    for method in METHODS:
+        own = rows[rows["method"] == method]
+        if len(own):
+            yield method, own
+
+
+def _lines(
+    rows: DataFrame, columns: Mapping[str, Callable[[DataFrame], str]]
+) -> Iterable[list[str]]:
+    """Yield a line for each method and form, float first."""
+    for method, of_method in _by_method(rows):
+        for form, own in of_method.groupby("form", sort=True):
+            cells = [make(own) for make in columns.values()]
+            yield [method if form == "float" else "", _form(str(form)), _count(own), *cells]
+
+
+def _form(form: str) -> str:
+    return "float" if form == "float" else "int8 (4,7)"
+
+
+def _count(rows: DataFrame) -> str:
+    return str(len(rows[["seed", "split"]].drop_duplicates()))
+
+
+def _mean(values: "Series[float]", digits: int) -> str:
+    """Format a mean and the standard deviation over seeds."""
+    if values.abs().max() < 0.5 * 10**-digits:
+        return "0"
+    spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}"
+
+
+def _error(values: "Series[float]") -> str:
+    """Format a mean and its standard error."""
+    if values.empty:
+        return ""
+    spread = f" ± {values.sem():.2f}" if len(values) > 1 else ""
+    return f"{values.mean():.2f}{spread}"
+
+
+def _plain(values: "Series[float]") -> str:
+    return f"{values.mean():.3g}"
+
+
+def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _curves(axes: "Axes", rows: DataFrame, column: str) -> None:
+    for color, (method, own) in zip((*COLORS, GREY), _by_method(rows), strict=False):
+        bits = own[own["form"] == "ptq"].groupby("weight_bits")[column].agg(["mean", "std"])
+        axes.plot(bits.index, bits["mean"], color=color, marker="o", markersize=3, label=method)
+        low, high = bits["mean"] - bits["std"], bits["mean"] + bits["std"]
+        axes.fill_between(bits.index, low, high, color=color, alpha=0.12, linewidth=0)
+        value = own.loc[own["form"] == "float", column].mean()
+        axes.axhline(value, color=color, linestyle=(0, (4, 2)), linewidth=0.8)
+    axes.set_xlabel("weight bits")
+
+
+if __name__ == "__main__":
+    main()
