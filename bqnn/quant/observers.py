@@ -180,8 +180,9 @@ class ClippingObserver(Observer):
                 self._cut(ends, candidate)
                 errors = self._squared_errors(rows)
                 is_better = errors < best
-                best, share = torch.where(is_better, errors, best), torch.where(
-                    is_better, candidate, share
+                best, share = (
+                    torch.where(is_better, errors, best),
+                    torch.where(is_better, candidate, share),
                 )
         self._cut(ends, share)
 

@@ -80,7 +80,9 @@ class QuantSpec:
         for name in BITS:
             object.__setattr__(self, name, _checked_bits(name, getattr(self, name)))
         _check_choice("weight_granularity", self.weight_granularity, ("channel", "tensor"))
-        _check_choice("weight_observer", self.weight_observer, ("minmax", "moving_average", "least_squares"))
+        _check_choice(
+            "weight_observer", self.weight_observer, ("minmax", "moving_average", "least_squares")
+        )
         _check_choice(
             "activation_observer",
             self.activation_observer,

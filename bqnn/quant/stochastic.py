@@ -7,7 +7,6 @@ from bqnn.layers.draws import evaluation_uniform
 from bqnn.quant.fake_quant import FakeQuant, make_fake_quant, make_fixed_fake_quant
 from bqnn.quant.spec import QuantSpec
 
-
 QUANTILES = (-1.2816, -0.5244, 0.0, 0.5244, 1.2816)  # of N(0, 1), at 10, 30, ... 90 %
 
 
