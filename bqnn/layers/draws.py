@@ -157,6 +157,18 @@ def evaluation_noise(like: Tensor) -> Tensor:
     return cpu_noise_like(like, generator)
 
 
+def evaluation_uniform(like: Tensor) -> Tensor:
+    """Sample uniform numbers in [0, 1) with the shape and device of a tensor.
+
+    The generator is that of `evaluation_noise`.
+    """
+    if torch.compiler.is_compiling():
+        return torch.rand_like(like)
+    draw = _held.get()
+    generator = torch.default_generator if draw is None else draw.generator
+    return torch.rand(like.shape, generator=generator).to(like.device)
+
+
 def evaluation_coins(like: Tensor, probability: float) -> Tensor:
     """Sample booleans that are True with a probability, with the shape and device of a tensor.
 

@@ -164,12 +164,14 @@ OPTIMIZER: Table = {
 
 QUANT: Table = {
     "mode": one_of("qat", "ptq"),
+    "control": flag(),
     "weight_bits": WIDTH,
     "activation_bits": WIDTH,
     "output_bits": maybe(WIDTH),
     "sigma_bits": maybe(WIDTH),
     "noise_bits": WIDTH,
     "noise_range": POSITIVE,
+    "rounding": one_of("nearest", "stochastic"),
     "weight_symmetric": flag(),
     "keep": many(text(), 1000),
     "freeze_epochs": COUNT,
