@@ -96,9 +96,7 @@ def quantize(job: Job) -> None:
         start = fine_tune(job, loggers, timer, model, data)
         if control is not None:
             tuned = fine_tune_control(job, control, data)
-            predictions[CONTROL] = predict(
-                job, CONTROL, tuned, test_set, data.normalize, num_samples
-            )
+            predictions[CONTROL] = predict_test(job, CONTROL, tuned, data, num_samples)
     else:
         start = calibrate(job, loggers, model, data)
     path, trust = job.folder / "checkpoint.ckpt", job.config["trust"]
