@@ -24,6 +24,8 @@ from bqnn.inference.likelihoods import Classification, Regression
 from bqnn.methods import METHODS, CompileSteps, MCDropoutMethod, Method, Pointwise
 from bqnn.methods.graphs import GraphedSteps
 from bqnn.nets import LeNet
+from bqnn.quant.engines.rounding import exact_sums
+from bqnn.quant.simulated import SimulatedLayer
 from tests.bare_trainer import bare_trainer
 from tests.running import ROOT, run_script
 from tests.small_methods import image_method, images, table, table_method
@@ -151,8 +153,6 @@ def test_metrics_agree_on_both_devices(
 @by_method
 def test_sums_of_integers_are_exact_on_the_device(method: str, runs: Callable[[str], Path]) -> None:
     """A matrix product in TF32 would round them."""
-    from bqnn.quant.simulated import SimulatedLayer
-
     net = load(runs(method) / "qat" / "checkpoint.ckpt").net.to(DEVICE)
     layers = [layer for layer in net.modules() if isinstance(layer, SimulatedLayer)]
     assert layers
@@ -167,7 +167,7 @@ def test_sums_of_integers_are_exact_on_the_device(method: str, runs: Callable[[s
         x = torch.randint(0, 128, size, generator=generator).float()
         weight = torch.randint(-127, 128, shape, generator=generator).float()
         exact = layer.linear_map(x.double(), weight.double())
-        seen = layer.exact_sums(x.to(DEVICE), weight.to(DEVICE), 127).cpu()
+        seen = exact_sums(x.to(DEVICE), weight.to(DEVICE), layer.geometry, 127).cpu()
         assert torch.equal(seen.double(), exact.float().double())
 
 
