@@ -45,6 +45,12 @@ by_method = pytest.mark.parametrize("method", METHODS)
 Metrics = dict[str, float]
 
 
+@pytest.fixture(autouse=True)
+def _in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute convolutions in float32, not in TF32, so that devices can be compared."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def metrics(folder: Path) -> Metrics:
     values: Metrics = json.loads((folder / "metrics.json").read_text())
     return values
