@@ -31,9 +31,9 @@ VALIDATION_ROWS = {"digits": 143, "mnist": 6000, "fashion_mnist": 6000}
 TEST_ROWS = {"digits": 364, "mnist": 10_000, "fashion_mnist": 10_000}
 
 
-def comparison(task: str) -> str:
-    """Compare the methods on a task: quality in float, and in int8 with 4-bit weights."""
-    rows = _of_task("images", task)
+def comparison() -> str:
+    """Compare the methods on each task: quality in float, and in int8 with 4-bit weights."""
+    rows = _read("images")
     rows = rows[(rows["form"] == "float") | _is_form(rows, "qat", 4, 7)]
     columns: dict[str, Callable[[DataFrame], str]] = {
         "error %": lambda own: _mean(100 * own["error"], 2),
@@ -42,27 +42,38 @@ def comparison(task: str) -> str:
         "MI": lambda own: _mean(own["mi"], 4),
         "AUROC": lambda own: _mean(own["auroc"], 3),
         "NLL, calibrated": lambda own: _mean(own["calibrated_nll"], 4),
-        "seconds": lambda own: _plain(own["training_seconds"]),
+        "seconds": lambda own: f"{own['training_seconds'].mean():.3g}",
         "kB": lambda own: f"{own['bytes'].mean() / 1000:,.0f}",
     }
-    return _table(["", "", "n", *columns], _lines(rows, columns))
+    return "\n\n".join(
+        f"**{task}**, seconds on {' and '.join(sorted(set(own['hardware'])))}:\n\n"
+        + _table(["", "", "n", *columns], _lines(own, columns))
+        for task, own in _by_task(rows)
+    )
 
 
-def conformal(task: str, score: str) -> str:
+def conformal(score: str) -> str:
     """Show coverage in % / mean number of classes of conformal sets against the bits of weights."""
-    rows = _of_task("images", task)
-    rows = rows[rows["form"].isin(["float", "ptq"])]
-    widths = sorted(rows["weight_bits"].dropna().unique(), reverse=True)
+    return "\n\n".join(
+        f"**{task}**:\n\n{_conformal_table(own, score)}" for task, own in _by_task(_bit_rows())
+    )
 
-    def cell(own: DataFrame) -> str:
-        coverage, size = own[f"coverage_{score}"].mean(), own[f"size_{score}"].mean()
-        return f"{100 * coverage:.1f} / {size:.2f}" if len(own) else ""
 
+def conformal_errors() -> str:
+    """Show how far mean coverages are from the promise, in standard deviations."""
+    rows = _bit_rows()
+    rows["form"] = rows["form"].where(rows["form"] == "float", "int8")
     lines = []
-    for method, own in _by_method(rows):
-        cells = [own[own["form"] == "float"], *(own[own["weight_bits"] == w] for w in widths)]
-        lines.append([method, _count(own), *map(cell, cells)])
-    return _table(["", "n", "float", *(f"{w:.0f} bits" for w in widths)], lines)
+    for task, own in _by_task(rows):
+        for score in ("lac", "aps", "raps"):
+            groups = own.groupby(["method", "form", "weight_bits"], dropna=False)
+            found = groups[f"coverage_{score}"].agg(["mean", "count"])
+            sd = Series([coverage_deviation(task, n) for n in found["count"]], found.index)
+            z = (found["mean"] - (1 - ALPHA)) / sd
+            line = [task, score, str(len(z)), f"{100 * found['mean'].mean():.1f}"]
+            lines.append([*line, str(int((z.abs() > 2).sum())), f"{z.abs().max():.1f}"])
+    header = ["", "sets", "settings", "mean coverage %", "beyond 2 sd", "largest, in sd"]
+    return _table(header, lines)
 
 
 def tables(metric: str) -> str:
@@ -71,31 +82,28 @@ def tables(metric: str) -> str:
     rows = rows[(rows["form"] == "float") | _is_form(rows, "qat", 4, 7)]
     methods = [method for method in METHODS if (rows["method"] == method).any()]
     lines = []
-    for task in dict.fromkeys(rows["task"]):
-        for form, own in rows[rows["task"] == task].groupby("form", sort=True):
+    for task, of_task in rows.groupby("task", sort=False):
+        for form, own in of_task.groupby("form", sort=True):
             cells = [_error(own.loc[own["method"] == method, metric]) for method in methods]
-            lines.append([task, _form(str(form)), _count(own), *cells])
+            lines.append([str(task), _form(str(form)), _count(own), *cells])
     return _table(["", "", "n", *methods], lines)
 
 
 TABLES: Mapping[str, Callable[..., str]] = {
-    function.__name__: function for function in (comparison, conformal, tables)
+    function.__name__: function for function in (comparison, conformal, conformal_errors, tables)
 }
 
 
 def draw_conformal(path: Path) -> None:
     """Draw coverage and size of conformal sets against the bits of weights."""
-    rows = _read("images")
-    rows = rows[rows["form"].isin(["float", "ptq"])]
-    tasks = [task for task, own in rows.groupby("task") if own["weight_bits"].nunique() > 1]
+    of_tasks = list(_by_task(_bit_rows()))
     with style():
-        figure = new_figure(7.0, 2.7 * len(tasks) + 0.5)
-        grid = figure.subplots(len(tasks), 2, squeeze=False)
-        for task, (left, right) in zip(tasks, grid, strict=True):
-            own = rows[rows["task"] == task]
+        figure = new_figure(7.0, 2.7 * len(of_tasks) + 0.5)
+        grid = figure.subplots(len(of_tasks), 2, squeeze=False)
+        for (task, own), (left, right) in zip(of_tasks, grid, strict=True):
             _curves(left, own, "coverage_aps")
             _curves(right, own, "size_aps")
-            deviation = coverage_deviation(str(task), len(set(own["seed"])))
+            deviation = coverage_deviation(task, len(set(own["seed"])))
             left.axhspan(
                 1 - ALPHA - 2 * deviation, 1 - ALPHA + 2 * deviation, color=GREY, alpha=0.2
             )
@@ -155,9 +163,15 @@ def _read(name: str) -> DataFrame:
     return pd.read_csv(RESULTS / f"{name}.csv")
 
 
-def _of_task(name: str, task: str) -> DataFrame:
-    rows = _read(name)
-    return rows[rows["task"] == task]
+def _bit_rows() -> DataFrame:
+    """Return the rows of tasks whose networks were calibrated at several weight bits."""
+    rows = _read("images")
+    rows = rows[rows["form"].isin(["float", "ptq"])]
+    return rows.groupby("task").filter(lambda own: own["weight_bits"].nunique() > 1)
+
+
+def _by_task(rows: DataFrame) -> Iterable[tuple[str, DataFrame]]:
+    return ((str(task), own) for task, own in rows.groupby("task", sort=True))
 
 
 def _is_form(rows: DataFrame, form: str, weight_bits: int, activation_bits: int) -> "Series[bool]":
@@ -170,6 +184,20 @@ def _by_method(rows: DataFrame) -> Iterable[tuple[str, DataFrame]]:
         own = rows[rows["method"] == method]
         if len(own):
             yield method, own
+
+
+def _conformal_table(rows: DataFrame, score: str) -> str:
+    widths = sorted(rows["weight_bits"].dropna().unique(), reverse=True)
+
+    def cell(own: DataFrame) -> str:
+        coverage, size = own[f"coverage_{score}"].mean(), own[f"size_{score}"].mean()
+        return f"{100 * coverage:.1f} / {size:.2f}" if len(own) else ""
+
+    lines = []
+    for method, own in _by_method(rows):
+        cells = [own[own["form"] == "float"], *(own[own["weight_bits"] == w] for w in widths)]
+        lines.append([method, _count(own), *map(cell, cells)])
+    return _table(["", "n", "float", *(f"{w:.0f} bits" for w in widths)], lines)
 
 
 def _lines(
@@ -204,10 +232,6 @@ def _error(values: "Series[float]") -> str:
         return ""
     spread = f" ± {values.sem():.2f}" if len(values) > 1 else ""
     return f"{values.mean():.2f}{spread}"
-
-
-def _plain(values: "Series[float]") -> str:
-    return f"{values.mean():.3g}"
 
 
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.layers.bayes import GaussianWeight, local_reparametrization
-from bqnn.layers.draws import evaluation_noise
+from bqnn.layers.draws import correlated_noise
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.finite import refuse_non_finite
@@ -248,6 +248,7 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):
         self.mean = fused.layer.mean
         self.rho = fused.layer.rho
         self.prior_std = fused.layer.prior_std
+        self.register_buffer("loadings", fused.layer.loadings)
         self.grids = GaussianGrids(spec, len(self.mean))
 
     @property
@@ -273,7 +274,7 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):
         """Draw the weights with batch norm folded in, rounded to their grid."""
         factor, _ = self.fold()
         parameters = self.grids.parameters_on_grid(*self.folded_parameters(factor))
-        eps = evaluation_noise(self.mean)
+        eps = correlated_noise(self.mean, self.loadings)
         if factor is not None:  # equal noise then gives the same draw as in the float network
             eps *= FakeQuant.along(eps, factor.sign())
         return self.grids.draw(*parameters, eps)

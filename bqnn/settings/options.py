@@ -137,6 +137,7 @@ METHOD: Table = {
     "swa_start": SHARE,
     "swa_lr": POSITIVE,
     "scale": POSITIVE,
+    "rank": either(one_of(0), whole(2, 1000)),
     "prior": either(POSITIVE, one_of("validation", "marginal_likelihood")),
     "chain_epochs": maybe(EVERY),
     "optimize_epochs": COUNT,
