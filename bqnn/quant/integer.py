@@ -28,6 +28,7 @@ from bqnn.quant.engines.reference import ExactLayer
 from bqnn.quant.engines.rounding import from_integers, pooled
 from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.grids import UNTRACED
+from bqnn.quant.postponed import Activation, Postponed, in_one_kernel, rounded
 from bqnn.quant.simulated import (
     SimulatedAdd,
     SimulatedAvgPool,
@@ -49,21 +50,50 @@ log = logging.getLogger(__name__)
 
 
 class IntegerLayer(IntegerOutput):
+    """Base class for layers in integers.
+
+    Args:
+        layer: The simulated layer.
+        engine: The engine of the network.
+    """
+
+    def __init__(self, layer: SimulatedLayer, engine: LayerEngine) -> None:
+        super().__init__()
+        self.engine = engine
+        self.path = layer.path
+        self.grid = ActivationGrid.of(layer.output_quant)
+        self.relu = layer.relu
+        self.geometry = layer.geometry
+        self.weight_shape = layer.weight_shape
+        self.is_postponed = layer.is_postponed
+
+    # A traced graph cannot hold packed weights.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, x: Tensor) -> Activation:
+        return Postponed(self, x) if self.is_postponed else self.rounded_output(x)
+
+    def rounded_output(self, x: Tensor) -> Tensor:
+        """Compute the outputs on the grid of the layer."""
+        return self.weights()(x, self.relu, self.grid)
+
+    def weights(self) -> Packed:
+        """Return the packed weights."""
+        raise NotImplementedError
+
+
+class IntegerPointLayer(IntegerLayer):
     """A point-valued layer whose integer weights are packed once."""
 
     def __init__(self, layer: SimulatedPointLayer, engine: LayerEngine) -> None:
-        super().__init__()
-        self.engine = engine
-        self.grid = ActivationGrid.of(layer.output_quant)
-        self.relu = layer.relu
+        super().__init__(layer, engine)
         factor, bias = layer.fold()
         quant = layer.weight_quant
         integers = quant.integers(layer.folded_weight(factor))
         weight = Weight(integers, quant.scale, quant.zero_point, bias, layer.geometry)
         self.packed = _packed(weight, layer.executor, engine)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.packed(x, self.relu, self.grid)
+    def weights(self) -> Packed:
+        return self.packed
 
 
 def _packed(weight: Weight, executor: Engine, engine: LayerEngine) -> Packed:
@@ -72,14 +102,12 @@ def _packed(weight: Weight, executor: Engine, engine: LayerEngine) -> Packed:
     return ExactLayer(weight, engine) if is_exact else engine.pack(weight)
 
 
-class IntegerGaussianLayer(DrawnWeights, IntegerOutput):
+class IntegerGaussianLayer(DrawnWeights, IntegerLayer):
     """A Bayesian layer with integers for mu and sigma; each draw of the weights is packed."""
 
     def __init__(self, layer: SimulatedGaussianLayer, engine: LayerEngine) -> None:
-        super().__init__()
-        self.engine, self.executor = engine, layer.executor
-        self.grid = ActivationGrid.of(layer.output_quant)
-        self.relu = layer.relu
+        IntegerLayer.__init__(self, layer, engine)
+        self.executor = layer.executor
         factor, bias = layer.fold()
         self.bias = None if bias is None else bias.detach()
         self.sign = None if factor is None else FakeQuant.along(layer.mean, factor.sign())
@@ -87,7 +115,6 @@ class IntegerGaussianLayer(DrawnWeights, IntegerOutput):
         self.grids = grids = layer.grids
         self.mean = mean.detach() if grids.mean is None else grids.mean.integers(mean)
         self.sigma = sigma if grids.sigma is None else grids.sigma.integers(sigma)
-        self.geometry = layer.geometry
 
     def draw(self) -> Packed:
         """Draw the weights and pack them."""
@@ -101,12 +128,6 @@ class IntegerGaussianLayer(DrawnWeights, IntegerOutput):
         integers = quant.integers_of_rounded(grids.draw(mean, sigma, eps))
         weight = Weight(integers, quant.scale, quant.zero_point, self.bias, self.geometry)
         return _packed(weight, self.executor, self.engine)
-
-    # A traced graph cannot hold packed weights.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, x: Tensor) -> Tensor:
-        packed: Packed = self.weights()
-        return packed(x, self.relu, self.grid)
 
 
 class IntegerDropout(Stochastic):
@@ -164,8 +185,14 @@ class IntegerAdd(Add, IntegerOutput):
         self.engine = engine
         self.grid = ActivationGrid.of(add.output_quant)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.engine.add(x, y, self.grid, self.relu)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, x: Activation, y: Activation) -> Tensor:
+        together = in_one_kernel(x, y)
+        if together is None:
+            return self.engine.add(rounded(x), rounded(y), self.grid, self.relu)
+        postponed, other = together
+        assert isinstance(postponed.layer, IntegerLayer)
+        return postponed.layer.weights().add(postponed.x, other, self.relu, self.grid)
 
 
 class IntegerPool(Pool, IntegerOutput):
@@ -243,7 +270,7 @@ def convert(
         >>> net = nn.Sequential(Enter(), nn.Linear(3, 2), nn.ReLU(), Leave())
         >>> net = calibrate(prepare(fuse(net), QuantSpec()), [torch.randn(8, 3)])
         >>> type(convert(net, "fbgemm")[1])
-        <class 'bqnn.quant.integer.IntegerLayer'>
+        <class 'bqnn.quant.integer.IntegerPointLayer'>
     """
     unseen = [n for n, m in net.named_modules() if isinstance(m, FakeQuant) and not m.has_range]
     is_ensemble = isinstance(net, Ensemble) and len(net) > 0
@@ -292,7 +319,7 @@ def _replace_by_integers(net: nn.Module, engine: Engine) -> None:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0  # off in training mode, too: torch cannot drop integers
     kinds: dict[type[nn.Module], Callable[[Any, LayerEngine], nn.Module]] = {
-        SimulatedPointLayer: IntegerLayer,
+        SimulatedPointLayer: IntegerPointLayer,
         SimulatedGaussianLayer: IntegerGaussianLayer,
         SimulatedEnter: IntegerEnter,
         SimulatedAdd: IntegerAdd,

@@ -69,6 +69,8 @@ class Layer(NamedTuple):
         has_bias: Whether there is a bias.
         relu: Whether the kernel applies a ReLU.
         is_zero: Whether the zero points of weights, inputs and outputs are zero.
+        other_is_zero: Whether the zero point of the activations that the kernel adds to its
+            output is zero; None if it adds none.
     """
 
     weight: tuple[int, ...]
@@ -77,6 +79,7 @@ class Layer(NamedTuple):
     has_bias: bool
     relu: bool
     is_zero: tuple[bool, bool, bool]
+    other_is_zero: bool | None = None
 
 
 class Packed(Protocol):
@@ -92,19 +95,36 @@ class Packed(Protocol):
         """
         ...
 
+    def add(self, x: Tensor, other: Tensor, relu: bool, output: ActivationGrid) -> Tensor:
+        """Run the layer, and add other activations to its output before it is rounded.
+
+        Only engines that add within layers have it.
+
+        Args:
+            x: Activations in the form of the engine.
+            other: Activations in that form, shaped like the outputs.
+            relu: Whether a ReLU follows the sum.
+            output: The grid of the sum.
+        """
+        ...
+
 
 class Engine(ABC):
     """How an int8 network is executed.
 
-    A simulation asks `rounding` and `fuses_sums`, so that it computes the same integers.
+    A simulation asks `rounding`, `fuses_sums` and `adds_within_layers`, so that it computes the
+    same integers.
 
     Attributes:
         name: The name in a QuantSpec.
         fuses_sums: Whether a residual sum rounds as `rounding.fused_sum`, not as `plain_sum`.
+        adds_within_layers: Whether the kernel of a layer adds other activations to its output
+            before it rounds, as `rounding.sum_within_layer`.
     """
 
     name: str
     fuses_sums = False
+    adds_within_layers = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle an engine as its name: there is one of each."""
@@ -242,6 +262,27 @@ def layout(x: Tensor) -> torch.memory_format:
     """Return channels_last for images in that layout, and contiguous_format otherwise."""
     is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if is_last else torch.contiguous_format
+
+
+def output_shape(
+    inputs: Sequence[int], weight: Sequence[int], geometry: Geometry | None
+) -> tuple[int, ...]:
+    """Return the shape of the outputs of a layer.
+
+    Args:
+        inputs: Shape of the inputs, [..., F] or [B, C, H, W].
+        weight: Shape of the weights.
+        geometry: Geometry of the convolution; None for a linear layer.
+
+    Examples:
+        >>> output_shape((2, 3, 8, 8), (5, 3, 3, 3), Geometry((2, 2), (1, 1), (1, 1), 1))
+        (2, 5, 4, 4)
+    """
+    if geometry is None:
+        return (*inputs[:-1], weight[0])
+    reaches = [d * (k - 1) + 1 for d, k in zip(geometry.dilation, weight[2:], strict=True)]
+    sides = zip(inputs[2:], geometry.padding, reaches, geometry.stride, strict=True)
+    return (inputs[0], weight[0], *((n + 2 * p - reach) // s + 1 for n, p, reach, s in sides))
 
 
 def in_batch(x: Tensor, is_conv: bool) -> Tensor:

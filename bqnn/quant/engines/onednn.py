@@ -23,7 +23,7 @@ from bqnn.quant.engines.rounding import Rounding
 from bqnn.quant.grids import Grid, plain
 
 OPERATORS = ("qconv_prepack", "qlinear_prepack", "qlinear_pointwise")
-CONVOLUTIONS = ("qconv_pointwise", "qconv2d_pointwise")  # upstream has renamed it
+CONVOLUTIONS = ("qconv2d_pointwise", "qconv_pointwise")  # upstream has renamed it
 
 
 def make(name: str) -> LayerEngine:
@@ -35,6 +35,7 @@ class OneDnn(PlainEngine):
     """torch.ops.onednn on plain integers."""
 
     name = "onednn"
+    adds_within_layers = True
 
     def missing(self) -> str | None:
         if not torch.backends.mkldnn.is_available():
@@ -75,20 +76,53 @@ class PackedWeight:
         return PackedWeight, (self.weight,)
 
     def __call__(self, x: Tensor, relu: bool, output: ActivationGrid) -> Tensor:
-        assert isinstance(x, PlainIntegers)
-        geometry, bias = self.weight.geometry, self.weight.bias
-        scale, zero_point = x.grid.scale, x.grid.zero_point
-        rows = in_batch(plain(x), geometry is not None)
-        inputs = (rows, scale, zero_point, self._pack(rows, x.grid), self._scale, self._zero_point)
+        inputs, bias = self._inputs(x), self.weight.bias
         activation = "relu" if relu else "none"
         outputs: Any = (output.scale, output.zero_point, torch.uint8, activation, [], "")
-        if geometry is None:
+        if self.weight.geometry is None:
             out = torch.ops.onednn.qlinear_pointwise(*inputs, bias, *outputs)
-            out = out if x.dim() == 2 else out.reshape(*x.shape[:-1], out.shape[-1])
         else:
-            out = _convolution()(*inputs, bias, *map(list, geometry[:3]), geometry[3], *outputs)
+            out = _convolution()(*inputs, bias, *self._geometry, *outputs)
+        return self._on_grid(out, x, output)
+
+    def add(self, x: Tensor, other: Tensor, relu: bool, output: ActivationGrid) -> Tensor:
+        assert isinstance(other, PlainIntegers)
+        if other.numel() == 0:  # which the kernel refuses
+            return self(x, relu, output)
+        inputs, bias = self._inputs(x), self.weight.bias
+        grid = (output.scale, output.zero_point, torch.uint8, other.grid.scale)
+        outputs: Any = (*grid, other.grid.zero_point, "sum", 1.0, "relu" if relu else "none")
+        summand = plain(other)
+        # The kernel may write its outputs in place of the other activations.
+        if self.weight.geometry is None:
+            summand = summand.reshape(-1, summand.shape[-1]).clone()
+            run = torch.ops.onednn.qlinear_pointwise.binary
+            out = run(*inputs, summand, bias, *outputs, [], "")
+        else:
+            summand = summand.clone(memory_format=torch.channels_last)
+            run = _convolution().binary
+            out = run(*inputs, summand, bias, *self._geometry, *outputs, [], "")
+        return self._on_grid(out, x, output)
+
+    @property
+    def _geometry(self) -> tuple[Any, ...]:
+        geometry = self.weight.geometry
+        assert geometry is not None
+        return (*map(list, geometry[:3]), geometry.groups)
+
+    def _inputs(self, x: Tensor) -> tuple[Any, ...]:
+        """Return the first arguments of an operator: inputs and weights with their grids."""
+        assert isinstance(x, PlainIntegers)
+        rows = in_batch(plain(x), self.weight.geometry is not None)
+        grid = (x.grid.scale, x.grid.zero_point)
+        return (rows, *grid, self._pack(rows, x.grid), self._scale, self._zero_point)
+
+    def _on_grid(self, out: Tensor, x: Tensor, output: ActivationGrid) -> Tensor:
+        """Return outputs as activations, with the leading dimensions of the inputs."""
         if output.quant_max < 255:
             out.clamp_(max=output.quant_max)
+        if out.dim() != x.dim():
+            out = out.reshape(*x.shape[:-1], out.shape[-1])
         return PlainIntegers.of(out, Grid(output.scale, output.zero_point, 255))
 
     def _pack(self, rows: Tensor, grid: Grid) -> Tensor:
@@ -104,8 +138,7 @@ class PackedWeight:
                     self._scale,
                     grid.scale,
                     grid.zero_point,
-                    *map(list, geometry[:3]),
-                    geometry[3],
+                    *self._geometry,
                     list(rows.shape),
                 )
             self._packed[key] = found
