@@ -14,7 +14,7 @@ from bqnn.layers.linear_map import Geometry
 from bqnn.layers.markers import Add, DropoutSite
 from bqnn.quant.engines.contract import output_shape
 from bqnn.quant.fuse import Fused
-from bqnn.quant.grids import plain, refusal
+from bqnn.quant.grids import refusal
 from bqnn.quant.in_place import changes
 from bqnn.quant.region import traced
 
@@ -76,17 +76,16 @@ Activation = Tensor | Postponed
 def in_one_kernel(x: Activation, y: Activation) -> tuple[Postponed, Tensor] | None:
     """Return the postponed call and the other summand of a sum, if one kernel can run both.
 
-    A kernel does not broadcast. Of two postponed calls, the first stays postponed.
+    A kernel does not broadcast.
 
     Args:
         x: The first summand.
         y: The second summand.
     """
-    first, other = (x, rounded(y)) if isinstance(x, Postponed) else (y, x)
-    if isinstance(first, Postponed) and isinstance(other, Tensor):
-        if first.shape == plain(other).shape:
-            return first, other
-    return None
+    first, other = (x, y) if isinstance(x, Postponed) else (y, x)
+    if not isinstance(first, Postponed) or isinstance(other, Postponed):
+        return None
+    return (first, other) if first.shape == other.shape else None
 
 
 def rounded(x: Activation) -> Tensor:

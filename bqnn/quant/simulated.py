@@ -186,11 +186,7 @@ class SimulatedLayer(OutputOnGrid):
             relu: Whether a ReLU follows the sum.
         """
         rows, (grid, of_other) = self.rows_of(x), grids
-        kernel = self.kernel(grid.zero_point)._replace(relu=relu)
-        kernel = kernel._replace(
-            is_zero=(*kernel.is_zero[:2], output.zero_point == 0),
-            other_is_zero=of_other.zero_point == 0,
-        )
+        kernel = self.kernel_of_sum(grid.zero_point, of_other.zero_point, output, relu)
         rounding = self.executor.rounding(kernel, rows.shape)
         floats = as_floats(
             self.sums(rows, grid), grid.scale, self.weight_grid.scale, self.fold()[1], rounding
@@ -214,6 +210,17 @@ class SimulatedLayer(OutputOnGrid):
             has_bias=self.bias is not None or self.bn is not None,
             relu=self.relu,
             is_zero=(of_weight, input_zero_point == 0, of_output),
+        )
+
+    def kernel_of_sum(
+        self, input_zero_point: int, other_zero_point: int, output: ActivationGrid, relu: bool
+    ) -> Layer:
+        """Return the properties by which an engine selects the kernel of this layer and a sum."""
+        layer = self.kernel(input_zero_point)
+        return layer._replace(
+            relu=relu,
+            is_zero=(*layer.is_zero[:2], output.zero_point == 0),
+            other_is_zero=other_zero_point == 0,
         )
 
     def before_rounding(self, x: Tensor) -> Tensor:
@@ -298,7 +305,7 @@ class SimulatedPointLayer(SimulatedLayer):
         return self.weight if factor is None else self.weight * FakeQuant.along(self.weight, factor)
 
 
-class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):
+class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):  # type: ignore[misc]  # forward
     """A Bayesian layer: local reparametrization in training, weights drawn in evaluation."""
 
     def __init__(self, fused: Fused, spec: QuantSpec) -> None:

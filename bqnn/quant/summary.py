@@ -193,7 +193,7 @@ def disagreements(
 
     A layer that runs within a sum has the differences of the sum.
     """
-    results = {}
+    results: dict[str, Disagreement] = {}
     names = {module: name for name, module in simulated.named_modules()}
     for twin in twins(simulated, integer, x, index):
         steps = (twin.got - twin.expected).abs()

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -82,9 +82,10 @@ class Layer(NamedTuple):
     other_is_zero: bool | None = None
 
 
-class Packed(Protocol):
+class Packed(ABC):
     """Weights in the form that an engine runs. They can be pickled and copied."""
 
+    @abstractmethod
     def __call__(self, x: Tensor, relu: bool, output: ActivationGrid) -> Tensor:
         """Run the layer.
 
@@ -93,12 +94,11 @@ class Packed(Protocol):
             relu: Whether a ReLU follows.
             output: The grid of the outputs.
         """
-        ...
 
     def add(self, x: Tensor, other: Tensor, relu: bool, output: ActivationGrid) -> Tensor:
         """Run the layer, and add other activations to its output before it is rounded.
 
-        Only engines that add within layers have it.
+        Only engines that add within layers implement it.
 
         Args:
             x: Activations in the form of the engine.
@@ -106,7 +106,7 @@ class Packed(Protocol):
             relu: Whether a ReLU follows the sum.
             output: The grid of the sum.
         """
-        ...
+        raise NotImplementedError
 
 
 class Engine(ABC):

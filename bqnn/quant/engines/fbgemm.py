@@ -126,7 +126,7 @@ class QuantizedTensors(LayerEngine):
         return out
 
 
-class PackedWeight:
+class PackedWeight(Packed):
     """Integer weights and a float bias, packed for an engine.
 
     Args:

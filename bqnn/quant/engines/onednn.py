@@ -57,7 +57,7 @@ class OneDnn(PlainEngine):
         return PackedWeight(weight)
 
 
-class PackedWeight:
+class PackedWeight(Packed):
     """Integer weights that are packed when the first inputs show their shape and zero point.
 
     Args:
@@ -77,13 +77,15 @@ class PackedWeight:
 
     def __call__(self, x: Tensor, relu: bool, output: ActivationGrid) -> Tensor:
         inputs, bias = self._inputs(x), self.weight.bias
-        activation = "relu" if relu else "none"
-        outputs: Any = (output.scale, output.zero_point, torch.uint8, activation, [], "")
+        # The kernel clamps its floats, and rounds them to the ends of the grid.
+        low, high = -1 - output.zero_point, output.quant_max - output.zero_point
+        ends = [0.0 if relu else low * output.scale, high * output.scale]
+        outputs: Any = (output.scale, output.zero_point, torch.uint8, "hardtanh", ends, "")
         if self.weight.geometry is None:
             out = torch.ops.onednn.qlinear_pointwise(*inputs, bias, *outputs)
         else:
             out = _convolution()(*inputs, bias, *self._geometry, *outputs)
-        return self._on_grid(out, x, output)
+        return _on_grid(out, x, output)
 
     def add(self, x: Tensor, other: Tensor, relu: bool, output: ActivationGrid) -> Tensor:
         assert isinstance(other, PlainIntegers)
@@ -102,7 +104,9 @@ class PackedWeight:
             summand = summand.clone(memory_format=torch.channels_last)
             run = _convolution().binary
             out = run(*inputs, summand, bias, *self._geometry, *outputs, [], "")
-        return self._on_grid(out, x, output)
+        if output.quant_max < 255:  # a sum takes no other activation than ReLU
+            out.clamp_(max=output.quant_max)
+        return _on_grid(out, x, output)
 
     @property
     def _geometry(self) -> tuple[Any, ...]:
@@ -116,14 +120,6 @@ class PackedWeight:
         rows = in_batch(plain(x), self.weight.geometry is not None)
         grid = (x.grid.scale, x.grid.zero_point)
         return (rows, *grid, self._pack(rows, x.grid), self._scale, self._zero_point)
-
-    def _on_grid(self, out: Tensor, x: Tensor, output: ActivationGrid) -> Tensor:
-        """Return outputs as activations, with the leading dimensions of the inputs."""
-        if output.quant_max < 255:
-            out.clamp_(max=output.quant_max)
-        if out.dim() != x.dim():
-            out = out.reshape(*x.shape[:-1], out.shape[-1])
-        return PlainIntegers.of(out, Grid(output.scale, output.zero_point, 255))
 
     def _pack(self, rows: Tensor, grid: Grid) -> Tensor:
         key = (grid.zero_point != 0, rows.shape[1:])
@@ -143,6 +139,13 @@ class PackedWeight:
                 )
             self._packed[key] = found
         return found
+
+
+def _on_grid(out: Tensor, x: Tensor, output: ActivationGrid) -> Tensor:
+    """Return outputs as activations, with the leading dimensions of the inputs."""
+    if out.dim() != x.dim():
+        out = out.reshape(*x.shape[:-1], out.shape[-1])
+    return PlainIntegers.of(out, Grid(output.scale, output.zero_point, 255))
 
 
 def _convolution() -> Any:

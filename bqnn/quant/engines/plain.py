@@ -18,7 +18,7 @@ from bqnn.quant.grids import Grid, OnGrid, plain
 
 RELUS_INPLACE = (torch.relu_, Tensor.relu_)
 RELUS = (F.relu, torch.relu, Tensor.relu, *RELUS_INPLACE)
-CHUNK = 2**17  # elements of a residual sum that are added at a time, so that they stay in a cache
+CHUNK = 2**16  # elements of a residual sum that are added at a time, so that they stay in a cache
 
 
 class PlainIntegers(OnGrid):

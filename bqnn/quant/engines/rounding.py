@@ -209,8 +209,8 @@ def plain_sum(x: Summand, y: Summand, scale: float) -> Tensor:
     """Compute the steps of x + y as round(x_steps * (s_x / s) + y_steps * (s_y / s)).
 
     Args:
-        x: Activations.
-        y: Activations, shaped like `x`.
+        x: Activations, which are overwritten.
+        y: Activations, likewise; the shapes may broadcast.
         scale: The step of the outputs.
 
     Returns:
@@ -220,8 +220,8 @@ def plain_sum(x: Summand, y: Summand, scale: float) -> Tensor:
         >>> plain_sum((torch.tensor([3.0]), 0.5, 0), (torch.tensor([1.0]), 1.0, 0), scale=0.5)
         tensor([5.])
     """
-    first, second = (each[0] * summand_factor(each[1], scale) for each in (x, y))
-    return (first + second).round_()  # either may broadcast
+    first, second = (each[0].mul_(summand_factor(each[1], scale)) for each in (x, y))
+    return (first + second).round_()
 
 
 def summand_factor(scale: float, output_scale: float) -> float:

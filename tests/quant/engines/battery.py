@@ -15,13 +15,13 @@ from bqnn.layers.bayes import to_bayes
 from bqnn.layers.draws import held_draw
 from bqnn.layers.dropout import to_mcdropout
 from bqnn.layers.ensemble import Ensemble
-from bqnn.layers.markers import Add, Enter, Leave
+from bqnn.layers.markers import Add, DropoutSite, Enter, Leave
 from bqnn.quant.engines import engine, usable_engine
 from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import convert
 from bqnn.quant.quantize import prepare_qat, quantize
-from bqnn.quant.simulated import calibrate, prepare
-from bqnn.quant.spec import SYMMETRIC_ONLY, QuantSpec
+from bqnn.quant.simulated import SimulatedAdd, calibrate, prepare, use_engine
+from bqnn.quant.spec import ENGINES, SYMMETRIC_ONLY, QuantSpec
 from bqnn.quant.summary import disagreements
 from tests.quant.conftest import SHAPES, float_net, inputs
 
@@ -44,6 +44,45 @@ BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
     "sum that broadcasts twice": lambda x: x[:, :, :1] + x[:, :, :, :1],
     "rows of the batch": lambda x: x + x[:1],
 }
+
+
+SUMS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "layer and input": lambda m, x: m.conv(x) + x,
+    "input and layer, relu": lambda m, x: torch.relu(x + m.conv(x)),
+    "two layers": lambda m, x: m.conv(x) + m.point(x),
+    "two layers of other geometry": lambda m, x: torch.relu(m.stride(x) + m.dilated(x)),
+    "depthwise": lambda m, x: torch.relu(m.depthwise(x) + x),
+    "grouped": lambda m, x: m.grouped(x) + x,
+    "sum of sums": lambda m, x: m.conv(torch.relu(m.point(x) + x)) + m.grouped(x),
+    "a layer that others read": lambda m, x: m.point(a := m.conv(x)) + a,
+    "a layer that is added to itself": lambda m, x: (a := m.conv(x)) + a,
+    "a layer that is called twice": lambda m, x: m.conv(m.conv(x) + x) + x,
+    "relu of a layer": lambda m, x: torch.relu(m.conv(x)) + x,
+    "pool of a layer": lambda m, x: functional.max_pool2d(m.conv(x), 2) + m.stride(x),
+    "an input that changes in between": lambda m, x: m.conv(y := m.point(x)) + torch.relu_(y),
+    "a layer that broadcasts": lambda m, x: m.conv(x[:, :, :1]) + x,
+    "an input that broadcasts": lambda m, x: m.conv(x) + x[:, :, :1],
+    "linear": lambda m, x: (y := x[:, :, 0, 0]) + m.linear(y),
+    "linear of pixels, relu": lambda m, x: torch.relu(m.linear(y := x.movedim(1, 3)) + y),
+}
+
+
+class Sums(nn.Module):
+    """Layers and a sum, between two convolutions."""
+
+    def __init__(self, total: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 8, 3, padding=1), nn.Linear(8, 3)
+        self.conv, self.point = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1, bias=False)
+        self.stride = nn.Conv2d(8, 8, 2, stride=2)
+        self.dilated = nn.Conv2d(8, 8, 3, stride=2, padding=2, dilation=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False)
+        self.linear = nn.Linear(8, 8)
+        self.total = total
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.total(self, self.first(x)).movedim(1, -1))
 
 
 class Between(nn.Module):
@@ -226,6 +265,49 @@ class EngineContract:
             for bits in (8, 7, 3):
                 made = calibrated(Block(), x, activation_bits=bits, engine=self.name)
                 assert_same_integers(made, x)
+
+    @pytest.mark.parametrize("total", SUMS, ids=str)
+    def test_sums_of_what_layers_compute(self, total: str) -> None:
+        torch.manual_seed(0)
+        x = torch.randn(6, 2, 8, 8)
+        for bits in (8, 7):
+            spec = QuantSpec(activation_observer="minmax", activation_bits=bits, engine=self.name)
+            made = calibrate(prepare_qat(Sums(SUMS[total]), spec), [x]).eval()
+            assert_same_integers(made, x)
+            integer = convert(copy.deepcopy(made))
+            for rows in (x[:1], x.to(memory_format=torch.channels_last), x[:0]):
+                with torch.no_grad():
+                    assert torch.equal(integer(rows), made(rows)), rows.shape
+
+    def test_sums_with_dropout(self) -> None:
+        class Block(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.enter, self.leave, self.add = Enter(), Leave(), Add()
+                self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+                self.shortcut, self.residual = DropoutSite(), DropoutSite()
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.first(self.enter(x))
+                x = self.add(self.second(x), self.shortcut(x))
+                return self.leave(self.add(self.residual(self.second(x)), x))
+
+        torch.manual_seed(0)
+        x = torch.randn(8, 3, 6, 6)
+        made = calibrated(to_mcdropout(Block(), 0.25), x, engine=self.name)
+        assert_same_integers(made, x)
+
+    @pytest.mark.parametrize("other", ENGINES)
+    def test_the_engine_of_a_quantized_network_can_be_changed(self, other: str) -> None:
+        if engine(other).missing() is not None:
+            pytest.skip(f"engine={other}: {engine(other).missing()}")
+        x = inputs("resnet", rows=8)
+        made = simulated("pointwise", "resnet", engine=self.name)
+        expected = made(x)
+        use_engine(made, other)
+        assert_same_integers(made, x)
+        step = max(float(m.output_quant.scale) for m in made.modules() if type(m) is SimulatedAdd)
+        assert (made(x) - expected).abs().mean() < step
 
     @pytest.mark.parametrize("between", BETWEEN, ids=str)
     def test_what_moves_cuts_or_adds_between_layers(self, between: str) -> None:
