@@ -117,7 +117,7 @@ def _before_sums(net: nn.Module, graph: fx.Graph) -> set[nn.Module]:
     called = list(modules.values())
     found: set[nn.Module] = set()
     for node in calls:
-        if not isinstance(modules[node], Add):
+        if not isinstance(modules[node], Add) or len(node.all_input_nodes) < 2:
             continue
         for argument in node.args:
             source = _before_identities(argument, modules)

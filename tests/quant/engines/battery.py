@@ -60,6 +60,7 @@ SUMS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "relu of a layer": lambda m, x: torch.relu(m.conv(x)) + x,
     "pool of a layer": lambda m, x: functional.max_pool2d(m.conv(x), 2) + m.stride(x),
     "an input that changes in between": lambda m, x: m.conv(y := m.point(x)) + torch.relu_(y),
+    "an input that a module changes in between": lambda m, x: m.conv(y := m.point(x)) + m.act(y),
     "a layer that broadcasts": lambda m, x: m.conv(x[:, :, :1]) + x,
     "an input that broadcasts": lambda m, x: m.conv(x) + x[:, :, :1],
     "linear": lambda m, x: (y := x[:, :, 0, 0]) + m.linear(y),
@@ -78,7 +79,7 @@ class Sums(nn.Module):
         self.dilated = nn.Conv2d(8, 8, 3, stride=2, padding=2, dilation=2)
         self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
         self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False)
-        self.linear = nn.Linear(8, 8)
+        self.linear, self.act = nn.Linear(8, 8), nn.ReLU(inplace=True)
         self.total = total
 
     def forward(self, x: Tensor) -> Tensor:
