@@ -1,7 +1,7 @@
 """The contract of an engine: how it packs and runs layers, how it rounds, what it supports."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -216,6 +216,15 @@ class LayerEngine(Engine):
     @abstractmethod
     def add(self, x: Tensor, y: Tensor, output: ActivationGrid, relu: bool) -> Tensor:
         """Compute x + y, or relu(x + y), on a grid."""
+
+    def moved(self, x: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply a function that moves or selects integers to activations.
+
+        Args:
+            x: Activations.
+            move: A function of integers in uint8.
+        """
+        return self.wrap(move(self.integers(x)), *self.grid(x))
 
     def keep(self, x: Tensor, kept: Tensor, factor: float) -> Tensor:
         """Multiply activations by `factor` where `kept` is True, and by zero elsewhere; exact.

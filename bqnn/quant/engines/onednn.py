@@ -127,7 +127,7 @@ class PackedWeight(Packed):
         if found is None:
             integers, geometry = self.weight.integers, self.weight.geometry
             if geometry is None:
-                found = torch.ops.onednn.qlinear_prepack(integers, None)
+                found = torch.ops.onednn.qlinear_prepack(integers, list(rows.shape))
             else:
                 found = torch.ops.onednn.qconv_prepack(
                     integers,
