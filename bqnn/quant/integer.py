@@ -125,8 +125,7 @@ class IntegerGaussianLayer(DrawnWeights, IntegerLayer):
         eps = evaluation_noise(mean)
         if self.sign is not None:
             eps *= self.sign
-        quant = grids.weight
-        integers = quant.integers_of_rounded(grids.draw(mean, sigma, eps))
+        quant, integers = grids.weight, grids.draw_integers(mean, sigma, eps)
         weight = Weight(integers, quant.scale, quant.zero_point, self.bias, self.geometry)
         return _packed(weight, self.executor, self.engine)
 

@@ -130,9 +130,16 @@ class GaussianGrids(nn.Module):
             sigma: Q(sigma), shaped like `mean`.
             eps: N(0, 1) noise, shaped like `mean`.
         """
+        return self.weight.round(self._drawn(mean, sigma, eps))
+
+    def draw_integers(self, mean: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
+        """Draw the weights as integers of the grid of `weight`; `draw` describes the arguments."""
+        return self.weight.integers(self._drawn(mean, sigma, eps))
+
+    def _drawn(self, mean: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
         if self.noise is None or self.product is None:
-            return self.weight.round(torch.addcmul(mean, sigma, eps))
-        return self.weight.round(self.product.round(self.noise.round(eps) * sigma) + mean)
+            return torch.addcmul(mean, sigma, eps)
+        return self.product.round(self.noise.round(eps) * sigma) + mean
 
 
 def weight_fake_quant(spec: QuantSpec, num_channels: int, bits: int | None = None) -> FakeQuant:
