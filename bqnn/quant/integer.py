@@ -23,6 +23,8 @@ from bqnn.quant.engines.contract import (
     NetworkEngine,
     Packed,
     Weight,
+    check_inputs,
+    region_inputs,
 )
 from bqnn.quant.engines.plain import max_pool
 from bqnn.quant.engines.reference import ExactLayer
@@ -71,6 +73,7 @@ class IntegerLayer(IntegerOutput):
     # A traced graph cannot hold packed weights.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Activation:
+        check_inputs(x.shape, self.weight_shape, self.geometry, self.path)
         return Postponed(self, x) if self.is_postponed else self.rounded_output(x)
 
     def rounded_output(self, x: Tensor) -> Tensor:
@@ -154,11 +157,13 @@ class IntegerEnter(Quantized, IntegerOutput):
     def __init__(self, enter: SimulatedEnter, engine: LayerEngine) -> None:
         super().__init__()
         self.engine = engine
+        self.path = enter.path
         self.grid = ActivationGrid.of(enter.output_quant)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_exporting():
             raise TypeError(UNTRACED)
+        x = region_inputs(x, self.path)
         refuse_non_finite(x)
         return self.engine.quantize(x, self.grid)
 

@@ -22,7 +22,15 @@ from bqnn.layers.linear_map import linear_map
 from bqnn.layers.markers import Add, AvgPool, Cat, Enter, Leave, Pool
 from bqnn.layers.swap import check_no_hooks
 from bqnn.quant.engines import engine, usable_engine
-from bqnn.quant.engines.contract import ActivationGrid, Engine, Layer, in_batch, layout
+from bqnn.quant.engines.contract import (
+    ActivationGrid,
+    Engine,
+    Layer,
+    check_inputs,
+    in_batch,
+    layout,
+    region_inputs,
+)
 from bqnn.quant.engines.rounding import (
     as_floats,
     exact_sums,
@@ -132,6 +140,7 @@ class SimulatedLayer(OutputOnGrid):
 
     def rows_of(self, x: Tensor) -> Tensor:
         """Return inputs as floats [N, F] or [B, C, H, W], after a check of their shape."""
+        check_inputs(x.shape, self.weight_shape, self.geometry, self.path)
         if self.bn is not None:
             check_features(x, self.bn)
         return in_batch(plain(x), is_conv=self.geometry is not None)
@@ -361,11 +370,10 @@ class SimulatedEnter(OutputOnGrid, Enter):
                 f"{self.path} is an Enter inside the integer region; remove it, or put a Leave "
                 "before it"
             )
-        if not x.is_floating_point():
-            raise TypeError(
-                f"{self.path} reads {x.dtype}, but the integer region takes floats; convert the "
-                "inputs with float()"
-            )
+        x = region_inputs(x, self.path)
+        is_traced = torch.compiler.is_compiling()
+        if not self.training and not torch.is_grad_enabled() and not is_traced:
+            refuse_non_finite(x)
         return self.rounded(x)
 
 

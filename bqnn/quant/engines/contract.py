@@ -294,21 +294,73 @@ def output_shape(
     return (inputs[0], weight[0], *((n + 2 * p - reach) // s + 1 for n, p, reach, s in sides))
 
 
-def in_batch(x: Tensor, is_conv: bool) -> Tensor:
-    """Reshape inputs for a kernel: [..., F] -> [N, F]; images [B, C, H, W] are unchanged.
+def check_inputs(
+    shape: Sequence[int], weight: Sequence[int], geometry: Geometry | None, path: str
+) -> None:
+    """Check the shape of the inputs of a layer.
+
+    Args:
+        shape: Shape of the inputs, [..., F] or [B, C, H, W].
+        weight: Shape of the weights.
+        geometry: Geometry of the convolution; None for a linear layer.
+        path: The name of the layer in the network.
+
+    Raises:
+        ValueError: The layer does not take this shape.
+
+    Examples:
+        >>> check_inputs((2, 3), (5, 4), None, "output")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: output takes inputs [..., 4], not of shape (2, 3); pass inputs of ...
+    """
+    if geometry is None:
+        if len(shape) == 0 or shape[-1] != weight[1]:
+            raise ValueError(
+                f"{path} takes inputs [..., {weight[1]}], not of shape {tuple(shape)}; pass inputs "
+                "of the shape that the network was trained with"
+            )
+        return
+    channels = weight[1] * geometry.groups
+    if len(shape) != 4:
+        raise ValueError(
+            f"inputs of shape {tuple(shape)}: {path}, a quantized convolution, takes "
+            f"[B, {channels}, H, W]; add the batch dimension with x[None]"
+        )
+    if shape[1] != channels:
+        raise ValueError(
+            f"{path} takes inputs [B, {channels}, H, W], not of shape {tuple(shape)}; pass images "
+            f"with {channels} channels"
+        )
+    if min(output_shape(shape, weight, geometry)[2:]) < 1:
+        raise ValueError(
+            f"{path}, a convolution with a kernel of {weight[2]}x{weight[3]}, takes larger inputs "
+            f"than those of shape {tuple(shape)}; pass inputs of the shape that the network was "
+            "trained with"
+        )
+
+
+def region_inputs(x: Tensor, path: str) -> Tensor:
+    """Return the inputs of the integers in float32.
 
     Args:
         x: The inputs.
-        is_conv: Whether the kernel is a convolution.
+        path: The name of the Enter that reads them.
 
     Raises:
-        ValueError: Images have no batch dimension.
+        TypeError: The inputs are not floats.
+
+    Examples:
+        >>> region_inputs(torch.ones(1, dtype=torch.float64), "enter")
+        tensor([1.])
     """
-    if not is_conv:
-        return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if x.dim() != 4:
-        raise ValueError(
-            f"inputs of shape {tuple(x.shape)}: a quantized convolution takes [B, C, H, W]; add "
-            "the batch dimension with x[None]"
+    if not x.is_floating_point():
+        raise TypeError(
+            f"{path or 'Enter'} reads {x.dtype}, but the integer region takes floats; convert the "
+            "inputs with float()"
         )
-    return x
+    return x.float()
+
+
+def in_batch(x: Tensor, is_conv: bool) -> Tensor:
+    """Reshape inputs for a kernel: [..., F] -> [N, F]; images [B, C, H, W] are unchanged."""
+    return x if is_conv or x.dim() == 2 else x.reshape(-1, x.shape[-1])

@@ -363,6 +363,69 @@ class EngineContract:
         with pytest.raises(ValueError, match=r"row 3 .* remove these rows"):
             integer(x)
 
+    @pytest.mark.parametrize("net", NETS)
+    def test_inputs_of_any_layout_and_precision(self, net: str) -> None:
+        x = inputs(net, rows=16)
+        made = simulated("pointwise", net, engine=self.name)
+        integer = convert(copy.deepcopy(made))
+        shuffled = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        alike = {
+            "float64": x.double(),
+            "strided rows": x.repeat_interleave(2, 0)[::2],
+            "other rows": x[shuffled][shuffled.argsort()],
+            "reversed axes": x.permute(*reversed(range(x.dim())))
+            .contiguous()
+            .permute(*reversed(range(x.dim()))),
+            "contiguous": x.contiguous(),
+            "a part": functional.pad(x, (1, 2))[..., 1:-2],
+            "with gradient": x.clone().requires_grad_(),
+        }
+        with torch.no_grad():
+            expected = made(x)
+            for name, rows in alike.items():
+                for each in (made, integer):
+                    assert torch.equal(each(rows), expected), name
+            for dtype in (torch.float16, torch.bfloat16):
+                expected = made(x.to(dtype).float())
+                for each in (made, integer):
+                    assert torch.equal(each(x.to(dtype)), expected), dtype
+            assert made(x[:0]).shape == integer(x[:0]).shape == (0, *expected.shape[1:])
+            repeated = x[:1].expand(5, *x.shape[1:])
+            assert torch.equal(made(repeated), integer(repeated))
+
+    @pytest.mark.parametrize("net", NETS)
+    def test_inputs_that_a_network_cannot_take(self, net: str) -> None:
+        x = inputs(net, rows=4)
+        made = simulated("pointwise", net, engine=self.name)
+        refused: dict[str, tuple[Tensor, type[Exception], str]] = {
+            "integers": (x.int(), TypeError, r"reads torch.int32, .* convert the inputs with"),
+            "bytes": (x.byte(), TypeError, r"reads torch.uint8, .* convert the inputs with"),
+            "features": (
+                torch.cat([x, x], 1),
+                ValueError,
+                r"takes inputs \[.*not of shape .* pass",
+            ),
+            "infinite": (x.double() * 1e300, ValueError, r"NaN or infinity, first row 0"),
+        }
+        if x.dim() == 4:
+            refused["one image"] = (x[0], ValueError, r"takes \[B, .* add the batch dimension")
+        if net == "lenet":
+            small = x[:, :, :6]
+            refused["size"] = (small, ValueError, r"takes inputs \[\.\.\., .* not of shape")
+        for name, (rows, error, message) in refused.items():
+            for each in (made, convert(copy.deepcopy(made))):
+                with torch.no_grad(), pytest.raises(error, match=message) as raised:
+                    each(rows)
+                assert "\n" not in str(raised.value), name
+
+    def test_images_that_are_smaller_than_a_kernel(self) -> None:
+        net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 3, (5, 3)))
+        x = torch.randn(4, 1, 9, 9)
+        made = calibrate(prepare_qat(net, QuantSpec(engine=self.name)), [x]).eval()
+        for each in (made, convert(copy.deepcopy(made))):
+            with torch.no_grad(), pytest.raises(ValueError, match="kernel of 5x3, takes larger"):
+                each(x[:, :, :6])
+
     def test_networks_of_plain_torch(self) -> None:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU6(), nn.AvgPool2d(2))
