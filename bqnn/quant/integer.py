@@ -13,7 +13,7 @@ from bqnn.layers.draws import DrawnWeights, Stochastic, evaluation_noise
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.finite import refuse_non_finite
-from bqnn.layers.markers import Add, AvgPool, Cat, Pool, Quantized
+from bqnn.layers.markers import Add, Cat, Pool, Quantized
 from bqnn.quant.engines import usable_engine
 from bqnn.quant.engines.contract import (
     ActivationGrid,
@@ -200,27 +200,14 @@ class IntegerAdd(Add, IntegerOutput):
         return postponed.layer.weights().add(postponed.x, other, self.relu, self.grid)
 
 
-class IntegerPool(Pool, IntegerOutput):
-    """Global average pooling of integers in float, rounded once."""
+class IntegerAverage(IntegerOutput):
+    """Average pooling of integers in float, rounded once."""
 
-    def __init__(self, pool: SimulatedPool, engine: LayerEngine) -> None:
+    def __init__(self, pool: SimulatedPool | SimulatedAvgPool, engine: LayerEngine) -> None:
         super().__init__()
         self.engine = engine
         self.grid = ActivationGrid.of(pool.output_quant)
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale, _ = self.engine.grid(x)
-        means = pooled(self.engine.centered(x), scale, super().forward)
-        return self.engine.quantize(means, self.grid)
-
-
-class IntegerAvgPool(AvgPool, IntegerOutput):
-    """Average pooling of integers in float, rounded once."""
-
-    def __init__(self, pool: SimulatedAvgPool, engine: LayerEngine) -> None:
-        super().__init__(pool.pool)
-        self.engine = engine
-        self.grid = ActivationGrid.of(pool.output_quant)
+        self.pool = pool.pool if isinstance(pool, SimulatedAvgPool) else Pool()
 
     def forward(self, x: Tensor) -> Tensor:
         scale, _ = self.engine.grid(x)
@@ -237,6 +224,7 @@ class IntegerMaxPool(nn.MaxPool2d):
         )
         self.engine = engine
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         if not self.engine.holds(x):  # outside of the integers
             return super().forward(x)
@@ -348,8 +336,8 @@ def _replace_by_integers(net: nn.Module, engine: Engine) -> None:
         SimulatedGaussianLayer: IntegerGaussianLayer,
         SimulatedEnter: IntegerEnter,
         SimulatedAdd: IntegerAdd,
-        SimulatedPool: IntegerPool,
-        SimulatedAvgPool: IntegerAvgPool,
+        SimulatedPool: IntegerAverage,
+        SimulatedAvgPool: IntegerAverage,
         SimulatedCat: IntegerCat,
         SimulatedDropout: IntegerDropout,
         nn.MaxPool2d: _max_pool,

@@ -83,9 +83,10 @@ class OnnxNetwork(Quantized, Drawn, WholeNetwork):
     def make_draw(self, index: int) -> dict[Any, "OneDraw"]:
         return {}  # `forward` writes the graph, once all layers have their draw
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
             raise TypeError(UNTRACED)
         x = region_inputs(x, self._entry)
         refuse_non_finite(x)

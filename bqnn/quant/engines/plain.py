@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from bqnn.quant.engines import rounding
 from bqnn.quant.engines.contract import ActivationGrid, Layer, LayerEngine
-from bqnn.quant.grids import Grid, OnGrid, plain
+from bqnn.quant.grids import UNTRACED, Grid, OnGrid, plain
 
 RELUS_INPLACE = (torch.relu_, Tensor.relu_)
 RELUS = (F.relu, torch.relu, Tensor.relu, *RELUS_INPLACE)
@@ -24,6 +24,10 @@ CHUNK = 2**16  # elements of a residual sum that are added at a time, so that th
 
 class PlainIntegers(OnGrid):
     """Activations in uint8 on a grid."""
+
+    @property
+    def is_nested(self) -> bool:  # type: ignore[override]  # the first query of torch.compile
+        raise torch._dynamo.exc.SkipFrame(UNTRACED)  # what reads integers runs uncompiled
 
     @classmethod
     def call(cls, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], grid: Grid) -> Any:
