@@ -143,17 +143,26 @@ class GaussianGrids(nn.Module):
             sigma: Q(sigma), shaped like `mean`.
             eps: N(0, 1) noise, shaped like `mean`.
         """
+        return self.weight.round(self._drawn(mean, sigma, eps))
+
+    def draw_integers(self, mean: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
+        """Draw the weights as integers of the grid of `weight`; `draw` describes the arguments."""
+        return self.weight.integers(self._drawn(mean, sigma, eps))
+
+    def _drawn(self, mean: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
+        """Draw the weights before their last rounding."""
+        is_stochastic = self.rounding == "stochastic" and self.weight.enabled
         if self.noise is not None and self.product is not None:
             noise = self.product.round(self.noise.round(eps) * sigma)
-        elif self.rounding == "stochastic":
+        elif is_stochastic:
             noise = sigma * eps
         else:
-            return self.weight.round(torch.addcmul(mean, sigma, eps))
-        if self.rounding == "stochastic" and self.weight.enabled:
+            return torch.addcmul(mean, sigma, eps)
+        if is_stochastic:
             step = FakeQuant.along(noise, self.weight.scale)
             noise = step * round_noise(noise / step, evaluation_uniform(noise))
             mean = self.weight.round(mean)
-        return self.weight.round(noise + mean)
+        return noise + mean
 
 
 def round_noise(noise: Tensor, uniform: Tensor) -> Tensor:
