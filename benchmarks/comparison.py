@@ -155,6 +155,8 @@ class Plan:
                 status = read_status(folder)
                 reason = None if status is None else status.error
                 failures.append(f"{verb} {folder}: {reason or 'refused, see the output above'}")
+                if verb == "train":  # what it has left is not a trained network
+                    break
         return failures[0] if failures else None
 
     def more(self, verb: str, cell: Cell) -> list[str]:
