@@ -119,7 +119,7 @@ class Method(pl.LightningModule):
             progress: Called with the number of finished and of all batches.
 
         Returns:
-            Draws of the output [S, N_i, num_outputs] for each set, on the CPU.
+            Draws of the output [S, N_i, num_outputs] for each set, on the device of the network.
         """
         draws = predictive_sets(
             self.net,
