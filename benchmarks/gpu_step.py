@@ -56,7 +56,6 @@ def main() -> None:
     is_gpu = arguments.device == "cuda"
     logging.getLogger("bqnn.methods.bbb").setLevel(logging.ERROR)  # sigma does not converge here
     print(torch.cuda.get_device_name() if is_gpu else "CPU", "torch", torch.__version__)
-    torch.backends.cudnn.allow_tf32 = True  # torch's default
 
     print(f"\n{'ms per step':<20} hand eager  hand graph    train.py    compiled  compiled/graph")
     for method in METHODS:
