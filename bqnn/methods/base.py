@@ -93,6 +93,13 @@ class Method(pl.LightningModule):
         self._numbers: Mapping[str, Tensor] | None = None
         self._evaluation = Evaluation(likelihood)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning sets it before and after each hook, and nn.Module looks for parameters first.
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute one draw of the output: logits [B, C], or mean and log variance [B, 2]."""
         out: Tensor = self.net(channels_last(x))
