@@ -20,7 +20,7 @@ from bqnn.layers.safe_convolutions import guard_backward
 from bqnn.methods.epochs import is_last_epoch
 from bqnn.methods.evaluation import Evaluation, log_in_fit
 from bqnn.methods.schedules import SCHEDULES, with_schedule
-from bqnn.methods.terms import EpochTerms, Terms
+from bqnn.methods.terms import CompiledTerms, EpochTerms, Terms
 from bqnn.methods.watch import FiniteWatch
 from bqnn.optim import make_optimizer
 from bqnn.seeds import Stream, stream_seed
@@ -88,10 +88,17 @@ class Method(pl.LightningModule):
         self.stream = Stream.TRAINING
         self.recipe: dict[str, Any] | None = None
         self.calibration: Calibration | None = None
-        self.compiled_terms: Callable[[Tensor, Tensor], Terms] | None = None
+        self.compiled_terms: CompiledTerms | None = None
         self.epoch_terms = EpochTerms()
         self._numbers: Mapping[str, Tensor] | None = None
         self._evaluation = Evaluation(likelihood)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning sets it before and after each hook, and nn.Module looks for parameters first.
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute one draw of the output: logits [B, C], or mean and log variance [B, 2]."""
@@ -275,9 +282,21 @@ class Method(pl.LightningModule):
         compute = self.loss_terms if self.compiled_terms is None else self.compiled_terms
         terms = compute(inputs, targets)
         self.epoch_terms.record(terms, len(targets))
+        return self.weighted(terms, len(targets))
+
+    def weighted(self, terms: Terms, num_rows: int) -> Tensor:
+        """Return the loss of a batch, weighted by its number of rows if the method does so."""
         loss = terms["loss"]
         assert isinstance(loss, Tensor)
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        given = None if self.compiled_terms is None else self.compiled_terms.gradients
+        if given is None:
+            super().backward(loss, *args, **kwargs)
+            return
+        for param, gradient in given:
+            param.grad = gradient
 
     def seed_epoch(self) -> None:
         """Seed the draws of this epoch by (seed, epoch, rank), so that a resumed run repeats them.
