@@ -158,6 +158,18 @@ def evaluation_noise(like: Tensor) -> Tensor:
     return cpu_noise_like(like, generator)
 
 
+def evaluation_uniform(like: Tensor) -> Tensor:
+    """Sample uniform numbers in [0, 1) with the shape and device of a tensor.
+
+    The generator is that of `evaluation_noise`.
+    """
+    if torch.compiler.is_compiling():
+        return torch.rand_like(like)
+    draw = _held.get()
+    generator = torch.default_generator if draw is None else draw.generator
+    return torch.rand(like.shape, generator=generator).to(like.device)
+
+
 def correlated_noise(like: Tensor, loadings: Tensor | None) -> Tensor:
     """Sample N(0, 1) noise for the weights of a layer, whose entries may be correlated.
 

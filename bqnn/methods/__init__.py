@@ -2,6 +2,7 @@
 
 from bqnn.methods.base import Method
 from bqnn.methods.bbb import BayesByBackprop
+from bqnn.methods.compiled import CompileSteps
 from bqnn.methods.ensemble import DeepEnsemble
 from bqnn.methods.laplace import Laplace
 from bqnn.methods.mcdropout import MCDropoutMethod
@@ -16,6 +17,7 @@ __all__ = [
     "METHODS",
     "SWAG",
     "BayesByBackprop",
+    "CompileSteps",
     "DeepEnsemble",
     "Laplace",
     "MCDropoutMethod",

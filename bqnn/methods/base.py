@@ -1,7 +1,8 @@
 """Method: the base class of all methods, with training and evaluation by Monte Carlo draws."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -51,6 +52,8 @@ class Method(pl.LightningModule):
         epoch_terms: The terms of the loss in the current epoch.
         recipe: The description from which a checkpoint's model is rebuilt; None if there is none.
         calibration: Calibrates the draws of predictions; None leaves them as they are.
+        compiled_terms: Replaces `loss_terms` in training steps, see `CompileSteps`; None if steps
+            are not compiled.
 
     Raises:
         ValueError: A number is out of range, or the schedule is unknown.
@@ -85,7 +88,9 @@ class Method(pl.LightningModule):
         self.stream = Stream.TRAINING
         self.recipe: dict[str, Any] | None = None
         self.calibration: Calibration | None = None
+        self.compiled_terms: Callable[[Tensor, Tensor], Terms] | None = None
         self.epoch_terms = EpochTerms()
+        self._numbers: Mapping[str, Tensor] | None = None
         self._evaluation = Evaluation(likelihood)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,9 +156,34 @@ class Method(pl.LightningModule):
         return {}
 
     def loss_terms(self, inputs: Tensor, targets: Tensor) -> Terms:
-        """Return the loss of a training batch as `loss`, and its terms by name."""
+        """Return the loss of a training batch as `loss`, and its terms by name.
+
+        It must be the same computation for each batch of an epoch, apart from numbers that it gets
+        from `step_number`.
+        """
         nll = self.likelihood.loss(self(inputs), targets)
         return {"loss": nll, "nll": nll}
+
+    def step_numbers(self) -> dict[str, float]:
+        """Return the numbers in the loss that change from step to step, by name."""
+        return {}
+
+    def step_number(self, name: str) -> float | Tensor:
+        """Return a number of `step_numbers`; in a CUDA graph the tensor that holds it."""
+        return self.step_numbers()[name] if self._numbers is None else self._numbers[name]
+
+    @contextmanager
+    def numbers_given(self, numbers: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let `step_number` return tensors in the body, which a CUDA graph can read anew."""
+        self._numbers = numbers
+        try:
+            yield
+        finally:
+            self._numbers = None
+
+    def trained_networks(self) -> list[nn.Module]:
+        """Return the networks whose forward passes are parts of a training step."""
+        return [self.net]
 
     def fine_tuning(self, optimizer: dict[str, Any], prior_weight: float) -> "Method":
         """Return a method that continues to train the trained network.
@@ -242,7 +272,8 @@ class Method(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         inputs, targets = batch
-        terms = self.loss_terms(inputs, targets)
+        compute = self.loss_terms if self.compiled_terms is None else self.compiled_terms
+        terms = compute(inputs, targets)
         self.epoch_terms.record(terms, len(targets))
         loss = terms["loss"]
         assert isinstance(loss, Tensor)

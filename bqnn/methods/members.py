@@ -1,17 +1,16 @@
 """Training of the members of an ensemble, independently of each other."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
 from bqnn.arguments import ArgumentError
 from bqnn.inference.likelihoods import Likelihood
 from bqnn.layers.ensemble import Ensemble
 from bqnn.methods.base import Method
+from bqnn.methods.given_gradients import with_gradients
 from bqnn.methods.terms import Terms
 from bqnn.seeds import Stream
 
@@ -26,6 +25,9 @@ class EnsembleMethod(Method):
 
     net: Ensemble
     growing: ClassVar[tuple[str, ...]] = ("num_members",)
+
+    def trained_networks(self) -> list[nn.Module]:
+        return [self.net.current]
 
     @property
     def available_samples(self) -> int:
@@ -53,6 +55,9 @@ class MemberTraining(EnsembleMethod):
     def trained_parameters(self) -> list[nn.Parameter]:
         return [param for param in self.net.members.parameters() if param.requires_grad]
 
+    def trained_networks(self) -> list[nn.Module]:
+        return list(self.net.members)
+
     def member_terms(self, member: nn.Module, inputs: Tensor, targets: Tensor) -> Terms:
         """Return the loss of a member for a batch as `loss`, and its terms by name."""
         nll = self.likelihood.loss(member(inputs), targets)
@@ -68,11 +73,11 @@ class MemberTraining(EnsembleMethod):
             assert isinstance(loss, Tensor)
             gradients |= _gradients(loss, member)  # one backward pass per member, to limit memory
             all_terms.append({name: torch.as_tensor(term).detach() for name, term in terms.items()})
-        means: Terms = {
+        means = {
             name: torch.stack([terms[name] for terms in all_terms]).mean() for name in all_terms[0]
         }
-        means["loss"] = _WithGradients.apply(means["loss"], [*gradients.values()], *gradients)
-        return means
+        loss = with_gradients(means["loss"], [*gradients], [*gradients.values()])
+        return {**means, "loss": loss}
 
     def configure_gradient_clipping(
         self,
@@ -158,17 +163,3 @@ def _gradients(loss: Tensor, net: nn.Module) -> dict[nn.Parameter, Tensor]:
     for param, grad in before.items():
         param.grad = grad
     return found
-
-
-class _WithGradients(torch.autograd.Function):
-    """A scalar whose gradients are given."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *params: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, factor: Tensor) -> Any:
-        return None, None, *(factor * gradient for gradient in ctx.gradients)

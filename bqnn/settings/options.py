@@ -165,12 +165,14 @@ OPTIMIZER: Table = {
 
 QUANT: Table = {
     "mode": one_of("qat", "ptq"),
+    "control": flag(),
     "weight_bits": WIDTH,
     "activation_bits": WIDTH,
     "output_bits": maybe(WIDTH),
     "sigma_bits": maybe(WIDTH),
     "noise_bits": WIDTH,
     "noise_range": POSITIVE,
+    "rounding": one_of("nearest", "stochastic"),
     "weight_symmetric": flag(),
     "keep": many(text(), 1000),
     "freeze_epochs": COUNT,
@@ -198,6 +200,9 @@ TRAINER: Table = {
         "32-true or bf16-mixed (variances underflow in 16-bit floats)",
         one_of("32-true", "bf16-mixed").holds,
     ),
+    "compile": flag(),
+    "data_on_device": flag(),
+    "matmul_precision": maybe(one_of("highest", "high", "medium")),
     "threads": maybe(whole(1, 1024)),
     "progress_bar": flag(),
     # Further options of Lightning's Trainer, which a command line adds with `+`.

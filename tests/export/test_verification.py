@@ -21,7 +21,8 @@ from bqnn.inference.predictions import Prediction
 from bqnn.methods import Method
 from bqnn.quant.integer import convert
 from bqnn.quant.onnx.session import start_session
-from tests.export.networks import SHAPES, converted, float_net, quantized, rows_for
+from tests.export.networks import quantized, rows_for
+from tests.quant.conftest import SHAPES, float_net
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -34,7 +35,7 @@ def verified(model: Method, exported: Exported) -> Verification:
 
 
 def test_a_true_file_passes_and_a_changed_one_fails() -> None:
-    model = quantized(converted(float_net("lenet"), "bbb"), SHAPES["lenet"])
+    model = quantized(float_net("bbb", "lenet"), SHAPES["lenet"])
     exported = export(model, 3)
     model.net = convert(deepcopy(model.net))
     found = verified(model, exported)
@@ -73,7 +74,7 @@ def test_a_true_file_passes_and_a_changed_one_fails() -> None:
 def test_a_calibrated_file_mixes_calibrated_draws(
     calibration: Calibration, likelihood: Likelihood
 ) -> None:
-    model = quantized(converted(float_net("mlp", likelihood.num_outputs), "bbb"), SHAPES["mlp"])
+    model = quantized(float_net("bbb", "mlp", likelihood.num_outputs), SHAPES["mlp"])
     model.likelihood, model.calibration = likelihood, calibration
     exported = export(model, 3)
     model.net = convert(deepcopy(model.net))
@@ -102,7 +103,7 @@ def test_errors_of_metrics_shrink_with_the_rows() -> None:
 
 
 def test_a_session_is_measured() -> None:
-    model = quantized(converted(float_net("mlp"), "pointwise"), SHAPES["mlp"])
+    model = quantized(float_net("pointwise", "mlp"), SHAPES["mlp"])
     session = start_session(export(model, 1).proto.SerializeToString(), 1)
     found = latencies(session, rows_for(model).numpy())
     assert [each["batch_size"] for each in found] == [1, 32, 256]

@@ -5,7 +5,7 @@ deprecated. If torch drops them, these two engines are missing, and nothing else
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
@@ -109,6 +109,9 @@ class QuantizedTensors(LayerEngine):
         run = torch.ops.quantized.add_relu if relu else torch.ops.quantized.add
         return clamped(run(x, y, output.scale, output.zero_point), output)
 
+    def moved(self, x: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.wrap(move(_memory(x)), *self.grid(x))
+
     def keep(self, x: Tensor, kept: Tensor, factor: float) -> Tensor:
         zero_point = x.q_zero_point()
         out = torch._empty_affine_quantized(
@@ -126,7 +129,7 @@ class QuantizedTensors(LayerEngine):
         return out
 
 
-class PackedWeight:
+class PackedWeight(Packed):
     """Integer weights and a float bias, packed for an engine.
 
     Args:
@@ -178,10 +181,10 @@ def _pack(engine: str, weight: Weight) -> Packed:
 
 
 def clamped(x: Tensor, grid: ActivationGrid) -> Tensor:
-    """Clamp a quantized tensor to the bits of its grid; operators use all 8 bits."""
-    if grid.quant_max == 255:
-        return x
-    return torch.clamp(x, max=grid.scale * (grid.quant_max - grid.zero_point))
+    """Clamp a quantized tensor in place to the bits of its grid; operators use all 8 bits."""
+    if grid.quant_max < 255:
+        _memory(x).clamp_(max=grid.quant_max)
+    return x
 
 
 def _memory(x: Tensor) -> Tensor:
