@@ -201,7 +201,7 @@ def main() -> None:
     chosen = [method for method in METHODS if method in options.methods]
     cells = [
         Cell(method, task, seed, split)
-        for method, task, seed, split in product(chosen, options.tasks, options.seeds, splits)
+        for split, method, task, seed in product(splits, chosen, options.tasks, options.seeds)
     ]
     threads = ["trainer.threads=1"] if options.processes > 1 else []
     more = {verb: [*threads, *getattr(options, verb)] for verb in VERBS}

@@ -77,13 +77,16 @@ def conformal_errors() -> str:
 
 
 def tables(metric: str) -> str:
-    """Compare the methods on tables: mean and standard error over the splits."""
+    """Compare the methods on tables: mean and standard error over the splits that all have."""
     rows = _read("tables")
     rows = rows[(rows["form"] == "float") | _is_form(rows, "qat", 4, 7)]
     methods = [method for method in METHODS if (rows["method"] == method).any()]
     lines = []
     for task, of_task in rows.groupby("task", sort=False):
-        for form, own in of_task.groupby("form", sort=True):
+        shared = of_task.groupby(["seed", "split"]).filter(
+            lambda own: own["method"].nunique() == len(methods)
+        )
+        for form, own in shared.groupby("form", sort=True):
             cells = [_error(own.loc[own["method"] == method, metric]) for method in methods]
             lines.append([str(task), _form(str(form)), _count(own), *cells])
     return _table(["", "", "n", *methods], lines)
