@@ -13,6 +13,8 @@ noise of the machine affects both, and the result is the median of the ratios:
 
 import argparse
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -217,10 +219,13 @@ def machine(threads: int) -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     cpu = " ".join(flag for flag in flags if flag.startswith(("avx", "amx", "fma")))
+    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     return (
         f"threads {threads}, float32, channels_last, capability "
-        f"{torch.backends.cpu.get_cpu_capability()}\nCPU flags: {cpu or 'unknown'}\n{packages}"
+        f"{torch.backends.cpu.get_cpu_capability()}\nCPU: {model or platform.processor()}, "
+        f"{os.cpu_count()} cores, {'with' if torch.cpu._is_vnni_supported() else 'without'} VNNI\n"
+        f"CPU flags: {cpu or 'unknown'}\n{packages}"
     )
 
 

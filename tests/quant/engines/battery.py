@@ -64,6 +64,9 @@ SUMS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "a layer that broadcasts": lambda m, x: m.conv(x[:, :, :1]) + x,
     "an input that broadcasts": lambda m, x: m.conv(x) + x[:, :, :1],
     "linear": lambda m, x: (y := x[:, :, 0, 0]) + m.linear(y),
+    "linear of pixels that are a view": lambda m, x: (
+        m.linear(y := x.flatten(2).transpose(1, 2)) + y
+    ).transpose(1, 2),
     "linear of pixels, relu": lambda m, x: torch.relu(m.linear(y := x.movedim(1, 3)) + y),
 }
 
@@ -302,6 +305,15 @@ class EngineContract:
         torch.manual_seed(0)
         x = torch.randn(8, 3, 6, 6)
         made = calibrated(to_mcdropout(Block(), 0.25), x, engine=self.name)
+        assert_same_integers(made, x)
+
+    def test_dropout_outside_of_the_integers(self) -> None:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 4), nn.ReLU(), nn.Dropout(0.5))
+        net.extend([nn.Linear(4, 64), nn.Dropout(0.5)])
+        x = torch.randn(16, 6)
+        spec = QuantSpec(engine=self.name, activation_observer="minmax")
+        made = calibrate(prepare_qat(to_mcdropout(net, None).eval(), spec), [x]).eval()
         assert_same_integers(made, x)
 
     @pytest.mark.parametrize("other", ENGINES)
