@@ -1,20 +1,21 @@
 """A trained model that predicts rows in the units of the data."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 from torch import Tensor
 
-from bqnn.arguments import whole_number
+from bqnn.arguments import renamed, whole_number
 from bqnn.checkpoints.recipe import Recipe
 from bqnn.checkpoints.recipe import load as load_method
 from bqnn.checkpoints.rows import read_rows
 from bqnn.data.normalization import Normalization
 from bqnn.inference.answers import ClassificationAnswer, RegressionAnswer
-from bqnn.inference.predict import BATCH_SIZE, Bank, predictive_sets
+from bqnn.inference.early_stop import check_early_stop
+from bqnn.inference.predict import BATCH_SIZE, Bank
 from bqnn.jobs.locate import CHECKPOINT
 from bqnn.methods import Method
-from bqnn.methods.base import channels_last
 from bqnn.settings.options import is_plugin
 
 
@@ -152,6 +153,8 @@ class Model:
         rows: object,
         num_samples: int | None = None,
         *,
+        max_samples: int | None = None,
+        tolerance: float | None = None,
         seed: int | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> ClassificationAnswer | RegressionAnswer:
@@ -161,12 +164,21 @@ class Model:
         answer for a row depends on the other rows by rounding only. MC dropout is different: the
         mask of a row depends on its position in the call and on `batch_size`.
 
+        With a tolerance, a row stops after 2, 4, 8, ... draws once its prediction has settled: for
+        classes, the 95 % confidence interval of its entropy is within +- tolerance nats, and that
+        of the margin between its two most probable classes does not contain 0; for a regression,
+        those of the mean and of the standard deviation are within +- tolerance standard
+        deviations. Its draws are the first ones that it makes without a tolerance.
+
         Args:
             rows: Features [N, F] in their original units, or images [N, C, H, W] with pixels in
                 their original range (0 to 255; 0 to 16 for digits). A NumPy array, a tensor, nested
                 lists or a pandas DataFrame.
             num_samples: The number of draws S; None for the method's own. An ensemble has one per
                 member.
+            max_samples: With a tolerance, the largest number of draws S of a row; None for the
+                method's own number.
+            tolerance: Lets rows stop early, 0 or more; 0.02 is usual. None makes all draws.
             seed: The seed of the draws; None for that of the training, with which bqnn evaluates.
             batch_size: The number of rows in a forward pass, which bounds the memory. The answer
                 itself has S numbers per row and class.
@@ -179,8 +191,35 @@ class Model:
             ValueError: The rows have a wrong shape or range or are not finite, or an argument is
                 out of its range, or the checkpoint has no normalization.
         """
-        num_samples, seed = self._checked(num_samples, seed)
+        tolerance = check_early_stop(num_samples, max_samples, tolerance)
+        if tolerance is None:
+            num_samples, seed = self._checked(num_samples, seed)
+        else:
+            with renamed(lambda name: "max_samples" if name == "num_samples" else name):
+                num_samples, seed = self._checked(max_samples, seed)
         batch_size = whole_number("batch_size", batch_size, "choose 1 row or more", 1)
+        prepare, inputs = self._prepare(), read_rows(rows, self.recipe["facts"])
+        method, bank = self.method, self._bank
+        if tolerance is None:
+            (draws,) = method.predictive_sets(
+                [inputs], prepare, num_samples, seed=seed, batch_size=batch_size, bank=bank
+            )
+            answer = method.likelihood.answer(draws)
+        else:
+            (early,) = method.predictive_until_settled(
+                [inputs],
+                prepare,
+                num_samples,
+                tolerance,
+                seed=seed,
+                batch_size=batch_size,
+                bank=bank,
+            )
+            answer = method.likelihood.answer(*early)
+        return answer if isinstance(rows, Tensor) else answer.numpy()
+
+    def _prepare(self) -> Callable[[Tensor], Tensor]:
+        """Return the function that converts rows of the data to inputs of the network."""
         normalization = self._normalization()
 
         def prepare(batch: Tensor) -> Tensor:
@@ -190,21 +229,9 @@ class Model:
                     "rows: a row is so far from the training rows that its normalized values "
                     "exceed float32; correct or remove it"
                 )
-            return channels_last(inputs)
+            return inputs
 
-        (draws,) = predictive_sets(
-            self.method.net,
-            [read_rows(rows, self.recipe["facts"])],
-            num_samples,
-            prepare=prepare,
-            seed=seed,
-            batch_size=batch_size,
-            bank=self._bank,
-        )
-        if self.method.calibration is not None:
-            draws = self.method.calibration(draws)
-        answer = self.method.likelihood.answer(draws)
-        return answer if isinstance(rows, Tensor) else answer.numpy()
+        return prepare
 
     def _normalization(self) -> Normalization:
         found = Normalization.from_facts(self.recipe["facts"])
