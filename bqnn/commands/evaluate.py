@@ -29,6 +29,7 @@ from bqnn.evaluation.suite import EvaluationSet, Findings, judge, make_sets, val
 from bqnn.evaluation.tables import suite_table
 from bqnn.inference.calibration import check_calibration, fit_calibration
 from bqnn.inference.conformal import conformal_rank
+from bqnn.inference.early_stop import check_early_stop
 from bqnn.inference.predictions import Prediction
 from bqnn.jobs.isolation import leave_as_found
 from bqnn.jobs.job import Job
@@ -52,12 +53,20 @@ class Judged:
 
 
 def check(config: dict[str, Any], is_sweep: bool) -> None:
-    """Refuse several devices, a GPU that does not exist, and a calibration that cannot be saved.
+    """Refuse several devices, a GPU that does not exist, and options that contradict each other.
 
     Raises:
         ValueError: The devices or the options are refused.
     """
     refuse_devices(config["trainer"], allow_several=False)
+    tolerance = check_early_stop(*(config[k] for k in ("num_samples", "max_samples", "tolerance")))
+    if tolerance is not None:
+        for key in ("convergence", "conformal", "calibrate"):
+            if config[key]:
+                raise ValueError(
+                    f"tolerance={tolerance} with {key}: it needs all draws of each row; leave out "
+                    "one of the two"
+                )
     if config["save_calibrated"] and config["calibrate"] is None:
         raise ValueError(
             "save_calibrated=true: there is no calibration to save; add calibrate=temperature"
@@ -85,7 +94,8 @@ def evaluate(job: Job) -> None:
     """Evaluate one network and write its results."""
     leave_as_found(job)
     model = load_model(job)
-    num_samples = model.check_samples(job.config["num_samples"])
+    tolerance = job.config["tolerance"]
+    num_samples = requested_samples(job, model)
     data = make_data(job.config, model.recipe)
     if job.config["calibrate"] is not None:
         check_calibration(job.config["calibrate"], model.likelihood)
@@ -94,7 +104,13 @@ def evaluate(job: Job) -> None:
     loggers = make_loggers(job)
     numeric = job.config["numeric"]
     predictions = predict(
-        job, numeric or "float", model, {**sets, **fitted_on}, data.normalize, num_samples
+        job,
+        numeric or "float",
+        model,
+        {**sets, **fitted_on},
+        data.normalize,
+        num_samples,
+        tolerance,
     )
     judged = {"": Judged(model, judge_sets(job, predictions, sets))}
     if job.config["calibrate"] is not None:
@@ -108,8 +124,17 @@ def evaluate(job: Job) -> None:
     if CALIBRATED in judged:
         say(f"\ncalibrated by {job.config['calibrate']}, as in calibration.json:")
         say(suite_table(judged[CALIBRATED].findings.metrics))
-    say(f"\n{num_samples} draws; results in {job.folder}")
+    most = "" if tolerance is None else "at most "
+    say(f"\n{most}{num_samples} draws; results in {job.folder}")
     require_results(job.folder, metrics, files)
+
+
+def requested_samples(job: Job, model: Method) -> int:
+    """Return the number of draws of each row, or their largest number if rows stop early."""
+    if job.config["tolerance"] is None:
+        return model.check_samples(job.config["num_samples"])
+    with renamed(lambda name: "max_samples" if name == "num_samples" else name):
+        return model.check_samples(job.config["max_samples"])
 
 
 def load_model(job: Job) -> Method:

@@ -126,6 +126,7 @@ def predict_sets(
     normalize: Callable[[Tensor], Tensor],
     num_samples: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    tolerance: float | None = None,
 ) -> dict[str, Prediction]:
     """Predict several sets with the same draws.
 
@@ -135,15 +136,24 @@ def predict_sets(
         normalize: Converts raw inputs to inputs of the network, as `TensorData.normalize` does.
         num_samples: The number of draws S; None for the default of the method.
         progress: Called with the index of a set and of a draw after each prediction.
+        tolerance: Lets rows stop early, see `Method.predictive_until_settled`; None makes all
+            draws.
 
     Returns:
         The predictions by name, on the CPU.
     """
     inputs = [each.inputs.to(model.device) for each in sets.values()]
-    draws = model.predictive_sets(inputs, normalize, num_samples, progress)
+    if tolerance is None:
+        draws = model.predictive_sets(inputs, normalize, num_samples, progress)
+        return {
+            name: Prediction(model.likelihood, samples.cpu(), each.targets)
+            for (name, each), samples in zip(sets.items(), draws, strict=True)
+        }
+    max_samples = model.check_samples(num_samples)
+    early = model.predictive_until_settled(inputs, normalize, max_samples, tolerance, progress)
     return {
-        name: Prediction(model.likelihood, samples.cpu(), each.targets)
-        for (name, each), samples in zip(sets.items(), draws, strict=True)
+        name: Prediction(model.likelihood, draws.samples.cpu(), each.targets, draws.num_samples)
+        for (name, each), draws in zip(sets.items(), early, strict=True)
     }
 
 
@@ -245,6 +255,8 @@ def _detection_of_errors(each: Prediction) -> dict[str, float]:
 
 def _set_metrics(each: Prediction) -> dict[str, float]:
     uncertainty = with_non_finite(score_uncertainty, each)
+    if each.num_samples is not None:
+        uncertainty["num_samples"] = each.num_samples.double().mean().item()
     if each.targets is None:
         return uncertainty
     risks = {

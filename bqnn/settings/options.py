@@ -64,6 +64,8 @@ JOB: Table = {
     "save_calibrated": flag(),
     "conformal": maybe(real(0, 1, without=(0, 1))),
     "num_samples": maybe(DRAWS),
+    "max_samples": maybe(DRAWS),
+    "tolerance": maybe(NOT_NEGATIVE),
     "numeric": maybe(one_of("unquantized", "simulated", "int8")),
     "select": one_of("all", "best"),
     "format": one_of("onnx"),
