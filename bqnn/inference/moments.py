@@ -1,7 +1,7 @@
 """A single pass: the moments of a network's outputs, and draws from them."""
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,21 +10,31 @@ from torch.nn import functional as F
 
 from bqnn.inference.likelihoods import Likelihood, Regression
 from bqnn.inference.precision import full_precision
+from bqnn.inference.predict import BATCH_SIZE, predictive_sets
 from bqnn.layers.bayes import JointPosterior
 from bqnn.layers.draws import Stochastic
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.finite import refuse_non_finite
 from bqnn.layers.markers import Quantized
-from bqnn.layers.moments import Moments, WithMoments, added, concatenated, rectified, rule_of
+from bqnn.layers.moments import (
+    Moments,
+    Rule,
+    WithMoments,
+    added,
+    concatenated,
+    rectified,
+    rule_of,
+)
 from bqnn.layers.trace import function_of, trace
 from bqnn.seeds import Stream, stream_seed
-from bqnn.text import type_of
 
-CHUNK = 32  # rows of a pass, whose activations stay in the cache of a CPU
+NUM_SAMPLES = 100  # draws of outputs from their moments, which cost little
+MAX_FITTED, FITTED_DRAWS = 512, 10  # the rows and draws to which a factor is fitted
 LARGEST_FACTOR = 100.0
+REMEDY = "; choose predictive=draws"
 
 # The functions that a network may call between its modules.
-FUNCTIONS: Mapping[Any, Callable[..., Moments]] = {
+FUNCTIONS: Mapping[Any, Rule] = {
     **dict.fromkeys((torch.relu, F.relu, torch.Tensor.relu), lambda x: rectified(x)),
     **dict.fromkeys((operator.add, torch.add, torch.Tensor.add), added),
     torch.cat: lambda parts, dim=0: concatenated(parts, dim),
@@ -62,7 +72,10 @@ class MomentNetwork:
                 "Gaussian weights and no dropout; choose predictive=draws"
             )
         modules = list(net.modules())
-        if any(isinstance(m, Quantized) and not isinstance(m, WithMoments) for m in modules):
+        leaves = [module for module in modules if isinstance(module, WithMoments)]
+        if isinstance(net, Quantized) or (
+            not leaves and any(isinstance(module, Quantized) for module in modules)
+        ):
             raise TypeError(
                 "predictive=moments: an int8 network has no moments; choose numeric=simulated"
             )
@@ -71,15 +84,13 @@ class MomentNetwork:
                 "predictive=moments: the network has no random weights and no dropout; choose "
                 "predictive=draws"
             )
-        self.net = net
-        leaves = [module for module in modules if isinstance(module, WithMoments)]
         try:
             self._graph = trace(net, leaves=leaves)
         except TypeError as error:
             raise TypeError(f"predictive=moments: {error}; choose predictive=draws") from error
-        self._modules = dict(net.named_modules(remove_duplicate=False))
-        for node in self._graph.nodes:
-            self._rule(node)
+        named = dict(net.named_modules(remove_duplicate=False))
+        with torch.no_grad(), JointPosterior(net):
+            self._rules = {node: _rule(node, named) for node in self._graph.nodes}
 
     @full_precision()
     @torch.no_grad()
@@ -87,7 +98,7 @@ class MomentNetwork:
         self,
         x: Tensor,
         prepare: Callable[[Tensor], Tensor] | None = None,
-        batch_size: int = CHUNK,
+        batch_size: int = BATCH_SIZE,
     ) -> Moments:
         """Compute the moments of the outputs.
 
@@ -100,11 +111,8 @@ class MomentNetwork:
             Means and variances [N, num_outputs].
         """
         refuse_non_finite(x, "inputs")
-        with JointPosterior(self.net):
-            parts = [
-                self._pass(rows if prepare is None else prepare(rows))
-                for rows in x.split(batch_size)
-            ]
+        batches = x.split(batch_size)
+        parts = [self._pass(rows if prepare is None else prepare(rows)) for rows in batches]
         return concatenated(parts, 0)
 
     def _pass(self, x: Tensor) -> Moments:
@@ -119,32 +127,90 @@ class MomentNetwork:
             else:
                 args = fx.node.map_arg(node.args, values.__getitem__)
                 kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
-                values[node] = self._rule(node)(*args, **kwargs)
+                values[node] = self._rules[node](*args, **kwargs)
             for read in node.all_input_nodes:  # activations that nothing reads again are freed
                 if list(read.users)[-1] is node:
                     del values[read]
         raise AssertionError("a graph ends with its output")
 
-    def _rule(self, node: fx.Node) -> Callable[..., Moments]:
-        """Return the function that computes the moments of a node.
 
-        Raises:
-            TypeError: There is none.
+def _rule(node: fx.Node, modules: Mapping[str, nn.Module]) -> Rule:
+    """Return the function that computes the moments of a node.
+
+    Raises:
+        TypeError: There is none.
+    """
+    if node.op in ("placeholder", "output"):
+        return Moments
+    if node.op == "call_module":
+        try:
+            return rule_of(modules[str(node.target)])
+        except TypeError as error:
+            raise TypeError(f"predictive=moments: {node.target} is {error}{REMEDY}") from error
+    if (function := FUNCTIONS.get(function_of(node))) is not None:
+        return function
+    name = getattr(node.target, "__name__", node.target)
+    raise TypeError(f"predictive=moments: {name}, which the network calls, has no moments{REMEDY}")
+
+
+class SinglePass:
+    """Predictions of a network by the moments of its outputs.
+
+    The network must not change as long as this object is used.
+
+    Args:
+        net: The network, in evaluation mode: in float, or simulated.
+        likelihood: The likelihood of the network's outputs.
+        prepare: Converts rows to inputs of the network; None for the identity.
+
+    Attributes:
+        factor: Multiplies the variances of the outputs; None before `fit`, which counts as 1.
+
+    Raises:
+        TypeError: A layer has no moments. The message names it.
+        ValueError: The network has nothing random, or its draws are members of an ensemble.
+
+    Examples:
+        >>> from bqnn.inference.likelihoods import Classification
+        >>> from bqnn.layers.bayes import to_bayes
+        >>> net = to_bayes(nn.Sequential(nn.Linear(3, 2)), prior_std=1.0, init_rho=-2.0).eval()
+        >>> single_pass, x = SinglePass(net, Classification(["cat", "dog"])), torch.ones(50, 3)
+        >>> single_pass.fit(x)  # of one layer, the moments are right
+        >>> 0.5 < single_pass.factor < 2
+        True
+        >>> single_pass.predict(x, num_samples=100).shape
+        torch.Size([100, 50, 2])
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        likelihood: Likelihood,
+        prepare: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self._net, self._likelihood, self._prepare = net, likelihood, prepare
+        self._network = MomentNetwork(net)
+        self.factor: float | None = None
+
+    def fit(self, x: Tensor, *, seed: int = 0) -> None:
+        """Fit the factor to a few draws of rows, such as training or validation rows.
+
+        Args:
+            x: Rows like those that are predicted later, without targets. The first 512 are used.
+            seed: The seed of the draws.
         """
-        if node.op in ("placeholder", "output"):
-            return Moments
-        if node.op == "call_module":
-            module = self._modules[str(node.target)]
-            if (rule := rule_of(module)) is not None:
-                return lambda *inputs: rule(module, *inputs)
-            what = f"{node.target} is {type_of(module)}"
-        else:
-            if (function := FUNCTIONS.get(function_of(node))) is not None:
-                return function
-            what = f"the network calls {getattr(node.target, '__name__', node.target)}"
-        raise TypeError(
-            f"predictive=moments: {what}, whose moments are not known; choose predictive=draws"
-        )
+        x = x[:MAX_FITTED]
+        (draws,) = predictive_sets(self._net, [x], FITTED_DRAWS, prepare=self._prepare, seed=seed)
+        moments = self._network(x, self._prepare)
+        self.factor = fit_factor(self._likelihood, moments, draws)
+
+    def predict(
+        self, x: Tensor, num_samples: int, *, seed: int = 0, batch_size: int = BATCH_SIZE
+    ) -> Tensor:
+        """Draw outputs for rows from their moments [S, N, num_outputs]."""
+        moments = self._network(x, self._prepare, batch_size)
+        factor = 1.0 if self.factor is None else self.factor
+        return draws_from(moments, num_samples, seed=seed, factor=factor)
 
 
 def draws_from(moments: Moments, num_samples: int, *, seed: int = 0, factor: float = 1.0) -> Tensor:
@@ -221,11 +287,3 @@ def _epistemic(likelihood: Likelihood, draws: Tensor) -> float:
     if isinstance(likelihood, Regression):
         return float(summary["epistemic_std"].square().mean())
     return float(summary["mutual_information"].mean())
-
-
-def moments_of_sets(
-    net: nn.Module, sets: Sequence[Tensor], prepare: Callable[[Tensor], Tensor] | None = None
-) -> list[Moments]:
-    """Compute the moments of the outputs for several sets of rows."""
-    network = MomentNetwork(net)
-    return [network(x, prepare) for x in sets]

@@ -16,6 +16,7 @@ from bqnn.layers.bayes import GaussianWeight
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.linear_map import Geometry, linear_map
 from bqnn.layers.markers import Add, AvgPool, Cat, Pool, SpatialMean
+from bqnn.text import type_of
 
 SMALLEST_VARIANCE = 1e-30  # added where a quotient needs it
 
@@ -40,11 +41,17 @@ class Moments(NamedTuple):
         return Moments(move(self.mean), None if self.variance is None else move(self.variance))
 
 
+Rule = Callable[..., Moments]  # of the moments of the inputs of a module
+
+
 class WithMoments(nn.Module):
     """Base class of modules that know the moments of their outputs."""
 
-    def moments(self, *inputs: Moments) -> Moments:
-        """Return the moments of the outputs, given those of the inputs."""
+    def moment_rule(self) -> Rule:
+        """Return a function that computes the moments of the outputs from those of the inputs.
+
+        The function may keep what it computes from the weights.
+        """
         raise NotImplementedError
 
 
@@ -66,7 +73,8 @@ def maximum(x: Moments, y: Moments) -> Moments:
     theta = squared.sqrt()
     alpha = (x.mean - y.mean).div_(theta)
     share = (alpha * math.sqrt(0.5)).erf_().add_(1).mul_(0.5)  # Phi
-    gain = alpha.square().mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))  # phi
+    # phi, without the tiny numbers with which CPUs are slow
+    gain = alpha.square().clamp_(max=80).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
     gain.addcmul_(alpha, share)  # g
     mean = torch.addcmul(y.mean, theta, gain)
     variance = torch.addcmul(second, share, first - second)
@@ -92,33 +100,37 @@ def rectified(x: Moments, cap: float | None = None) -> Moments:
     return Moments(-below.mean, below.variance)
 
 
-def mapped(
-    x: Moments,
-    mean: Tensor,
-    variance: Tensor | None,
-    bias: Tensor | None,
-    geometry: Geometry | None,
-) -> Moments:
-    """Compute the moments of a linear layer or convolution with independent random weights.
+def linear_moments(
+    mean: Tensor, variance: Tensor | None, bias: Tensor | None, geometry: Geometry | None
+) -> Rule:
+    """Return a rule for a linear layer or convolution with independent random weights.
 
         Var = f(Var x; mean^2 + variance) + f((E x)^2; variance)
 
     Args:
-        x: The inputs.
         mean: Means of the weights.
         variance: Variances of the weights; None for point-valued ones.
         bias: Bias, or None.
         geometry: Geometry of the convolution; None for a linear layer.
+
+    Examples:
+        >>> rule = linear_moments(torch.ones(1, 2), torch.ones(1, 2), None, None)
+        >>> rule(Moments(torch.ones(1, 2)))
+        Moments(mean=tensor([[2.]]), variance=tensor([[2.]]))
     """
-    out = linear_map(x.mean, mean, bias, geometry)
-    of_out = None
-    if x.variance is not None:
-        squares = mean.square() if variance is None else mean.square() + variance
-        of_out = linear_map(x.variance, squares, None, geometry)
-    if variance is not None:
-        by_weights = linear_map(x.mean.square(), variance, None, geometry)
-        of_out = by_weights if of_out is None else of_out.add_(by_weights)
-    return Moments(out, None if of_out is None else of_out.clamp_min_(0))
+    squares = mean.square() if variance is None else mean.square() + variance
+
+    def rule(x: Moments) -> Moments:
+        out = linear_map(x.mean, mean, bias, geometry)
+        of_out = None
+        if x.variance is not None:
+            of_out = linear_map(x.variance, squares, None, geometry)
+        if variance is not None:
+            by_weights = linear_map(x.mean.square(), variance, None, geometry)
+            of_out = by_weights if of_out is None else of_out.add_(by_weights)
+        return Moments(out, None if of_out is None else of_out.clamp_min_(0))
+
+    return rule
 
 
 def dropped(x: Moments, rate: float) -> Moments:
@@ -140,13 +152,13 @@ def max_pooled(x: Moments, pool: nn.MaxPool2d) -> Moments:
     """Compute the moments of max pooling: the maximum of two values, of it and a third, and so on.
 
     Raises:
-        TypeError: The windows are dilated or rounded up, or indices are asked for.
+        NoMomentsError: The windows are dilated or rounded up, or indices are asked for.
     """
     if x.variance is None:
         return Moments(pool(x.mean))
     size, stride, padding = (_pair(each) for each in (pool.kernel_size, pool.stride, pool.padding))
     if pool.ceil_mode or pool.return_indices or _pair(pool.dilation) != (1, 1):
-        raise TypeError("max pooling with dilation, ceil_mode or return_indices has no moments")
+        raise NoMomentsError("max pooling with dilation, ceil_mode or indices has no moments")
     if padding != (0, 0):
         sides = (padding[1], padding[1], padding[0], padding[0])
         x = Moments(F.pad(x.mean, sides, value=-1e30), F.pad(x.variance, sides))
@@ -160,7 +172,7 @@ def _along(x: Moments, dim: int, size: int, stride: int) -> Moments:
     def start(offset: int) -> Moments:
         index = [slice(None)] * 4
         index[dim] = slice(offset, offset + stride * (count - 1) + 1, stride)
-        return x.each(lambda values: values[tuple(index)])
+        return x.each(lambda values: _dense(values[tuple(index)]))
 
     out = start(0)
     for offset in range(1, size):
@@ -168,11 +180,16 @@ def _along(x: Moments, dim: int, size: int, stride: int) -> Moments:
     return out
 
 
+def _dense(x: Tensor) -> Tensor:
+    """Copy a slice to memory without gaps, in its layout; several operations read it."""
+    return torch.empty_like(x).copy_(x)
+
+
 def averaged(x: Moments, pool: nn.Module) -> Moments:
     """Compute the moments of means over windows of n values: Var = mean(Var x) / n.
 
     Raises:
-        TypeError: The windows have different numbers of values.
+        NoMomentsError: The windows have different numbers of values.
     """
     mean = pool(x.mean)
     if x.variance is None:
@@ -194,17 +211,17 @@ def _window(pool: nn.Module, size: torch.Size) -> int:
         is_whole = pool.count_include_pad or _pair(pool.padding) == (0, 0)
         if is_whole:
             return math.prod(_pair(pool.kernel_size))
-    raise TypeError("average pooling over windows of different sizes has no moments")
+    raise NoMomentsError("average pooling over windows of different sizes has no moments")
 
 
 def normalized(x: Moments, bn: nn.BatchNorm1d | nn.BatchNorm2d) -> Moments:
     """Compute the moments of batch norm in evaluation mode, an affine map of each channel.
 
     Raises:
-        TypeError: The batch norm has no running statistics.
+        NoMomentsError: The batch norm has no running statistics.
     """
     if bn.running_var is None:
-        raise TypeError("batch norm without running statistics has no moments")
+        raise NoMomentsError("batch norm without running statistics has no moments")
     mean = bn(x.mean)
     if x.variance is None:
         return Moments(mean)
@@ -228,50 +245,66 @@ def concatenated(parts: Sequence[Moments], dim: int) -> Moments:
     return Moments(mean, torch.cat([part.known_variance() for part in parts], dim))
 
 
-def _point_layer(layer: nn.Linear | nn.Conv2d, x: Moments) -> Moments:
+def _of_point(layer: nn.Linear | nn.Conv2d) -> Rule:
     geometry = Geometry.of(layer) if isinstance(layer, nn.Conv2d) else None
-    return mapped(x, layer.weight, None, layer.bias, geometry)
+    return linear_moments(layer.weight, None, layer.bias, geometry)
 
 
-def _gaussian_layer(layer: GaussianWeight, x: Moments) -> Moments:
-    return mapped(x, layer.mean, layer.variance, layer.bias, layer.geometry)
+def _of_gaussian(layer: GaussianWeight) -> Rule:
+    return linear_moments(layer.mean, layer.variance, layer.bias, layer.geometry)
 
 
-def _sum(add: Add, x: Moments, y: Moments) -> Moments:
-    return rectified(added(x, y)) if add.relu else added(x, y)
+def _of_add(add: Add) -> Rule:
+    return (lambda x, y: rectified(added(x, y))) if add.relu else added
 
 
-# The moments of each type of module, given the module and the moments of its inputs.
-RULES: Mapping[type[nn.Module], Callable[..., Moments]] = {
-    WithMoments: lambda module, *inputs: module.moments(*inputs),
-    GaussianWeight: _gaussian_layer,
-    MCDropout: lambda dropout, x: dropped(x, dropout.rate),
-    nn.Linear: _point_layer,
-    nn.Conv2d: _point_layer,
-    nn.BatchNorm1d: lambda bn, x: normalized(x, bn),
-    nn.BatchNorm2d: lambda bn, x: normalized(x, bn),
-    nn.ReLU: lambda _, x: rectified(x),
-    nn.ReLU6: lambda _, x: rectified(x, 6.0),
-    nn.MaxPool2d: lambda pool, x: max_pooled(x, pool),
-    nn.AvgPool2d: lambda pool, x: averaged(x, pool),
-    nn.AdaptiveAvgPool2d: lambda pool, x: averaged(x, pool),
-    AvgPool: lambda pool, x: averaged(x, pool),
-    SpatialMean: lambda pool, x: averaged(x, pool),
-    Pool: lambda pool, x: averaged(x, pool),
-    Add: _sum,
-    Cat: lambda cat, *parts: concatenated(parts, cat.dim),
-    nn.Flatten: lambda flatten, x: x.each(flatten),
-    nn.Unflatten: lambda unflatten, x: x.each(unflatten),
-    nn.Identity: lambda _, x: x,  # also DropoutSite, Enter and Leave
-    nn.Dropout: lambda _, x: x,  # off in evaluation mode
-    nn.Dropout1d: lambda _, x: x,
-    nn.Dropout2d: lambda _, x: x,
+def _unchanged(module: nn.Module) -> Rule:
+    return lambda x: x
+
+
+# For each type of module, a function that makes the rule of a module.
+RULES: Mapping[type[nn.Module], Callable[[Any], Rule]] = {
+    WithMoments: lambda module: module.moment_rule(),
+    GaussianWeight: _of_gaussian,
+    MCDropout: lambda dropout: lambda x: dropped(x, dropout.rate),
+    nn.Linear: _of_point,
+    nn.Conv2d: _of_point,
+    nn.BatchNorm1d: lambda bn: lambda x: normalized(x, bn),
+    nn.BatchNorm2d: lambda bn: lambda x: normalized(x, bn),
+    nn.ReLU: lambda _: rectified,
+    nn.ReLU6: lambda _: lambda x: rectified(x, 6.0),
+    nn.MaxPool2d: lambda pool: lambda x: max_pooled(x, pool),
+    **dict.fromkeys(
+        (nn.AvgPool2d, nn.AdaptiveAvgPool2d, AvgPool, SpatialMean, Pool),
+        lambda pool: lambda x: averaged(x, pool),
+    ),
+    Add: _of_add,
+    Cat: lambda cat: lambda *parts: concatenated(parts, cat.dim),
+    nn.Flatten: lambda flatten: lambda x: x.each(flatten),
+    nn.Unflatten: lambda unflatten: lambda x: x.each(unflatten),
+    nn.Identity: _unchanged,  # also DropoutSite, Enter and Leave
+    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d), _unchanged),  # off in evaluation
 }
 
 
-def rule_of(module: nn.Module) -> Callable[..., Moments] | None:
-    """Return the rule of the nearest type of a module that has one, or None."""
-    return next((RULES[kind] for kind in type(module).__mro__ if kind in RULES), None)
+class NoMomentsError(TypeError):
+    """The moments of the outputs of a module are not known."""
+
+
+def rule_of(module: nn.Module) -> Rule:
+    """Return the rule of a module: a function of the moments of its inputs.
+
+    Raises:
+        NoMomentsError: The moments of its outputs are not known.
+
+    Examples:
+        >>> rule_of(nn.ReLU())(Moments(torch.tensor([-1.0])))
+        Moments(mean=tensor([0.]), variance=None)
+    """
+    kind = next((kind for kind in type(module).__mro__ if kind in RULES), None)
+    if kind is None:
+        raise NoMomentsError(f"{type_of(module)}, whose moments are not known")
+    return RULES[kind](module)
 
 
 def _pair(value: Any) -> tuple[int, int]:
