@@ -27,7 +27,7 @@ def sampled(x: Moments, count: int = COUNT) -> Tensor:
 def assert_moments(found: Moments, samples: Tensor, tolerance: float = 0.05) -> None:
     mean, variance = samples.mean(0, keepdim=True), samples.var(0, keepdim=True)
     assert torch.allclose(found.mean, mean, atol=tolerance * float(variance.max().sqrt()))
-    assert torch.allclose(found.known_variance(), variance, rtol=2 * tolerance, atol=1e-4)
+    assert torch.allclose(found.known_variance(), variance, rtol=2 * tolerance, atol=5e-3)
 
 
 def test_the_maximum_of_two_gaussians() -> None:
@@ -48,7 +48,8 @@ def test_a_maximum_is_finite(far: float) -> None:
     x = Moments(torch.tensor([far, -far]), torch.tensor([0.0, 1.0]))
     mean, variance = maximum(x, Moments(torch.zeros(2), torch.zeros(2)))
     assert mean[0] == pytest.approx(far)
-    assert variance.isfinite().all() and (variance >= 0).all()
+    assert variance.isfinite().all()
+    assert (variance >= 0).all()
 
 
 def test_values_without_noise_pass_as_usual() -> None:
@@ -58,7 +59,7 @@ def test_values_without_noise_pass_as_usual() -> None:
     assert torch.equal(rule_of(relu)(Moments(x)).mean, relu(x))
     certain = Moments(x, torch.zeros_like(x))
     assert torch.allclose(rule_of(pool)(certain).mean, pool(x), atol=1e-6)
-    assert rule_of(pool)(certain).variance.max() < 1e-10  # type: ignore[union-attr]
+    assert rule_of(pool)(certain).variance.max() < 1e-10
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_sums_and_concatenations() -> None:
     assert_moments(rule_of(Add())(x, y), Add()(first, second))
     assert_moments(rule_of(Cat(1))(x, y), torch.cat([first, second], 1))
     without = rule_of(Add(relu=False))(x, Moments(torch.ones(1, 8)))
-    assert torch.equal(without.variance, x.variance)  # type: ignore[arg-type]
+    assert torch.equal(without.variance, x.variance)
 
 
 @pytest.mark.parametrize(
