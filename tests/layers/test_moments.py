@@ -85,7 +85,7 @@ def test_values_without_noise_pass_as_usual() -> None:
 def test_a_layer_has_the_moments_of_samples(layer: nn.Module, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     if isinstance(layer, nn.BatchNorm2d):
-        layer.running_var.fill_(4.0)  # type: ignore[union-attr]
+        layer.running_var.fill_(4.0)
         layer.weight.fill_(-3.0)
     layer.eval()
     x = gaussian(*shape)
