@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from bqnn.arguments import ArgumentTypeError
 from bqnn.layers.chain import is_chain
-from bqnn.layers.draws import Drawn, Stochastic, held_rows
+from bqnn.layers.draws import DrawnWeights, Stochastic, held_rows
+from bqnn.layers.ensemble import Ensemble
 
 MIN_ROWS = 16  # a matrix product of fewer rows rounds otherwise than one of a full batch
 
@@ -21,6 +22,10 @@ class Passes:
         num_samples: The largest number of draws S.
         prepare: Converts the rows of a batch to inputs; None for the identity.
         room: The number of bytes of activations that may be kept between draws.
+
+    Attributes:
+        has_masks: Whether passes draw random numbers, as MC dropout does.
+        has_open_rows: Whether any row needs more draws; True if there are no rows.
     """
 
     def __init__(
@@ -35,8 +40,8 @@ class Passes:
         self._prepare = prepare
         self._room = room
         self._leading, self._rest = _split_at_first_random(net)
-        self._has_masks = any(
-            isinstance(module, Stochastic) and not isinstance(module, Drawn)
+        self.has_masks = any(
+            isinstance(module, Stochastic) and not isinstance(module, DrawnWeights | Ensemble)
             for module in net.modules()
         )
         self._rows: list[Tensor | None] = [None] * len(batches)  # of each batch; None for all
@@ -45,11 +50,7 @@ class Passes:
         self._max_samples = num_samples
         self._num_samples = torch.full((sum(map(len, batches)),), num_samples)
         self._is_open = torch.ones(len(self._num_samples), dtype=torch.bool)
-
-    @property
-    def has_open_rows(self) -> bool:
-        """Whether any row needs more draws; True if there are no rows."""
-        return len(self._is_open) == 0 or bool(self._is_open.any())
+        self.has_open_rows = True
 
     def run(self) -> None:
         """Compute the outputs of all rows that are left, for the draw that the thread holds."""
@@ -57,7 +58,9 @@ class Passes:
             return
         output_of, outputs = self._outputs(), []
         for place, (batch, rows) in enumerate(zip(self._batches, self._rows, strict=True)):
-            if rows is None or len(rows) > 0:
+            if rows is None:
+                outputs.append(_tensor(output_of(place)))
+            elif len(rows) > 0:
                 with held_rows(rows, len(batch)):
                     outputs.append(_tensor(output_of(place)))
         draw = torch.cat(outputs)
@@ -81,9 +84,10 @@ class Passes:
             return
         self._num_samples[settled] = len(draws)
         self._is_open[settled] = False
+        self.has_open_rows = bool(self._is_open.any())
         open_by_batch = self._is_open.split([len(batch) for batch in self._batches])
         self._rows = [_rows_left(is_open) for is_open in open_by_batch]
-        if self._has_masks:  # a batch draws its masks as long as a later one needs its own
+        if self.has_masks:  # a batch draws its masks as long as a later one needs its own
             last = max((i for i, is_open in enumerate(open_by_batch) if is_open.any()), default=0)
             for place, rows in enumerate(self._rows[:last]):
                 if rows is not None and len(rows) == 0:

@@ -198,7 +198,8 @@ def _predict(
             for index in range(first, last):
                 with posterior, evaluation_draw(net, index, seed, bank) as restart_masks:
                     for place, each in enumerate(passes):
-                        restart_masks()  # masks do not depend on the other sets
+                        if each.has_masks:
+                            restart_masks()  # masks do not depend on the other sets
                         each.run()
                         if progress is not None:
                             progress(len(found) + place, index)
@@ -271,12 +272,11 @@ def evaluation_draw(
     Yields:
         A function to call before each set of rows, which then gets the same masks of MC dropout.
     """
-    generator = _weights_generator(seed, index)
     made = None if bank is None else bank.get(index, seed)
-    mask_seed = stream_seed(seed, Stream.EVALUATION_MASKS, index)
+    generator = _weights_generator(seed, index) if made is None else torch.Generator("cpu")
 
     def restart_masks() -> None:
-        generator.manual_seed(mask_seed)
+        generator.manual_seed(stream_seed(seed, Stream.EVALUATION_MASKS, index))
 
     with held_draw(net, index, generator, made):
         yield restart_masks
