@@ -12,8 +12,14 @@ from torch.optim import Optimizer
 
 from bqnn.arguments import ArgumentError, prefixed, whole_number
 from bqnn.inference.calibration import Calibration
+from bqnn.inference.early_stop import EarlyDraws
 from bqnn.inference.likelihoods import Likelihood
-from bqnn.inference.predict import predictive_sets
+from bqnn.inference.predict import (
+    BATCH_SIZE,
+    Bank,
+    predictive_sets,
+    predictive_until_settled,
+)
 from bqnn.inference.predictions import Prediction
 from bqnn.layers.noise import reseed
 from bqnn.layers.safe_convolutions import guard_backward
@@ -116,6 +122,10 @@ class Method(pl.LightningModule):
         normalize: Callable[[Tensor], Tensor],
         num_samples: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        *,
+        seed: int | None = None,
+        batch_size: int = BATCH_SIZE,
+        bank: Bank | None = None,
     ) -> list[Tensor]:
         """Predict several sets of inputs with the same draws of the network.
 
@@ -123,7 +133,10 @@ class Method(pl.LightningModule):
             sets: Inputs [N_i, ...] that are not normalized yet.
             normalize: Normalizes a batch of inputs.
             num_samples: The number of draws S; the default is `available_samples`.
-            progress: Called with the number of finished and of all batches.
+            progress: Called with the index of a set and of a draw, after each draw of a set.
+            seed: The seed of the draws; None for that of the training.
+            batch_size: The number of rows in a forward pass.
+            bank: Draws of the weights that were made before; None to make them.
 
         Returns:
             Draws of the output [S, N_i, num_outputs] for each set, on the device of the network.
@@ -133,10 +146,57 @@ class Method(pl.LightningModule):
             sets,
             self.available_samples if num_samples is None else num_samples,
             prepare=lambda rows: channels_last(normalize(rows)),
-            seed=self.seed,
+            seed=self.seed if seed is None else seed,
+            batch_size=batch_size,
+            bank=bank,
             progress=progress,
         )
         return draws if self.calibration is None else [self.calibration(each) for each in draws]
+
+    def predictive_until_settled(
+        self,
+        sets: Sequence[Tensor],
+        normalize: Callable[[Tensor], Tensor],
+        max_samples: int,
+        tolerance: float,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        seed: int | None = None,
+        batch_size: int = BATCH_SIZE,
+        bank: Bank | None = None,
+    ) -> list[EarlyDraws]:
+        """Predict several sets of inputs; rows whose prediction has settled make no more draws.
+
+        Args:
+            sets: Inputs [N_i, ...] that are not normalized yet.
+            normalize: Normalizes a batch of inputs.
+            max_samples: The largest number of draws S of a row.
+            tolerance: See `Likelihood.is_settled`.
+            progress: Called with the index of a set and of a draw.
+            seed: The seed of the draws; None for that of the training.
+            batch_size: The number of rows in a forward pass.
+            bank: Draws of the weights that were made before; None to make them.
+        """
+        calibration = self.calibration
+
+        def is_settled(draws: Tensor) -> Tensor:
+            draws = draws if calibration is None else calibration(draws)
+            return self.likelihood.is_settled(draws, tolerance)
+
+        found = predictive_until_settled(
+            self.net,
+            sets,
+            max_samples,
+            is_settled,
+            prepare=lambda rows: channels_last(normalize(rows)),
+            seed=self.seed if seed is None else seed,
+            batch_size=batch_size,
+            bank=bank,
+            progress=progress,
+        )
+        if calibration is None:
+            return found
+        return [each._replace(samples=calibration.by_count(*each)) for each in found]
 
     @property
     def available_samples(self) -> int:
