@@ -13,8 +13,8 @@ import bqnn
 from bqnn.checkpoints.model import Model
 from bqnn.checkpoints.recipe import build
 from bqnn.data import DigitsData
-from bqnn.inference.calibration import DeviationScaling
 from bqnn.inference.answers import ClassificationAnswer, RegressionAnswer
+from bqnn.inference.calibration import DeviationScaling
 
 TABLE = {
     "likelihood": "regression",
