@@ -80,9 +80,30 @@ def test_a_cell_is_trained_quantized_evaluated_and_resumed(
 
 
 def test_a_failed_cell_is_named_and_has_no_rows(tmp_path: Path) -> None:
-    made = plan(tmp_path / "out", [], train=["method.no_such_option=1"])
+    made = plan(tmp_path / "out", ["qat:4,7"], train=["method.no_such_option=1"])
     cell = comparison.Cell("pointwise", "digits", 0)
     assert "train" in made.run(cell)
+    assert not (made.out / str(cell) / "qat_w4a7").exists()
+    assert list(made.rows(cell)) == []
+
+
+def test_a_network_of_a_failed_training_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, cell = plan(tmp_path, ["qat:4,7"]), comparison.Cell("laplace", "mnist", 0)
+    folder = tmp_path / str(cell) / "float"
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text('{"state": "FAILED", "error": "out of memory"}')
+    (folder / "metrics.json").write_text('{"test/error": 0.1, "num_samples": 1}')
+    ran = []
+
+    def fail(verb: str, _: object) -> None:
+        ran.append(verb)
+        raise SystemExit(1)
+
+    monkeypatch.setattr(comparison, "_run", fail)
+    assert made.run(cell).endswith("out of memory")
+    assert ran == ["train"]
     assert list(made.rows(cell)) == []
 
 
