@@ -61,10 +61,8 @@ def conformal(score: str) -> str:
 
 def conformal_errors() -> str:
     """Show how far mean coverages are from the promise, in standard deviations."""
-    rows = _bit_rows()
-    rows["form"] = rows["form"].where(rows["form"] == "float", "int8")
     lines = []
-    for task, own in _by_task(rows):
+    for task, own in _by_task(_read("images").dropna(subset="coverage_lac")):
         for score in ("lac", "aps", "raps"):
             groups = own.groupby(["method", "form", "weight_bits"], dropna=False)
             found = groups[f"coverage_{score}"].agg(["mean", "count"])
