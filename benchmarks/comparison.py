@@ -313,6 +313,22 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a whole number, 1 or more")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a share of targets, above 0 and below 1")
+    return share
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -320,10 +336,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=["digits"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--splits", type=int, help="the number of splits, from 0, of UCI tables")
+    parser.add_argument("--splits", type=_count, help="the number of splits, from 0, of UCI tables")
     parser.add_argument("--forms", nargs="*", type=Form.parse, default=[Form("qat", 4, 7)])
-    parser.add_argument("--alpha", type=float, default=0.1, help="of prediction sets")
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--alpha", type=_share, default=0.1, help="of prediction sets")
+    parser.add_argument("--processes", type=_count, default=1)
     parser.add_argument("--collect", action="store_true", help="only write rows of what is done")
     parser.add_argument("--out", type=Path, default=Path("outputs/comparison"), help="of the runs")
     parser.add_argument("--results", type=Path, default=Path("docs/results/images.csv"))

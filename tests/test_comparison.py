@@ -46,6 +46,27 @@ def test_a_form_that_does_not_exist_is_refused(text: str) -> None:
         comparison.Form.parse(text)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--processes", "0"],
+        ["--splits", "-1"],
+        ["--alpha", "1"],
+        ["--alpha", "nan"],
+        ["--methods", "x"],
+    ],
+)
+def test_mistakes_end_before_any_training(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["comparison.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        comparison.main()
+    assert stop.value.code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_cell_is_trained_quantized_evaluated_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
