@@ -126,37 +126,46 @@ class Plan:
     settings: Mapping[str, Mapping[str, Mapping[str, Sequence[str]]]]
     options: Mapping[str, Sequence[str]]
 
-    def commands(self, cell: Cell) -> Iterator[tuple[str, Path, list[str]]]:
-        """Yield the verb, the folder and the arguments of each run of a cell, in their order."""
+    def commands(self, cell: Cell) -> Iterator[tuple[str, Path, Path | None, list[str]]]:
+        """Yield the runs of a cell in their order.
+
+        Yields:
+            The verb, the folder, the folder of the network that the verb reads, and the arguments.
+        """
         folder = self.out / str(cell)
         split = [] if cell.split is None else [f"task.split={cell.split}"]
         chosen = [f"method={cell.method}", f"task={cell.task}", f"seed={cell.seed}", *split]
-        yield "train", folder / "float", chosen
+        yield "train", folder / "float", None, chosen
         for form in self.forms:
             bits = [f"quant.weight_bits={form[1]}", f"quant.activation_bits={form[2]}"]
-            source = f"checkpoint={folder / 'float'}"
-            yield "quantize", folder / str(form), [source, f"quant.mode={form.mode}", *bits]
+            arguments = [f"quant.mode={form.mode}", *bits]
+            yield "quantize", folder / str(form), folder / "float", arguments
         judged = ["calibrate=temperature", f"conformal={self.alpha}"]
         sets = ["suite=ood", f"suite.ood=[{OTHER.get(cell.task, OTHER_ROWS)}]"]
         for form in (FLOAT, *self.forms):
             numeric = [] if form == FLOAT else ["numeric=int8"]
-            source = f"checkpoint={folder / str(form)}"
-            yield "evaluate", folder / f"{form}_evaluated", [source, *numeric, *judged, *sets]
+            source = folder / str(form)
+            yield "evaluate", folder / f"{form}_evaluated", source, [*numeric, *judged, *sets]
 
     def run(self, cell: Cell) -> str | None:
-        """Run what is missing of a cell, and return the first failure."""
+        """Run what is missing of a cell, and return the first failure.
+
+        What reads the network of a failed run is left out.
+        """
         failures = []
-        for verb, folder, arguments in self.commands(cell):
+        for verb, folder, source, arguments in self.commands(cell):
+            if source is not None and not _is_done(source):
+                continue
+            read = [] if source is None else [f"checkpoint={source}"]
+            where = f"hydra.run.dir={folder}"
             try:
-                _run(verb, [*arguments, *self.more(verb, cell), f"hydra.run.dir={folder}"])
+                _run(verb, [*read, *arguments, *self.more(verb, cell), where])
             except SystemExit as stop:
                 if stop.code == INTERRUPTED:
                     raise
                 status = read_status(folder)
                 reason = None if status is None else status.error
                 failures.append(f"{verb} {folder}: {reason or 'refused, see the output above'}")
-                if verb == "train":  # what it has left is not a trained network
-                    break
         return failures[0] if failures else None
 
     def more(self, verb: str, cell: Cell) -> list[str]:
@@ -166,19 +175,27 @@ class Plan:
         return [*QUIET, *chain(*set_up), *self.options[verb]]
 
     def rows(self, cell: Cell) -> Iterator[dict[str, Any]]:
-        """Yield the results of a cell, a row per form; forms without results are left out."""
+        """Yield the results of a cell, a row per form; forms without results are left out.
+
+        A float network that is not evaluated yet has the metrics of its training.
+        """
         folder = self.out / str(cell)
         other = OTHER.get(cell.task, OTHER_ROWS)
         sizes = [_read(folder / str(form) / "size.json") for form in self.forms]
         float_bytes = next((size["float_bytes"] for size in sizes if size), None)
         for form in (FLOAT, *self.forms):
-            found = _read(folder / f"{form}_evaluated" / "metrics.json")
-            if not found:
+            network, evaluated = folder / str(form), folder / f"{form}_evaluated"
+            if not _is_done(folder / "float") or not _is_done(network):
                 continue
+            if not _is_done(evaluated):
+                if form != FLOAT:
+                    continue
+                evaluated = network
+            found = _read(evaluated / "metrics.json")
             prefix = "" if form == FLOAT else "int8/"
             columns = CLASSES if f"{prefix}test/error" in found else VALUES
-            made = _read(folder / str(form) / "metrics.json")
-            size = _read(folder / str(form) / "size.json").get("packed_bytes", float_bytes)
+            made = _read(network / "metrics.json")
+            size = _read(network / "size.json").get("packed_bytes", float_bytes)
             status = _read(folder / "float" / "status.json")
             yield {
                 **dict(
@@ -186,7 +203,7 @@ class Plan:
                 ),
                 "draws": int(found["num_samples"]),
                 **{
-                    name: _rounded(found[prefix + key.format(other=other)])
+                    name: _rounded(found.get(prefix + key.format(other=other)))
                     for name, key in columns.items()
                 },
                 "training_seconds": _rounded(made.get("time/training_seconds", 0.0)),
@@ -287,8 +304,29 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")
+def _is_done(folder: Path) -> bool:
+    status = read_status(folder)
+    return status is not None and status.state == "DONE"
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a whole number, 1 or more")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a share of targets, above 0 and below 1")
+    return share
 
 
 def _arguments() -> argparse.Namespace:
@@ -298,10 +336,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=["digits"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--splits", type=int, help="the number of splits, from 0, of UCI tables")
+    parser.add_argument("--splits", type=_count, help="the number of splits, from 0, of UCI tables")
     parser.add_argument("--forms", nargs="*", type=Form.parse, default=[Form("qat", 4, 7)])
-    parser.add_argument("--alpha", type=float, default=0.1, help="of prediction sets")
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--alpha", type=_share, default=0.1, help="of prediction sets")
+    parser.add_argument("--processes", type=_count, default=1)
     parser.add_argument("--collect", action="store_true", help="only write rows of what is done")
     parser.add_argument("--out", type=Path, default=Path("outputs/comparison"), help="of the runs")
     parser.add_argument("--results", type=Path, default=Path("docs/results/images.csv"))

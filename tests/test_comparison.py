@@ -46,6 +46,27 @@ def test_a_form_that_does_not_exist_is_refused(text: str) -> None:
         comparison.Form.parse(text)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--processes", "0"],
+        ["--splits", "-1"],
+        ["--alpha", "1"],
+        ["--alpha", "nan"],
+        ["--methods", "x"],
+    ],
+)
+def test_mistakes_end_before_any_training(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["comparison.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        comparison.main()
+    assert stop.value.code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_cell_is_trained_quantized_evaluated_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,9 +101,30 @@ def test_a_cell_is_trained_quantized_evaluated_and_resumed(
 
 
 def test_a_failed_cell_is_named_and_has_no_rows(tmp_path: Path) -> None:
-    made = plan(tmp_path / "out", [], train=["method.no_such_option=1"])
+    made = plan(tmp_path / "out", ["qat:4,7"], train=["method.no_such_option=1"])
     cell = comparison.Cell("pointwise", "digits", 0)
     assert "train" in made.run(cell)
+    assert not (made.out / str(cell) / "qat_w4a7").exists()
+    assert list(made.rows(cell)) == []
+
+
+def test_a_network_of_a_failed_training_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, cell = plan(tmp_path, ["qat:4,7"]), comparison.Cell("laplace", "mnist", 0)
+    folder = tmp_path / str(cell) / "float"
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text('{"state": "FAILED", "error": "out of memory"}')
+    (folder / "metrics.json").write_text('{"test/error": 0.1, "num_samples": 1}')
+    ran = []
+
+    def fail(verb: str, _: object) -> None:
+        ran.append(verb)
+        raise SystemExit(1)
+
+    monkeypatch.setattr(comparison, "_run", fail)
+    assert made.run(cell).endswith("out of memory")
+    assert ran == ["train"]
     assert list(made.rows(cell)) == []
 
 

@@ -346,3 +346,12 @@ def test_a_killed_training_in_graphs_continues_as_if_it_had_not_been(tmp_path: P
     run_script("train", *arguments, "resume=true", f"hydra.run.dir={folder}")
     expected, seen = metrics(tmp_path / "whole"), metrics(folder)
     assert seen["test/nll"] == pytest.approx(expected["test/nll"], abs=0.02)
+
+
+def test_laplace_chooses_its_prior_on_the_device() -> None:
+    method = image_method("laplace", prior="validation")
+    options: dict[str, Any] = {"accelerator": "cpu" if DEVICE == "cpu" else "gpu"}
+    trainer = bare_trainer(1, num_sanity_val_steps=0, inference_mode=False, **options)
+    trainer.fit(method, images(), images())
+    draws = method.eval().predictive(images().inputs.to(method.device))
+    assert not torch.equal(draws[0], draws[1])

@@ -15,7 +15,8 @@ class EarlyDraws(NamedTuple):
     """Draws of rows that may have made different numbers of them.
 
     Attributes:
-        samples: Draws of the output [S, N, num_outputs]. Those that a row did not make are NaN.
+        samples: Draws of the output [S, N, num_outputs], where S is the largest number of draws
+            that a row made. Those that a row did not make are NaN.
         num_samples: The number of draws of each row [N]; a row made the first ones.
     """
 

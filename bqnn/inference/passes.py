@@ -47,7 +47,6 @@ class Passes:
         self._rows: list[Tensor | None] = [None] * len(batches)  # of each batch; None for all
         self._kept: list[Tensor] | None = None
         self._draws: list[Tensor] = []  # [N, ...], NaN where a row was left out
-        self._max_samples = num_samples
         self._num_samples = torch.full((sum(map(len, batches)),), num_samples)
         self._is_open = torch.ones(len(self._num_samples), dtype=torch.bool)
         self.has_open_rows = True
@@ -95,12 +94,13 @@ class Passes:
         self._kept = None
 
     def results(self) -> tuple[Tensor, Tensor]:
-        """Return draws [S, N, ...], NaN where a row made none, and the number of each row [N]."""
+        """Return draws [S, N, ...] and the number of each row [N].
+
+        S is the largest number of draws that a row made; those that a row did not make are NaN.
+        """
         draws = torch.stack(self._draws)
-        if (self._num_samples < self._max_samples).any():
-            missing = self._max_samples - len(draws)
-            draws = torch.cat([draws, draws.new_empty(missing, *draws.shape[1:])])
-            is_made = torch.arange(self._max_samples)[:, None] < self._num_samples
+        is_made = torch.arange(len(draws))[:, None] < self._num_samples
+        if not is_made.all():
             draws[~is_made.to(draws.device)] = torch.nan
         return draws, self._num_samples
 

@@ -160,7 +160,7 @@ def predictive_until_settled(
         ...     return torch.ones(draws.shape[1], dtype=torch.bool)
         >>> (draws,) = predictive_until_settled(net, [torch.zeros(4, 3)], 20, always)
         >>> draws.samples.shape, draws.num_samples
-        (torch.Size([20, 4, 2]), tensor([2, 2, 2, 2]))
+        (torch.Size([2, 4, 2]), tensor([2, 2, 2, 2]))
     """
     found = _predict(net, sets, max_samples, is_settled, prepare, seed, batch_size, bank, progress)
     return [EarlyDraws(*draws) for draws in found]

@@ -187,6 +187,7 @@ FINE_TUNING: Table = {
     "max_epochs": EVERY,
     "seed": maybe(SEED),
     "calibration_batches": EVERY,
+    "imitate": flag(),
     "prior_weight": NOT_NEGATIVE,
     "lr_at_8_bits": POSITIVE,
 }

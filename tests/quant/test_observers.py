@@ -241,9 +241,9 @@ def test_a_state_with_other_channels_is_refused() -> None:
 
 
 def test_unknown_observers_are_refused() -> None:
-    with pytest.raises(ValueError, match="running_minmax, moving_average, histogram"):
+    with pytest.raises(ValueError, match="running_minmax, moving_average, least_squares, histogram"):
         make_observer("median", 0, 7)
-    with pytest.raises(ValueError, match=r"choose one of minmax, running_minmax, moving_average$"):
+    with pytest.raises(ValueError, match=r"choose one of minmax, running_minmax, moving_average, least_squares$"):
         make_observer("histogram", 0, 7, channels=3)
 
 
