@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -119,9 +120,14 @@ def _in_processes(chunks: Sequence[Sequence[str]], form: ImageFormat) -> Iterato
     if num_processes == 1:
         return
     work = (delayed(decode_many)(files, *form) for files in chunks)
+    results = Parallel(num_processes, return_as="generator", batch_size=1)(work)
     try:
-        yield from Parallel(num_processes, return_as="generator", batch_size=1)(work)
+        for chunk in results:  # noqa: UP028 -- `yield from` would close it before `finally`
+            yield chunk
     finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that chunks after an error are not needed
+            results.close()
         get_reusable_executor().shutdown(wait=False)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 LONGEST_NUMBER = 1000  # characters
-DEEPEST = 100  # nested mappings and lists
+DEEPEST = 200  # nested mappings and lists
 TWICE = "a name is there twice in it"
 
 _Parser: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -28,7 +28,7 @@ def parse_yaml(text: str) -> Any:
         ValueError: There are several documents, aliases, tags, merges or keys that are not scalars,
             a key is repeated, or a number has more than 1000 characters.
         yaml.YAMLError: It is not YAML.
-        RecursionError: It is nested more than 100 deep.
+        RecursionError: It is nested more than 200 deep.
 
     Examples:
         >>> parse_yaml("a: [1, x]")

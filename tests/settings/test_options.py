@@ -2,6 +2,7 @@
 
 import math
 from inspect import signature
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -45,20 +46,22 @@ def composed(*overrides: str, verb: str = "train") -> dict:
 @pytest.mark.parametrize("task", group("task"))
 @pytest.mark.parametrize("method", group("method"))
 def test_every_cell_composes(method: str, task: str) -> None:
+    loggers = group("logger")
+    trainers = group("trainer")
+    assert len(trainers) >= len(loggers)  # so that each logger is in a pair
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        for trainer in group("trainer"):
-            for logger in group("logger"):
-                overrides = [f"method={method}", f"task={task}", f"trainer={trainer}"]
-                overrides += [f"logger={logger}", *REQUIRED.get(task, [])]
-                config = plain(compose("train", overrides))
-                assert config["method"]["name"] == method
-                assert config["logger"]["name"] == logger
-                assert config["task"]["dataset"] in DATASETS
-                assert config["net"]["name"] in NETS
-                assert config["trainer"]["max_epochs"] > 0
-                for key in ("check_val_every_n_epoch", "save_every"):
-                    assert key in config["trainer"]
-                make_recipe(config, FACTS)  # the schema knows every option
+        for trainer, logger in zip(trainers, cycle(loggers), strict=False):
+            overrides = [f"method={method}", f"task={task}", f"trainer={trainer}"]
+            overrides += [f"logger={logger}", *REQUIRED.get(task, [])]
+            config = plain(compose("train", overrides))
+            assert config["method"]["name"] == method
+            assert config["logger"]["name"] == logger
+            assert config["task"]["dataset"] in DATASETS
+            assert config["net"]["name"] in NETS
+            assert config["trainer"]["max_epochs"] > 0
+            for key in ("check_val_every_n_epoch", "save_every"):
+                assert key in config["trainer"]
+            make_recipe(config, FACTS)  # the schema knows every option
 
 
 def test_plug_ins_compose_and_have_free_options() -> None:
