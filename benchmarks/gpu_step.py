@@ -5,7 +5,7 @@ those of CIFAR-10. The columns are milliseconds per step, medians:
 
 - hand eager: forward, backward and fused Adam in a loop over one batch on the device;
 - hand graph: the same as one CUDA graph, which is the least that these kernels take;
-- train.py: the whole path (data, augmentation, Lightning), from the time of an epoch;
+- train.py: the whole path (data, augmentation, Lightning), within an epoch after its first steps;
 - compiled: the same with trainer.compile=true.
 
 Then follow epochs of 176 steps with a validation of 5,000 rows, and the time from the start of
@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -56,7 +57,6 @@ def main() -> None:
     is_gpu = arguments.device == "cuda"
     logging.getLogger("bqnn.methods.bbb").setLevel(logging.ERROR)  # sigma does not converge here
     print(torch.cuda.get_device_name() if is_gpu else "CPU", "torch", torch.__version__)
-    torch.backends.cudnn.allow_tf32 = True  # torch's default
 
     print(f"\n{'ms per step':<20} hand eager  hand graph    train.py    compiled  compiled/graph")
     for method in METHODS:
@@ -154,7 +154,7 @@ def _by_us(
 ) -> float:
     """Return the seconds of a step of train.py, without validation."""
     clock = _train(method, precision, data, compiles, arguments)
-    return statistics.median(clock.epochs[1:]) / arguments.steps
+    return statistics.median(clock.steps)
 
 
 def _epoch(method: str, precision: str, compiles: bool, arguments: argparse.Namespace) -> float:
@@ -185,18 +185,37 @@ def _train(
 
 
 class _Clock(pl.Callback):
-    """Times epochs, from end to end."""
+    """Times whole epochs, and the steps of an epoch after the first ones."""
+
+    FIRST = 5  # steps
 
     def __init__(self) -> None:
         self.epochs: list[float] = []
+        self.steps: list[float] = []
+        self._first_steps: tuple[float, int] | None = None
         self._start = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
+        now = _now(pl_module)
         self.epochs.append(now - self._start)  # the first entry is the start
         self._start = now
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, _: Any, __: Any, index: int
+    ) -> None:
+        last = int(trainer.num_training_batches) - 1
+        if index == min(self.FIRST, last - 1):
+            self._first_steps = _now(pl_module), index
+        elif index == last and self._first_steps and trainer.current_epoch > 0:
+            start, first = self._first_steps
+            self.steps.append((_now(pl_module) - start) / (last - first))
+
+
+def _now(module: pl.LightningModule) -> float:
+    """Return the time, after the device has finished."""
+    if module.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _start_up(arguments: argparse.Namespace) -> None:

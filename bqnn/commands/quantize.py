@@ -29,7 +29,7 @@ from bqnn.jobs.isolation import leave_as_found
 from bqnn.jobs.job import Job
 from bqnn.jobs.parts import run_parts
 from bqnn.jobs.terminal import say
-from bqnn.methods import Method
+from bqnn.methods import MemberTraining, Method
 from bqnn.quant.callback import (
     calibrate_module,
     fine_tuning_optimizer,
@@ -178,6 +178,14 @@ def prepare_fine_tuning(options: Mapping[str, Any], model: Method, data: TensorD
     """Return the method that fine-tunes a trained one, and give the data its order of rows."""
     tuning = options["fine_tuning"]
     model = model.fine_tuning(fine_tuning_optimizer(options), tuning["prior_weight"])
+    if tuning["imitate"]:
+        if not isinstance(model, MemberTraining):
+            raise ValueError(
+                "quant.fine_tuning.imitate=true: only the members of an ensemble (method=sghmc, "
+                f"ensemble) imitate their networks, and this is {type(model).__name__}; leave it "
+                "out"
+            )
+        model.imitate_members()
     data.order = Stream.FINE_TUNING_ORDER
     if tuning["seed"] is not None:  # for batches and noise; validation rows are unchanged
         model.seed = data.seed = tuning["seed"]

@@ -122,7 +122,7 @@ def _in_processes(chunks: Sequence[Sequence[str]], form: ImageFormat) -> Iterato
     try:
         yield from Parallel(num_processes, return_as="generator", batch_size=1)(work)
     finally:
-        get_reusable_executor().shutdown()
+        get_reusable_executor().shutdown(wait=False)
 
 
 def _raised(chunk: Chunk) -> list[np.ndarray]:

@@ -7,7 +7,7 @@ STAGES = ("float", "finetuned", "unquantized", "simulated", "int8")
 _COMPARED = ("error", "nll", "nll_mixture", "ape", "mi", "ece", "rmse")
 _OF_SETS = (
     *(*_COMPARED, "std", "epistemic_std", "auroc_entropy", "auroc_mi", "auroc_std"),
-    *("coverage_lac", "size_lac", "coverage_cqr", "width_cqr"),
+    *("coverage_lac", "size_lac", "coverage_cqr", "width_cqr", "num_samples"),
 )
 
 

@@ -36,6 +36,19 @@ class Calibration(ABC):
     def __call__(self, draws: Tensor) -> Tensor:
         """Calibrate draws [S, N, num_outputs]; the result has their dtype and device."""
 
+    def by_count(self, draws: Tensor, num_samples: Tensor) -> Tensor:
+        """Calibrate draws of rows that made different numbers of them.
+
+        Args:
+            draws: Draws [S, N, num_outputs], NaN where a row made none.
+            num_samples: The number of draws of each row [N].
+        """
+        calibrated = draws.clone()
+        for count in num_samples.unique().tolist():
+            is_row = num_samples == count
+            calibrated[:count, is_row] = self(draws[:count])[:, is_row]
+        return calibrated
+
     @abstractmethod
     def fits(self, likelihood: Likelihood) -> bool:
         """Return whether draws of this likelihood can be calibrated."""

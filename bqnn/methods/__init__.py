@@ -6,7 +6,7 @@ from bqnn.methods.compiled import CompileSteps
 from bqnn.methods.ensemble import DeepEnsemble
 from bqnn.methods.laplace import Laplace
 from bqnn.methods.mcdropout import MCDropoutMethod
-from bqnn.methods.members import MemberTuning
+from bqnn.methods.members import MemberTraining, MemberTuning
 from bqnn.methods.pointwise import Pointwise
 from bqnn.methods.posthoc import PostHocGaussian
 from bqnn.methods.sghmc import SGHMCEnsemble
@@ -21,6 +21,7 @@ __all__ = [
     "DeepEnsemble",
     "Laplace",
     "MCDropoutMethod",
+    "MemberTraining",
     "MemberTuning",
     "Method",
     "Pointwise",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bqnn.layers.markers import Quantized
 from bqnn.methods.base import Method
 from bqnn.methods.graphs import GraphedSteps
-from bqnn.methods.terms import Terms
+from bqnn.methods.terms import Gradients, Terms
 from bqnn.text import one_line, short
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ class CompileSteps(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Method)
+        if isinstance(pl_module.compiled_terms, GraphedSteps):
+            pl_module.zero_grad()  # gradients are in the memory of the graphs
         pl_module.compiled_terms = None
 
     def on_exception(
@@ -59,6 +61,7 @@ class CompiledSteps:
 
     def __init__(self, method: Method) -> None:
         self.method = method
+        self.gradients: Gradients | None = None  # the backward pass is not part of it
         self.forwards = {
             net: torch.compile(net.forward, dynamic=False) for net in method.trained_networks()
         }
@@ -83,6 +86,8 @@ class CompiledSteps:
 def _reason_against(trainer: pl.Trainer, method: Method) -> str | None:
     if trainer.world_size > 1:
         return "several devices train the network"
+    if trainer.accumulate_grad_batches > 1:
+        return "gradients of several batches are accumulated"
     if any(isinstance(module, Quantized) for module in method.net.modules()):
         return "the network has fake quantization, whose ranges follow the data"
     return None

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bqnn.methods.given_gradients import with_gradients
-from bqnn.methods.terms import Terms
+from bqnn.methods.terms import Gradients, Terms
 from bqnn.text import one_line, short
 
 if TYPE_CHECKING:
@@ -36,6 +35,10 @@ class GraphedSteps:
 
     Args:
         method: The method, on a GPU.
+
+    Attributes:
+        gradients: The parameters and gradients of the last step, which the next step overwrites.
+            None if it ran without a graph.
     """
 
     def __init__(self, method: Method) -> None:
@@ -43,6 +46,7 @@ class GraphedSteps:
         self.graphs: dict[object, _Graph] = {}
         self.pool = torch.cuda.graph_pool_handle()  # graphs never run at the same time
         self.can_capture = True
+        self.gradients: Gradients | None = None
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Terms:
         """Return the terms of the loss, as `Method.loss_terms` does."""
@@ -51,7 +55,9 @@ class GraphedSteps:
             self._capture(key, inputs, targets)
         graph = self.graphs.get(key)
         if graph is None:
+            self.gradients = None
             return self.method.loss_terms(inputs, targets)
+        self.gradients = graph.gradients
         return graph.replay(inputs, targets)
 
     def _capture(self, key: object, inputs: Tensor, targets: Tensor) -> None:
@@ -78,6 +84,7 @@ class _Graph:
             for name, value in method.step_numbers().items()
         }
         self.params = [param for param in method.parameters() if param.requires_grad]
+        self.gradients: Gradients = []
         with method.numbers_given(self.numbers):
             with _nothing_changed(method):
                 self._warm_up()
@@ -91,10 +98,7 @@ class _Graph:
         for name, value in self.method.step_numbers().items():
             self.numbers[name].fill_(value)
         self.graph.replay()
-        terms: Terms = dict(zip(self.names, self.values.clone().unbind(), strict=True))
-        loss = terms["loss"]
-        assert isinstance(loss, Tensor)
-        return {**terms, "loss": with_gradients(loss, self.params, self.gradients)}
+        return dict(zip(self.names, self.values.clone().unbind(), strict=True))
 
     def _warm_up(self) -> None:
         """Run the step on another stream, and refuse one that waits for the device."""
@@ -119,18 +123,15 @@ class _Graph:
                 for term in terms.values()
             ]
         )
-        found = [
+        self.gradients = [
             (param, gradient)
             for param, gradient in zip(self.params, gradients, strict=True)
             if gradient is not None
         ]
-        self.params = [param for param, _ in found]
-        self.gradients = [gradient for _, gradient in found]
 
     def _step(self) -> tuple[Terms, tuple[Tensor | None, ...]]:
         terms = self.method.loss_terms(self.inputs, self.targets)
-        loss = terms["loss"]
-        assert isinstance(loss, Tensor)
+        loss = self.method.weighted(terms, len(self.targets))
         with torch.autocast(loss.device.type, enabled=False):  # as Lightning's backward pass
             gradients = torch.autograd.grad(loss, self.params, allow_unused=True)
         return terms, gradients

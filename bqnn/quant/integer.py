@@ -148,6 +148,9 @@ class IntegerDropout(Stochastic):
     def forward(self, x: Tensor) -> Tensor:
         if self.dropout.rate == 0:
             return x
+        if not self.engine.holds(x):  # outside of the integers
+            dropped: Tensor = self.dropout(x)
+            return dropped
         kept = self.dropout.kept(self.engine.integers(x))
         return self.engine.keep(x, kept, 1 / (1 - self.dropout.rate))
 

@@ -47,6 +47,8 @@ DISTORTIONS = (
 )
 UNFAMILIAR = ("fashion_mnist", "mnist", "svhn", "uniform", "inverted", "out_of_range")
 
+PREDICTIVE = ("draws", "moments")
+
 Table = Mapping[str, Rule]
 
 COLUMN = either(whole(-10_000_000, 10_000_000), text())
@@ -64,6 +66,9 @@ JOB: Table = {
     "save_calibrated": flag(),
     "conformal": maybe(real(0, 1, without=(0, 1))),
     "num_samples": maybe(DRAWS),
+    "max_samples": maybe(DRAWS),
+    "tolerance": maybe(NOT_NEGATIVE),
+    "predictive": one_of(*PREDICTIVE),
     "numeric": maybe(one_of("unquantized", "simulated", "int8")),
     "select": one_of("all", "best"),
     "format": one_of("onnx"),
@@ -182,6 +187,7 @@ FINE_TUNING: Table = {
     "max_epochs": EVERY,
     "seed": maybe(SEED),
     "calibration_batches": EVERY,
+    "imitate": flag(),
     "prior_weight": NOT_NEGATIVE,
     "lr_at_8_bits": POSITIVE,
 }

@@ -243,3 +243,17 @@ def test_a_control_needs_a_fine_tuning(
     )
     assert code == 1
     assert "quant.control=true: quant.mode=ptq trains nothing" in errors
+
+
+def test_members_imitate_their_own_networks(
+    trained: Path, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    imitate = "quant.fine_tuning.imitate=true"
+    for method, expected in (("sghmc", 0), ("bbb", 1)):
+        checkpoint = f"checkpoint={trained}/{method}_0/checkpoint.ckpt"
+        arguments = ["plots=false", *QUICK, f"hydra.run.dir={method}"]
+        code, errors = script_here("quantize", checkpoint, imitate, *arguments)
+        assert code == expected, errors
+    assert f"{imitate}: only the members of an ensemble" in errors
+    metrics = json.loads((tmp_path / "sghmc" / "metrics.json").read_text())
+    assert metrics["int8/test/nll"] == metrics["simulated/test/nll"]

@@ -25,7 +25,7 @@ class RepeatedCode:
         with self.owner.method.numbers_given(self.owner.numbers):
             terms, gradients = self.owner._step()
         found = [gradient for gradient in gradients if gradient is not None]
-        for old, new in zip(self.owner.gradients, found, strict=True):
+        for (_, old), new in zip(self.owner.gradients, found, strict=True):
             old.copy_(new)
         values = [torch.as_tensor(term).detach() for term in terms.values()]
         self.owner.values.copy_(torch.stack(values))

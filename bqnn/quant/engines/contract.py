@@ -273,6 +273,13 @@ def layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_last else torch.contiguous_format
 
 
+def is_dense(x: Tensor) -> bool:
+    """Return whether the elements of a tensor fill its memory without gaps or repetition."""
+    return x.is_contiguous() or (
+        x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
 def output_shape(
     inputs: Sequence[int], weight: Sequence[int], geometry: Geometry | None
 ) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from bqnn.quant.engines.contract import (
     Packed,
     Weight,
     in_batch,
+    is_dense,
     layout,
 )
 from bqnn.quant.engines.rounding import Rounding
@@ -107,7 +108,7 @@ class QuantizedTensors(LayerEngine):
 
     def add(self, x: Tensor, y: Tensor, output: ActivationGrid, relu: bool) -> Tensor:
         run = torch.ops.quantized.add_relu if relu else torch.ops.quantized.add
-        return clamped(run(x, y, output.scale, output.zero_point), output)
+        return clamped(run(*_alike(x, y), output.scale, output.zero_point), output)
 
     def moved(self, x: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
         return self.wrap(move(_memory(x)), *self.grid(x))
@@ -185,6 +186,15 @@ def clamped(x: Tensor, grid: ActivationGrid) -> Tensor:
     if grid.quant_max < 255:
         _memory(x).clamp_(max=grid.quant_max)
     return x
+
+
+def _alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return summands in one shape and layout; torch rounds some ties of others differently."""
+    if x.shape != y.shape:
+        shape = torch.broadcast_shapes(x.shape, y.shape)
+        x, y = x.expand(shape), y.expand(shape)
+    x = x if is_dense(x) else x.contiguous()
+    return x, y if y.stride() == x.stride() else y.contiguous(memory_format=layout(x))
 
 
 def _memory(x: Tensor) -> Tensor:

@@ -97,7 +97,8 @@ class PackedWeight(Packed):
         summand = plain(other)
         # The kernel may write its outputs in place of the other activations.
         if self.weight.geometry is None:
-            summand = summand.reshape(-1, summand.shape[-1]).clone()
+            summand = summand.reshape(-1, summand.shape[-1])
+            summand = summand.clone(memory_format=torch.contiguous_format)
             run = torch.ops.onednn.qlinear_pointwise.binary
             out = run(*inputs, summand, bias, *outputs, [], "")
         else:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bqnn.quant.engines import rounding
-from bqnn.quant.engines.contract import ActivationGrid, Layer, LayerEngine
+from bqnn.quant.engines.contract import ActivationGrid, Layer, LayerEngine, is_dense
 from bqnn.quant.grids import UNTRACED, Grid, OnGrid, plain
 
 RELUS_INPLACE = (torch.relu_, Tensor.relu_)
@@ -132,7 +132,7 @@ class PlainEngine(LayerEngine):
         (s_x, z_x), (s_y, z_y) = self.grid(x), self.grid(y)
         low = 0 if relu else -zero_point
         a, b = torch.broadcast_tensors(plain(x), plain(y))
-        if not _is_dense(a):
+        if not is_dense(a):
             a = a.contiguous()
         if a.stride() != b.stride():
             b = torch.empty_like(a).copy_(b)
@@ -143,13 +143,6 @@ class PlainEngine(LayerEngine):
             steps = rounding.plain_sum(*summands, scale)
             target.copy_(steps.clamp_(low, quant_max - zero_point).add_(zero_point))
         return self.wrap(out, scale, zero_point)
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Return whether the elements of a tensor fill its memory without gaps or repetition."""
-    return x.is_contiguous() or (
-        x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    )
 
 
 def _in_memory_order(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from bqnn.layers.dropout import to_mcdropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.markers import Add, DropoutSite, Enter, Leave
 from bqnn.quant.engines import engine, usable_engine
+from bqnn.quant.engines.contract import ActivationGrid, LayerEngine
 from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import convert
 from bqnn.quant.quantize import prepare_qat, quantize
@@ -64,6 +65,9 @@ SUMS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "a layer that broadcasts": lambda m, x: m.conv(x[:, :, :1]) + x,
     "an input that broadcasts": lambda m, x: m.conv(x) + x[:, :, :1],
     "linear": lambda m, x: (y := x[:, :, 0, 0]) + m.linear(y),
+    "linear of pixels that are a view": lambda m, x: (
+        m.linear(y := x.flatten(2).transpose(1, 2)) + y
+    ).transpose(1, 2),
     "linear of pixels, relu": lambda m, x: torch.relu(m.linear(y := x.movedim(1, 3)) + y),
 }
 
@@ -302,6 +306,38 @@ class EngineContract:
         torch.manual_seed(0)
         x = torch.randn(8, 3, 6, 6)
         made = calibrated(to_mcdropout(Block(), 0.25), x, engine=self.name)
+        assert_same_integers(made, x)
+
+    @pytest.mark.parametrize(
+        "view",
+        [lambda x: x.transpose(1, 2), lambda x: x.transpose(1, 2)[:, :1], lambda x: x[..., :1]],
+        ids=["transposed", "row", "column"],
+    )
+    def test_sums_of_views_round_as_those_of_their_copies(
+        self, view: Callable[[Tensor], Tensor]
+    ) -> None:
+        chosen = engine(self.name)
+        if not isinstance(chosen, LayerEngine):
+            return
+        generator = torch.Generator().manual_seed(0)
+        output = ActivationGrid(0.2, 7, 255)
+        for _ in range(8):
+            x, y = torch.randint(0, 255, (2, 1, 64, 64), generator=generator).byte()
+            whole = chosen.wrap(view(y).expand(x.shape).contiguous(), 0.07, 5)
+            first, second = chosen.wrap(x, 0.1, 3), view(chosen.wrap(y, 0.07, 5))
+            for relu in (False, True):
+                expected = chosen.integers(chosen.add(first, whole, output, relu))
+                for summands in ((first, second), (second, first)):
+                    got = chosen.integers(chosen.add(*summands, output, relu))
+                    assert torch.equal(got, expected)
+
+    def test_dropout_outside_of_the_integers(self) -> None:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 4), nn.ReLU(), nn.Dropout(0.5))
+        net.extend([nn.Linear(4, 64), nn.Dropout(0.5)])
+        x = torch.randn(16, 6)
+        spec = QuantSpec(engine=self.name, activation_observer="minmax")
+        made = calibrate(prepare_qat(to_mcdropout(net, None).eval(), spec), [x]).eval()
         assert_same_integers(made, x)
 
     @pytest.mark.parametrize("other", ENGINES)
