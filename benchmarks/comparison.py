@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import chain, product
 from pathlib import Path
@@ -180,35 +180,24 @@ class Plan:
         A float network that is not evaluated yet has the metrics of its training.
         """
         folder = self.out / str(cell)
-        other = OTHER.get(cell.task, OTHER_ROWS)
         sizes = [_read(folder / str(form) / "size.json") for form in self.forms]
         float_bytes = next((size["float_bytes"] for size in sizes if size), None)
+        hardware = _read(folder / "float" / "status.json").get("gpu") or "CPU"
         for form in (FLOAT, *self.forms):
             network, evaluated = folder / str(form), folder / f"{form}_evaluated"
-            if not _is_done(folder / "float") or not _is_done(network):
-                continue
-            if not _is_done(evaluated):
-                if form != FLOAT:
-                    continue
+            if form == FLOAT and not _is_done(evaluated):
                 evaluated = network
-            found = _read(evaluated / "metrics.json")
-            prefix = "" if form == FLOAT else "int8/"
-            columns = CLASSES if f"{prefix}test/error" in found else VALUES
-            made = _read(network / "metrics.json")
-            size = _read(network / "size.json").get("packed_bytes", float_bytes)
-            status = _read(folder / "float" / "status.json")
+            if not all(map(_is_done, (folder / "float", network, evaluated))):
+                continue
+            place = (cell.task, cell.split, cell.method, cell.seed, *form)
+            found, made = _read(evaluated / "metrics.json"), _read(network / "metrics.json")
             yield {
-                **dict(
-                    zip(KEY, (cell.task, cell.split, cell.method, cell.seed, *form), strict=True)
-                ),
+                **dict(zip(KEY, place, strict=True)),
                 "draws": int(found["num_samples"]),
-                **{
-                    name: _rounded(found.get(prefix + key.format(other=other)))
-                    for name, key in columns.items()
-                },
+                **_columns(cell.task, form, found),
                 "training_seconds": _rounded(made.get("time/training_seconds", 0.0)),
-                "bytes": size,
-                "hardware": status.get("gpu") or "CPU",
+                "bytes": _read(network / "size.json").get("packed_bytes", float_bytes),
+                "hardware": hardware,
             }
 
 
@@ -275,15 +264,11 @@ def _results(
         return
     context = multiprocessing.get_context("spawn")  # a fork cannot use the GPU
     with ProcessPoolExecutor(processes, context, _start, (plan.out,)) as pool:
-        futures: dict[Future[str | None], Cell] = _submitted(pool, plan, cells)
+        futures = {pool.submit(plan.run, cell): cell for cell in cells}
         for future in as_completed(futures):
             error = future.exception()
             failure = future.result() if error is None else f"{type(error).__name__}: {error}"
             yield futures[future], failure
-
-
-def _submitted(pool: Executor, plan: Plan, cells: Sequence[Cell]) -> dict[Future[str | None], Cell]:
-    return {pool.submit(plan.run, cell): cell for cell in cells}
 
 
 def _start(out: Path) -> None:
@@ -297,6 +282,14 @@ def _run(verb: str, arguments: list[str]) -> None:
     from bqnn.commands import main as run
 
     run(verb, arguments)
+
+
+def _columns(task: str, form: Form, found: Mapping[str, float]) -> dict[str, float | None]:
+    """Return the columns of a row, from the metrics of an evaluation; None for one that lacks."""
+    prefix = "" if form == FLOAT else "int8/"
+    other = OTHER.get(task, OTHER_ROWS)
+    columns = CLASSES if f"{prefix}test/error" in found else VALUES
+    return {n: _rounded(found.get(prefix + key.format(other=other))) for n, key in columns.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:
