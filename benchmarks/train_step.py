@@ -111,7 +111,8 @@ def _lightning_and_hand(
     method: str, task: str, data: TensorData, pairs: int
 ) -> tuple[list[float], list[float]]:
     """Return the seconds of epochs through Lightning, and of the same steps by hand after each."""
-    config = configuration(method, task, "trainer.save_every=1e9")
+    overrides = ["method.prior=marginal_likelihood"] if method == "laplace" else []
+    config = configuration(method, task, "trainer.save_every=1e9", *overrides)
     config["trainer"]["max_epochs"] = pairs + 3
     model, twin = (build(make_recipe(config, data.facts())) for _ in range(2))
     by_hand = _HandEpochs(twin, data)

@@ -25,10 +25,19 @@ from bqnn.evaluation.results import (
     write_predictions,
     write_uncertainty,
 )
-from bqnn.evaluation.suite import EvaluationSet, Findings, judge, make_sets, validation_set
+from bqnn.evaluation.suite import (
+    EvaluationSet,
+    Findings,
+    judge,
+    make_sets,
+    predict_sets_once,
+    validation_set,
+)
 from bqnn.evaluation.tables import suite_table
 from bqnn.inference.calibration import check_calibration, fit_calibration
 from bqnn.inference.conformal import conformal_rank
+from bqnn.inference.early_stop import check_early_stop
+from bqnn.inference.moments import NUM_SAMPLES
 from bqnn.inference.predictions import Prediction
 from bqnn.jobs.isolation import leave_as_found
 from bqnn.jobs.job import Job
@@ -36,7 +45,7 @@ from bqnn.jobs.parts import run_parts
 from bqnn.jobs.terminal import say
 from bqnn.methods import Method
 from bqnn.training.loggers import log_figures, log_final, log_uncertain, make_loggers
-from bqnn.training.process import prepare_torch
+from bqnn.training.process import find_device, prepare_torch
 from bqnn.training.trainer import refuse_devices
 
 FILES = ("predictions.npz", "uncertainty.npz", "risk_coverage.csv")
@@ -52,12 +61,30 @@ class Judged:
 
 
 def check(config: dict[str, Any], is_sweep: bool) -> None:
-    """Refuse several devices, a GPU that does not exist, and a calibration that cannot be saved.
+    """Refuse several devices, a GPU that does not exist, and options that contradict each other.
 
     Raises:
         ValueError: The devices or the options are refused.
     """
     refuse_devices(config["trainer"], allow_several=False)
+    tolerance = check_early_stop(*(config[k] for k in ("num_samples", "max_samples", "tolerance")))
+    if config["predictive"] == "moments" and config["numeric"] == "int8":
+        raise ValueError(
+            "predictive=moments with numeric=int8: integers have no variances; choose "
+            "numeric=simulated, or predictive=draws"
+        )
+    if tolerance is not None and config["predictive"] == "moments":
+        raise ValueError(
+            f"tolerance={tolerance} with predictive=moments: one pass cannot stop early; leave "
+            "one of the two out"
+        )
+    if tolerance is not None:
+        for key in ("convergence", "conformal", "calibrate"):
+            if config[key]:
+                raise ValueError(
+                    f"tolerance={tolerance} with {key}: it needs all draws of each row; leave out "
+                    "one of the two"
+                )
     if config["save_calibrated"] and config["calibrate"] is None:
         raise ValueError(
             "save_calibrated=true: there is no calibration to save; add calibrate=temperature"
@@ -85,7 +112,8 @@ def evaluate(job: Job) -> None:
     """Evaluate one network and write its results."""
     leave_as_found(job)
     model = load_model(job)
-    num_samples = model.check_samples(job.config["num_samples"])
+    is_single = job.config["predictive"] == "moments"
+    num_samples = requested_samples(job, model)
     data = make_data(job.config, model.recipe)
     if job.config["calibrate"] is not None:
         check_calibration(job.config["calibrate"], model.likelihood)
@@ -93,14 +121,22 @@ def evaluate(job: Job) -> None:
     sets, fitted_on = make_sets(data, job.config["suite"]), fitting_set(job, data)
     loggers = make_loggers(job)
     numeric = job.config["numeric"]
-    predictions = predict(
-        job, numeric or "float", model, {**sets, **fitted_on}, data.normalize, num_samples
-    )
+    to_predict, factor = {**sets, **fitted_on}, {}
+    if is_single:
+        rows = (data.train if data.val is None else data.val).inputs
+        predictions, found = predict_sets_once(model, to_predict, data.normalize, rows, num_samples)
+        factor = {"moments/factor": found}
+    else:
+        tolerance = job.config["tolerance"]
+        predictions = predict(
+            job, numeric or "float", model, to_predict, data.normalize, num_samples, tolerance
+        )
     judged = {"": Judged(model, judge_sets(job, predictions, sets))}
     if job.config["calibrate"] is not None:
         judged[CALIBRATED] = calibrate(job, model, predictions, sets)
     prefix = "" if numeric is None else f"{numeric}/"
-    metrics = {f"{prefix}{name}": value for name, value in all_metrics(job, judged).items()}
+    found_metrics = {**all_metrics(job, judged), **factor}
+    metrics = {f"{prefix}{name}": value for name, value in found_metrics.items()}
     metrics["num_samples"] = num_samples
 
     files = write_results(job, loggers, data, judged, metrics)
@@ -108,15 +144,28 @@ def evaluate(job: Job) -> None:
     if CALIBRATED in judged:
         say(f"\ncalibrated by {job.config['calibrate']}, as in calibration.json:")
         say(suite_table(judged[CALIBRATED].findings.metrics))
-    say(f"\n{num_samples} draws; results in {job.folder}")
+    most = "" if job.config["tolerance"] is None else "at most "
+    how = " from the moments of a single pass" if is_single else ""
+    say(f"\n{most}{num_samples} draws{how}; results in {job.folder}")
     require_results(job.folder, metrics, files)
+
+
+def requested_samples(job: Job, model: Method) -> int:
+    """Return the number of draws of each row, or their largest number if rows stop early."""
+    if job.config["predictive"] == "moments":
+        return job.config["num_samples"] or NUM_SAMPLES
+    if job.config["tolerance"] is None:
+        return model.check_samples(job.config["num_samples"])
+    with renamed(lambda name: "max_samples" if name == "num_samples" else name):
+        return model.check_samples(job.config["max_samples"])
 
 
 def load_model(job: Job) -> Method:
     """Load the network in the configured numeric. int8 runs on the CPU only."""
-    accelerator, numeric = prepare_torch(job), job.config["numeric"]
+    prepare_torch(job)
+    numeric = job.config["numeric"]
     model = load(job.config["checkpoint"], numeric, trust=job.config["trust"])
-    return model if accelerator == "cpu" or numeric == "int8" else model.cuda()
+    return model if numeric == "int8" else model.to(find_device(job.config["trainer"]))
 
 
 def fitting_set(job: Job, data: TensorData) -> dict[str, EvaluationSet]:

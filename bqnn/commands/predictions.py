@@ -18,6 +18,7 @@ def predict(
     sets: Mapping[str, EvaluationSet],
     normalize: Callable[[Tensor], Tensor],
     num_samples: int,
+    tolerance: float | None = None,
 ) -> dict[str, Prediction]:
     """Predict sets of rows, and show the progress over sets and draws.
 
@@ -28,10 +29,11 @@ def predict(
         sets: The sets by name.
         normalize: Converts raw inputs to inputs of the network.
         num_samples: The number of draws.
+        tolerance: Lets rows stop early, after at most that number of draws; None for all draws.
 
     Returns:
         The predictions by name.
     """
     is_shown = job.config["trainer"]["progress_bar"]
     with evaluation_progress(numeric, list(sets), num_samples, is_shown) as progress:
-        return predict_sets(model, sets, normalize, num_samples, progress)
+        return predict_sets(model, sets, normalize, num_samples, progress, tolerance)

@@ -74,7 +74,8 @@ def write_predictions(folder: Path, prediction: Prediction) -> None:
     """Write predictions.npz: `targets` [N] and `samples` [S, N, ...], the outputs of the network.
 
     If the samples take more than 32 MiB, `mean` [N, ...] replaces them: the mean over the draws of
-    the class probabilities, or of the predicted mean and log variance.
+    the class probabilities, or of the predicted mean and log variance. After an early stop,
+    `num_samples` [N] has the number of draws of each row, and its other samples are NaN.
     """
     samples, targets = prediction.samples.float(), prediction.targets
     assert targets is not None
@@ -83,21 +84,27 @@ def write_predictions(folder: Path, prediction: Prediction) -> None:
     else:
         is_logits = not targets.is_floating_point()
         values = samples.softmax(-1) if is_logits else samples.double()  # float32 may overflow
-        arrays = {"mean": values.mean(0).float().numpy()}
+        mean = values.mean(0) if prediction.num_samples is None else values.nanmean(0)
+        arrays = {"mean": mean.float().numpy()}
+    if prediction.num_samples is not None:
+        arrays["num_samples"] = prediction.num_samples.numpy()
     _write_arrays(folder / "predictions.npz", {"targets": targets.numpy(), **arrays})
 
 
 def write_uncertainty(folder: Path, predictions: Mapping[str, Prediction]) -> None:
     """Write uncertainty.npz: the prediction and the uncertainty of each row of each set.
 
-    For each set, the file has `<set>/targets` if there are targets, and all of
-    `Likelihood.summary`: class probabilities (float32), entropy and its parts, or a mean and its
-    standard deviations (float64, because original units can exceed the range of float32).
+    For each set, the file has `<set>/targets` if there are targets, `<set>/num_samples` after an
+    early stop, and all of `Likelihood.summary`: class probabilities (float32), entropy and its
+    parts, or a mean and its standard deviations (float64, because original units can exceed the
+    range of float32).
     """
     arrays = {}
     for name, each in predictions.items():
         if each.targets is not None:
             arrays[f"{name}/targets"] = each.targets.numpy()
+        if each.num_samples is not None:
+            arrays[f"{name}/num_samples"] = each.num_samples.numpy()
         for key, values in each.summary.items():
             arrays[f"{name}/{key}"] = (values.float() if values.dim() > 1 else values).numpy()
     _write_arrays(folder / "uncertainty.npz", arrays)

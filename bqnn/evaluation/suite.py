@@ -17,9 +17,11 @@ from bqnn.data.images import ImageData
 from bqnn.data.ood import ood_sets
 from bqnn.evaluation.conformal import SetPredictor, conformal_metrics, conformal_rows
 from bqnn.inference.likelihoods import Classification
+from bqnn.inference.moments import NUM_SAMPLES, SinglePass
 from bqnn.inference.predictions import Prediction, score, score_uncertainty, with_non_finite
 from bqnn.inference.ranking import AUGRC, AURC, FPR95, RiskCoverage, detection_metrics
 from bqnn.methods import Method
+from bqnn.methods.base import channels_last
 
 LEVELS = range(1, 6)
 SPLITS = ("train", "val", "test")
@@ -126,6 +128,7 @@ def predict_sets(
     normalize: Callable[[Tensor], Tensor],
     num_samples: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    tolerance: float | None = None,
 ) -> dict[str, Prediction]:
     """Predict several sets with the same draws.
 
@@ -135,16 +138,62 @@ def predict_sets(
         normalize: Converts raw inputs to inputs of the network, as `TensorData.normalize` does.
         num_samples: The number of draws S; None for the default of the method.
         progress: Called with the index of a set and of a draw after each prediction.
+        tolerance: Lets rows stop early, see `Method.predictive_until_settled`; None makes all
+            draws.
 
     Returns:
         The predictions by name, on the CPU.
     """
     inputs = [each.inputs.to(model.device) for each in sets.values()]
-    draws = model.predictive_sets(inputs, normalize, num_samples, progress)
+    if tolerance is None:
+        draws = model.predictive_sets(inputs, normalize, num_samples, progress)
+        return {
+            name: Prediction(model.likelihood, samples.cpu(), each.targets)
+            for (name, each), samples in zip(sets.items(), draws, strict=True)
+        }
+    max_samples = model.check_samples(num_samples)
+    early = model.predictive_until_settled(inputs, normalize, max_samples, tolerance, progress)
     return {
-        name: Prediction(model.likelihood, samples.cpu(), each.targets)
-        for (name, each), samples in zip(sets.items(), draws, strict=True)
+        name: Prediction(model.likelihood, draws.samples.cpu(), each.targets, draws.num_samples)
+        for (name, each), draws in zip(sets.items(), early, strict=True)
     }
+
+
+def predict_sets_once(
+    model: Method,
+    sets: Mapping[str, EvaluationSet],
+    normalize: Callable[[Tensor], Tensor],
+    fitted_on: Tensor,
+    num_samples: int | None = None,
+) -> tuple[dict[str, Prediction], float]:
+    """Predict several sets by the moments of the outputs, see `bqnn.inference.moments`.
+
+    Args:
+        model: The model, in evaluation mode.
+        sets: The sets by name.
+        normalize: Converts raw inputs to inputs of the network, as `TensorData.normalize` does.
+        fitted_on: Raw rows on which the factor of the variances is fitted.
+        num_samples: The number of draws from the moments; None for 100.
+
+    Returns:
+        The predictions by name, on the CPU, and the factor.
+
+    Raises:
+        TypeError: A layer has no moments.
+        ValueError: The network has nothing random, or its draws are members of an ensemble.
+    """
+    single_pass = SinglePass(
+        model.net, model.likelihood, lambda rows: channels_last(normalize(rows))
+    )
+    single_pass.fit(fitted_on.to(model.device), seed=model.seed)
+    assert single_pass.factor is not None
+    predictions = {}
+    for name, each in sets.items():
+        inputs = each.inputs.to(model.device)
+        draws = single_pass.predict(inputs, num_samples or NUM_SAMPLES, seed=model.seed)
+        draws = draws if model.calibration is None else model.calibration(draws)
+        predictions[name] = Prediction(model.likelihood, draws.cpu(), each.targets)
+    return predictions, single_pass.factor
 
 
 def score_sets(predictions: Mapping[str, Prediction]) -> dict[str, float]:
@@ -245,6 +294,8 @@ def _detection_of_errors(each: Prediction) -> dict[str, float]:
 
 def _set_metrics(each: Prediction) -> dict[str, float]:
     uncertainty = with_non_finite(score_uncertainty, each)
+    if each.num_samples is not None:
+        uncertainty["num_samples"] = each.num_samples.double().mean().item()
     if each.targets is None:
         return uncertainty
     risks = {

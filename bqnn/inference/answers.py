@@ -14,10 +14,13 @@ class Answer:
     """Base class of answers about N rows, in float64.
 
     Attributes:
-        samples: The answer of each of the S draws [S, N, ...].
+        samples: The answer of each of the S draws [S, N, ...]; NaN for draws that a row did not
+            make.
+        num_samples: The number of draws of each row [N].
     """
 
     samples: Array
+    num_samples: Array
 
     def numpy(self) -> Self:
         """Return the answer with NumPy arrays in place of tensors."""
@@ -31,7 +34,9 @@ class ClassificationAnswer(Answer):
     """Class probabilities and their uncertainty. Entropies are in nats.
 
     Attributes:
-        samples: The class probabilities of each draw [S, N, C]. Their mean is `probabilities`.
+        samples: The class probabilities of each draw [S, N, C]. Their mean is `probabilities`. NaN
+            for draws that a row did not make.
+        num_samples: The number of draws of each row [N].
         probabilities: The class probabilities [N, C].
         labels: The index of the most probable class [N].
         class_names: The names of the C classes.
@@ -61,7 +66,8 @@ class RegressionAnswer(Answer):
 
     Attributes:
         samples: The mean of each draw [S, N]. Their mean is `mean`, and their standard deviation
-            (divided by S) is `epistemic`.
+            (divided by S) is `epistemic`. NaN for draws that a row did not make.
+        num_samples: The number of draws of each row [N].
         mean: The predicted mean [N].
         std: The predicted standard deviation [N]. Its square is the sum of those of the next two.
         aleatoric: The standard deviation of the noise in the data [N].

@@ -22,6 +22,25 @@ def log_mean_exp(values: Tensor) -> Tensor:
     return values.logsumexp(0) - math.log(len(values))
 
 
+def half_width(values: Tensor) -> Tensor:
+    """Compute half the width of the 95 % confidence interval of the mean over the first axis.
+
+    The interval is Student's: its half width is t s / sqrt(n), where s is the sample standard
+    deviation and t the 97.5 % quantile of Student's distribution with n - 1 degrees of freedom.
+
+    Args:
+        values: n independent values [n, ...], at least 2.
+
+    Examples:
+        >>> half_width(torch.tensor([1.0, 3.0]))  # t is 12.71
+        tensor(12.7062)
+    """
+    from scipy.special import stdtrit
+
+    count = len(values)
+    return values.std(0) * (float(stdtrit(count - 1, 0.975)) / math.sqrt(count))
+
+
 def entropy(probabilities: Tensor) -> Tensor:
     """Compute the entropy over the last axis, with 0 log 0 = 0.
 

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from bqnn.arguments import real_number
 from bqnn.inference.answers import ClassificationAnswer, RegressionAnswer
-from bqnn.inference.functional import entropy, gaussian_nll, mutual_information
+from bqnn.inference.functional import entropy, gaussian_nll, half_width, mutual_information
 from bqnn.inference.metrics import (
     AdaptiveCalibrationError,
     BrierScore,
@@ -33,7 +33,8 @@ from bqnn.inference.metrics import (
 from bqnn.inference.mixtures import (
     CategoricalMixture,
     GaussianMixture,
-    one_draw_per_row,
+    mixed_by_count,
+    numbers_or_all,
     require_draws,
     require_one_target_per_row,
 )
@@ -67,6 +68,17 @@ class Likelihood(ABC):
         """
 
     @abstractmethod
+    def expected_loss(self, output: Tensor, other: Tensor) -> Tensor:
+        """Compute the mean of `loss` over targets that another output predicts.
+
+        It is least where both outputs give the same distribution, with the entropy of it.
+
+        Args:
+            output: One draw [B, num_outputs].
+            other: The output that predicts the targets, [B, num_outputs].
+        """
+
+    @abstractmethod
     def fisher_factors(self, output: Tensor) -> Tensor:
         """Factorize the Fisher information of the outputs of one draw.
 
@@ -81,12 +93,30 @@ class Likelihood(ABC):
         """
 
     @abstractmethod
-    def mixture(self, draws: Tensor | Mixture, targets: Tensor | None = None) -> Mixture:
+    def mixture(
+        self,
+        draws: Tensor | Mixture,
+        targets: Tensor | None = None,
+        num_samples: Tensor | None = None,
+    ) -> Mixture:
         """Mix draws to the predictive distribution of each row; a mixture is returned as it is.
 
         Args:
             draws: Draws of the output [S, N, num_outputs].
             targets: Targets [N], or None.
+            num_samples: The number of draws of each row [N]; None for S.
+        """
+
+    @abstractmethod
+    def is_settled(self, draws: Tensor, tolerance: float) -> Tensor:
+        """Judge rows by their draws: whether further draws would hardly change the answer.
+
+        Args:
+            draws: The draws so far [n, N, num_outputs], at least 2.
+            tolerance: What counts as a small change.
+
+        Returns:
+            Booleans [N].
         """
 
     @abstractmethod
@@ -114,8 +144,25 @@ class Likelihood(ABC):
         """Summarize the predictive distribution of each row, in original units."""
 
     @abstractmethod
-    def answer(self, draws: Tensor) -> ClassificationAnswer | RegressionAnswer:
-        """Return the summary of draws [S, N, num_outputs], and the prediction of each draw."""
+    def answer(
+        self, draws: Tensor, num_samples: Tensor | None = None
+    ) -> ClassificationAnswer | RegressionAnswer:
+        """Return the summary of draws, and the prediction of each draw.
+
+        Args:
+            draws: Draws of the output [S, N, num_outputs].
+            num_samples: The number of draws of each row [N]; None for S.
+        """
+
+    def _of_each_draw(self, name: str, draws: Tensor, num_samples: Tensor) -> Tensor:
+        """Return an entry of the summary for each draw [S, N, ...], NaN where there is none."""
+        is_made = torch.arange(len(draws), device=draws.device)[:, None] < num_samples
+        values = self.summary(draws[is_made].unsqueeze(0))[name]
+        if is_made.all():
+            return values.reshape(*is_made.shape, *values.shape[1:])
+        of_each = values.new_full((*is_made.shape, *values.shape[1:]), torch.nan)
+        of_each[is_made] = values
+        return of_each
 
     @abstractmethod
     def scores(self, summary: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -169,17 +216,44 @@ class Classification(Likelihood):
         require_one_target_per_row(output, targets)
         return cross_entropy(output.float(), targets)
 
+    def expected_loss(self, output: Tensor, other: Tensor) -> Tensor:
+        return cross_entropy(output.float(), other.float().softmax(-1))
+
     def fisher_factors(self, output: Tensor) -> Tensor:
         """Compute sqrt(p_k) (e_k - p), whose outer products sum to diag(p) - p p^T."""
         probabilities = output.softmax(-1)
         directions = torch.eye(self.num_outputs).to(output)[:, None] - probabilities
         return probabilities.t()[..., None].sqrt() * directions
 
-    def mixture(self, draws: Tensor | Mixture, targets: Tensor | None = None) -> CategoricalMixture:
+    def mixture(
+        self,
+        draws: Tensor | Mixture,
+        targets: Tensor | None = None,
+        num_samples: Tensor | None = None,
+    ) -> CategoricalMixture:
         if isinstance(draws, Tensor):
             require_draws(draws, self.num_outputs)
+            if num_samples is not None:
+                return mixed_by_count(CategoricalMixture.of, draws, num_samples, targets)
         assert not isinstance(draws, GaussianMixture)
         return CategoricalMixture.of(draws, targets)
+
+    def is_settled(self, draws: Tensor, tolerance: float) -> Tensor:
+        """Judge entropy and decision by their 95 % confidence intervals over the draws p_s.
+
+        A row has settled if the interval of its entropy is within +- `tolerance` nats, and that of
+        the margin between its two most probable classes a and b does not contain 0. To first order,
+        the entropy of the mean p is the mean of the cross-entropies -sum_c p_sc log p_c, and the
+        margin is that of p_sa - p_sb.
+        """
+        probabilities = draws.double().softmax(-1)
+        mean = probabilities.mean(0)
+        cross_entropies = -torch.xlogy(probabilities, mean).sum(-1)
+        best = mean.topk(2).indices.expand(len(draws), -1, 2)
+        first, second = probabilities.gather(-1, best).unbind(-1)
+        margins = first - second
+        is_certain = half_width(margins) <= margins.mean(0)
+        return is_certain & (half_width(cross_entropies) <= tolerance)
 
     def running_mixtures(self, draws: Tensor, targets: Tensor) -> Iterator[Mixture]:
         require_draws(draws, self.num_outputs)
@@ -231,10 +305,12 @@ class Classification(Likelihood):
             ),
         }
 
-    def answer(self, draws: Tensor) -> ClassificationAnswer:
-        summary, each = self.summary(draws), self.summary(one_draw_per_row(draws))
+    def answer(self, draws: Tensor, num_samples: Tensor | None = None) -> ClassificationAnswer:
+        summary = self.summary(self.mixture(draws, None, num_samples))
+        counts = numbers_or_all(num_samples, draws)
         return ClassificationAnswer(
-            samples=each["probabilities"].reshape(draws.shape),
+            samples=self._of_each_draw("probabilities", draws, counts),
+            num_samples=counts,
             labels=summary["probabilities"].argmax(-1),
             class_names=self.class_names,
             **summary,
@@ -284,16 +360,44 @@ class Regression(Likelihood):
         mean, log_variance = output.float().unbind(-1)
         return gaussian_nll(mean, log_variance, targets).mean()
 
+    def expected_loss(self, output: Tensor, other: Tensor) -> Tensor:
+        mean, log_variance = output.float().unbind(-1)
+        targets, log_noise = other.float().unbind(-1)
+        noise = torch.exp(log_noise - log_variance) / 2  # of targets around their mean
+        return (gaussian_nll(mean, log_variance, targets) + noise).mean()
+
     def fisher_factors(self, output: Tensor) -> Tensor:
         """Compute (1 / std, 0) and (0, sqrt(1/2)), the factors of diag(1 / variance, 1/2)."""
         of_mean = torch.exp(-0.5 * output[:, 1])
         of_log_variance = torch.full_like(of_mean, 0.5**0.5)
         return torch.stack([of_mean, of_log_variance])[..., None] * torch.eye(2).to(output)[:, None]
 
-    def mixture(self, draws: Tensor | Mixture, targets: Tensor | None = None) -> GaussianMixture:
+    def mixture(
+        self,
+        draws: Tensor | Mixture,
+        targets: Tensor | None = None,
+        num_samples: Tensor | None = None,
+    ) -> GaussianMixture:
         """Mix draws, in standardized units."""
+        if isinstance(draws, Tensor) and num_samples is not None:
+            require_draws(draws, self.num_outputs)
+            return mixed_by_count(GaussianMixture.of, draws, num_samples, targets)
         assert not isinstance(draws, CategoricalMixture)
         return GaussianMixture.of(draws, targets)
+
+    def is_settled(self, draws: Tensor, tolerance: float) -> Tensor:
+        """Judge mean and standard deviation by their 95 % confidence intervals over the draws.
+
+        A row has settled if both intervals are within +- `tolerance` times the predictive standard
+        deviation s. Its variance s^2 is the mean of v_s + (m_s - m)^2 over draws of a mean m_s and
+        a variance v_s, and the interval of s is that of s^2 divided by 2 s, to first order.
+        """
+        means, log_variances = draws.double().unbind(-1)
+        squares = log_variances.exp() + (means - means.mean(0)).square()
+        variance = squares.mean(0)
+        return (half_width(means) <= tolerance * variance.sqrt()) & (
+            half_width(squares) / 2 <= tolerance * variance
+        )
 
     def running_mixtures(self, draws: Tensor, targets: Tensor) -> Iterator[Mixture]:
         return GaussianMixture.running(draws, targets)
@@ -339,10 +443,12 @@ class Regression(Likelihood):
             "std": self.target_std * mixture.variance.sqrt(),
         }
 
-    def answer(self, draws: Tensor) -> RegressionAnswer:
-        summary, each = self.summary(draws), self.summary(one_draw_per_row(draws))
+    def answer(self, draws: Tensor, num_samples: Tensor | None = None) -> RegressionAnswer:
+        summary = self.summary(self.mixture(draws, None, num_samples))
+        counts = numbers_or_all(num_samples, draws)
         return RegressionAnswer(
-            samples=each["mean"].reshape(draws.shape[:2]),
+            samples=self._of_each_draw("mean", draws, counts),
+            num_samples=counts,
             mean=summary["mean"],
             std=summary["std"],
             aleatoric=summary["aleatoric_std"],

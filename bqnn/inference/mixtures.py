@@ -5,9 +5,9 @@ moments that metrics and summaries need, in float64 and on the device of the dra
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -155,6 +155,45 @@ class GaussianMixture:
             yield cls(mean, aleatoric, squares / count, targets, log_likelihood, crps)
 
 
+MixtureOfRows = TypeVar("MixtureOfRows", CategoricalMixture, GaussianMixture)
+
+
+def mixed_by_count(
+    mix: Callable[[Tensor, Tensor | None], MixtureOfRows],
+    draws: Tensor,
+    num_samples: Tensor,
+    targets: Tensor | None,
+) -> MixtureOfRows:
+    """Mix the draws of rows that made different numbers of them.
+
+    The mixture of a row with n draws is bit-equal to that of the first n draws of all rows.
+
+    Args:
+        mix: Mixes draws of rows, with their targets.
+        draws: Draws of the output [S, N, num_outputs]; those that a row did not make are ignored.
+        num_samples: The number of draws of each row [N].
+        targets: Targets [N], or None.
+
+    Examples:
+        >>> logits = torch.tensor([[[0.0, 0.0], [0.0, 0.0]], [[9.0, 0.0], [0.0, 0.0]]])
+        >>> mixture = mixed_by_count(CategoricalMixture.of, logits, torch.tensor([1, 2]), None)
+        >>> mixture.probabilities[0].tolist()  # of the first draw
+        [0.5, 0.5]
+    """
+    num_samples = num_samples.to(draws.device)
+    is_made = torch.arange(len(draws), device=draws.device)[:, None] < num_samples
+    filled = draws.where(is_made[..., None], 0)
+    # All rows are mixed for each number of draws: sums over fewer rows would round otherwise.
+    counts, of_row = num_samples.unique(return_inverse=True)
+    mixtures = [mix(filled[:count], targets) for count in counts.tolist()]
+    columns = {}
+    for field in fields(mixtures[0]):
+        values = [getattr(mixture, field.name) for mixture in mixtures]
+        if values[0] is not None:
+            columns[field.name] = torch.stack(values)[of_row, torch.arange(len(of_row))]
+    return replace(mixtures[0], **columns)
+
+
 def require_one_target_per_row(output: Tensor, targets: Tensor) -> None:
     """Raise an error unless there is one target per row; [B, 1] would silently broadcast to [B, B].
 
@@ -182,9 +221,11 @@ def require_draws(samples: Tensor, num_outputs: int | None = None) -> None:
         )
 
 
-def one_draw_per_row(draws: Tensor) -> Tensor:
-    """Arrange draws [S, N, num_outputs] as one draw of S * N rows, so that they are not mixed."""
-    return draws.flatten(0, 1).unsqueeze(0)
+def numbers_or_all(num_samples: Tensor | None, draws: Tensor) -> Tensor:
+    """Return the number of draws of each row [N]: the given one, or all S draws [S, N, ...]."""
+    if num_samples is not None:
+        return num_samples.to(draws.device)
+    return torch.full((draws.shape[1],), len(draws), device=draws.device)
 
 
 def _checked(samples: Tensor, targets: Tensor | None, num_outputs: int | None = None) -> Tensor:

@@ -17,8 +17,10 @@ class Prediction:
 
     Attributes:
         likelihood: The likelihood of the outputs.
-        samples: Logits, or means and log variances in standardized units [S, N, num_outputs].
+        samples: Logits, or means and log variances in standardized units [S, N, num_outputs]; NaN
+            for draws that a row did not make.
         targets: Class indices or standardized targets [N], or None.
+        num_samples: The number of draws of each row [N]; None for S.
 
     Examples:
         >>> import torch
@@ -32,19 +34,22 @@ class Prediction:
     likelihood: Likelihood
     samples: Tensor
     targets: Tensor | None = None
+    num_samples: Tensor | None = None
 
     @cached_property
     def mixture(self) -> Mixture:
         """The predictive distribution of each row."""
-        return self.likelihood.mixture(self.samples, self.targets)
+        return self.likelihood.mixture(self.samples, self.targets, self.num_samples)
 
     @cached_property
     def summary(self) -> dict[str, Tensor]:
         """The result of `Likelihood.summary` for each row."""
         return self.likelihood.summary(self.mixture)
 
-    def calibrated(self, calibration: Calibration) -> "Prediction":
-        """Return the prediction with calibrated draws."""
+    def calibrated(self, calibration: Calibration | None) -> "Prediction":
+        """Return the prediction with calibrated draws; None leaves them as they are."""
+        if calibration is None:
+            return self
         return Prediction(self.likelihood, calibration(self.samples), self.targets)
 
 

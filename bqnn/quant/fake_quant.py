@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bqnn.layers.markers import Quantized
-from bqnn.quant.observers import LeastSquaresObserver, Observer, make_observer
+from bqnn.quant.observers import ClippingObserver, LeastSquaresObserver, Observer, make_observer
 
 
 class FakeQuant(Quantized):
@@ -56,7 +56,10 @@ class FakeQuant(Quantized):
         """Update the observer with `x`; only in training mode, and not while frozen."""
         if not self.training or self.frozen or self.observer is None:
             return
-        self.observer(_extremes_of_all_ranks(x.detach(), self.channels))
+        x = x.detach()
+        if not isinstance(self.observer, ClippingObserver):  # of weights, equal on all ranks
+            x = _extremes_of_all_ranks(x, self.channels)
+        self.observer(x)
         if not isinstance(self.observer, LeastSquaresObserver):  # its search is slow: call settle()
             self.settle()
 
@@ -183,8 +186,9 @@ def make_fake_quant(
         symmetric: Whether the zero point is fixed in the center of the range.
         channels: The number of channels in dimension 0, each with its own grid, or None.
         observer: `minmax` (range of the newest tensor), `running_minmax` (range of all tensors),
-            `moving_average` (moving average of minimum and maximum) or `histogram` (range with the
-            smallest squared error; it needs `settle`).
+            `moving_average` (moving average of minimum and maximum), `least_squares` (range of the
+            newest tensor, cut to the smallest squared error) or `histogram` (range of all tensors
+            with the smallest squared error; it needs `settle`).
 
     Examples:
         >>> make_fake_quant(4, signed=True, symmetric=True)

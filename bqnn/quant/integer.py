@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.arguments import ArgumentError
-from bqnn.layers.draws import DrawnWeights, Stochastic, evaluation_noise
+from bqnn.layers.draws import DrawnWeights, Stochastic, correlated_noise
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.finite import refuse_non_finite
@@ -119,13 +119,14 @@ class IntegerGaussianLayer(DrawnWeights, IntegerLayer):
         self.grids = grids = layer.grids
         self.mean = mean.detach() if grids.mean is None else grids.mean.integers(mean)
         self.sigma = sigma if grids.sigma is None else grids.sigma.integers(sigma)
+        self.loadings = layer.loadings
 
     def draw(self) -> Packed:
         """Draw the weights and pack them."""
         grids = self.grids
         mean = self.mean if grids.mean is None else grids.mean.dequantize(self.mean)
         sigma = self.sigma if grids.sigma is None else grids.sigma.dequantize(self.sigma)
-        eps = evaluation_noise(mean)
+        eps = correlated_noise(mean, self.loadings)
         if self.sign is not None:
             eps *= self.sign
         quant, integers = grids.weight, grids.draw_integers(mean, sigma, eps)

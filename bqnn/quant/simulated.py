@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.layers.bayes import GaussianWeight, local_reparametrization
-from bqnn.layers.draws import evaluation_noise
+from bqnn.layers.draws import correlated_noise
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.finite import refuse_non_finite
 from bqnn.layers.linear_map import linear_map
 from bqnn.layers.markers import Add, AvgPool, Cat, Enter, Leave, Pool
+from bqnn.layers.moments import Moments, Rule, WithMoments, linear_moments, rectified, rule_of
 from bqnn.layers.swap import check_no_hooks
 from bqnn.quant.engines import engine, usable_engine
 from bqnn.quant.engines.contract import (
@@ -58,8 +59,10 @@ from bqnn.quant.stochastic import GaussianGrids, activation_fake_quant, weight_f
 log = logging.getLogger(__name__)
 
 
-class OutputOnGrid(nn.Module):
+class OutputOnGrid(WithMoments):
     """Mixin: rounds the outputs of a module to a grid, and requires inputs on a grid.
+
+    In a single pass (`bqnn.inference.moments`), only the means are rounded.
 
     Attributes:
         engine: The engine of the network, which rounds.
@@ -92,6 +95,19 @@ class OutputOnGrid(nn.Module):
     def rounded(self, x: Tensor) -> Tensor:
         """Round outputs to their grid, and attach the grid."""
         return self.on_grid(self.output_quant(x))
+
+    def moment_rule(self) -> Rule:
+        rule = self.unrounded_moment_rule()
+
+        def rounded(*inputs: Moments) -> Moments:
+            out = rule(*inputs)
+            return out._replace(mean=self.output_quant(out.mean))
+
+        return rounded
+
+    def unrounded_moment_rule(self) -> Rule:
+        """Return the rule of the module without the rounding of its outputs."""
+        raise NotImplementedError
 
     def on_grid(self, x: Tensor) -> Tensor:
         """Attach the grid to outputs that are already rounded; not in a traced graph."""
@@ -281,6 +297,15 @@ class SimulatedLayer(OutputOnGrid):
         """Apply the linear map with rounded weights, times `factor` [C] per output channel."""
         return self.linear_map(x, self.rounded_weight(factor), bias)
 
+    def unrounded_moment_rule(self) -> Rule:
+        factor, bias = self.fold()
+        layer = linear_moments(*self.weight_moments(factor), bias, self.geometry)
+        return (lambda x: rectified(layer(x), self.cap)) if self.relu else layer
+
+    def weight_moments(self, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return means of the weights times `factor` [C], and their variances, None for points."""
+        return self.rounded_weight(factor), None
+
     def linear_map(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Apply the linear map with the given weights."""
         return linear_map(x, _laid_out_as(x, weight), bias, self.geometry)
@@ -323,6 +348,7 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):  # type: ignore[mi
         self.mean = fused.layer.mean
         self.rho = fused.layer.rho
         self.prior_std = fused.layer.prior_std
+        self.register_buffer("loadings", fused.layer.loadings)
         self.grids = GaussianGrids(spec, len(self.mean))
 
     @property
@@ -348,10 +374,14 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):  # type: ignore[mi
         """Draw the weights with batch norm folded in, rounded to their grid."""
         factor, _ = self.fold()
         parameters = self.grids.parameters_on_grid(*self.folded_parameters(factor))
-        eps = evaluation_noise(self.mean)
+        eps = correlated_noise(self.mean, self.loadings)
         if factor is not None:  # equal noise then gives the same draw as in the float network
             eps *= FakeQuant.along(eps, factor.sign())
         return self.grids.draw(*parameters, eps)
+
+    def weight_moments(self, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        mean, sigma = self.grids.parameters_on_grid(*self.folded_parameters(factor))
+        return mean, sigma.square()
 
     def folded_parameters(self, factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return mu * factor and sigma * |factor|, which fold batch norm."""
@@ -375,6 +405,9 @@ class SimulatedEnter(OutputOnGrid, Enter):
         if not self.training and not torch.is_grad_enabled() and not is_traced:
             refuse_non_finite(x)
         return self.rounded(x)
+
+    def unrounded_moment_rule(self) -> Rule:
+        return lambda x: x
 
 
 class SimulatedLeave(Leave):
@@ -422,6 +455,9 @@ class SimulatedAdd(OutputOnGrid, Add):
         steps.clamp_(0 if self.relu else -zero_point, quant_max - zero_point)
         return self.on_grid(from_integers(steps, scale))
 
+    def unrounded_moment_rule(self) -> Rule:
+        return rule_of(Add(self.relu))
+
 
 class SimulatedPool(OutputOnGrid, Pool):
     """Global average pooling of integers in float, rounded once."""
@@ -432,6 +468,9 @@ class SimulatedPool(OutputOnGrid, Pool):
             return self.rounded(super().forward(plain(x)))
         scale = grids[0].scale
         return self.rounded(pooled((plain(x) / scale).round_(), scale, super().forward))
+
+    def unrounded_moment_rule(self) -> Rule:
+        return rule_of(Pool())
 
 
 class SimulatedAvgPool(OutputOnGrid, AvgPool):
@@ -448,6 +487,9 @@ class SimulatedAvgPool(OutputOnGrid, AvgPool):
         scale = grids[0].scale
         return self.rounded(pooled((plain(x) / scale).round_(), scale, self.pool))
 
+    def unrounded_moment_rule(self) -> Rule:
+        return rule_of(self.pool)
+
 
 class SimulatedCat(OutputOnGrid, Cat):
     """Concatenation of activations, rounded to one grid."""
@@ -463,6 +505,9 @@ class SimulatedCat(OutputOnGrid, Cat):
             steps = [(x / grid.scale).round_() for x, grid in zip(values, grids, strict=True)]
             values = [from_integers(x, g.scale) for x, g in zip(steps, grids, strict=True)]
         return self.rounded(super().forward(*values))
+
+    def unrounded_moment_rule(self) -> Rule:
+        return rule_of(Cat(self.dim))
 
 
 class SimulatedDropout(MCDropout):

@@ -130,8 +130,8 @@ def layer_rows(
 def sizes(net: nn.Module) -> dict[str, int]:
     """Compute the size of the parameters of a prepared network.
 
-    Integer sizes include scales, zero points and the float32 biases. A Gaussian weight counts
-    twice, as mu and sigma.
+    Integer sizes include scales, zero points, and the biases and loadings in float32. A Gaussian
+    weight counts twice, as mu and sigma.
 
     Returns:
         Bytes in float32 (`float_bytes`), in 8-bit containers (`int8_bytes`), and packed at the
@@ -149,9 +149,11 @@ def sizes(net: nn.Module) -> dict[str, int]:
     """
     total = {"float_bytes": 0, "int8_bytes": 0, "packed_bytes": 0}
     for _, layer in simulated_layers(net):
-        total["float_bytes"] += sum(4 * param.numel() for param in layer.parameters())
+        loadings = layer.loadings if isinstance(layer, SimulatedGaussianLayer) else None
+        floats = 0 if loadings is None else 4 * loadings.numel()
+        total["float_bytes"] += sum(4 * param.numel() for param in layer.parameters()) + floats
         _, bias = layer.fold()
-        rest = 0 if bias is None else 4 * bias.numel()
+        rest = floats + (0 if bias is None else 4 * bias.numel())
         for weights in weight_integers(layer):
             count = weights.values.numel()
             rest += 8 * weights.quant.scale.numel()  # a float32 and an int32

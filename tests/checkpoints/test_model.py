@@ -14,6 +14,7 @@ from bqnn.checkpoints.model import Model
 from bqnn.checkpoints.recipe import build
 from bqnn.data import DigitsData
 from bqnn.inference.answers import ClassificationAnswer, RegressionAnswer
+from bqnn.inference.calibration import DeviationScaling
 
 TABLE = {
     "likelihood": "regression",
@@ -335,3 +336,100 @@ def test_a_checkpoint_without_normalization_loads_and_says_why_it_cannot_predict
 def test_load_names_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*checkpoint\.ckpt"):
         bqnn.load(tmp_path)
+
+
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_rows_stop_early_with_the_answer_of_their_draws(is_prepared: bool) -> None:
+    model = model_of(TABLE, init_rho=-4.0)
+    if is_prepared:
+        model.prepare(8)
+    answer = regress(model, flats(), max_samples=8, tolerance=0.3)
+    counts = set(answer.num_samples.tolist())
+    assert counts <= {2, 4, 8}
+    assert len(counts) > 1
+    for count in counts:
+        rows, plain = answer.num_samples == count, regress(model, flats(), num_samples=count)
+        assert np.allclose(answer.std[rows], plain.std[rows], rtol=1e-4)
+        assert np.allclose(answer.samples[:count, rows], plain.samples[:, rows], rtol=1e-4)
+        assert np.isnan(answer.samples[count:, rows]).all()
+
+
+def test_rows_without_tolerance_make_all_draws() -> None:
+    answer = classify(model_of(IMAGES), images(), num_samples=3)
+    assert answer.num_samples.tolist() == [3] * 20
+    none = classify(model_of(IMAGES), images(), max_samples=3, tolerance=0.0)
+    assert equal(none, answer)
+    assert classify(model_of(IMAGES), images(), max_samples=1, tolerance=1.0).samples.shape[0] == 1
+
+
+def test_a_calibrated_model_stops_early() -> None:
+    model = model_of(TABLE)
+    model.method.calibration = DeviationScaling(2.0)
+    answer = regress(model, flats(), max_samples=8, tolerance=0.3)
+    for count in set(answer.num_samples.tolist()):
+        rows, plain = answer.num_samples == count, regress(model, flats(), num_samples=count)
+        assert np.allclose(answer.std[rows], plain.std[rows], rtol=1e-4)
+
+
+def test_an_ensemble_names_max_samples(trained: Path) -> None:
+    model, rows = bqnn.load(trained / "sghmc_0"), np.zeros((1, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"^max_samples=9: this ensemble has . members"):
+        model.predict(rows, max_samples=9, tolerance=0.1)
+    assert classify(model, rows, tolerance=0.1).num_samples[0] <= 3
+
+
+@pytest.mark.parametrize("facts", [TABLE, IMAGES])
+@pytest.mark.parametrize("method", ["bbb", "mcdropout"])
+def test_a_single_pass_predicts_as_draws_do(facts: dict[str, Any], method: str) -> None:
+    model, rows = model_of(facts, method), flats() if facts is TABLE else images(200)
+    model.prepare_moments(rows)
+    once, drawn = model.predict(rows, predictive="moments"), model.predict(rows, 200)
+    assert len(once.samples) == 100
+    assert model.predict(rows, 7, predictive="moments").samples.shape[0] == 7
+    if isinstance(once, RegressionAnswer):
+        assert isinstance(drawn, RegressionAnswer)
+        assert np.corrcoef(once.mean, drawn.mean)[0, 1] > 0.9
+        epistemic = [np.square(answer.epistemic).mean() for answer in (once, drawn)]
+        assert epistemic[0] == pytest.approx(epistemic[1], rel=0.5)
+    else:
+        assert isinstance(drawn, ClassificationAnswer)
+        assert abs(once.probabilities - drawn.probabilities).mean() < 0.05
+        information = [a.mutual_information.mean() for a in (once, drawn)]
+        assert information[0] == pytest.approx(information[1], rel=0.5)
+
+
+def test_a_single_pass_without_a_factor_warns(caplog: pytest.LogCaptureFixture) -> None:
+    model = model_of(TABLE)
+    first = regress(model, flats(), predictive="moments")
+    assert "without prepare_moments(rows): mutual information" in caplog.text
+    assert equal(regress(model, flats(), predictive="moments"), first)
+    assert caplog.text.count("prepare_moments") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"max_samples": 20}, ValueError, "max_samples=20 without tolerance"),
+        ({"num_samples": 5, "tolerance": 0.1}, ValueError, "num_samples=5 with tolerance"),
+        ({"tolerance": -1}, ValueError, "tolerance=-1: choose 0 or more"),
+        ({"tolerance": float("nan")}, ValueError, "tolerance=nan: choose 0 or more"),
+        ({"tolerance": "0.1"}, TypeError, "tolerance='0.1' is not a number"),
+        ({"tolerance": 0.1, "max_samples": 0}, ValueError, "max_samples=0: choose 1 or more"),
+        ({"tolerance": 0.1, "max_samples": 2.5}, TypeError, "max_samples=2.5 is not a whole"),
+        ({"predictive": "moment"}, ValueError, "predictive='moment': choose draws or moments"),
+        ({"predictive": None}, ValueError, "predictive=None: choose draws or moments"),
+        ({"predictive": "moments", "num_samples": 0}, ValueError, "num_samples=0: choose 1"),
+        ({"predictive": "moments", "tolerance": 0.1}, ValueError, "makes one pass, which cannot"),
+    ],
+)
+def test_wrong_ways_to_predict_are_refused(
+    arguments: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message) as refusal:
+        model_of(TABLE).predict(flats(), **arguments)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_pointwise_network_has_no_moments() -> None:
+    with pytest.raises(ValueError, match="the network has no random weights and no dropout"):
+        model_of(TABLE, "pointwise").predict(flats(), predictive="moments")

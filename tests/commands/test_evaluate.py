@@ -22,6 +22,43 @@ def read(folder: Path, name: str = "metrics.json") -> dict:
     return json.loads((folder / name).read_text())
 
 
+def test_rows_stop_early(trained: Path, script_here: ScriptHere, tmp_path: Path) -> None:
+    checkpoint = f"checkpoint={trained}/mcdropout_0/checkpoint.ckpt"
+    early = ["max_samples=20", "tolerance=0.05", "hydra.run.dir=run"]
+    code, errors = script_here("evaluate", checkpoint, *QUICK, *early)
+    assert code == 0, errors
+    metrics, run = read(tmp_path / "run"), tmp_path / "run"
+    assert metrics["num_samples"] == 20
+    with np.load(run / "uncertainty.npz") as arrays, np.load(run / "predictions.npz") as rows:
+        counts = arrays["test/num_samples"]
+        assert set(counts.tolist()) <= {2, 4, 8, 16, 20}
+        assert metrics["test/num_samples"] == pytest.approx(counts.mean())
+        assert 2 < counts.mean() < 20
+        assert np.array_equal(rows["num_samples"], counts)
+        made = np.isfinite(rows["samples"]).all(-1).sum(0)
+        assert np.array_equal(made, counts)
+
+
+@pytest.mark.parametrize("numeric", ["float", "simulated"])
+def test_a_single_pass(
+    numeric: str, trained: Path, quantized: Path, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    folder = trained / "bbb_0" if numeric == "float" else quantized
+    arguments = [f"checkpoint={folder}/checkpoint.ckpt", *QUICK, "predictive=moments"]
+    code, errors = script_here("evaluate", *arguments, "hydra.run.dir=run")
+    assert code == 0, errors
+    metrics, prefix = read(tmp_path / "run"), "" if numeric == "float" else "simulated/"
+    assert metrics["num_samples"] == 100
+    assert 0.01 < metrics[f"{prefix}moments/factor"] < 100
+    draws = ["num_samples=100", "hydra.run.dir=draws"]
+    assert script_here("evaluate", arguments[0], *QUICK, *draws)[0] == 0
+    expected = read(tmp_path / "draws")
+    key = f"{prefix}test/nll"
+    assert metrics[key] == pytest.approx(expected[key], rel=0.1)
+    key = f"{prefix}test/mi"
+    assert metrics[key] == pytest.approx(expected[key], rel=0.5)
+
+
 @pytest.mark.parametrize("method", ["pointwise", "bbb", "mcdropout", "sghmc"])
 def test_a_path_is_all_it_takes_and_the_test_set_scores_as_in_training(
     method: str, trained: Path, script_here: ScriptHere, tmp_path: Path
@@ -322,3 +359,32 @@ def test_a_quantized_network_knows_its_numerics(quantized: Path, script_here: Sc
     code, errors = script_here("evaluate", checkpoint, "numeric=int4", *QUICK)
     assert code == 1
     assert "numeric=int4: choose null, or unquantized or simulated or int8" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["max_samples=5"], "max_samples=5 without tolerance"),
+        (["num_samples=5", "tolerance=0.1"], "num_samples=5 with tolerance"),
+        (["tolerance=-1"], "tolerance=-1: choose"),
+        (["tolerance=nan"], "tolerance=nan: choose"),
+        (["tolerance=0.1", "conformal=0.1"], "tolerance=0.1 with conformal: it needs all draws"),
+        (["tolerance=0.1", "predictive=moments"], "with predictive=moments: one pass cannot"),
+        (["predictive=moment"], "predictive=moment: choose draws or moments"),
+        (["predictive=moments"], "predictive=moments: the network has no random weights"),
+    ],
+)
+def test_ways_to_predict_that_contradict_each_other(
+    arguments: list[str], message: str, trained: Path, script_here: ScriptHere
+) -> None:
+    checkpoint = f"checkpoint={trained}/pointwise_0/checkpoint.ckpt"
+    code, errors = script_here("evaluate", checkpoint, *QUICK, *arguments)
+    assert code != 0
+    assert message in errors.splitlines()[-1]
+
+
+def test_integers_have_no_moments(quantized: Path, script_here: ScriptHere) -> None:
+    arguments = [f"checkpoint={quantized}/checkpoint.ckpt", "numeric=int8", "predictive=moments"]
+    code, errors = script_here("evaluate", *arguments, *QUICK)
+    assert code != 0
+    assert "predictive=moments with numeric=int8: integers have no variances" in errors

@@ -10,7 +10,13 @@ from bqnn.export.card import metrics_with_errors
 from bqnn.export.measure import latencies, peak_bytes
 from bqnn.export.model import Exported, export
 from bqnn.export.verification import Verification, verify
-from bqnn.inference.likelihoods import Classification
+from bqnn.inference.calibration import (
+    Calibration,
+    DeviationScaling,
+    TemperatureScaling,
+    VectorScaling,
+)
+from bqnn.inference.likelihoods import Classification, Likelihood, Regression
 from bqnn.inference.predictions import Prediction
 from bqnn.methods import Method
 from bqnn.quant.integer import convert
@@ -49,6 +55,39 @@ def test_a_true_file_passes_and_a_changed_one_fails() -> None:
     with pytest.raises(ValueError, match=r"outputs differ from int8, by up to"):
         changed.require_equal()
     verified(model, replace(exported, form="qdq")).require_equal()  # there, they are counted
+
+
+@pytest.mark.parametrize(
+    ("calibration", "likelihood"),
+    [
+        (TemperatureScaling(0.4), Classification([str(digit) for digit in range(10)])),
+        (
+            VectorScaling(
+                tuple(0.5 + 0.1 * i for i in range(10)), tuple(0.2 * i for i in range(10))
+            ),
+            Classification([str(digit) for digit in range(10)]),
+        ),
+        (DeviationScaling(3.0), Regression(5.0, 2.0)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_calibrated_file_mixes_calibrated_draws(
+    calibration: Calibration, likelihood: Likelihood
+) -> None:
+    model = quantized(float_net("bbb", "mlp", likelihood.num_outputs), SHAPES["mlp"])
+    model.likelihood, model.calibration = likelihood, calibration
+    exported = export(model, 3)
+    model.net = convert(deepcopy(model.net))
+    found = verified(model, exported)
+    found.require_equal()
+    metrics = found.record()["metrics"]
+    assert metrics["onnx/nll"] == pytest.approx(metrics["int8/nll"], rel=1e-6)
+
+    model.calibration = None
+    raw = verified(model, exported)
+    assert raw.differing == 0  # `samples` are not calibrated
+    with pytest.raises(ValueError, match="what it computes from its draws differs"):
+        raw.require_equal()
 
 
 def test_errors_of_metrics_shrink_with_the_rows() -> None:

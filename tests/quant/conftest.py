@@ -24,15 +24,15 @@ OPTIONS: dict[str, dict] = {
 Make = Callable[..., nn.Module]
 
 
-def float_net(method: str, net: str) -> nn.Module:
+def float_net(method: str, net: str, num_outputs: int = 10) -> nn.Module:
     """Create a network in evaluation mode whose batch norms are far from the identity."""
-    return converted(plain_net(net), method)
+    return converted(plain_net(net, num_outputs), method)
 
 
-def plain_net(net: str) -> nn.Module:
+def plain_net(net: str, num_outputs: int = 10) -> nn.Module:
     """Create a network with point-valued weights whose batch norms are far from the identity."""
     torch.manual_seed(3)
-    made = NETS[net](SHAPES[net], (10,), **OPTIONS[net])
+    made = NETS[net](SHAPES[net], (num_outputs,), **OPTIONS[net])
     for module in made.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 0, 1)  # half of them negative

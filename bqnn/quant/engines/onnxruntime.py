@@ -70,10 +70,11 @@ class OnnxNetwork(Quantized, Drawn, WholeNetwork):
         self._traces = {part: traced(part) for part in parts}  # tracing is not safe in threads
         self._graphs: dict[Any, OneDraw] = {}  # of networks without random weights
         self._entry = next(name for name, m in parts[0].named_modules() if isinstance(m, Enter))
+        self._is_random = any(isinstance(module, DrawnWeights) for module in net.modules())
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without what can be made again."""
-        left_out = ("_graphs", "_traces", "_entry")
+        left_out = ("_graphs", "_traces", "_entry", "_is_random")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -107,8 +108,7 @@ class OnnxNetwork(Quantized, Drawn, WholeNetwork):
 
     def _graph(self, held: dict[Any, "OneDraw"], x: Tensor, all_outputs: bool) -> "OneDraw":
         net = self.simulated
-        is_random = any(isinstance(module, DrawnWeights) for module in net.modules())
-        kept = held if is_random else self._graphs
+        kept = held if self._is_random else self._graphs
         if all_outputs:
             return OneDraw(net, x, self._traces, all_outputs=True)
         member = net.held() if isinstance(net, Ensemble) else 0

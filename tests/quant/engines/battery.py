@@ -179,8 +179,14 @@ class EngineContract:
             {"strategy": "parameters"},
             {"strategy": "weights"},
             {"sigma_grid": "log"},
+            {"rounding": "stochastic"},
+            {"rounding": "stochastic", "strategy": "weights"},
+            {"weight_observer": "least_squares"},
         ],
-        ids=["tensor", "affine tensor", "affine", "parameters", "weights", "log"],
+        ids=[
+            *("tensor", "affine tensor", "affine", "parameters", "weights", "log"),
+            *("stochastic", "stochastic weights", "least squares"),
+        ],
     )
     def test_at_other_schemes(self, scheme: dict[str, Any], method: str) -> None:
         if self.name in SYMMETRIC_ONLY and not scheme.get("weight_symmetric", True):
