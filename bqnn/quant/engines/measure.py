@@ -8,6 +8,7 @@ which the kernels give different results.
 
 import functools
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from bqnn.quant.engines.contract import ActivationGrid, Layer, LayerEngine, Weig
 from bqnn.quant.engines.rounding import Rounding, in_float32, requantize
 
 log = logging.getLogger(__name__)
+
+WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")  # values of ONEDNN_MAX_CPU_ISA
 
 
 class Example(NamedTuple):
@@ -51,8 +54,8 @@ def saturates(engine: LayerEngine, layer: Layer, weight_bits: int, activation_bi
     """Return whether the sums of a layer can saturate on this CPU.
 
     Without VNNI, the sums of every engine of torch can saturate once two products exceed 16 bits.
-    With VNNI, FBGEMM's depthwise convolutions still saturate, and so does oneDNN if the environment
-    variable ONEDNN_MAX_CPU_ISA disables VNNI.
+    With VNNI, FBGEMM's depthwise convolutions still saturate, and so does oneDNN if an environment
+    variable disables VNNI. There, some numbers of rows saturate and others do not.
 
     Args:
         engine: The engine.
@@ -62,7 +65,8 @@ def saturates(engine: LayerEngine, layer: Layer, weight_bits: int, activation_bi
     """
     if not can_saturate(weight_bits, activation_bits):
         return False
-    return not has_vnni() or _is_seen_to_saturate(engine, layer)
+    is_limited = engine.name != "fbgemm" and _onednn_is_limited()
+    return not has_vnni() or is_limited or _is_seen_to_saturate(engine, layer)
 
 
 def pads_whole_windows(layer: Layer) -> bool:
@@ -93,6 +97,12 @@ def can_saturate(weight_bits: int, activation_bits: int) -> bool:
         (False, True)
     """
     return 2 * (2**activation_bits - 1) * 2 ** (weight_bits - 1) > 32_767
+
+
+def _onednn_is_limited() -> bool:
+    """Return whether an environment variable keeps oneDNN from using VNNI."""
+    values = [os.environ.get(f"{library}_MAX_CPU_ISA", "") for library in ("ONEDNN", "DNNL")]
+    return any(value.upper() in WITHOUT_VNNI for value in values)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -144,11 +144,11 @@ class OneDraw:
         if isinstance(net, Ensemble):
             prefix = f"members.{net.held()}." if net.members else "current."
         outputs = {output.name: Port("output", float32, _free(output.example))}
-        self._names = [""]
+        self._places = {"": 0}  # of the outputs of the modules that round; equal ones share one
         for name, value in writer.rounded.items() if all_outputs else ():
             if value.name not in outputs:
                 outputs[value.name] = Port(f"of {name}", uint8, _free(value.example))
-                self._names.append(prefix + name)
+            self._places[prefix + name] = list(outputs).index(value.name)
         ports = [Port("inputs", float32, _free(x)), *(port for port, *_ in writer.masks)]
         self._masks = writer.masks
         proto = graph.to_onnx(ports, outputs, {}, check=False)
@@ -160,11 +160,8 @@ class OneDraw:
         for port, dropout, shape in self._masks:
             kept = dropout.kept(torch.empty(len(x), *shape))
             fed[port.name] = kept.numpy()
-        outputs = self._session.run(None, fed)
-        return {
-            name: torch.from_numpy(values)
-            for name, values in zip(self._names, outputs, strict=True)
-        }
+        outputs = [torch.from_numpy(values) for values in self._session.run(None, fed)]
+        return {name: outputs[place] for name, place in self._places.items()}
 
 
 class RowMasks(NetworkWriter):

@@ -63,6 +63,7 @@ SUMS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "an input that changes in between": lambda m, x: m.conv(y := m.point(x)) + torch.relu_(y),
     "an input that a module changes in between": lambda m, x: m.conv(y := m.point(x)) + m.act(y),
     "a layer that broadcasts": lambda m, x: m.conv(x[:, :, :1]) + x,
+    "equal sums": lambda m, x: m.conv((y := m.point(x)) + y) + m.conv(y + y),
     "an input that broadcasts": lambda m, x: m.conv(x) + x[:, :, :1],
     "linear": lambda m, x: (y := x[:, :, 0, 0]) + m.linear(y),
     "linear of pixels that are a view": lambda m, x: (

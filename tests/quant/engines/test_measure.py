@@ -154,6 +154,17 @@ def test_ties_are_followed_on_lesser_cpus(isa: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:]
 
 
+@pytest.mark.parametrize("isa", ["avx2", "AVX512_CORE"])
+def test_onednn_saturates_without_vnni(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums of few rows of small images may be right, and those of many wrong."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
+    geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
+    layer = Layer((3, 1, 3, 3), geometry, False, True, False, (True, True, False))
+    for name in ENGINES:
+        can_be_wrong = [engine(name).can_be_wrong(layer, 8, bits) for bits in (7, 8)]
+        assert can_be_wrong == [False, name != "fbgemm" or not measure.has_vnni()]
+
+
 def test_only_bits_that_leave_16_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer((4, 8), None, True, False, False, (True, True, True))
     monkeypatch.setattr(measure, "has_vnni", lambda: False)
