@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo study test test-isa test-versions lint docs format clean
+.PHONY: help demo study results test test-isa test-versions lint docs format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)$$/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -20,6 +20,9 @@ study: $(INSTALLED)  ## run the study of the paper, or what is missing of it; a 
 	-$(BIN)/bqnn train experiment=paper
 	-$(BIN)/bqnn quantize experiment=paper_bits
 	$(BIN)/bqnn report outputs/study
+
+results: $(INSTALLED)  ## write the tables and figures of docs/ from docs/results/*.csv
+	$(BIN)/python benchmarks/results.py
 
 test: $(INSTALLED)  ## run the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto

@@ -1,14 +1,17 @@
 """Compare the time of Monte Carlo prediction in int8 and in float: python benchmarks/int8.py
 
-Every engine that can run here is compared with the float network. Both sides use the same network,
-draws and rows; float uses channels_last. The sides are timed in pairs within one run, so that noise
-of the machine affects both, and each result is the median of the ratios. Images are random and
-networks untrained, which does not change the time.
+Every engine that can run here is compared with the float network. All use the same network, draws
+and rows; float uses channels_last. They are timed in rounds, in each of which the float network and
+all engines run once, so that noise of the machine affects all, and each result is the median of the
+ratios. Images are random and networks untrained, which does not change the time.
+
+The default takes a few minutes on two cores: one pass of pointwise networks and 20 draws of bbb.
 """
 
 import argparse
 import copy
 import statistics
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -31,15 +34,16 @@ from bqnn.training.process import keep_freed_memory, silence_known_warnings
 
 NETS = {"lenet": (LeNet, (1, 28, 28)), "resnet": (ResNet, (3, 32, 32))}
 METHODS = ("pointwise", "bbb", "mcdropout", "sghmc")
+IMAGES = {"lenet": 2048, "resnet": 512}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--samples", type=int, default=2, help="draws, or members of the ensemble")
+    parser.add_argument("--pairs", type=int, default=3, help="rounds")
+    parser.add_argument("--images", type=int, help="the default is 2048 for lenet, 512 for resnet")
+    parser.add_argument("--samples", type=int, default=20, help="draws, or members of the ensemble")
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS[:2])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--bits", type=int, nargs=2, default=(8, 7), help="weights, activations")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -48,41 +52,46 @@ def main() -> None:
     keep_freed_memory()  # as the command line does
     silence_known_warnings()
     print(machine(arguments.threads))
-    print(f"{arguments.images} images, {arguments.samples} draws, batches of 256, weights and")
-    print(f"activations of {arguments.bits[0]} and {arguments.bits[1]} bits;", end=" ")
-    print("seconds in float / in int8, and the speedup of int8")
+    print(
+        f"weights and activations of {arguments.bits[0]} and {arguments.bits[1]} bits, batches of"
+    )
+    print("256; seconds in float / in int8, and the speedup of int8, medians")
     engines = [name for name in arguments.engines if engine(name).missing() is None]
     for name in arguments.nets:
-        x = torch.rand(arguments.images, *NETS[name][1]).to(memory_format=torch.channels_last)
+        count = IMAGES[name] if arguments.images is None else arguments.images
+        x = torch.rand(count, *NETS[name][1]).to(memory_format=torch.channels_last)
         for method in arguments.methods:
             in_float = _net(name, method, arguments.samples)
             num_samples = 1 if method == "pointwise" else arguments.samples
-            for chosen in engines:
-                integer = integer_net(in_float, x[:256], chosen, arguments.bits)
-                label = f"{name} {method} {chosen}"
-                _compare(label, in_float, integer, x, num_samples, arguments.pairs)
+            nets = {each: integer_net(in_float, x[:256], each, arguments.bits) for each in engines}
+            print(f"{name} {method}, {count} images, {num_samples} draws")
+            _compare(in_float, nets, x, num_samples, arguments.pairs)
     if "resnet" in arguments.nets:
         for chosen in engines:
             _compare_residual_sums(chosen, arguments.pairs)
 
 
 def _compare(
-    label: str, a: nn.Module, b: nn.Module, x: Tensor, num_samples: int, num_pairs: int
+    in_float: nn.Module, nets: Mapping[str, nn.Module], x: Tensor, num_samples: int, num_rounds: int
 ) -> None:
-    for net in (a, b):
+    sides = [in_float, *nets.values()]
+    for net in sides:
         predictive(net, x[:256], 1)  # warm up
-    pairs = [
-        tuple(seconds(lambda net=net: predictive(net, x, num_samples)) for net in (a, b))
-        for _ in range(num_pairs)
+    rounds = [
+        [seconds(lambda net=net: predictive(net, x, num_samples)) for net in sides]
+        for _ in range(num_rounds)
     ]
-    ratio = statistics.median(first / second for first, second in pairs)
-    first, second = (statistics.median(side) for side in zip(*pairs, strict=True))
-    draw = num_samples * statistics.median(seconds(lambda: _draw(b)) for _ in range(5))
-    print(
-        f"{label:<28} {first:7.2f} s / {second:7.2f} s = {ratio:5.2f}, "
-        f"drawing and packing weights {100 * draw / second:4.1f} %",
-        flush=True,
-    )
+    for place, (name, net) in enumerate(nets.items(), start=1):
+        ratio = statistics.median(each[0] / each[place] for each in rounds)
+        first, second = (statistics.median(each[side] for each in rounds) for side in (0, place))
+        draw = num_samples * statistics.median(
+            seconds(lambda net=net: _draw(net)) for _ in range(5)
+        )
+        print(
+            f"    {name:<12} {first:7.2f} s / {second:7.2f} s = {ratio:5.2f}, "
+            f"drawing and packing weights {100 * draw / second:4.1f} %",
+            flush=True,
+        )
 
 
 def _compare_residual_sums(name: str, num_pairs: int) -> None:

@@ -13,6 +13,8 @@ noise of the machine affects both, and the result is the median of the ratios:
 
 import argparse
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -109,7 +111,8 @@ def _lightning_and_hand(
     method: str, task: str, data: TensorData, pairs: int
 ) -> tuple[list[float], list[float]]:
     """Return the seconds of epochs through Lightning, and of the same steps by hand after each."""
-    config = configuration(method, task, "trainer.save_every=1e9")
+    overrides = ["method.prior=marginal_likelihood"] if method == "laplace" else []
+    config = configuration(method, task, "trainer.save_every=1e9", *overrides)
     config["trainer"]["max_epochs"] = pairs + 3
     model, twin = (build(make_recipe(config, data.facts())) for _ in range(2))
     by_hand = _HandEpochs(twin, data)
@@ -216,10 +219,13 @@ def machine(threads: int) -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     cpu = " ".join(flag for flag in flags if flag.startswith(("avx", "amx", "fma")))
+    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     return (
         f"threads {threads}, float32, channels_last, capability "
-        f"{torch.backends.cpu.get_cpu_capability()}\nCPU flags: {cpu or 'unknown'}\n{packages}"
+        f"{torch.backends.cpu.get_cpu_capability()}\nCPU: {model or platform.processor()}, "
+        f"{os.cpu_count()} cores, {'with' if torch.cpu._is_vnni_supported() else 'without'} VNNI\n"
+        f"CPU flags: {cpu or 'unknown'}\n{packages}"
     )
 
 

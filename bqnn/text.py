@@ -17,6 +17,8 @@ def printable(text: str) -> str:
         >>> printable("tables\x1b[2J\nof mine")
         'tables\\x1b[2J\\nof mine'
     """
+    if text.isprintable():
+        return text
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text

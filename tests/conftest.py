@@ -45,6 +45,12 @@ def _away_from_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def fresh_compiler() -> None:
+    """Forget what torch.compile has compiled in other tests."""
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `python <name>.py *arguments` in an empty folder, in a process of its own."""
 

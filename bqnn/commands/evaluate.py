@@ -45,7 +45,7 @@ from bqnn.jobs.parts import run_parts
 from bqnn.jobs.terminal import say
 from bqnn.methods import Method
 from bqnn.training.loggers import log_figures, log_final, log_uncertain, make_loggers
-from bqnn.training.process import prepare_torch
+from bqnn.training.process import find_device, prepare_torch
 from bqnn.training.trainer import refuse_devices
 
 FILES = ("predictions.npz", "uncertainty.npz", "risk_coverage.csv")
@@ -162,9 +162,10 @@ def requested_samples(job: Job, model: Method) -> int:
 
 def load_model(job: Job) -> Method:
     """Load the network in the configured numeric. int8 runs on the CPU only."""
-    accelerator, numeric = prepare_torch(job), job.config["numeric"]
+    prepare_torch(job)
+    numeric = job.config["numeric"]
     model = load(job.config["checkpoint"], numeric, trust=job.config["trust"])
-    return model if accelerator == "cpu" or numeric == "int8" else model.cuda()
+    return model if numeric == "int8" else model.to(find_device(job.config["trainer"]))
 
 
 def fitting_set(job: Job, data: TensorData) -> dict[str, EvaluationSet]:

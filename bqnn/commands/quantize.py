@@ -29,7 +29,7 @@ from bqnn.jobs.isolation import leave_as_found
 from bqnn.jobs.job import Job
 from bqnn.jobs.parts import run_parts
 from bqnn.jobs.terminal import say
-from bqnn.methods import Method
+from bqnn.methods import MemberTraining, Method
 from bqnn.quant.callback import (
     calibrate_module,
     fine_tuning_optimizer,
@@ -47,10 +47,12 @@ from bqnn.training.loggers import (
     log_uncertain,
     make_loggers,
 )
+from bqnn.training.process import find_device, prepare_torch
 from bqnn.training.trainer import fit, make_trainer, refuse_devices
 
 log = logging.getLogger(__name__)
 
+CONTROL = "finetuned"  # the folder of a fine-tuning without rounding, and its name in metrics
 FILES = ("checkpoint.ckpt", "metrics.json", "predictions.npz", "quantization.csv", "size.json")
 
 
@@ -61,6 +63,11 @@ def check(config: dict[str, Any], is_sweep: bool) -> None:
         ValueError: The devices, the optimizer or its options are refused.
     """
     QuantSpec.from_config(config["quant"])
+    if config["quant"]["control"] and config["quant"]["mode"] != "qat":
+        raise ValueError(
+            f"quant.control=true: quant.mode={config['quant']['mode']} trains nothing, so there is "
+            "no fine-tuning to repeat without rounding; leave it out, or set quant.mode=qat"
+        )
     refuse_devices(config["trainer"], allow_several=False)
     check_optimizer("quant.fine_tuning.optimizer", config["quant"]["fine_tuning"]["optimizer"])
 
@@ -77,23 +84,25 @@ def run(job: Job) -> None:
 def quantize(job: Job) -> None:
     """Quantize one network and write its results."""
     leave_as_found(job)
+    prepare_torch(job)
     model = load(job.config["checkpoint"], trust=job.config["trust"])
     drop_calibration(model)
     data = make_data(job.config, model.recipe)
     loggers, timer = make_loggers(job), EpochTimer(job)
     num_samples = model.check_samples(job.config["num_samples"])
-    test_set = split_sets(data, ["test"])
-    predictions = {"float": predict(job, "float", model, test_set, data.normalize, num_samples)}
+    predictions = {"float": predict_test(job, "float", model, data, num_samples)}
     if job.config["quant"]["mode"] == "qat":
+        control = deepcopy(model) if job.config["quant"]["control"] else None
         start = fine_tune(job, loggers, timer, model, data)
+        if control is not None:
+            tuned = fine_tune_control(job, control, data)
+            predictions[CONTROL] = predict_test(job, CONTROL, tuned, data, num_samples)
     else:
         start = calibrate(job, loggers, model, data)
     path, trust = job.folder / "checkpoint.ckpt", job.config["trust"]
     models = {numeric: load(path, numeric, trust=trust) for numeric in NUMERICS}
     for numeric, quantized in models.items():
-        predictions[numeric] = predict(
-            job, numeric, quantized, test_set, data.normalize, num_samples
-        )
+        predictions[numeric] = predict_test(job, numeric, quantized, data, num_samples)
     tests = {f"{numeric}/test": of["test"] for numeric, of in predictions.items()}
     metrics = score_sets(tests)
     metrics |= {"num_samples": num_samples, **timer.metrics()}
@@ -103,6 +112,17 @@ def quantize(job: Job) -> None:
     say(f"\n{timer}\nresults in {job.folder}")
     require_results(job.folder, metrics, files)
     log_checkpoint(loggers, job)
+
+
+def predict_test(
+    job: Job, numeric: str, model: Method, data: TensorData, num_samples: int
+) -> dict[str, Prediction]:
+    """Predict the test rows on the accelerator of the job; int8 runs on the CPU only."""
+    if numeric != "int8":
+        model.to(find_device(job.config["trainer"]))
+    found = predict(job, numeric, model, split_sets(data, ["test"]), data.normalize, num_samples)
+    model.cpu()  # layers are compared there
+    return found
 
 
 def drop_calibration(model: Method) -> None:
@@ -129,16 +149,47 @@ def fine_tune(
     options = job.config["quant"]
     callbacks = [timer, *quantization_callbacks(options)]
     trainer = make_trainer(job, loggers, callbacks, validate=data.val is not None)
-    tuning = options["fine_tuning"]
-    model = model.fine_tuning(fine_tuning_optimizer(options), tuning["prior_weight"])
+    model = prepare_fine_tuning(options, model, data)
     start = deepcopy(model)
     with prefixed("quant"):
         quantize_module(start, QuantSpec.from_config(options))
+    fit(job, trainer, model, data)
+    return start
+
+
+def fine_tune_control(job: Job, model: Method, data: TensorData) -> Method:
+    """Fine-tune the network alike but without rounding, in the folder `finetuned` of the job.
+
+    Its difference from the float network is due to the training alone, and that of int8 from it is
+    due to the integers.
+
+    Returns:
+        The fine-tuned model, in float.
+    """
+    options, folder = job.config["quant"], job.folder / CONTROL
+    folder.mkdir(exist_ok=True)
+    callbacks = quantization_callbacks(options, rounds=False)
+    trainer = make_trainer(job, [], callbacks, data.val is not None, folder)
+    fit(job, trainer, prepare_fine_tuning(options, model, data), data, folder)
+    return load(folder / "checkpoint.ckpt", "unquantized", trust=job.config["trust"])
+
+
+def prepare_fine_tuning(options: Mapping[str, Any], model: Method, data: TensorData) -> Method:
+    """Return the method that fine-tunes a trained one, and give the data its order of rows."""
+    tuning = options["fine_tuning"]
+    model = model.fine_tuning(fine_tuning_optimizer(options), tuning["prior_weight"])
+    if tuning["imitate"]:
+        if not isinstance(model, MemberTraining):
+            raise ValueError(
+                "quant.fine_tuning.imitate=true: only the members of an ensemble (method=sghmc, "
+                f"ensemble) imitate their networks, and this is {type(model).__name__}; leave it "
+                "out"
+            )
+        model.imitate_members()
     data.order = Stream.FINE_TUNING_ORDER
     if tuning["seed"] is not None:  # for batches and noise; validation rows are unchanged
         model.seed = data.seed = tuning["seed"]
-    fit(job, trainer, model, data)
-    return start
+    return model
 
 
 def calibrate(job: Job, loggers: list[Logger], model: Method, data: TensorData) -> Method:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
@@ -12,6 +13,8 @@ from bqnn.arguments import ArgumentError
 from bqnn.data.loader import TensorLoader, permutation
 from bqnn.data.normalization import Normalization
 from bqnn.seeds import Stream, stream_seed
+
+LARGEST_SHARE = 0.25  # of the free memory of a GPU, for a copy of the rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +52,10 @@ class Rows:
         """Return a copy of the rows with these indices or this mask."""
         return Rows(self.inputs[rows], self.targets[rows])
 
+    def to(self, device: torch.device) -> Rows:
+        """Return the rows on a device."""
+        return Rows(self.inputs.to(device), self.targets.to(device))
+
 
 class TensorData(LightningDataModule):
     """Base class for data sets in memory.
@@ -63,6 +70,10 @@ class TensorData(LightningDataModule):
         batch_size: The number of rows in a training batch.
         validation_share: The share of training rows for validation, in [0, 1). If it is 0, `val`
             is None.
+
+    Attributes:
+        on_device: Whether a Trainer on a GPU gets batches from a copy of the rows in the memory of
+            the GPU, if the rows take at most a quarter of what is free. Batches are the same.
 
     Examples:
         >>> from bqnn.data.synthetic import SyntheticData
@@ -95,6 +106,8 @@ class TensorData(LightningDataModule):
         self.validation_share = validation_share
         self.order = Stream.ORDER  # the random stream of the order of training rows
         self.is_set_up = False
+        self.on_device = True
+        self._copies: dict[Rows, Rows] = {}  # on the device of the Trainer, by the original
 
     def check_source(self) -> None:
         """Refuse a missing file or folder, or one without what the options name.
@@ -144,9 +157,10 @@ class TensorData(LightningDataModule):
 
     def train_dataloader(self) -> TensorLoader:
         """Return shuffled batches of the training rows, or of this rank's share of them."""
+        rows = self._placed(self.train)
         return TensorLoader(
-            self.train.inputs,
-            self.train.targets,
+            rows.inputs,
+            rows.targets,
             self.batch_size,
             shuffle=True,
             seed=self.seed,
@@ -157,7 +171,7 @@ class TensorData(LightningDataModule):
 
     def val_dataloader(self) -> TensorLoader | list[TensorLoader]:
         """Return all validation rows as one batch, on every rank, or an empty list."""
-        return [] if self.val is None else _whole(self.val)
+        return [] if self.val is None else _whole(self._placed(self.val))
 
     def test_dataloader(self) -> TensorLoader:
         """Return all test rows as one batch, on every rank."""
@@ -171,6 +185,22 @@ class TensorData(LightningDataModule):
         if self.trainer is not None and self.trainer.training:
             inputs = self.augment(inputs)
         return self.normalize(inputs), targets
+
+    def teardown(self, stage: str) -> None:
+        """Lightning hook: free the memory of the device."""
+        self._copies.clear()
+
+    def _placed(self, rows: Rows) -> Rows:
+        """Return the rows on the device of the Trainer, or unchanged if they shall stay here."""
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        if device.type != "cuda" or not self.on_device:
+            return rows
+        if rows not in self._copies:
+            free, _ = torch.cuda.mem_get_info(device)
+            if rows.inputs.nbytes + rows.targets.nbytes > LARGEST_SHARE * free:
+                return rows
+            self._copies[rows] = rows.to(device)
+        return self._copies[rows]
 
     def _read(self) -> tuple[Rows, Rows]:
         """Read the training rows, including validation rows, and the test rows."""

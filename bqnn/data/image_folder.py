@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from bqnn.arguments import ArgumentError
 from bqnn.data.base import Rows
-from bqnn.data.image_file import decode
+from bqnn.data.decoding import ImageFormat, decoded
 from bqnn.data.images import ImageData
 from bqnn.data.split import draw_test_rows
 from bqnn.text import printable, short
@@ -129,7 +127,8 @@ class ImageFolderData(ImageData):
         is_test = draw_test_rows(labels, self.test_share, self.seed).tolist()
         train_files = [file for file, drawn in zip(files, is_test, strict=True) if not drawn]
         test_files = [file for file, drawn in zip(files, is_test, strict=True) if drawn]
-        return _read_parts(train_files, test_files, self.size, self.channels)
+        form = ImageFormat(self.size, self.channels)
+        return _read_parts(train_files, test_files, form, self.root)
 
 
 def read_image_folder(
@@ -157,7 +156,7 @@ def read_image_folder(
             "folder to the other one"
         )
     train, test = (_image_files(root / part, class_names) for part in ("train", "test"))
-    return *_read_parts(train, test, size, channels), class_names
+    return *_read_parts(train, test, ImageFormat(size, channels), root), class_names
 
 
 def _class_names(folder: Path) -> list[str]:
@@ -196,51 +195,15 @@ def _is_visible(path: Path) -> bool:
 
 
 def _read_parts(
-    train: Sequence[ImageFile],
-    test: Sequence[ImageFile],
-    size: int | None,
-    channels: int | None,
+    train: Sequence[ImageFile], test: Sequence[ImageFile], form: ImageFormat, root: Path
 ) -> tuple[Rows, Rows]:
     """Read the training rows and the test rows from their files."""
-    from PIL import Image
-
-    first = train[0][0]
-    with warnings.catch_warnings():
-        # Images so large that they may be a decompression bomb are an error.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        # Damaged EXIF data are ignored, as in a browser.
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-        read = partial(decode, size=size, channels=channels)
-        shape = read(first).shape
-        return _read_part(train, read, first, shape), _read_part(test, read, first, shape)
-
-
-def _read_part(
-    files: Sequence[ImageFile],
-    read: Callable[[Path], np.ndarray],
-    first: Path,
-    shape: tuple[int, ...],
-) -> Rows:
-    height, width, channels = shape
-    images = torch.empty(len(files), channels, height, width, dtype=torch.uint8)
-    pixels = images.permute(0, 2, 3, 1).numpy()  # a view [N, H, W, C], the order of files
-    # Two threads were slower for small images: they wait for the interpreter's lock.
-    for row, (path, _) in enumerate(files):
-        image = read(path)
-        if image.shape != shape:
-            raise ValueError(
-                f"{_shown(path)} is {_describe(image.shape)}, but {_shown(first)} is "
-                f"{_describe(shape)}; all images of a data set need the same size and channels: "
-                "convert it, or set the options size and channels of task=images"
-            )
-        pixels[row] = image
-    return Rows(images, torch.tensor([label for _, label in files]))
+    files = [*train, *test]
+    images = decoded([os.fspath(path) for path, _ in files], form, root)
+    labels = torch.tensor([label for _, label in files])
+    first, rest = slice(len(train)), slice(len(train), None)
+    return Rows(images[first], labels[first]), Rows(images[rest], labels[rest])
 
 
 def _shown(path: Path) -> str:
     return printable(str(path))
-
-
-def _describe(shape: tuple[int, ...]) -> str:
-    height, width, channels = shape
-    return f"{width}x{height} with {channels} channel{'s' if channels > 1 else ''}"

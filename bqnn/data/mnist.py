@@ -43,6 +43,8 @@ class IDXImageData(ImageData):
         seed: Seed of the validation split and of the order of training batches.
         batch_size: The number of rows in a training batch.
         validation_share: The share of training rows for validation.
+        crop_padding: Black pixels added on each side before a random crop.
+        flip: Whether to mirror half of the training images.
 
     Attributes:
         folder: The folder of the four files, `<data_dir>/<kind>/raw`.
@@ -62,12 +64,16 @@ class IDXImageData(ImageData):
         seed: int = 0,
         batch_size: int = 256,
         validation_share: float = 0.1,
+        crop_padding: int = 0,
+        flip: bool = False,
     ) -> None:
         super().__init__(
             data_dir=data_dir,
             seed=seed,
             batch_size=batch_size,
             validation_share=validation_share,
+            crop_padding=crop_padding,
+            flip=flip,
         )
         self.class_names = list(self.classes)
         self.folder = self.data_dir / self.kind / "raw"

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-STAGES = ("float", "unquantized", "simulated", "int8")  # the numerics of a quantized network
+# The float network, its fine-tuning without rounding, and the numerics of the quantized network.
+STAGES = ("float", "finetuned", "unquantized", "simulated", "int8")
 _COMPARED = ("error", "nll", "nll_mixture", "ape", "mi", "ece", "rmse")
 _OF_SETS = (
     *(*_COMPARED, "std", "epistemic_std", "auroc_entropy", "auroc_mi", "auroc_std"),
@@ -28,27 +29,35 @@ def split_table(metrics: Mapping[str, float], splits: Sequence[str]) -> str:
 
 
 def comparison_table(metrics: Mapping[str, float]) -> str:
-    """Format the metrics of float, unquantized, simulated and int8 side by side.
-
-    The column `fine-tuning` is the difference unquantized - float, and `quantization` is int8 -
-    unquantized.
+    """Format the metrics of a quantization side by side, and the changes.
 
     Args:
-        metrics: Metrics with keys such as int8/test/nll.
+        metrics: Metrics with keys such as int8/test/nll. With those of a control, `finetuned`, the
+            changes due to the fine-tuning and to the integers are apart.
     """
     names = [n for n in _COMPARED if f"float/test/{n}" in metrics]
-    head = (*STAGES, "fine-tuning", "quantization")
+    stages = [stage for stage in STAGES if f"{stage}/test/nll" in metrics]
+    has_control = "finetuned" in stages
+    changes = (
+        [("finetuned", "float"), ("int8", "finetuned")] if has_control else [("int8", "float")]
+    )
+    head = [*stages, *(f"{after} - {before}" for after, before in changes)]
     first = max(6, *(len(name) + 1 for name in names))
-    lines = [f"{'test':<{first}}" + "".join(f"{title:>14}" for title in head)]
+    widths = [max(14, len(title) + 2) for title in head]
+    lines = [_padded("test", first, head, widths)]
     for name in names:
-        cells = [metrics[f"{stage}/test/{name}"] for stage in STAGES]
-        changes = (cells[1] - cells[0], cells[3] - cells[1])
-        lines.append(
-            f"{name:<{first}}"
-            + "".join(f"{_number(cell):>14}" for cell in cells)
-            + "".join(f"{_number(change, '+'):>14}" for change in changes)
-        )
+        values = {stage: metrics[f"{stage}/test/{name}"] for stage in stages}
+        cells = [_number(value) for value in values.values()]
+        cells += [_number(values[after] - values[before], "+") for after, before in changes]
+        lines.append(_padded(name, first, cells, widths))
     return "\n".join(lines)
+
+
+def _padded(name: str, first: int, cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Format one line: a name in `first` columns, and right-aligned cells of given widths."""
+    return f"{name:<{first}}" + "".join(
+        f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)
+    )
 
 
 def suite_table(metrics: Mapping[str, float]) -> str:

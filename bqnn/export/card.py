@@ -74,7 +74,8 @@ def make_card(
         "engine": quant.get("engine"),
         "seed": recipe["seed"],
         "test_rows": record["rows"],
-        "metrics": metrics_with_errors(verification.prediction),
+        "calibration": recipe.get("calibration"),
+        "metrics": metrics_with_errors(verification.prediction.calibrated(model.calibration)),
         "verification": {
             k: record[k] for k in ("outputs", "differing", "largest_difference_steps")
         },
@@ -142,13 +143,15 @@ def write_markdown(card: Mapping[str, Any]) -> str:
     draws = counted(card["num_samples"], "draw")
     given = ", which gets the masks that the file draws" if card["masks"] == "random" else ""
     new = " It draws new masks in each call." if card["masks"] == "random" else ""
+    by = card["calibration"]
+    calibrated = "" if by is None else f" Its predictions are calibrated ({by['name']})."
     lines = [
         f"# {card['method']} on {card['task']}",
         "",
         f"A Bayesian neural network ({card['net']}, method {card['method']}) in integers: {bits}, "
         f"{draws}, seed {card['seed']}. Trained on {card['num_train']} rows of {card['task']}, "
         f"quantized for the engine {card['engine']}, and exported by bqnn in the form "
-        f"`{card['form']}`.{new}",
+        f"`{card['form']}`.{new}{calibrated}",
         "",
         f"Of {check['outputs']} outputs on {card['test_rows']} test rows, {check['differing']} "
         f"differ from bqnn's int8{given} (by at most {check['largest_difference_steps']:.3g} "

@@ -1,15 +1,25 @@
 """The mixture of draws in a file: the outputs that `Likelihood.summary` computes."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from bqnn.inference.calibration import (
+    Calibration,
+    DeviationScaling,
+    TemperatureScaling,
+    VectorScaling,
+)
 from bqnn.inference.likelihoods import Classification, Likelihood, Regression
 from bqnn.quant.onnx.graph import Graph, Port
 
 
 def write_mixture(
-    graph: Graph, draws: Sequence[str], likelihood: Likelihood
+    graph: Graph,
+    draws: Sequence[str],
+    likelihood: Likelihood,
+    calibration: Calibration | None = None,
 ) -> tuple[str, dict[str, Port]]:
     """Write the summary of draws, in float64.
 
@@ -17,23 +27,45 @@ def write_mixture(
         graph: The graph to write into.
         draws: The outputs of each draw [N, num_outputs].
         likelihood: The likelihood.
+        calibration: Calibrates the draws before they are mixed; None leaves them as they are.
 
     Returns:
-        The name of all draws [S, N, num_outputs], and the outputs of the file: class
-        probabilities, their entropy and its parts in float32, or a mean and its standard
-        deviations in original units in float64.
+        The name of all draws [S, N, num_outputs] before the calibration, and the outputs of the
+        file: class probabilities, their entropy and its parts in float32, or a mean and its
+        standard deviations in original units in float64.
 
     Raises:
-        TypeError: The likelihood is not one of bqnn.
+        TypeError: The likelihood or the calibration is not one of bqnn.
     """
     first = graph.constant(np.array([0], np.int64))
     samples = graph.call("Concat", *[graph.call("Unsqueeze", d, first) for d in draws], axis=0)
     values = graph.cast(samples, np.float64)
+    if calibration is not None:
+        values = _calibrated(graph, values, calibration)
     if isinstance(likelihood, Classification):
         return samples, _classification(graph, values, len(likelihood.class_names))
     if isinstance(likelihood, Regression):
         return samples, _regression(graph, values, likelihood)
     raise TypeError(f"export: the likelihood {type(likelihood).__name__} cannot be exported")
+
+
+def _calibrated(graph: Graph, draws: str, calibration: Calibration) -> str:
+    """Write what a calibration computes from draws [S, N, num_outputs]."""
+    match calibration:
+        case TemperatureScaling(temperature):
+            return graph.call("Div", draws, graph.constant(np.float64(temperature)))
+        case VectorScaling(scale, bias):
+            scaled = graph.call("Mul", draws, graph.constant(np.array(scale)))
+            return graph.call("Add", scaled, graph.constant(np.array(bias)))
+        case DeviationScaling(factor):
+            # The mean is (m, 0): means move away from m, and log variances are shifted.
+            mean = graph.call("ReduceMean", draws, axes=(0,), keepdims=1)
+            mean = graph.call("Mul", mean, graph.constant(np.array([1.0, 0.0])))
+            deviation = graph.call("Sub", draws, mean)
+            scaled = graph.call("Mul", deviation, graph.constant(np.array([factor, 1.0])))
+            shift = graph.constant(np.array([0.0, 2 * math.log(factor)]))
+            return graph.call("Add", graph.call("Add", scaled, mean), shift)
+    raise TypeError(f"export: the calibration {type(calibration).__name__} cannot be exported")
 
 
 def _classification(graph: Graph, logits: str, num_classes: int) -> dict[str, Port]:

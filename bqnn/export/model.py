@@ -70,7 +70,8 @@ def export(model: Method, num_samples: int, form: str = "exact", masks: str = "f
 
     Draw s of the file is draw s of bqnn's int8 with the seed of the model. MC dropout has one mask
     in each draw for all rows: that of a row that bqnn predicts alone. With random masks, the
-    runtime draws a mask for each row in each call.
+    runtime draws a mask for each row in each call. The calibration of a model applies to all
+    outputs except `samples`.
 
     Args:
         model: The model with fake quantization, in evaluation mode, with its recipe.
@@ -82,15 +83,10 @@ def export(model: Method, num_samples: int, form: str = "exact", masks: str = "f
         The model of ONNX, checked against the standard.
 
     Raises:
-        ValueError: The model is calibrated, its recipe has no normalization, the file would be too
-            large, or there is no MC dropout whose masks could be random.
+        ValueError: The recipe has no normalization, the file would be too large, or there is no MC
+            dropout whose masks could be random.
         TypeError: The network has an operation that cannot be exported. The message names it.
     """
-    if model.calibration is not None:
-        raise ValueError(
-            f"export: the checkpoint has a calibration ({model.calibration.name}), and a file has "
-            "the outputs of the network itself; export the checkpoint that was calibrated"
-        )
     assert model.recipe is not None
     facts = model.recipe["facts"]
     graph = Graph()
@@ -106,7 +102,8 @@ def export(model: Method, num_samples: int, form: str = "exact", masks: str = "f
             with evaluation_draw(net, index, model.seed) as restart_masks:
                 restart_masks()
                 draws.append(writer.write(net, Value(inputs, example)))
-    samples, outputs = write_mixture(graph, [draw.name for draw in draws], model.likelihood)
+    names = [draw.name for draw in draws]
+    samples, outputs = write_mixture(graph, names, model.likelihood, model.calibration)
     sizes = (num_samples, "N", model.likelihood.num_outputs)
     outputs = {samples: Port("samples", np.dtype(np.float32), sizes), **outputs}
     proto = graph.to_onnx([port], outputs, metadata(form, masks, model))
@@ -122,6 +119,8 @@ def metadata(form: str, masks: str, model: Method) -> dict[str, str]:
     found = {"bqnn.form": form, "bqnn.masks": masks, "bqnn.seed": str(model.seed)}
     if isinstance(model.likelihood, Classification):
         found["bqnn.class_names"] = json.dumps(model.likelihood.class_names)
+    if model.calibration is not None:
+        found["bqnn.calibration"] = json.dumps(model.calibration.to_dict())
     return found
 
 

@@ -15,6 +15,7 @@ from bqnn.data.normalization import Normalization
 from bqnn.data.tables import TableData
 from bqnn.export.masks import MaskStatistics
 from bqnn.export.model import Exported
+from bqnn.inference.calibration import Calibration
 from bqnn.inference.predict import BATCH_SIZE, predictive_sets
 from bqnn.inference.predictions import Prediction, score, with_non_finite
 from bqnn.layers.dropout import given_masks, one_mask_for_all_rows
@@ -30,14 +31,15 @@ class Verification:
 
     Attributes:
         form: The form of the file.
-        prediction: The draws of the file.
-        executed: The draws of int8.
+        prediction: The draws of the file, before its calibration.
+        executed: The draws of int8, before the calibration.
         steps: The steps of the grid of each output [S, num_outputs].
         summary_difference: The largest relative difference of the mixture's outputs to those that
             bqnn computes from the same draws.
         seconds: The seconds of both for all rows and draws.
         float_parts: What computes in float outside of the integers, and may round otherwise.
         masks: How random the masks are that the file draws; None for fixed masks.
+        calibration: The calibration of the model, or None.
     """
 
     form: str
@@ -48,6 +50,7 @@ class Verification:
     seconds: Mapping[str, float]
     float_parts: list[str]
     masks: MaskStatistics | None = None
+    calibration: Calibration | None = None
 
     @property
     def differences(self) -> Tensor:
@@ -67,7 +70,7 @@ class Verification:
         metrics = {
             f"{name}/{metric}": value
             for name, each in (("onnx", self.prediction), ("int8", self.executed))
-            for metric, value in with_non_finite(score, each).items()
+            for metric, value in with_non_finite(score, each.calibrated(self.calibration)).items()
             if np.isfinite(value)
         }
         return {
@@ -140,10 +143,11 @@ def verify(
         prediction,
         Prediction(integer.likelihood, torch.cat(executed, 1), targets),
         exported.steps,
-        _largest_difference(found, prediction.summary),
+        _largest_difference(found, prediction.calibrated(integer.calibration).summary),
         seconds,
         exported.float_parts,
         statistics,
+        integer.calibration,
     )
 
 

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 LARGEST_LOG_SCALE = 3.0  # factors are searched from 0.05 to 20
 LARGEST_BIAS = 10.0
 FEW_ERRORS = 10  # wrong predictions, of which a temperature needs some
+FEW_ROWS = 10  # of which the factor of a regression needs some
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,9 @@ def fit_calibration(
         targets: Their targets [N].
 
     Returns:
-        The calibration. Factors are from 0.05 to 20. Warnings tell of a factor at a bound, and of
-        fewer than ten wrong predictions, which determine a temperature poorly.
+        The calibration. Factors are from 0.05 to 20. Warnings tell of a factor at a bound, of fewer
+        than ten wrong predictions, which determine a temperature poorly, and of fewer than ten rows
+        of a regression.
 
     Raises:
         ValueError: The name is unknown, or a regression has no such calibration.
@@ -178,6 +180,7 @@ def fit_calibration(
     """
     check_calibration(name, likelihood)
     if isinstance(likelihood, Regression):
+        _warn_of_few_rows(len(targets))
         mixture = GaussianMixture.of(draws, targets)
         squared_z = (targets.double() - mixture.mean).square() / mixture.variance
         log_factor = squared_z.mean().clamp_min(1e-30).log().item() / 2
@@ -275,6 +278,15 @@ def _warn_of_few_errors(probabilities: Tensor, targets: Tensor) -> None:
             "them; compare the nll of the test set, or train with more validation rows",
             num_errors,
             len(targets),
+        )
+
+
+def _warn_of_few_rows(count: int) -> None:
+    if count < FEW_ROWS:
+        log.warning(
+            "calibration: fitted on %d validation rows, so the factor may be far off; train with "
+            "more validation rows",
+            count,
         )
 
 

@@ -68,6 +68,17 @@ class Likelihood(ABC):
         """
 
     @abstractmethod
+    def expected_loss(self, output: Tensor, other: Tensor) -> Tensor:
+        """Compute the mean of `loss` over targets that another output predicts.
+
+        It is least where both outputs give the same distribution, with the entropy of it.
+
+        Args:
+            output: One draw [B, num_outputs].
+            other: The output that predicts the targets, [B, num_outputs].
+        """
+
+    @abstractmethod
     def fisher_factors(self, output: Tensor) -> Tensor:
         """Factorize the Fisher information of the outputs of one draw.
 
@@ -204,6 +215,9 @@ class Classification(Likelihood):
         """Compute -log softmax(output)[target], averaged over the batch."""
         require_one_target_per_row(output, targets)
         return cross_entropy(output.float(), targets)
+
+    def expected_loss(self, output: Tensor, other: Tensor) -> Tensor:
+        return cross_entropy(output.float(), other.float().softmax(-1))
 
     def fisher_factors(self, output: Tensor) -> Tensor:
         """Compute sqrt(p_k) (e_k - p), whose outer products sum to diag(p) - p p^T."""
@@ -345,6 +359,12 @@ class Regression(Likelihood):
         require_one_target_per_row(output, targets)
         mean, log_variance = output.float().unbind(-1)
         return gaussian_nll(mean, log_variance, targets).mean()
+
+    def expected_loss(self, output: Tensor, other: Tensor) -> Tensor:
+        mean, log_variance = output.float().unbind(-1)
+        targets, log_noise = other.float().unbind(-1)
+        noise = torch.exp(log_noise - log_variance) / 2  # of targets around their mean
+        return (gaussian_nll(mean, log_variance, targets) + noise).mean()
 
     def fisher_factors(self, output: Tensor) -> Tensor:
         """Compute (1 / std, 0) and (0, sqrt(1/2)), the factors of diag(1 / variance, 1/2)."""

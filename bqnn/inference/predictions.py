@@ -46,8 +46,10 @@ class Prediction:
         """The result of `Likelihood.summary` for each row."""
         return self.likelihood.summary(self.mixture)
 
-    def calibrated(self, calibration: Calibration) -> "Prediction":
-        """Return the prediction with calibrated draws."""
+    def calibrated(self, calibration: Calibration | None) -> "Prediction":
+        """Return the prediction with calibrated draws; None leaves them as they are."""
+        if calibration is None:
+            return self
         return Prediction(self.likelihood, calibration(self.samples), self.targets)
 
 

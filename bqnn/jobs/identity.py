@@ -12,8 +12,11 @@ from bqnn.jobs.records import read_record
 
 # Keys that do not affect results: Runs that differ only in these keys are the same Run.
 WITHOUT_EFFECT = (
-    *("resume", "trust", "logger", "data_dir", "trainer.threads", "trainer.progress_bar"),
+    *("resume", "trust", "logger", "data_dir"),
+    *("trainer.threads", "trainer.progress_bar", "trainer.data_on_device"),
 )
+# Keys that older Runs lack. With these values they have no effect, and are left out of the hash.
+NEWER = {"trainer.compile": False, "trainer.matmul_precision": None}
 LENGTH = ("trainer.max_epochs", "task.max_epochs")  # a training can be resumed with more epochs
 
 
@@ -39,6 +42,10 @@ def config_hash(config: dict[str, Any], without: Iterable[str] = WITHOUT_EFFECT)
     for key in without:
         node, last = _node(kept, key)
         node.pop(last, None)
+    for key, value in NEWER.items():
+        node, last = _node(kept, key)
+        if last in node and node[last] == value:
+            del node[last]
     key = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
     digest = input_digest(config)
     return key if digest is None else f"{key}-{digest[:16]}"

@@ -1,7 +1,6 @@
 """Read small JSON and YAML files from untrusted sources."""
 
 import json
-import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,10 @@ from typing import Any
 import yaml
 
 from bqnn.files import open_regular
+from bqnn.jobs.plain_yaml import LONGEST_NUMBER, TWICE, parse_yaml
 from bqnn.text import one_line
 
-LARGEST_JSON, LARGEST_YAML = 16 * 2**20, 2**20  # bytes; parsing YAML takes two seconds per MiB
-LONGEST_NUMBER = 1000  # characters
-TWICE = "a name is there twice in it"
-
-_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_NUMBER = rf"[-+.:_xXa-fA-F0-9]{{{LONGEST_NUMBER + 1},}}"
+LARGEST_JSON, LARGEST_YAML = 16 * 2**20, 2**20  # bytes; parsing YAML takes a second per MiB
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -31,14 +26,14 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: The file does not exist.
         ValueError: The file is not a regular file, is not readable, is too large, is not UTF-8, is
-            not JSON or YAML, is nested too deeply, uses YAML aliases or tags, repeats a key, has a
-            number of more than 1000 characters, or does not hold an object with strings as keys.
-            The message is one line.
+            not JSON or YAML, is nested too deeply, uses YAML aliases, merges or tags, repeats a
+            key, has a number of more than 1000 characters, or does not hold an object with strings
+            as keys. The message is one line.
     """
     try:
         is_yaml = path.suffix == ".yaml"
         text = _text(path, LARGEST_YAML if is_yaml else LARGEST_JSON)
-        record = _yaml(text) if is_yaml else _json(text)
+        record = parse_yaml(text) if is_yaml else _json(text)
     except FileNotFoundError:
         raise
     except RecursionError:
@@ -96,35 +91,3 @@ def _whole(digits: str) -> int:
     if len(digits) > LONGEST_NUMBER:
         raise ValueError(f"it has a number of {len(digits)} characters")
     return int(digits)
-
-
-def _yaml(text: str) -> Any:
-    for event in yaml.parse(text, Loader=_SafeLoader):
-        # An alias can make a mapping contain itself, or expand ten lines to 10^10 entries.
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError("it uses aliases (*name), which are not read here")
-        if getattr(event, "tag", None) is not None:  # a tag can be invalid for its text
-            raise ValueError("it uses tags (!name), which are not read here")
-        # Parsing some numbers, such as 1:59:59:59..., takes quadratic time.
-        if isinstance(event, yaml.ScalarEvent) and re.fullmatch(_NUMBER, event.value):
-            raise ValueError(f"it has a number of {len(event.value)} characters")
-    loader = _SafeLoader(text)
-    try:
-        root = loader.get_single_node()
-        _require_named_once(root)
-        return None if root is None else loader.construct_document(root)
-    finally:
-        loader.dispose()
-
-
-def _require_named_once(root: yaml.Node | None) -> None:
-    nodes: list[yaml.Node | None] = [root]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, yaml.MappingNode):
-            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if len(set(names)) < len(names):
-                raise ValueError(TWICE)
-            nodes += [value for _, value in node.value]
-        elif isinstance(node, yaml.SequenceNode):
-            nodes += node.value

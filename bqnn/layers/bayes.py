@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bqnn.arguments import ArgumentTypeError, real_number
-from bqnn.layers.draws import DrawnWeights, evaluation_noise, held_draw
+from bqnn.layers.draws import DrawnWeights, correlated_noise, held_draw
 from bqnn.layers.linear_map import Geometry, linear_map, linear_map_gradients
 from bqnn.layers.noise import in_memory_order, noise_like
 from bqnn.layers.swap import check_float, swap
@@ -36,6 +36,9 @@ class GaussianWeight(DrawnWeights):
     Evaluation mode samples the weights (Blundell et al. 2015), with one draw per call. In both
     modes, a held draw is used instead (see `bqnn.layers.draws.held_draw` and `held_means`).
 
+    In evaluation mode, the weights of all layers may be correlated (`correlate`); in training mode,
+    they are independent.
+
     Args:
         weight: Initial means.
         bias: Initial bias, or None.
@@ -46,6 +49,7 @@ class GaussianWeight(DrawnWeights):
     mean: nn.Parameter
     rho: nn.Parameter
     bias: nn.Parameter | None
+    loadings: Tensor | None
     geometry: Geometry | None = None  # None for a linear layer
 
     def __init__(
@@ -58,6 +62,16 @@ class GaussianWeight(DrawnWeights):
         self.register_parameter(
             "bias", None if bias is None else nn.Parameter(bias.detach().clone())
         )
+        self.register_buffer("loadings", None)
+
+    def correlate(self, loadings: Tensor) -> None:
+        """Correlate the weights of this layer with each other, and with those of other layers.
+
+        Args:
+            loadings: The loadings of `bqnn.layers.draws.correlated_noise` [K, *mean.shape]. Layers
+                with the same K share their K common factors.
+        """
+        self.loadings = loadings
 
     @property
     def sigma(self) -> Tensor:
@@ -103,7 +117,7 @@ class GaussianWeight(DrawnWeights):
 
     def draw(self) -> Tensor:
         """Draw the weights."""
-        return torch.addcmul(self.mean, self.sigma, evaluation_noise(self.mean))
+        return torch.addcmul(self.mean, self.sigma, correlated_noise(self.mean, self.loadings))
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self.held_weights() if self.training else self.weights()

@@ -25,6 +25,7 @@ class Draw:
     def __init__(self, generator: torch.Generator, values: Mapping[nn.Module, Any]) -> None:
         self.generator = generator
         self.values = dict(values)
+        self.common: dict[int, Tensor] = {}  # the noise that layers share, by its length
         self.rows: tuple[Tensor, int] | None = None
 
     def of_rows(self, like: Tensor, sample: Callable[[Tensor], Tensor]) -> Tensor:
@@ -209,6 +210,54 @@ def evaluation_noise(like: Tensor) -> Tensor:
     if draw is None:
         return cpu_noise_like(like, torch.default_generator)
     return draw.of_rows(like, lambda whole: cpu_noise_like(whole, draw.generator))
+
+
+def evaluation_uniform(like: Tensor) -> Tensor:
+    """Sample uniform numbers in [0, 1) with the shape and device of a tensor.
+
+    The generator is that of `evaluation_noise`.
+    """
+    if torch.compiler.is_compiling():
+        return torch.rand_like(like)
+    draw = _held.get()
+    generator = torch.default_generator if draw is None else draw.generator
+    return torch.rand(like.shape, generator=generator).to(like.device)
+
+
+def correlated_noise(like: Tensor, loadings: Tensor | None) -> Tensor:
+    """Sample N(0, 1) noise for the weights of a layer, whose entries may be correlated.
+
+        eps_i = sqrt(1 - sum_k f_ki^2) z_i + sum_k f_ki u_k,    z_i, u_k ~ N(0, 1)
+
+    All layers of a held draw share u, so that their weights are correlated, too. A layer that is
+    called without a held draw has a u of its own.
+
+    Args:
+        like: A tensor with the shape, layout, dtype and device of the result.
+        loadings: f [K, *like.shape] with sum_k f_ki^2 <= 1, or None for independent noise.
+
+    Examples:
+        >>> loadings = torch.tensor([[0.6, 0.6]])
+        >>> eps = torch.stack([correlated_noise(torch.zeros(2), loadings) for _ in range(10_000)])
+        >>> torch.allclose(eps.T.cov(), torch.tensor([[1.0, 0.36], [0.36, 1.0]]), atol=0.06)
+        True
+    """
+    if loadings is None:
+        return evaluation_noise(like)
+    common = _common_noise(len(loadings)).to(like)
+    eps = evaluation_noise(like)
+    own = (1 - loadings.square().sum(0)).clamp_min(0).sqrt()
+    return eps.mul_(own).add_(torch.tensordot(common, loadings, 1))
+
+
+def _common_noise(count: int) -> Tensor:
+    """Return the N(0, 1) noise [count] that all layers of the held draw share."""
+    draw = None if torch.compiler.is_compiling() else _held.get()
+    if draw is None:
+        return torch.randn(count, device="cpu")
+    if count not in draw.common:
+        draw.common[count] = torch.randn(count, generator=draw.generator, device="cpu")
+    return draw.common[count]
 
 
 def evaluation_coins(like: Tensor, probability: float) -> Tensor:

@@ -2,10 +2,11 @@
 
 from bqnn.methods.base import Method
 from bqnn.methods.bbb import BayesByBackprop
+from bqnn.methods.compiled import CompileSteps
 from bqnn.methods.ensemble import DeepEnsemble
 from bqnn.methods.laplace import Laplace
 from bqnn.methods.mcdropout import MCDropoutMethod
-from bqnn.methods.members import MemberTuning
+from bqnn.methods.members import MemberTraining, MemberTuning
 from bqnn.methods.pointwise import Pointwise
 from bqnn.methods.posthoc import PostHocGaussian
 from bqnn.methods.sghmc import SGHMCEnsemble
@@ -16,9 +17,11 @@ __all__ = [
     "METHODS",
     "SWAG",
     "BayesByBackprop",
+    "CompileSteps",
     "DeepEnsemble",
     "Laplace",
     "MCDropoutMethod",
+    "MemberTraining",
     "MemberTuning",
     "Method",
     "Pointwise",

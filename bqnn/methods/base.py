@@ -1,7 +1,8 @@
 """Method: the base class of all methods, with training and evaluation by Monte Carlo draws."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -25,7 +26,7 @@ from bqnn.layers.safe_convolutions import guard_backward
 from bqnn.methods.epochs import is_last_epoch
 from bqnn.methods.evaluation import Evaluation, log_in_fit
 from bqnn.methods.schedules import SCHEDULES, with_schedule
-from bqnn.methods.terms import EpochTerms, Terms
+from bqnn.methods.terms import CompiledTerms, EpochTerms, Terms
 from bqnn.methods.watch import FiniteWatch
 from bqnn.optim import make_optimizer
 from bqnn.seeds import Stream, stream_seed
@@ -57,6 +58,8 @@ class Method(pl.LightningModule):
         epoch_terms: The terms of the loss in the current epoch.
         recipe: The description from which a checkpoint's model is rebuilt; None if there is none.
         calibration: Calibrates the draws of predictions; None leaves them as they are.
+        compiled_terms: Replaces `loss_terms` in training steps, see `CompileSteps`; None if steps
+            are not compiled.
 
     Raises:
         ValueError: A number is out of range, or the schedule is unknown.
@@ -91,8 +94,17 @@ class Method(pl.LightningModule):
         self.stream = Stream.TRAINING
         self.recipe: dict[str, Any] | None = None
         self.calibration: Calibration | None = None
+        self.compiled_terms: CompiledTerms | None = None
         self.epoch_terms = EpochTerms()
+        self._numbers: Mapping[str, Tensor] | None = None
         self._evaluation = Evaluation(likelihood)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning sets it before and after each hook, and nn.Module looks for parameters first.
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute one draw of the output: logits [B, C], or mean and log variance [B, 2]."""
@@ -127,7 +139,7 @@ class Method(pl.LightningModule):
             bank: Draws of the weights that were made before; None to make them.
 
         Returns:
-            Draws of the output [S, N_i, num_outputs] for each set, on the CPU.
+            Draws of the output [S, N_i, num_outputs] for each set, on the device of the network.
         """
         draws = predictive_sets(
             self.net,
@@ -211,9 +223,34 @@ class Method(pl.LightningModule):
         return {}
 
     def loss_terms(self, inputs: Tensor, targets: Tensor) -> Terms:
-        """Return the loss of a training batch as `loss`, and its terms by name."""
+        """Return the loss of a training batch as `loss`, and its terms by name.
+
+        It must be the same computation for each batch of an epoch, apart from numbers that it gets
+        from `step_number`.
+        """
         nll = self.likelihood.loss(self(inputs), targets)
         return {"loss": nll, "nll": nll}
+
+    def step_numbers(self) -> dict[str, float]:
+        """Return the numbers in the loss that change from step to step, by name."""
+        return {}
+
+    def step_number(self, name: str) -> float | Tensor:
+        """Return a number of `step_numbers`; in a CUDA graph the tensor that holds it."""
+        return self.step_numbers()[name] if self._numbers is None else self._numbers[name]
+
+    @contextmanager
+    def numbers_given(self, numbers: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let `step_number` return tensors in the body, which a CUDA graph can read anew."""
+        self._numbers = numbers
+        try:
+            yield
+        finally:
+            self._numbers = None
+
+    def trained_networks(self) -> list[nn.Module]:
+        """Return the networks whose forward passes are parts of a training step."""
+        return [self.net]
 
     def fine_tuning(self, optimizer: dict[str, Any], prior_weight: float) -> "Method":
         """Return a method that continues to train the trained network.
@@ -302,11 +339,24 @@ class Method(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         inputs, targets = batch
-        terms = self.loss_terms(inputs, targets)
+        compute = self.loss_terms if self.compiled_terms is None else self.compiled_terms
+        terms = compute(inputs, targets)
         self.epoch_terms.record(terms, len(targets))
+        return self.weighted(terms, len(targets))
+
+    def weighted(self, terms: Terms, num_rows: int) -> Tensor:
+        """Return the loss of a batch, weighted by its number of rows if the method does so."""
         loss = terms["loss"]
         assert isinstance(loss, Tensor)
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        given = None if self.compiled_terms is None else self.compiled_terms.gradients
+        if given is None:
+            super().backward(loss, *args, **kwargs)
+            return
+        for param, gradient in given:
+            param.grad = gradient
 
     def seed_epoch(self) -> None:
         """Seed the draws of this epoch by (seed, epoch, rank), so that a resumed run repeats them.

@@ -83,9 +83,12 @@ class BayesByBackprop(PointwiseStart):
         with JointPosterior(self.net) as posterior:
             nll = self.likelihood.loss(self(inputs), targets)
         kl = posterior.kl()
-        beta = self.current_beta()
+        beta = self.step_number("beta")
         loss = nll + beta * kl / self.num_train
         return {"loss": loss, "nll": nll, "kl": kl, "beta": beta}
+
+    def step_numbers(self) -> dict[str, float]:
+        return {"beta": self.current_beta()}
 
     def fine_tuning(self, optimizer: dict[str, Any], prior_weight: float) -> Method:
         self.beta *= prior_weight

@@ -174,7 +174,7 @@ class Laplace(PostHocGaussian):
         """Return the NLL of validation rows, or infinity if it is not finite."""
         self.set_sigmas(fisher, prior_std)
         predictions = [
-            Prediction(self.likelihood, self.predictive(inputs), targets.cpu())
+            Prediction(self.likelihood, self.predictive(inputs).cpu(), targets.cpu())
             for inputs, targets in validation
         ]
         if not all(prediction.samples.isfinite().all() for prediction in predictions):

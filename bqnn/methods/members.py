@@ -1,17 +1,18 @@
 """Training of the members of an ensemble, independently of each other."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
 from bqnn.arguments import ArgumentError
 from bqnn.inference.likelihoods import Likelihood
 from bqnn.layers.ensemble import Ensemble
 from bqnn.methods.base import Method
+from bqnn.methods.given_gradients import with_gradients
 from bqnn.methods.terms import Terms
 from bqnn.seeds import Stream
 
@@ -26,6 +27,9 @@ class EnsembleMethod(Method):
 
     net: Ensemble
     growing: ClassVar[tuple[str, ...]] = ("num_members",)
+
+    def trained_networks(self) -> list[nn.Module]:
+        return [self.net.current]
 
     @property
     def available_samples(self) -> int:
@@ -50,13 +54,42 @@ class MemberTraining(EnsembleMethod):
     members.
     """
 
+    imitated: Sequence[nn.Module] = ()  # not modules of this one, so that no checkpoint has them
+
+    def imitate_members(self) -> None:
+        """Train each member towards what its present network predicts, not towards the targets.
+
+        All members are trained towards the same targets, and become more alike by it. With few
+        bits, a member can so follow its own network in float, and the ensemble keeps its
+        disagreement.
+        """
+        copies = [deepcopy(member) for member in self.net.members]
+        self.imitated = [copy.eval().requires_grad_(False) for copy in copies]
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        for network in self.imitated:
+            network.to(self.device)
+
     def trained_parameters(self) -> list[nn.Parameter]:
         return [param for param in self.net.members.parameters() if param.requires_grad]
 
+    def trained_networks(self) -> list[nn.Module]:
+        return list(self.net.members)
+
     def member_terms(self, member: nn.Module, inputs: Tensor, targets: Tensor) -> Terms:
         """Return the loss of a member for a batch as `loss`, and its terms by name."""
-        nll = self.likelihood.loss(member(inputs), targets)
+        nll = self.member_nll(member, inputs, targets)
         return {"loss": nll, "nll": nll}
+
+    def member_nll(self, member: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the NLL of the targets, or the expected one of what `imitated` predicts."""
+        if not self.imitated:
+            return self.likelihood.loss(member(inputs), targets)
+        number = next(i for i, own in enumerate(self.net.members) if own is member)
+        with torch.no_grad():
+            other = self.imitated[number](inputs)
+        return self.likelihood.expected_loss(member(inputs), other)
 
     def loss_terms(self, inputs: Tensor, targets: Tensor) -> Terms:
         """Return means over members. The gradients of `loss` are those of the members' losses."""
@@ -68,11 +101,11 @@ class MemberTraining(EnsembleMethod):
             assert isinstance(loss, Tensor)
             gradients |= _gradients(loss, member)  # one backward pass per member, to limit memory
             all_terms.append({name: torch.as_tensor(term).detach() for name, term in terms.items()})
-        means: Terms = {
+        means = {
             name: torch.stack([terms[name] for terms in all_terms]).mean() for name in all_terms[0]
         }
-        means["loss"] = _WithGradients.apply(means["loss"], [*gradients.values()], *gradients)
-        return means
+        loss = with_gradients(means["loss"], [*gradients], [*gradients.values()])
+        return {**means, "loss": loss}
 
     def configure_gradient_clipping(
         self,
@@ -129,7 +162,7 @@ class MemberTuning(MemberTraining):
         self.net.members.requires_grad_(True)
 
     def member_terms(self, member: nn.Module, inputs: Tensor, targets: Tensor) -> Terms:
-        nll = self.likelihood.loss(member(inputs), targets)
+        nll = self.member_nll(member, inputs, targets)
         prior = self.prior_energy(member)
         scale = self.prior_weight * self.temperature / self.num_train
         return {"loss": nll + scale * prior, "nll": nll, "prior": prior}
@@ -158,17 +191,3 @@ def _gradients(loss: Tensor, net: nn.Module) -> dict[nn.Parameter, Tensor]:
     for param, grad in before.items():
         param.grad = grad
     return found
-
-
-class _WithGradients(torch.autograd.Function):
-    """A scalar whose gradients are given."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *params: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, factor: Tensor) -> Any:
-        return None, None, *(factor * gradient for gradient in ctx.gradients)

@@ -17,6 +17,7 @@ from bqnn.layers.ensemble import Ensemble
 from bqnn.methods.base import Batch
 from bqnn.methods.members import EnsembleMethod, MemberTuning
 from bqnn.methods.sampling import SamplingPlan
+from bqnn.methods.terms import Terms
 from bqnn.optim import make_optimizer
 
 log = logging.getLogger(__name__)
@@ -181,17 +182,14 @@ class SGHMCEnsemble(EnsembleMethod):
         # The noise and the Gibbs draws of the sampler must be equal on all ranks.
         self.seed_draws(rank=0)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        assert loss is not None
-        return loss * self._weight_of(len(batch[1]))
-
-    def _weight_of(self, num_rows: int) -> float:
-        """Return the rows of a batch divided by the mean number of rows per batch or step."""
-        batches, largest = int(self.trainer.num_training_batches), self.epoch_terms.rows[0]
+    def weighted(self, terms: Terms, num_rows: int) -> Tensor:
+        """Weight the loss by the rows of a batch divided by the mean number per batch or step."""
+        batches = int(self.trainer.num_training_batches)
+        largest = self.epoch_terms.rows[0] if self.epoch_terms.rows else num_rows
         rows = min(math.ceil(self.num_train / self.trainer.world_size), batches * largest)
         # Lightning divides by accumulate_grad_batches, even if the last step has fewer batches.
-        return num_rows * self.trainer.accumulate_grad_batches * self.steps_per_epoch / rows
+        accumulated = self.trainer.accumulate_grad_batches * self.steps_per_epoch
+        return super().weighted(terms, num_rows) * (num_rows * accumulated / rows)
 
     def optimizer_options(self, steps_per_epoch: int) -> dict[str, Any]:
         burn_in = self.plan.burn_in * steps_per_epoch

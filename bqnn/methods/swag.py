@@ -1,4 +1,4 @@
-"""SWAG: the mean and the variance of the networks that SGD passes in its last epochs."""
+"""SWAG: the mean and the covariance of the networks that SGD passes in its last epochs."""
 
 import logging
 import math
@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
 
-from bqnn.arguments import real_number, whole_number
+from bqnn.arguments import ArgumentError, real_number, whole_number
 from bqnn.inference.likelihoods import Likelihood
+from bqnn.layers.bayes import GaussianWeight
 from bqnn.layers.draws import held_draw
 from bqnn.methods.base import Batch
 from bqnn.methods.posthoc import PostHocGaussian, num_ranks, sum_over_ranks
@@ -23,11 +24,20 @@ SMALLEST = 1e-3  # smallest sigma, as a share of the root mean square of a layer
 
 
 class SWAG(PostHocGaussian):
-    r"""SWAG with a diagonal covariance (Maddox et al., 2019).
+    r"""SWAG with a diagonal covariance, or a diagonal and a low rank (Maddox et al., 2019).
 
     The networks w_1, ..., w_T at the ends of epochs give the posterior of the weights,
 
         mean = 1/T \sum_t w_t,    sigma^2 = scale (1/T \sum_t w_t^2 - mean^2).
+
+    With rank K, the last K deviations d_k = w_t - (mean of w_1, ..., w_t) add a covariance of all
+    weights:
+
+        w = mean + sigma z / sqrt(2) + sqrt(scale / (2 (K - 1))) \sum_k d_k u_k,    z, u ~ N(0, I).
+
+    A layer has the standard deviation of w as its sigma, and the loadings of u in the noise
+    w - mean, divided by sigma. So each weight is Gaussian, as in the methods without a rank, and is
+    rounded alike.
 
     Biases and the parameters of batch norm get their means. The statistics of batch norm are
     averages over draws: they are computed anew from the training rows, with one draw of the
@@ -40,6 +50,7 @@ class SWAG(PostHocGaussian):
         swa_start: The share of the epochs before networks are collected.
         collect_every: The number of epochs from one collected network to the next.
         scale: Factor of the variances.
+        rank: The rank K of the covariance, 2 or more, or 0 for a diagonal one.
         options: Arguments of `PostHocGaussian` and `Method`.
 
     Examples:
@@ -61,6 +72,7 @@ class SWAG(PostHocGaussian):
         swa_start: float = 0.5,
         collect_every: int = 1,
         scale: float = 1.0,
+        rank: int = 0,
         **options: Any,
     ) -> None:
         swa_lr = real_number("swa_lr", swa_lr, "a learning rate above 0", 0, without=(0,))
@@ -69,19 +81,27 @@ class SWAG(PostHocGaussian):
         reason = "in epochs, 1 or more"
         collect_every = whole_number("collect_every", collect_every, reason, 1)
         scale = real_number("scale", scale, "a factor of the variances above 0", 0, without=(0,))
+        reason = "the rank of the covariance, 2 or more, or 0 for a diagonal one"
+        rank = whole_number("rank", rank, reason, 0)
+        if rank == 1:
+            raise ArgumentError(f"rank=1: {reason}; one deviation has no covariance", "rank")
         super().__init__(net, likelihood, **options)
         self.swa_lr = swa_lr
         self.swa_start = swa_start
         self.collect_every = collect_every
         self.scale = scale
         self.start_epoch = 0  # the first epoch at whose end a network may be collected
-        self.moments = Moments()
+        self.rank = rank
+        self.moments = Moments(rank)
+        if rank > 0:
+            for layer in self.gaussian_weights().values():
+                layer.correlate(layer.mean.new_zeros(rank, *layer.mean.shape))
 
     def configure_callbacks(self) -> list[pl.Callback]:
         callbacks = super().configure_callbacks()
         if self.is_fine_tuned:
             return callbacks
-        self.moments = Moments()
+        self.moments = Moments(self.rank)
         first, *rest = callbacks
         return [first, CollectMoments(self.moments), *rest]
 
@@ -119,10 +139,23 @@ class SWAG(PostHocGaussian):
             self.net.get_parameter(name).copy_(mean)
         for name, layer in self.gaussian_weights().items():
             if f"{name}.mean" in moments.means:  # else it is frozen
-                sigma = (self.scale * moments.variance(f"{name}.mean")).sqrt()
-                least = SMALLEST * sigma.square().mean().sqrt()
-                layer.set_sigma(sigma.clamp_min(least.clamp_min(1e-12)))
+                self._set_covariance(layer, f"{name}.mean")
         self._renew_batch_norm(batches)
+
+    def _set_covariance(self, layer: GaussianWeight, name: str) -> None:
+        """Set sigma of a layer, and its loadings if there is a rank."""
+        variance = self.scale * self.moments.variance(name)
+        deviations = self.moments.deviations.get(name, []) if self.rank > 0 else []
+        factors = layer.mean.new_zeros(self.rank, *layer.mean.shape)
+        if len(deviations) > 1:
+            used = torch.stack(deviations)
+            factors[: len(used)] = used * math.sqrt(self.scale / (2 * (len(used) - 1)))
+            variance = variance / 2 + factors.square().sum(0)
+        least = SMALLEST * variance.mean().sqrt()
+        sigma = variance.sqrt().clamp_min(least.clamp_min(1e-12))
+        layer.set_sigma(sigma)
+        if self.rank > 0:
+            layer.correlate(factors / sigma)
 
     def _renew_batch_norm(self, batches: Iterable[Batch]) -> None:
         """Average the statistics of batch norm over batches, each with a draw of the weights."""
@@ -143,10 +176,14 @@ class SWAG(PostHocGaussian):
 class Moments:
     """Running means and variances of named tensors, by Welford's algorithm.
 
+    Args:
+        rank: The number of last deviations that are kept.
+
     Attributes:
         count: The number of observations.
         means: The mean of each tensor.
         squares: The sum of squared deviations from the mean, of each tensor.
+        deviations: The last deviations of each tensor from the mean at their time.
 
     Examples:
         >>> moments = Moments()
@@ -156,7 +193,8 @@ class Moments:
         (tensor([3.]), tensor([4.6667]))
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int = 0) -> None:
+        self.rank = rank
         self.clear()
 
     def clear(self) -> None:
@@ -164,11 +202,13 @@ class Moments:
         self.count = 0
         self.means: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
+        self.deviations: dict[str, list[Tensor]] = {}
 
     def to(self, device: torch.device) -> None:
         """Move the tensors to a device."""
         self.means = {name: value.to(device) for name, value in self.means.items()}
         self.squares = {name: value.to(device) for name, value in self.squares.items()}
+        self.deviations = {n: [each.to(device) for each in v] for n, v in self.deviations.items()}
 
     @torch.no_grad()
     def add(self, values: dict[str, Tensor]) -> None:
@@ -178,10 +218,12 @@ class Moments:
             if self.count == 1:
                 self.means[name] = value.detach().clone()
                 self.squares[name] = torch.zeros_like(value)
-                continue
             change = value - self.means[name]
             self.means[name].add_(change / self.count)
             self.squares[name].addcmul_(change, value - self.means[name])
+            if self.rank > 0:
+                kept = [*self.deviations.get(name, []), value - self.means[name]]
+                self.deviations[name] = kept[-self.rank :]
 
     def variance(self, name: str) -> Tensor:
         """Return the mean squared deviation of a tensor from its mean."""

@@ -1,11 +1,27 @@
 """The terms of the loss of each batch, and their means over an epoch."""
 
 from collections import defaultdict
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 Terms = dict[str, Tensor | float]
+Gradients = list[tuple[Tensor, Tensor]]  # parameters with their gradients
+
+
+class CompiledTerms(Protocol):
+    """A compiled replacement of `Method.loss_terms`.
+
+    Attributes:
+        gradients: Each parameter with its gradient of the last loss, if the backward pass is done.
+    """
+
+    gradients: Gradients | None
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> Terms:
+        """Return the terms of the loss of a batch."""
+        ...
 
 
 class EpochTerms:

@@ -5,7 +5,6 @@ global state. The colours are those of Okabe and Ito, which people with colour b
 distinguish.
 """
 
-import io
 import logging
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -48,13 +47,16 @@ def save(figure: "Figure", path: str | Path) -> Path:
 
 def save_small(figure: "Figure", path: Path) -> Path:
     """Write a figure atomically as a PNG of at most 256 colours, a third of the size of `save`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
-    full = io.BytesIO()
     _spell_out(figure)
-    figure.savefig(full, format="png", dpi=160)
+    figure.set_dpi(160)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # once; savefig draws twice, the first time for the layout alone
+    image = Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with Image.open(full) as image, written_beside(path) as beside:
+    with written_beside(path) as beside:
         palette = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
         palette.save(beside, format="png", optimize=True)
     return path

@@ -48,6 +48,8 @@ class QuantizationCallback(pl.Callback):
             fixed. The only epoch of a fit is never frozen.
         keep: Types of modules, and globs over the names of modules, that stay in float, in addition
             to those of the spec. A checkpoint with a recipe records only the spec.
+        rounds: False trains without rounding, otherwise alike: the control of a quantization-aware
+            training.
 
     Raises:
         ValueError: The observer of the spec cannot be trained with, or `freeze_epochs` is below 0.
@@ -63,12 +65,14 @@ class QuantizationCallback(pl.Callback):
         freeze_epochs: int = 2,
         *,
         keep: Keep = (),
+        rounds: bool = True,
     ) -> None:
         freeze_epochs = whole_number("freeze_epochs", freeze_epochs, "0 or more", 0)
         spec.check_trainable()
         self.spec = spec
         self.freeze_epochs = freeze_epochs
         self.keep = keep
+        self.rounds = rounds
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Lightning calls this before it creates optimizers or restores a checkpoint.
@@ -80,12 +84,13 @@ class QuantizationCallback(pl.Callback):
             )
         guard_backward()
         quantize_module(pl_module, self.spec, keep=self.keep)
+        enable(_net(pl_module), self.rounds)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         enable(_net(pl_module), False)  # there are no ranges before the first batch
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        enable(_net(pl_module))
+        enable(_net(pl_module), self.rounds)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         net = _net(pl_module)
@@ -113,11 +118,12 @@ class QuantizationCallback(pl.Callback):
         freeze(_net(pl_module), is_last)
 
 
-def quantization_callbacks(options: Mapping[str, Any]) -> list[pl.Callback]:
+def quantization_callbacks(options: Mapping[str, Any], rounds: bool = True) -> list[pl.Callback]:
     """Create the callbacks for the group `quant` of a configuration.
 
     Args:
         options: The group; `name=none` turns quantization off.
+        rounds: False for a control, which trains without rounding.
 
     Returns:
         A list with the callback, or an empty list.
@@ -139,7 +145,7 @@ def quantization_callbacks(options: Mapping[str, Any]) -> list[pl.Callback]:
                 "training); to calibrate a trained network, quantize its checkpoint",
                 "mode",
             )
-        return [QuantizationCallback(spec, options["freeze_epochs"])]
+        return [QuantizationCallback(spec, options["freeze_epochs"], rounds=rounds)]
 
 
 def fine_tuning_optimizer(options: Mapping[str, Any]) -> dict[str, Any]:

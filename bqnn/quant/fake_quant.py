@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bqnn.layers.markers import Quantized
-from bqnn.quant.observers import LeastSquaresObserver, Observer, make_observer
+from bqnn.quant.observers import ClippingObserver, LeastSquaresObserver, Observer, make_observer
 
 
 class FakeQuant(Quantized):
@@ -56,7 +56,10 @@ class FakeQuant(Quantized):
         """Update the observer with `x`; only in training mode, and not while frozen."""
         if not self.training or self.frozen or self.observer is None:
             return
-        self.observer(_extremes_of_all_ranks(x.detach(), self.channels))
+        x = x.detach()
+        if not isinstance(self.observer, ClippingObserver):  # of weights, equal on all ranks
+            x = _extremes_of_all_ranks(x, self.channels)
+        self.observer(x)
         if not isinstance(self.observer, LeastSquaresObserver):  # its search is slow: call settle()
             self.settle()
 
@@ -78,6 +81,9 @@ class FakeQuant(Quantized):
             return x
         if torch.compiler.is_compiling():
             return self._traced_round(x)
+        has_gradient = x.requires_grad and torch.is_grad_enabled()
+        if not has_gradient and x.dtype == torch.float32 and x.device.type == "cpu":
+            return self._round_on_cpu(x)
         if self.channels is None:
             return torch.fake_quantize_per_tensor_affine(
                 x, self.scale, self.zero_point, self.quant_min, self.quant_max
@@ -85,6 +91,16 @@ class FakeQuant(Quantized):
         return torch.fake_quantize_per_channel_affine(
             x, self.scale, self.zero_point, 0, self.quant_min, self.quant_max
         )
+
+    def _round_on_cpu(self, x: Tensor) -> Tensor:
+        """Round without gradient; torch's own operator takes several times as long on CPUs."""
+        zero_point = self.along(x, self.zero_point)
+        return self._float_integers(x).sub_(zero_point).mul_(self.along(x, self.scale))
+
+    def _float_integers(self, x: Tensor) -> Tensor:
+        integers = (x * (1 / self.along(x, self.scale))).round_()
+        integers.add_(self.along(x, self.zero_point))
+        return integers.clamp_(self.quant_min, self.quant_max)
 
     def _traced_round(self, x: Tensor) -> Tensor:
         """Round with elementary operators; torch's own cannot be traced with a free batch size."""
@@ -101,6 +117,8 @@ class FakeQuant(Quantized):
     @torch.no_grad()
     def integers(self, x: Tensor) -> Tensor:
         """Quantize `x` to integers of the same shape, in int8 or uint8."""
+        if self.enabled and x.dtype == torch.float32 and x.device.type == "cpu":
+            return self._float_integers(x).to(torch.int8 if self.quant_min < 0 else torch.uint8)
         return self.integers_of_rounded(self.round(x))
 
     def integers_of_rounded(self, x: Tensor) -> Tensor:
@@ -168,8 +186,9 @@ def make_fake_quant(
         symmetric: Whether the zero point is fixed in the center of the range.
         channels: The number of channels in dimension 0, each with its own grid, or None.
         observer: `minmax` (range of the newest tensor), `running_minmax` (range of all tensors),
-            `moving_average` (moving average of minimum and maximum) or `histogram` (range with the
-            smallest squared error; it needs `settle`).
+            `moving_average` (moving average of minimum and maximum), `least_squares` (range of the
+            newest tensor, cut to the smallest squared error) or `histogram` (range of all tensors
+            with the smallest squared error; it needs `settle`).
 
     Examples:
         >>> make_fake_quant(4, signed=True, symmetric=True)

@@ -21,8 +21,8 @@ LAYERS = (nn.Linear, nn.Conv2d, BayesLinear, BayesConv2d)
 _PARTS: dict[type[nn.Module], tuple[tuple[str, ...], tuple[str, ...]]] = {
     nn.Linear: (("weight", "bias"), ()),
     nn.Conv2d: (("weight", "bias"), ()),
-    BayesLinear: (("mean", "rho", "bias"), ()),
-    BayesConv2d: (("mean", "rho", "bias"), ()),
+    BayesLinear: (("mean", "rho", "bias"), ("loadings",)),
+    BayesConv2d: (("mean", "rho", "bias"), ("loadings",)),
     nn.BatchNorm1d: (("weight", "bias"), ("running_mean", "running_var", "num_batches_tracked")),
     nn.BatchNorm2d: (("weight", "bias"), ("running_mean", "running_var", "num_batches_tracked")),
     nn.ReLU: ((), ()),

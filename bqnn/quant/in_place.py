@@ -46,7 +46,7 @@ def follow_changes(net: Traced) -> None:
     """
     place = {node: index for index, node in enumerate(net.graph.nodes)}
     for node in net.graph.nodes:
-        if not _changes(net, node):
+        if not changes(net, node):
             continue
         changed = node.all_input_nodes[0]
         for user in list(changed.users):
@@ -59,6 +59,22 @@ def follow_changes(net: Traced) -> None:
                     f"changes {changed.name} in place, which is read later as {alias.name}; use "
                     "an operation that returns a new tensor"
                 )
+
+
+def changes(net: nn.Module, node: fx.Node) -> bool:
+    """Return whether a call in the graph of a network changes its first argument in place."""
+    if not node.all_input_nodes or not is_tensor(node.all_input_nodes[0]):
+        return False
+    if node.op == "call_module":
+        return bool(getattr(net.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    is_operator = getattr(node.target, "__module__", "") == "_operator"
+    changes = name.endswith("_") or (is_operator and name in OPERATORS)
+    return bool(changes or node.kwargs.get("inplace", False))
 
 
 def _aliases(net: Traced, node: fx.Node, change: fx.Node) -> set[fx.Node]:
@@ -79,19 +95,3 @@ def _is_view(net: Traced, node: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(net.get_submodule(str(node.target)), VIEW_MODULES)
     return node.op.startswith("call_") and function_of(node) in VIEWS
-
-
-def _changes(net: Traced, node: fx.Node) -> bool:
-    """Return whether a call changes its first argument in place."""
-    if not node.all_input_nodes or not is_tensor(node.all_input_nodes[0]):
-        return False
-    if node.op == "call_module":
-        return bool(getattr(net.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op != "call_function":
-        return False
-    name = getattr(node.target, "__name__", "")
-    is_operator = getattr(node.target, "__module__", "") == "_operator"
-    changes = name.endswith("_") or (is_operator and name in OPERATORS)
-    return bool(changes or node.kwargs.get("inplace", False))

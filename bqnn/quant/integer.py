@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.arguments import ArgumentError
-from bqnn.layers.draws import DrawnWeights, Stochastic, evaluation_noise
+from bqnn.layers.draws import DrawnWeights, Stochastic, correlated_noise
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.finite import refuse_non_finite
-from bqnn.layers.markers import Add, AvgPool, Cat, Pool, Quantized
+from bqnn.layers.markers import Add, Cat, Pool, Quantized
 from bqnn.quant.engines import usable_engine
 from bqnn.quant.engines.contract import (
     ActivationGrid,
@@ -23,11 +23,15 @@ from bqnn.quant.engines.contract import (
     NetworkEngine,
     Packed,
     Weight,
+    check_inputs,
+    region_inputs,
 )
+from bqnn.quant.engines.plain import max_pool
 from bqnn.quant.engines.reference import ExactLayer
 from bqnn.quant.engines.rounding import from_integers, pooled
 from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.grids import UNTRACED
+from bqnn.quant.postponed import Activation, Postponed, in_one_kernel, rounded
 from bqnn.quant.simulated import (
     SimulatedAdd,
     SimulatedAvgPool,
@@ -49,21 +53,51 @@ log = logging.getLogger(__name__)
 
 
 class IntegerLayer(IntegerOutput):
+    """Base class for layers in integers.
+
+    Args:
+        layer: The simulated layer.
+        engine: The engine of the network.
+    """
+
+    def __init__(self, layer: SimulatedLayer, engine: LayerEngine) -> None:
+        super().__init__()
+        self.engine = engine
+        self.path = layer.path
+        self.grid = ActivationGrid.of(layer.output_quant)
+        self.relu = layer.relu
+        self.geometry = layer.geometry
+        self.weight_shape = layer.weight_shape
+        self.is_postponed = layer.is_postponed
+
+    # A traced graph cannot hold packed weights.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, x: Tensor) -> Activation:
+        check_inputs(x.shape, self.weight_shape, self.geometry, self.path)
+        return Postponed(self, x) if self.is_postponed else self.rounded_output(x)
+
+    def rounded_output(self, x: Tensor) -> Tensor:
+        """Compute the outputs on the grid of the layer."""
+        return self.weights()(x, self.relu, self.grid)
+
+    def weights(self) -> Packed:
+        """Return the packed weights."""
+        raise NotImplementedError
+
+
+class IntegerPointLayer(IntegerLayer):
     """A point-valued layer whose integer weights are packed once."""
 
     def __init__(self, layer: SimulatedPointLayer, engine: LayerEngine) -> None:
-        super().__init__()
-        self.engine = engine
-        self.grid = ActivationGrid.of(layer.output_quant)
-        self.relu = layer.relu
+        super().__init__(layer, engine)
         factor, bias = layer.fold()
         quant = layer.weight_quant
         integers = quant.integers(layer.folded_weight(factor))
         weight = Weight(integers, quant.scale, quant.zero_point, bias, layer.geometry)
         self.packed = _packed(weight, layer.executor, engine)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.packed(x, self.relu, self.grid)
+    def weights(self) -> Packed:
+        return self.packed
 
 
 def _packed(weight: Weight, executor: Engine, engine: LayerEngine) -> Packed:
@@ -72,14 +106,12 @@ def _packed(weight: Weight, executor: Engine, engine: LayerEngine) -> Packed:
     return ExactLayer(weight, engine) if is_exact else engine.pack(weight)
 
 
-class IntegerGaussianLayer(DrawnWeights, IntegerOutput):
+class IntegerGaussianLayer(DrawnWeights, IntegerLayer):
     """A Bayesian layer with integers for mu and sigma; each draw of the weights is packed."""
 
     def __init__(self, layer: SimulatedGaussianLayer, engine: LayerEngine) -> None:
-        super().__init__()
-        self.engine, self.executor = engine, layer.executor
-        self.grid = ActivationGrid.of(layer.output_quant)
-        self.relu = layer.relu
+        IntegerLayer.__init__(self, layer, engine)
+        self.executor = layer.executor
         factor, bias = layer.fold()
         self.bias = None if bias is None else bias.detach()
         self.sign = None if factor is None else FakeQuant.along(layer.mean, factor.sign())
@@ -87,26 +119,19 @@ class IntegerGaussianLayer(DrawnWeights, IntegerOutput):
         self.grids = grids = layer.grids
         self.mean = mean.detach() if grids.mean is None else grids.mean.integers(mean)
         self.sigma = sigma if grids.sigma is None else grids.sigma.integers(sigma)
-        self.geometry = layer.geometry
+        self.loadings = layer.loadings
 
     def draw(self) -> Packed:
         """Draw the weights and pack them."""
         grids = self.grids
         mean = self.mean if grids.mean is None else grids.mean.dequantize(self.mean)
         sigma = self.sigma if grids.sigma is None else grids.sigma.dequantize(self.sigma)
-        eps = evaluation_noise(mean)
+        eps = correlated_noise(mean, self.loadings)
         if self.sign is not None:
             eps *= self.sign
-        quant = grids.weight
-        integers = quant.integers_of_rounded(grids.draw(mean, sigma, eps))
+        quant, integers = grids.weight, grids.draw_integers(mean, sigma, eps)
         weight = Weight(integers, quant.scale, quant.zero_point, self.bias, self.geometry)
         return _packed(weight, self.executor, self.engine)
-
-    # A traced graph cannot hold packed weights.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, x: Tensor) -> Tensor:
-        packed: Packed = self.weights()
-        return packed(x, self.relu, self.grid)
 
 
 class IntegerDropout(Stochastic):
@@ -123,6 +148,9 @@ class IntegerDropout(Stochastic):
     def forward(self, x: Tensor) -> Tensor:
         if self.dropout.rate == 0:
             return x
+        if not self.engine.holds(x):  # outside of the integers
+            dropped: Tensor = self.dropout(x)
+            return dropped
         kept = self.dropout.kept(self.engine.integers(x))
         return self.engine.keep(x, kept, 1 / (1 - self.dropout.rate))
 
@@ -133,11 +161,13 @@ class IntegerEnter(Quantized, IntegerOutput):
     def __init__(self, enter: SimulatedEnter, engine: LayerEngine) -> None:
         super().__init__()
         self.engine = engine
+        self.path = enter.path
         self.grid = ActivationGrid.of(enter.output_quant)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_exporting():
             raise TypeError(UNTRACED)
+        x = region_inputs(x, self.path)
         refuse_non_finite(x)
         return self.engine.quantize(x, self.grid)
 
@@ -164,36 +194,46 @@ class IntegerAdd(Add, IntegerOutput):
         self.engine = engine
         self.grid = ActivationGrid.of(add.output_quant)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.engine.add(x, y, self.grid, self.relu)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, x: Activation, y: Activation) -> Tensor:
+        together = in_one_kernel(x, y)
+        if together is None:
+            return self.engine.add(rounded(x), rounded(y), self.grid, self.relu)
+        postponed, other = together
+        assert isinstance(postponed.layer, IntegerLayer)
+        return postponed.layer.weights().add(postponed.x, other, self.relu, self.grid)
 
 
-class IntegerPool(Pool, IntegerOutput):
-    """Global average pooling of integers in float, rounded once."""
+class IntegerAverage(IntegerOutput):
+    """Average pooling of integers in float, rounded once."""
 
-    def __init__(self, pool: SimulatedPool, engine: LayerEngine) -> None:
+    def __init__(self, pool: SimulatedPool | SimulatedAvgPool, engine: LayerEngine) -> None:
         super().__init__()
         self.engine = engine
         self.grid = ActivationGrid.of(pool.output_quant)
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale, _ = self.engine.grid(x)
-        means = pooled(self.engine.centered(x), scale, super().forward)
-        return self.engine.quantize(means, self.grid)
-
-
-class IntegerAvgPool(AvgPool, IntegerOutput):
-    """Average pooling of integers in float, rounded once."""
-
-    def __init__(self, pool: SimulatedAvgPool, engine: LayerEngine) -> None:
-        super().__init__(pool.pool)
-        self.engine = engine
-        self.grid = ActivationGrid.of(pool.output_quant)
+        self.pool = pool.pool if isinstance(pool, SimulatedAvgPool) else Pool()
 
     def forward(self, x: Tensor) -> Tensor:
         scale, _ = self.engine.grid(x)
         means = pooled(self.engine.centered(x), scale, self.pool)
         return self.engine.quantize(means, self.grid)
+
+
+class IntegerMaxPool(nn.MaxPool2d):
+    """Max pooling of integers, several times as fast as torch's of quantized tensors."""
+
+    def __init__(self, pool: nn.MaxPool2d, engine: LayerEngine) -> None:
+        super().__init__(
+            pool.kernel_size, pool.stride, pool.padding, pool.dilation, ceil_mode=pool.ceil_mode
+        )
+        self.engine = engine
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.engine.holds(x):  # outside of the integers
+            return super().forward(x)
+        sizes = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+        return self.engine.moved(x, lambda integers: max_pool(integers, *sizes))
 
 
 class IntegerCat(Cat, IntegerOutput):
@@ -243,7 +283,7 @@ def convert(
         >>> net = nn.Sequential(Enter(), nn.Linear(3, 2), nn.ReLU(), Leave())
         >>> net = calibrate(prepare(fuse(net), QuantSpec()), [torch.randn(8, 3)])
         >>> type(convert(net, "fbgemm")[1])
-        <class 'bqnn.quant.integer.IntegerLayer'>
+        <class 'bqnn.quant.integer.IntegerPointLayer'>
     """
     unseen = [n for n, m in net.named_modules() if isinstance(m, FakeQuant) and not m.has_range]
     is_ensemble = isinstance(net, Ensemble) and len(net) > 0
@@ -286,20 +326,25 @@ def convert(
     return net
 
 
+def _max_pool(pool: nn.MaxPool2d, engine: LayerEngine) -> nn.Module:
+    return pool if pool.return_indices else IntegerMaxPool(pool, engine)
+
+
 def _replace_by_integers(net: nn.Module, engine: Engine) -> None:
     assert isinstance(engine, LayerEngine)
     for module in net.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0  # off in training mode, too: torch cannot drop integers
     kinds: dict[type[nn.Module], Callable[[Any, LayerEngine], nn.Module]] = {
-        SimulatedPointLayer: IntegerLayer,
+        SimulatedPointLayer: IntegerPointLayer,
         SimulatedGaussianLayer: IntegerGaussianLayer,
         SimulatedEnter: IntegerEnter,
         SimulatedAdd: IntegerAdd,
-        SimulatedPool: IntegerPool,
-        SimulatedAvgPool: IntegerAvgPool,
+        SimulatedPool: IntegerAverage,
+        SimulatedAvgPool: IntegerAverage,
         SimulatedCat: IntegerCat,
         SimulatedDropout: IntegerDropout,
+        nn.MaxPool2d: _max_pool,
         SimulatedLeave: lambda _, engine: IntegerLeave(engine),
     }
     replace_modules(

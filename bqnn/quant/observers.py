@@ -24,8 +24,8 @@ def make_observer(
 
     Args:
         kind: `minmax` (range of the newest tensor), `running_minmax` (range of all tensors),
-            `moving_average` (moving average of minimum and maximum) or `histogram` (range with the
-            smallest squared error).
+            `moving_average` (moving average of minimum and maximum), or, with the smallest squared
+            error, `least_squares` (range of the newest tensor) or `histogram` (of all tensors).
         quant_min: The smallest integer.
         quant_max: The largest integer.
         symmetric: Whether the zero point is fixed in the center of the range.
@@ -41,8 +41,10 @@ def make_observer(
     """
     if kind == "histogram" and channels is None:
         return LeastSquaresObserver(quant_min, quant_max, symmetric=symmetric)
+    if kind == "least_squares":
+        return ClippingObserver(quant_min, quant_max, symmetric=symmetric, channels=channels)
     if kind not in MOMENTA:
-        choices = ", ".join(MOMENTA) + ("" if channels else ", histogram")
+        choices = ", ".join(MOMENTA) + ", least_squares" + ("" if channels else ", histogram")
         raise ValueError(f"observer={kind!r}: choose one of {choices}")
     return Observer(
         quant_min, quant_max, symmetric=symmetric, channels=channels, momentum=MOMENTA[kind]
@@ -138,6 +140,62 @@ class Observer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"min_val={self.min_val}, max_val={self.max_val}"
+
+
+class ClippingObserver(Observer):
+    """Records the range of the newest tensor, cut to the share with the smallest squared error.
+
+    Both ends are multiplied by the same share, which is searched from 1/16 to 1 for each channel.
+    At few bits, most values are near 0, and the largest ones would make the steps too coarse for
+    them.
+
+    Args:
+        quant_min: The smallest integer.
+        quant_max: The largest integer.
+        symmetric: Whether the zero point is fixed in the center of the range.
+        channels: The number of channels C in dimension 0, each with its own range, or None for one
+            range.
+
+    Examples:
+        >>> observer = ClippingObserver(-2, 1, symmetric=True)  # 2 bits
+        >>> observer(torch.cat([torch.linspace(-1, 1, 101), torch.tensor([4.0])]))
+        >>> observer.max_val < 4.0
+        tensor(True)
+    """
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> None:
+        super().forward(x)
+        if x.numel() == 0 or not self.has_data or self.min_val.isnan().any():
+            return
+        rows = x.detach().float().flatten(1) if self.channels else x.detach().float().reshape(1, -1)
+        ends = self.min_val.clone(), self.max_val.clone()
+        share = torch.ones(len(rows), device=x.device)
+        best = torch.full_like(share, torch.inf)
+        for spacing, count in ((1 / 16, 15), (1 / 64, 3), (1 / 256, 3)):
+            center = share.clone()
+            around = range(-count, count + 1)
+            for offset in around:
+                candidate = (center + spacing * offset).clamp(1 / 16, 1)
+                self._cut(ends, candidate)
+                errors = self._squared_errors(rows)
+                is_better = errors < best
+                best, share = (
+                    torch.where(is_better, errors, best),
+                    torch.where(is_better, candidate, share),
+                )
+        self._cut(ends, share)
+
+    def _cut(self, ends: tuple[Tensor, Tensor], share: Tensor) -> None:
+        share = share if self.channels else share.squeeze(0)
+        self.min_val.copy_(ends[0] * share)
+        self.max_val.copy_(ends[1] * share)
+
+    def _squared_errors(self, rows: Tensor) -> Tensor:
+        """Return the sum of squared errors of rows [C, N], [C]."""
+        scale, zero_point = (values.unsqueeze(1) for values in self.grid())
+        steps = (rows / scale).round_().add_(zero_point).clamp_(self.quant_min, self.quant_max)
+        return steps.sub_(zero_point).mul_(scale).sub_(rows).square_().sum(1)
 
 
 def _take_old_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:

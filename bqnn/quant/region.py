@@ -56,11 +56,28 @@ def check_region(net: nn.Module) -> None:
             )
     for name, module in net.named_modules():
         _refuse_subclass(name, module)
-    graph = _traced(net)
+    graph = traced(net)
     if graph is not None:
         with torch.no_grad():
             modules = dict(net.named_modules(remove_duplicate=False))
             _follow(graph, modules, net if isinstance(net, Traced) else None)
+
+
+def traced(net: nn.Module, *, training: bool = False) -> fx.Graph | None:
+    """Trace the `forward` of a fused network; None if that needs inputs.
+
+    Args:
+        net: The network.
+        training: Whether to trace in training mode.
+    """
+    if isinstance(net, Traced):
+        return net.graph
+    leaves = [module for module in net.modules() if isinstance(module, MARKED)]
+    try:
+        return trace(net, training=training, leaves=leaves)
+    except TypeError as error:
+        _refuse_reads(net, error.__cause__)
+        return None
 
 
 def _refuse_subclass(name: str, module: nn.Module) -> None:
@@ -72,17 +89,6 @@ def _refuse_subclass(name: str, module: nn.Module) -> None:
             f"changes int8 would ignore; use {kind.__name__} itself, and move the changes outside "
             "the integer region, to a module that is not a marker of bqnn"
         )
-
-
-def _traced(net: nn.Module) -> fx.Graph | None:
-    """Trace `forward` in evaluation mode; None if that needs inputs."""
-    if isinstance(net, Traced):
-        return net.graph
-    try:
-        return trace(net, leaves=[m for m in net.modules() if isinstance(m, MARKED)])
-    except TypeError as error:
-        _refuse_reads(net, error.__cause__)
-        return None
 
 
 def _refuse_reads(net: nn.Module, error: BaseException | None) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.layers.bayes import GaussianWeight, local_reparametrization
-from bqnn.layers.draws import evaluation_noise
+from bqnn.layers.draws import correlated_noise
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.finite import refuse_non_finite
@@ -23,18 +23,35 @@ from bqnn.layers.markers import Add, AvgPool, Cat, Enter, Leave, Pool
 from bqnn.layers.moments import Moments, Rule, WithMoments, linear_moments, rectified, rule_of
 from bqnn.layers.swap import check_no_hooks
 from bqnn.quant.engines import engine, usable_engine
-from bqnn.quant.engines.contract import ActivationGrid, Engine, Layer, in_batch, layout
+from bqnn.quant.engines.contract import (
+    ActivationGrid,
+    Engine,
+    Layer,
+    check_inputs,
+    in_batch,
+    layout,
+    region_inputs,
+)
 from bqnn.quant.engines.rounding import (
+    as_floats,
     exact_sums,
     from_integers,
     fused_sum,
     plain_sum,
     pooled,
     requantize,
+    sum_within_layer,
 )
 from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.fuse import Fused, activated, check_features
 from bqnn.quant.grids import Grid, OnGrid, grid_of, plain
+from bqnn.quant.postponed import (
+    Activation,
+    Postponed,
+    in_one_kernel,
+    layers_before_sums,
+    rounded,
+)
 from bqnn.quant.region import check_region
 from bqnn.quant.spec import QuantSpec, check_symmetry
 from bqnn.quant.stochastic import GaussianGrids, activation_fake_quant, weight_fake_quant
@@ -123,38 +140,85 @@ class SimulatedLayer(OutputOnGrid):
         self.geometry = fused.geometry
         self.is_output = fused.is_output
         self.executor = self.engine  # of this layer; `reference` where sums would saturate
+        self.feeds_sum = False  # whether only a residual sum reads the outputs
         self.frozen = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        grids = self.grids_of(x)
+    @property
+    def is_postponed(self) -> bool:
+        """Whether the sum that reads the outputs runs the layer, in one kernel."""
+        return self.feeds_sum and self.executor.adds_within_layers
+
+    def forward(self, x: Tensor) -> Activation:
+        if not self.is_postponed:
+            return self.rounded_output(x)
+        self.rows_of(x)
+        return Postponed(self, x)
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        """Return inputs as floats [N, F] or [B, C, H, W], after a check of their shape."""
+        check_inputs(x.shape, self.weight_shape, self.geometry, self.path)
         if self.bn is not None:
             check_features(x, self.bn)
-        rows = in_batch(plain(x), is_conv=self.geometry is not None)
+        return in_batch(plain(x), is_conv=self.geometry is not None)
+
+    def rounded_output(self, x: Tensor) -> Tensor:
+        """Compute the outputs, rounded to the grid of the layer."""
+        grids, rows = self.grids_of(x), self.rows_of(x)
         if grids is None or self.training or torch.is_grad_enabled():
             out = self.output_quant(self.before_rounding(rows))
         else:
             out = self.executed(rows, grids[0])
-        if out.dim() != x.dim():  # a linear layer with inputs [..., F]
-            out = out.reshape(*x.shape[:-1], out.shape[-1])
-        return self.on_grid(out)
+        return self.on_grid(_with_leading_dims(out, x))
 
     def executed(self, x: Tensor, grid: Grid) -> Tensor:
         """Compute the output of the int8 layer for inputs [N, F] or [B, C, H, W] on a grid."""
-        factor, bias = self.fold()
-        quant = self.weight_grid
-        weight = self.weight_steps(factor)
-        sums = exact_sums((x / grid.scale).round_(), weight, self.geometry, grid.largest)
         output = ActivationGrid.of(self.output_quant)
         steps = requantize(
-            sums,
+            self.sums(x, grid),
             grid.scale,
-            quant.scale,
-            bias,
+            self.weight_grid.scale,
+            self.fold()[1],
             output,
             relu=self.relu,
             rounding=self.executor.rounding(self.kernel(grid.zero_point), x.shape),
         )
         return from_integers(steps, output.scale)
+
+    def sums(self, x: Tensor, grid: Grid) -> Tensor:
+        """Compute the sums of products of integers for inputs [N, F] or [B, C, H, W] on a grid."""
+        weight = self.weight_steps(self.fold()[0])
+        return exact_sums((x / grid.scale).round_(), weight, self.geometry, grid.largest)
+
+    def before_sum(self, x: Tensor) -> Tensor:
+        """Compute the outputs as floats, and let the observer of their grid see them.
+
+        A sum in one kernel does not round them, but other engines do.
+        """
+        floats = self.before_rounding(self.rows_of(x))
+        self.output_quant.watch(floats)
+        return _with_leading_dims(floats, x)
+
+    def executed_sum(
+        self, x: Tensor, other: Tensor, grids: list[Grid], output: ActivationGrid, relu: bool
+    ) -> Tensor:
+        """Compute the steps of the sum that the int8 layer rounds.
+
+        Args:
+            x: Inputs of the layer.
+            other: The other summand, shaped like the outputs of the layer.
+            grids: Their grids.
+            output: The grid of the sum.
+            relu: Whether a ReLU follows the sum.
+        """
+        rows, (grid, of_other) = self.rows_of(x), grids
+        kernel = self.kernel_of_sum(grid.zero_point, of_other.zero_point, output, relu)
+        rounding = self.executor.rounding(kernel, rows.shape)
+        floats = as_floats(
+            self.sums(rows, grid), grid.scale, self.weight_grid.scale, self.fold()[1], rounding
+        )
+        floats = _with_leading_dims(floats, x)
+        summand = (other / of_other.scale).round_(), of_other.scale, of_other.zero_point
+        return sum_within_layer(floats, summand, output, relu=relu)
 
     def kernel(self, input_zero_point: int = 0) -> Layer:
         """Return the properties by which an engine selects the kernel of this layer."""
@@ -171,6 +235,17 @@ class SimulatedLayer(OutputOnGrid):
             has_bias=self.bias is not None or self.bn is not None,
             relu=self.relu,
             is_zero=(of_weight, input_zero_point == 0, of_output),
+        )
+
+    def kernel_of_sum(
+        self, input_zero_point: int, other_zero_point: int, output: ActivationGrid, relu: bool
+    ) -> Layer:
+        """Return the properties by which an engine selects the kernel of this layer and a sum."""
+        layer = self.kernel(input_zero_point)
+        return layer._replace(
+            relu=relu,
+            is_zero=(*layer.is_zero[:2], output.zero_point == 0),
+            other_is_zero=other_zero_point == 0,
         )
 
     def before_rounding(self, x: Tensor) -> Tensor:
@@ -264,7 +339,7 @@ class SimulatedPointLayer(SimulatedLayer):
         return self.weight if factor is None else self.weight * FakeQuant.along(self.weight, factor)
 
 
-class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):
+class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):  # type: ignore[misc]  # forward
     """A Bayesian layer: local reparametrization in training, weights drawn in evaluation."""
 
     def __init__(self, fused: Fused, spec: QuantSpec) -> None:
@@ -273,6 +348,7 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):
         self.mean = fused.layer.mean
         self.rho = fused.layer.rho
         self.prior_std = fused.layer.prior_std
+        self.register_buffer("loadings", fused.layer.loadings)
         self.grids = GaussianGrids(spec, len(self.mean))
 
     @property
@@ -298,7 +374,7 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):
         """Draw the weights with batch norm folded in, rounded to their grid."""
         factor, _ = self.fold()
         parameters = self.grids.parameters_on_grid(*self.folded_parameters(factor))
-        eps = evaluation_noise(self.mean)
+        eps = correlated_noise(self.mean, self.loadings)
         if factor is not None:  # equal noise then gives the same draw as in the float network
             eps *= FakeQuant.along(eps, factor.sign())
         return self.grids.draw(*parameters, eps)
@@ -324,11 +400,10 @@ class SimulatedEnter(OutputOnGrid, Enter):
                 f"{self.path} is an Enter inside the integer region; remove it, or put a Leave "
                 "before it"
             )
-        if not x.is_floating_point():
-            raise TypeError(
-                f"{self.path} reads {x.dtype}, but the integer region takes floats; convert the "
-                "inputs with float()"
-            )
+        x = region_inputs(x, self.path)
+        is_traced = torch.compiler.is_compiling()
+        if not self.training and not torch.is_grad_enabled() and not is_traced:
+            refuse_non_finite(x)
         return self.rounded(x)
 
     def unrounded_moment_rule(self) -> Rule:
@@ -349,7 +424,23 @@ class SimulatedAdd(OutputOnGrid, Add):
         OutputOnGrid.__init__(self, spec)
         self.relu = add.relu
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Activation, y: Activation) -> Tensor:
+        together = in_one_kernel(x, y)
+        return self.plain_sum(rounded(x), rounded(y)) if together is None else self.fused(*together)
+
+    def fused(self, postponed: Postponed, other: Tensor) -> Tensor:
+        """Compute the sum of the output of a layer, which is not rounded, and an activation."""
+        layer, x = postponed.layer, postponed.x
+        assert isinstance(layer, SimulatedLayer)
+        grids, other = self.grids_of(x, other), plain(other)
+        if grids is None or self.training or torch.is_grad_enabled():
+            return self.rounded(super().forward(layer.before_sum(x), other))
+        output = ActivationGrid.of(self.output_quant)
+        steps = layer.executed_sum(plain(x), other, grids, output, self.relu)
+        return self.on_grid(from_integers(steps, output.scale))
+
+    def plain_sum(self, x: Tensor, y: Tensor) -> Tensor:
+        """Compute the sum of two activations."""
         grids = self.grids_of(x, y)
         x, y = plain(x), plain(y)
         if grids is None or self.training or torch.is_grad_enabled():
@@ -458,6 +549,7 @@ def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
     if not any(isinstance(module, Fused) for module in net.modules()):
         raise ValueError("prepare: the network has no fused layer; call fuse() on it first")
     check_region(_parts(net)[0])  # the members of an ensemble have equal structure
+    before_sums = layers_before_sums(_parts(net)[0])
     for part in _parts(net):
         _check_modules(part)
     for part in _parts(net):
@@ -469,6 +561,7 @@ def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
             is_output = isinstance(module, Fused) and module.is_output
             new = SIMULATED[type(module)](module, spec.for_layer(name, is_output))
             new.path = name
+            new.feeds_sum = name in before_sums
             return new.train(module.training).to(device)
 
         replace_modules(part, dict.fromkeys(SIMULATED, made))
@@ -675,6 +768,11 @@ def _nonzero(factor: Tensor | None) -> Tensor:
     """
     assert factor is not None
     return torch.where(factor.abs() > 1e-12, factor, torch.ones_like(factor))
+
+
+def _with_leading_dims(out: Tensor, x: Tensor) -> Tensor:
+    """Give the outputs [N, C] of a linear layer the leading dimensions of its inputs [..., F]."""
+    return out if out.dim() == x.dim() else out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def _laid_out_as(x: Tensor, weight: Tensor) -> Tensor:

@@ -28,8 +28,9 @@ class QuantSpec:
             `activation_bits`.
         weight_granularity: One scale per output `channel`, or one per `tensor`.
         weight_symmetric: Whether the zero point of the weights is 0.
-        weight_observer: Range of the weights: `minmax` of their current values, or the
-            `moving_average` of minimum and maximum.
+        weight_observer: Range of the weights: `minmax` of their current values, the
+            `moving_average` of minimum and maximum, or `least_squares`, which cuts the range of the
+            current values to the share with the smallest squared error.
         activation_observer: Range of the activations: `moving_average` or `minmax` over training
             batches, or `histogram`, which minimizes the squared error and supports only
             calibration.
@@ -39,6 +40,8 @@ class QuantSpec:
         sigma_grid: For Gaussian weights, the spacing of sigma's grid: `linear` or `log`.
         noise_bits: For Gaussian weights, the bit width of eps and of sigma * eps.
         noise_range: For Gaussian weights, the range of the noise in standard deviations.
+        rounding: For Gaussian weights, the rounding of the noise of a draw: `nearest`, or
+            `stochastic`, which keeps its variance.
         engine: What executes the integers: `fbgemm`, `x86`, `onednn`, `onnxruntime` or
             `reference`.
         overrides: Dictionaries with the key `layer`, a glob over layer names, and bit widths for
@@ -68,6 +71,7 @@ class QuantSpec:
     sigma_grid: str = "linear"
     noise_bits: int = 8
     noise_range: float = 3.0
+    rounding: str = "nearest"
     engine: str = "fbgemm"
     overrides: tuple[Mapping[str, Any], ...] = ()
     keep: tuple[str, ...] = ()
@@ -76,7 +80,9 @@ class QuantSpec:
         for name in BITS:
             object.__setattr__(self, name, _checked_bits(name, getattr(self, name)))
         _check_choice("weight_granularity", self.weight_granularity, ("channel", "tensor"))
-        _check_choice("weight_observer", self.weight_observer, ("minmax", "moving_average"))
+        _check_choice(
+            "weight_observer", self.weight_observer, ("minmax", "moving_average", "least_squares")
+        )
         _check_choice(
             "activation_observer",
             self.activation_observer,
@@ -84,6 +90,7 @@ class QuantSpec:
         )
         _check_choice("strategy", self.strategy, ("both", "parameters", "weights"))
         _check_choice("sigma_grid", self.sigma_grid, ("linear", "log"))
+        _check_choice("rounding", self.rounding, ("nearest", "stochastic"))
         _check_choice("engine", self.engine, ENGINES)
         if not isinstance(self.weight_symmetric, bool):
             shown = _shown(self.weight_symmetric)
@@ -193,7 +200,7 @@ class QuantSpec:
 
 
 RETIRED = ("allow_saturation",)  # in recipes of older versions; without effect
-PROCEDURE = ("name", "mode", "freeze_epochs", "fine_tuning")
+PROCEDURE = ("name", "mode", "control", "freeze_epochs", "fine_tuning")
 OBSERVERS = {"qat": "moving_average", "ptq": "histogram"}
 LAYER_BITS = ("weight_bits", "activation_bits", "sigma_bits", "noise_bits")
 BITS = (*LAYER_BITS, "output_bits")

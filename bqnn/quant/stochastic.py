@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from bqnn.layers.draws import evaluation_uniform
 from bqnn.quant.fake_quant import FakeQuant, make_fake_quant, make_fixed_fake_quant
 from bqnn.quant.spec import QuantSpec
+
+QUANTILES = (-1.2816, -0.5244, 0.0, 0.5244, 1.2816)  # of N(0, 1), at 10, 30, ... 90 %
 
 
 class LogFakeQuant(nn.Module):
@@ -68,6 +71,11 @@ class GaussianGrids(nn.Module):
     With `both`, mu and w have the same grid, so that a weight without noise is not rounded twice.
     The ranges are mu +- noise_range * sigma, so no draws need to be observed.
 
+    With `rounding=nearest`, noise below half a step of the grid of w disappears, and at few bits
+    most of the uncertainty with it. With `rounding=stochastic`, w = Q(mu) + S(sigma eps), where S
+    rounds the noise up or down at random such that the variance stays sigma^2, see
+    `round_noise`.
+
     Args:
         spec: Bit widths and ranges.
         num_channels: The number of output channels.
@@ -78,6 +86,8 @@ class GaussianGrids(nn.Module):
         channels = num_channels if spec.weight_granularity == "channel" else None
         sigma_bits = spec.weight_bits if spec.sigma_bits is None else spec.sigma_bits
         self.noise_range = spec.noise_range
+        self.rounding = spec.rounding
+        self.is_searched = spec.weight_observer == "least_squares"
         self.weight = weight_fake_quant(
             spec, num_channels, bits=8 if spec.strategy == "parameters" else None
         )
@@ -114,10 +124,13 @@ class GaussianGrids(nn.Module):
         if self.weight.training and not self.weight.frozen:
             with torch.no_grad():
                 reach = self.noise_range * sigma
-                extremes = torch.cat([mean - reach, mean + reach], dim=1)
-                self.weight.watch(extremes)
+                if self.is_searched:  # the quantiles of all weights
+                    drawn = torch.cat([mean + z * sigma for z in QUANTILES], dim=1)
+                else:
+                    drawn = torch.cat([mean - reach, mean + reach], dim=1)
+                self.weight.watch(drawn)
                 if self.mean is not None:
-                    self.mean.watch(extremes)
+                    self.mean.watch(drawn)
                 if self.product is not None:
                     self.product.watch(reach)
         return (mean if self.mean is None else self.mean.round(mean)), sigma
@@ -130,9 +143,53 @@ class GaussianGrids(nn.Module):
             sigma: Q(sigma), shaped like `mean`.
             eps: N(0, 1) noise, shaped like `mean`.
         """
-        if self.noise is None or self.product is None:
-            return self.weight.round(torch.addcmul(mean, sigma, eps))
-        return self.weight.round(self.product.round(self.noise.round(eps) * sigma) + mean)
+        return self.weight.round(self._drawn(mean, sigma, eps))
+
+    def draw_integers(self, mean: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
+        """Draw the weights as integers of the grid of `weight`; `draw` describes the arguments."""
+        return self.weight.integers(self._drawn(mean, sigma, eps))
+
+    def _drawn(self, mean: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
+        """Draw the weights before their last rounding."""
+        is_stochastic = self.rounding == "stochastic" and self.weight.enabled
+        if self.noise is not None and self.product is not None:
+            noise = self.product.round(self.noise.round(eps) * sigma)
+        elif is_stochastic:
+            noise = sigma * eps
+        else:
+            return torch.addcmul(mean, sigma, eps)
+        if is_stochastic:
+            step = FakeQuant.along(noise, self.weight.scale)
+            noise = step * round_noise(noise / step, evaluation_uniform(noise))
+            mean = self.weight.round(mean)
+        return noise + mean
+
+
+def round_noise(noise: Tensor, uniform: Tensor) -> Tensor:
+    """Round noise to whole numbers at random, with its second moment.
+
+    For |n| between the whole numbers k and k + 1,
+
+        P(|S(n)| = k + 1) = (n^2 - k^2) / (2k + 1),
+
+    so that E[S(n)^2] = n^2. The sign stays, so symmetric noise keeps its mean of 0 and its
+    variance. Rounding to the nearest number would remove noise below 1/2, and rounding without
+    bias, P = |n| - k, would raise the variance to that of a coin.
+
+    Args:
+        noise: Noise in steps of the grid, of any shape.
+        uniform: Uniform numbers in [0, 1), shaped like `noise`.
+
+    Examples:
+        >>> noise = torch.full((1000,), 0.3)
+        >>> rounded = round_noise(noise, torch.rand(1000))
+        >>> rounded.unique(), bool((rounded.square().mean() - 0.09).abs() < 0.04)
+        (tensor([0., 1.]), True)
+    """
+    magnitude = noise.abs()
+    low = magnitude.floor()
+    is_up = uniform * (2 * low + 1) < magnitude.square() - low.square()
+    return torch.copysign(low + is_up, noise)
 
 
 def weight_fake_quant(spec: QuantSpec, num_channels: int, bits: int | None = None) -> FakeQuant:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from bqnn.layers.draws import held_draw
 from bqnn.layers.ensemble import Ensemble
-from bqnn.quant.engines.contract import IntegerOutput, WholeNetwork
+from bqnn.quant.engines.contract import IntegerOutput, LayerEngine, WholeNetwork
 from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.grids import plain
+from bqnn.quant.postponed import Activation, Postponed
 from bqnn.quant.simulated import SimulatedGaussianLayer, SimulatedLayer, SimulatedPointLayer
 from bqnn.quant.stochastic import LogFakeQuant
 from bqnn.seeds import Stream, stream_seed
@@ -128,8 +130,8 @@ def layer_rows(
 def sizes(net: nn.Module) -> dict[str, int]:
     """Compute the size of the parameters of a prepared network.
 
-    Integer sizes include scales, zero points and the float32 biases. A Gaussian weight counts
-    twice, as mu and sigma.
+    Integer sizes include scales, zero points, and the biases and loadings in float32. A Gaussian
+    weight counts twice, as mu and sigma.
 
     Returns:
         Bytes in float32 (`float_bytes`), in 8-bit containers (`int8_bytes`), and packed at the
@@ -147,9 +149,11 @@ def sizes(net: nn.Module) -> dict[str, int]:
     """
     total = {"float_bytes": 0, "int8_bytes": 0, "packed_bytes": 0}
     for _, layer in simulated_layers(net):
-        total["float_bytes"] += sum(4 * param.numel() for param in layer.parameters())
+        loadings = layer.loadings if isinstance(layer, SimulatedGaussianLayer) else None
+        floats = 0 if loadings is None else 4 * loadings.numel()
+        total["float_bytes"] += sum(4 * param.numel() for param in layer.parameters()) + floats
         _, bias = layer.fold()
-        rest = 0 if bias is None else 4 * bias.numel()
+        rest = floats + (0 if bias is None else 4 * bias.numel())
         for weights in weight_integers(layer):
             count = weights.values.numel()
             rest += 8 * weights.quant.scale.numel()  # a float32 and an int32
@@ -187,11 +191,17 @@ class Disagreement:
 def disagreements(
     simulated: nn.Module, integer: nn.Module, x: Tensor, index: int = 0
 ) -> dict[str, Disagreement]:
-    """Compare int8 with the simulation for each module; `twins` describes the arguments."""
-    results = {}
+    """Compare int8 with the simulation for each module; `twins` describes the arguments.
+
+    A layer that runs within a sum has the differences of the sum.
+    """
+    results: dict[str, Disagreement] = {}
+    names = {module: name for name, module in simulated.named_modules()}
     for twin in twins(simulated, integer, x, index):
         steps = (twin.got - twin.expected).abs()
-        results[twin.name] = Disagreement(int((steps > 0).sum()), steps.numel(), int(steps.max()))
+        found = Disagreement(int((steps > 0).sum()), steps.numel(), int(steps.max()))
+        layers = [x.layer for x in twin.inputs if isinstance(x, Postponed)]
+        results |= dict.fromkeys([*map(names.__getitem__, layers), twin.name], found)
     return results
 
 
@@ -282,7 +292,7 @@ class Twin:
 
     name: str
     module: nn.Module
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Activation, ...]
     expected: Tensor
     got: Tensor
 
@@ -311,10 +321,14 @@ def twins(simulated: nn.Module, integer: nn.Module, x: Tensor, index: int = 0) -
         quant = module.output_quant
         assert isinstance(quant, FakeQuant)
         expected = quant.integers(plain(output)).int()
-        yield Twin(name, module, tuple(map(plain, inputs)), expected, integers[name].int())
+        yield Twin(name, module, tuple(map(_plain, inputs)), expected, integers[name].int())
 
 
-Inputs = Mapping[str, tuple[Tensor, ...]]
+def _plain(x: Activation) -> Activation:
+    return x if isinstance(x, Postponed) else plain(x)
+
+
+Inputs = Mapping[str, tuple[Activation, ...]]
 
 
 def _run_modules(net: nn.Module, x: Tensor, index: int, inputs: Inputs) -> dict[str, Tensor]:
@@ -325,13 +339,18 @@ def _run_modules(net: nn.Module, x: Tensor, index: int, inputs: Inputs) -> dict[
         for name, floats in inputs.items():
             module = net.get_submodule(name)
             assert isinstance(module, IntegerOutput)
-            engine = module.engine
-            fed = [
-                engine.like(plain(each), like) if engine.holds(like) else plain(each)
-                for each, like in zip(floats, seen[name][0], strict=True)
-            ]
-            integers[name] = engine.integers(module(*fed))
+            fed = map(partial(_like, module.engine), floats, seen[name][0])
+            integers[name] = module.engine.integers(module(*fed))
     return integers
+
+
+def _like(engine: LayerEngine, x: Activation, like: Activation) -> Activation:
+    """Return an activation of the simulation in the form of another one in the int8 network."""
+    if isinstance(x, Postponed):
+        assert isinstance(like, Postponed)
+        return like.on(engine.like(plain(x.x), like.x))
+    assert isinstance(like, Tensor)
+    return engine.like(plain(x), like) if engine.holds(like) else plain(x)
 
 
 def _run_whole(net: nn.Module, x: Tensor, index: int, inputs: Inputs) -> dict[str, Tensor]:
@@ -369,14 +388,15 @@ def _take_grids(to: nn.Module, source: nn.Module) -> None:
 
 def _record(
     net: nn.Module, x: Tensor, index: int, wanted: Any
-) -> dict[str, tuple[tuple[Tensor, ...], Tensor]]:
+) -> dict[str, tuple[tuple[Activation, ...], Tensor]]:
     """Record the inputs and the output of the wanted modules, in one pass of one draw."""
-    kept: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
+    kept: dict[str, tuple[tuple[Activation, ...], Tensor]] = {}
 
     def keep(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(_: nn.Module, inputs: tuple[Activation, ...], output: Activation) -> None:
             # Later modules may change a tensor in place, as nn.ReLU(inplace=True) does.
-            kept[name] = (tuple(x.clone() for x in inputs), output.clone())
+            if not isinstance(output, Postponed):
+                kept[name] = (tuple(x.clone() for x in inputs), output.clone())
 
         return hook
 

@@ -247,13 +247,19 @@ def _compare(
     kind: str, place: dict[str, Any], a: str, b: str, table: "DataFrame"
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each metric of both sides. Metrics with the same pairs share one test."""
+    import numpy as np
+
     if a not in table or b not in table:
         return
-    there = table[a].notna() & table[b].notna()  # False for a metric that only one side has
-    metrics = [name for name in table[a] if there[name].any()]
-    for pairs, names in _by_value(metrics, lambda name: tuple(there[name])).items():
-        rows = table.loc[list(pairs)]
-        result = paired_test(rows[a][names].to_numpy(), rows[b][names].to_numpy())
+    ours, theirs = table[a], table[b]
+    metrics = [name for name in ours if name in theirs]
+    left, right = ours[metrics].to_numpy(), theirs[metrics].to_numpy()
+    there = ours[metrics].notna().to_numpy() & theirs[metrics].notna().to_numpy()
+    columns = [column for column in range(len(metrics)) if there[:, column].any()]
+    for shared in _by_value(columns, lambda column: there[:, column].tobytes()).values():
+        at = np.ix_(there[:, shared[0]], shared)
+        result = paired_test(left[at], right[at])
+        names = [metrics[column] for column in shared]
         n = result.pop("n")
         for number, name in enumerate(names):
             yield {
@@ -267,8 +273,8 @@ def _compare(
             }
 
 
-def _by_value(names: list[str], value: Callable[[str], Any]) -> dict[Any, list[str]]:
-    groups: dict[Any, list[str]] = {}
-    for name in names:
-        groups.setdefault(value(name), []).append(name)
+def _by_value(columns: list[int], value: Callable[[int], Any]) -> dict[Any, list[int]]:
+    groups: dict[Any, list[int]] = {}
+    for column in columns:
+        groups.setdefault(value(column), []).append(column)
     return groups

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FILES = ("metrics.json", "config.yaml", "status.json")
 LARGEST = 1e150  # the largest number that is read; a standard deviation needs its square
-STAGES = ("float", "unquantized", "simulated", "int8")
+STAGES = ("float", "finetuned", "unquantized", "simulated", "int8")
 
 UNIT = ["seed", "split"]  # columns over which runs are repeated
 CELL = ["task", "verb", "mode", "method", "setting", "weight_bits", "activation_bits"]

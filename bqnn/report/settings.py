@@ -14,7 +14,7 @@ IGNORED = (
     "trained.fine_tuning.seed", "select", "plots", "method.val_samples", "task.save_every",
     "convergence", "save_calibrated",
 )  # fmt: skip
-IGNORED_OF_TRAINER = ("accelerator", "progress_bar", "save_every", "threads")
+IGNORED_OF_TRAINER = (*("accelerator", "data_on_device", "progress_bar", "save_every", "threads"),)
 # Methods are compared if these options are equal. Other options, such as the number of epochs, are
 # chosen for each method, and only distinguish runs of the same method.
 SCHEME = ("net.", "quant.", "suite.", "numeric")

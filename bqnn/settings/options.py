@@ -142,6 +142,7 @@ METHOD: Table = {
     "swa_start": SHARE,
     "swa_lr": POSITIVE,
     "scale": POSITIVE,
+    "rank": either(one_of(0), whole(2, 1000)),
     "prior": either(POSITIVE, one_of("validation", "marginal_likelihood")),
     "chain_epochs": maybe(EVERY),
     "optimize_epochs": COUNT,
@@ -169,12 +170,14 @@ OPTIMIZER: Table = {
 
 QUANT: Table = {
     "mode": one_of("qat", "ptq"),
+    "control": flag(),
     "weight_bits": WIDTH,
     "activation_bits": WIDTH,
     "output_bits": maybe(WIDTH),
     "sigma_bits": maybe(WIDTH),
     "noise_bits": WIDTH,
     "noise_range": POSITIVE,
+    "rounding": one_of("nearest", "stochastic"),
     "weight_symmetric": flag(),
     "keep": many(text(), 1000),
     "freeze_epochs": COUNT,
@@ -184,6 +187,7 @@ FINE_TUNING: Table = {
     "max_epochs": EVERY,
     "seed": maybe(SEED),
     "calibration_batches": EVERY,
+    "imitate": flag(),
     "prior_weight": NOT_NEGATIVE,
     "lr_at_8_bits": POSITIVE,
 }
@@ -202,6 +206,9 @@ TRAINER: Table = {
         "32-true or bf16-mixed (variances underflow in 16-bit floats)",
         one_of("32-true", "bf16-mixed").holds,
     ),
+    "compile": flag(),
+    "data_on_device": flag(),
+    "matmul_precision": maybe(one_of("highest", "high", "medium")),
     "threads": maybe(whole(1, 1024)),
     "progress_bar": flag(),
     # Further options of Lightning's Trainer, which a command line adds with `+`.

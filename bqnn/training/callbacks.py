@@ -88,7 +88,7 @@ def save_checkpoint(trainer: pl.Trainer, model: pl.LightningModule, path: Path) 
 
 
 class EpochTimer(pl.Callback):
-    """Measure the time to the first training step, and the time of each training epoch.
+    """Measure the time to the first step, of each training epoch, and of the whole training.
 
     Args:
         job: The job, whose start is the start of the first time.
@@ -98,9 +98,14 @@ class EpochTimer(pl.Callback):
         self.job = job
         self.startup: float | None = None
         self.epochs: list[float] = []
+        self.training = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         log.info("CPU threads: %d", torch.get_num_threads())
+        self._started = time.perf_counter()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.training = time.perf_counter() - self._started
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_started = time.perf_counter()
@@ -115,14 +120,15 @@ class EpochTimer(pl.Callback):
     def metrics(self) -> dict[str, float]:
         """Return the times in seconds, or an empty dictionary if there was no training step.
 
-        `time/startup_seconds` is the time to the first step, and `time/epoch_seconds` the median
-        time of an epoch.
+        `time/startup_seconds` is the time to the first step, `time/epoch_seconds` the median time
+        of an epoch, and `time/training_seconds` the time of all epochs of this process.
         """
         if self.startup is None:
             return {}
         return {
             "time/startup_seconds": self.startup,
             "time/epoch_seconds": statistics.median(self.epochs),
+            "time/training_seconds": self.training,
         }
 
     def __str__(self) -> str:

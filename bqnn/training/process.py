@@ -5,8 +5,11 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from pytorch_lightning.accelerators import CUDAAccelerator
 
 from bqnn.jobs.job import Job
 
@@ -26,6 +29,10 @@ def prepare_torch(job: Job) -> str:
     options = job.config["trainer"]
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
+    if options.get("matmul_precision") is not None:
+        before = torch.get_float32_matmul_precision()
+        job.at_end(lambda _: torch.set_float32_matmul_precision(before))
+        torch.set_float32_matmul_precision(options["matmul_precision"])
     silence_known_warnings()
     keep_freed_memory()
     stop_searching_for_gpus()
@@ -59,6 +66,23 @@ def find_accelerator(name: str) -> str:
         f"trainer.accelerator={name}: torch finds no GPU of NVIDIA or AMD on this machine; choose "
         "auto or cpu"
     )
+
+
+def find_device(options: Mapping[str, Any]) -> torch.device:
+    """Return the device on which a job evaluates networks, the first of those that it may use.
+
+    Args:
+        options: The group `trainer` of a configuration.
+
+    Examples:
+        >>> find_device({"accelerator": "cpu", "devices": 1})
+        device(type='cpu')
+    """
+    if find_accelerator(options["accelerator"]) == "cpu":
+        return torch.device("cpu")
+    devices = options.get("devices", "auto")
+    chosen = [0] if devices == "auto" else CUDAAccelerator.parse_devices(devices)
+    return torch.device("cuda", chosen[0] if chosen else 0)
 
 
 def stop_searching_for_gpus() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -25,11 +26,12 @@ from bqnn.checkpoints.file import trained_epochs
 from bqnn.checkpoints.start import start_from
 from bqnn.data import TensorData
 from bqnn.jobs.job import Job
-from bqnn.methods import Method, PointwiseStart
+from bqnn.methods import CompileSteps, Method, PointwiseStart
 from bqnn.quant.spec import QuantSpec
 from bqnn.text import one_line, short
 from bqnn.training.batch_norm import refuse_single_values
 from bqnn.training.callbacks import SaveCheckpoint, ShareBuffers, StretchSchedule
+from bqnn.training.hooks import NoProfiler, skip_idle_hooks
 from bqnn.training.loggers import MetricsCsv
 from bqnn.training.process import find_accelerator, prepare_torch
 from bqnn.training.progress import TrainingProgress
@@ -46,36 +48,46 @@ ENVIRONMENTS = {
 
 
 def make_trainer(
-    job: Job, loggers: list[Logger], callbacks: list[pl.Callback], validate: bool
+    job: Job,
+    loggers: list[Logger],
+    callbacks: list[pl.Callback],
+    validate: bool,
+    folder: Path | None = None,
 ) -> pl.Trainer:
     """Create the Trainer of the group `trainer` in the configuration.
 
     Args:
-        job: The job. Files are saved in its folder.
+        job: The job.
         loggers: The result of `make_loggers`.
         callbacks: Further callbacks, which precede those that log and save.
         validate: Whether there are validation rows.
+        folder: The folder of checkpoints and metrics.csv; None for that of the job.
 
     Raises:
         ValueError: `trainer.save_best` needs validation rows, the accelerator does not exist, or
             several devices are requested for a job other than a single training.
     """
+    folder = job.folder if folder is None else folder
     options = {**job.config["trainer"], "accelerator": prepare_torch(job)}
     if options["save_best"] and not validate:
         raise ValueError(
             "trainer.save_best=true: there are no validation rows to choose by; set "
             "task.validation_share above 0"
         )
-    del options["threads"]
-    save = SaveCheckpoint(job.folder, options.pop("save_every"), options.pop("save_best"))
+    for name in ("threads", "matmul_precision", "data_on_device"):
+        options.pop(name, None)
+    compiles: list[pl.Callback] = [CompileSteps()] if options.pop("compile", False) else []
+    save = SaveCheckpoint(folder, options.pop("save_every"), options.pop("save_best"))
     progress: list[pl.Callback] = [TrainingProgress()] if options.pop("progress_bar") else []
+    options["profiler"] = options.get("profiler") or NoProfiler()
     trainer = pl.Trainer(
         **options,
         callbacks=[
             StretchSchedule(),
             ShareBuffers(),
+            *compiles,
             *callbacks,
-            MetricsCsv(job.folder / "metrics.csv"),
+            MetricsCsv(folder / "metrics.csv"),
             save,
             *progress,
         ],
@@ -88,8 +100,9 @@ def make_trainer(
         limit_val_batches=1.0 if validate else 0,
         inference_mode=False,
         use_distributed_sampler=False,
-        default_root_dir=job.folder,
+        default_root_dir=folder,
     )
+    skip_idle_hooks(trainer.callbacks)  # type: ignore[attr-defined]
     if trainer.world_size > 1:
         _prepare_ranks(job)
     return trainer
@@ -176,10 +189,12 @@ def _prepare_ranks(job: Job) -> None:
     job.at_end(forget)
 
 
-def fit(job: Job, trainer: pl.Trainer, model: Method, data: TensorData) -> None:
+def fit(
+    job: Job, trainer: pl.Trainer, model: Method, data: TensorData, folder: Path | None = None
+) -> None:
     """Train a model to the end.
 
-    A resumed job continues from the last checkpoint in its folder. A new training starts from the
+    A resumed job continues from the last checkpoint in the folder. A new training starts from the
     checkpoint `method.init_from`, if there is one.
 
     Args:
@@ -187,14 +202,16 @@ def fit(job: Job, trainer: pl.Trainer, model: Method, data: TensorData) -> None:
         trainer: The result of `make_trainer`.
         model: The model.
         data: The data set, after `setup`.
+        folder: The folder that `make_trainer` received; None for that of the job.
 
     Raises:
         ValueError: The training ended before its first step, batch norm would fail on a batch, or
             the method does not support an option. Errors name the keys of the configuration.
     """
-    path = job.folder / "checkpoint.ckpt"
+    path = (job.folder if folder is None else folder) / "checkpoint.ckpt"
+    data.on_device = job.config["trainer"].get("data_on_device", True)
     resumes = job.is_resumed and path.exists()
-    if job.is_resumed:
+    if job.is_resumed and folder is None:
         job.record_epoch(trained_epochs(path) if resumes else 0)
     refuse_single_values(trainer, model, data)
     with renamed(partial(_key, job.verb)):

@@ -198,15 +198,28 @@ def test_a_float_checkpoint_is_refused(trained: Path, export: Export) -> None:
     assert "quantize the checkpoint first (bqnn quantize" in errors
 
 
-def test_a_calibrated_checkpoint_is_refused(
-    quantized: Path, export: Export, tmp_path: Path
-) -> None:
+def test_a_calibration_goes_into_the_file(quantized: Path, export: Export, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
+    from bqnn import load
+    from bqnn.quant.onnx.session import start_session
+
     calibrated = tmp_path / "calibrated.ckpt"
     save_calibrated(quantized / "checkpoint.ckpt", calibrated, TemperatureScaling(2.0))
     code, errors = export("checkpoint=calibrated.ckpt", "hydra.run.dir=out")
-    assert code == 1
-    assert "the checkpoint has a calibration (temperature), and a file has the outputs" in errors
+    assert code == 0, errors
+    out = tmp_path / "out"
+    card, record = read(out / "card.json"), read(out / "verification.json")
+    assert card["calibration"] == {"name": "temperature", "temperature": 2.0}
+    assert "Its predictions are calibrated (temperature)." in (out / "card.md").read_text()
+    assert record["differing"] == 0
+    assert card["metrics"]["nll"]["value"] == record["metrics"]["onnx/nll"]
+
+    model = load(calibrated, numeric="int8")
+    image = np.full((1, 1, 8, 8), 7, np.uint8)  # a row alone has the masks of the file
+    answer = model.predict(image, num_samples=record["num_samples"])
+    session = start_session((out / "model.onnx").read_bytes(), 1)
+    (probabilities,) = session.run(["probabilities"], {"inputs": image})
+    np.testing.assert_allclose(probabilities, answer.probabilities, rtol=1e-5)
 
 
 def test_a_damaged_checkpoint_is_refused(quantized: Path, export: Export, tmp_path: Path) -> None:

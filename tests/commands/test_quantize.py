@@ -211,3 +211,49 @@ def test_a_posterior_set_after_the_training_is_quantized_after_it(
     assert code == 1
     assert "train with quant=none, then quantize the checkpoint" in errors
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["bbb", "sghmc"])
+def test_a_control_is_the_same_fine_tuning_without_rounding(
+    method: str, trained: Path, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    checkpoint = f"checkpoint={trained}/{method}_0/checkpoint.ckpt"
+    options = ["quant.control=true", "quant.fine_tuning.optimizer.lr=0.01", "plots=false", *QUICK]
+    for bits in (8, 2):
+        bits_and_folder = [f"quant.weight_bits={bits}", f"hydra.run.dir=w{bits}"]
+        code, errors = script_here("quantize", checkpoint, *options, *bits_and_folder)
+        assert code == 0, errors
+    metrics = [json.loads((tmp_path / f"w{bits}/metrics.json").read_text()) for bits in (8, 2)]
+    controls = [{k: v for k, v in of.items() if k.startswith("finetuned/")} for of in metrics]
+    assert controls[0] == controls[1]  # bits play no part in it
+    assert controls[0]["finetuned/test/nll"] != metrics[0]["float/test/nll"]
+    first, second = (of["unquantized/test/nll"] for of in metrics)
+    assert first != second
+
+    path = tmp_path / "w2/finetuned/checkpoint.ckpt"
+    assert load(path, "unquantized").recipe["stage"] == "qat"
+
+
+def test_a_control_needs_a_fine_tuning(
+    trained: Path, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    checkpoint = f"checkpoint={trained}/bbb_0/checkpoint.ckpt"
+    code, errors = script_here(
+        "quantize", checkpoint, "quant.mode=ptq", "quant.control=true", "hydra.run.dir=run"
+    )
+    assert code == 1
+    assert "quant.control=true: quant.mode=ptq trains nothing" in errors
+
+
+def test_members_imitate_their_own_networks(
+    trained: Path, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    imitate = "quant.fine_tuning.imitate=true"
+    for method, expected in (("sghmc", 0), ("bbb", 1)):
+        checkpoint = f"checkpoint={trained}/{method}_0/checkpoint.ckpt"
+        arguments = ["plots=false", *QUICK, f"hydra.run.dir={method}"]
+        code, errors = script_here("quantize", checkpoint, imitate, *arguments)
+        assert code == expected, errors
+    assert f"{imitate}: only the members of an ensemble" in errors
+    metrics = json.loads((tmp_path / "sghmc" / "metrics.json").read_text())
+    assert metrics["int8/test/nll"] == metrics["simulated/test/nll"]

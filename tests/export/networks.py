@@ -9,52 +9,15 @@ from torch import Tensor, nn
 from bqnn.export.model import Exported
 from bqnn.export.verification import predict_executed
 from bqnn.inference.likelihoods import Classification
-from bqnn.layers.bayes import to_bayes
-from bqnn.layers.dropout import to_mcdropout
-from bqnn.layers.ensemble import Ensemble
 from bqnn.methods import METHODS, Method
 from bqnn.methods.base import channels_last
-from bqnn.nets import NETS
 from bqnn.quant.fuse import fuse
 from bqnn.quant.mark import mark
 from bqnn.quant.onnx.session import start_session
 from bqnn.quant.simulated import calibrate, prepare
 from bqnn.quant.spec import QuantSpec
 
-SHAPES = {"mlp": (6,), "lenet": (1, 8, 8), "resnet": (3, 8, 8)}
-OPTIONS: dict[str, dict] = {
-    "mlp": {"hidden_features": [24, 24]},
-    "lenet": {"channels": [6, 8], "hidden_features": 32},
-    "resnet": {"width": 4, "blocks_per_stage": [1, 1]},
-}
 NUM_SAMPLES = {"pointwise": 1, "sghmc": 2, "bbb": 3, "mcdropout": 3}
-
-
-def float_net(net: str) -> nn.Module:
-    """A network whose batch norms are far from the identity."""
-    torch.manual_seed(3)
-    made = NETS[net](SHAPES[net], (10,), **OPTIONS[net])
-    for module in made.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight)  # half of them negative
-            nn.init.normal_(module.bias)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    return made
-
-
-def converted(net: nn.Module, method: str) -> nn.Module:
-    """The network with the layers of a method."""
-    if method == "bbb":
-        net = to_bayes(net, prior_std=0.3, init_rho=-3.0)
-    elif method == "mcdropout":
-        net = to_mcdropout(net, rate=0.25)
-    elif method == "sghmc":
-        net = Ensemble(net, num_members=2)
-        for _ in range(2):
-            for param in net.current.parameters():
-                param.data.add_(0.1 * torch.randn_like(param) * param.abs().mean())
-            net.collect()
-    return net.to(memory_format=torch.channels_last).eval()
 
 
 def quantized(net: nn.Module, shape: tuple[int, ...], **options: Any) -> Method:

@@ -15,16 +15,8 @@ from bqnn.export.verification import predict_executed
 from bqnn.inference.predict import predictive
 from bqnn.layers.dropout import to_mcdropout
 from bqnn.quant.integer import convert
-from tests.export.networks import (
-    NUM_SAMPLES,
-    SHAPES,
-    converted,
-    differing,
-    float_net,
-    quantized,
-    rows_for,
-    run,
-)
+from tests.export.networks import NUM_SAMPLES, differing, quantized, rows_for, run
+from tests.quant.conftest import SHAPES, converted, float_net
 from tests.quant.test_torchvision import SMALL, made, small_resnet
 
 pytest.importorskip("onnx")
@@ -37,7 +29,7 @@ pytest.importorskip("onnxruntime")
 def test_all_methods_and_networks(method: str, net: str, bits: tuple[int, int]) -> None:
     weight_bits, activation_bits = bits
     options = {"weight_bits": weight_bits, "activation_bits": activation_bits}
-    model = quantized(converted(float_net(net), method), SHAPES[net], **options)
+    model = quantized(float_net(method, net), SHAPES[net], **options)
     exported = export(model, NUM_SAMPLES[method])
     assert not exported.float_parts
     assert differing(exported, model) == differing(exported, model, optimized=False) == 0
@@ -63,13 +55,13 @@ def test_all_methods_and_networks(method: str, net: str, bits: tuple[int, int]) 
 )
 @pytest.mark.parametrize(("method", "net"), [("bbb", "mlp"), ("mcdropout", "resnet")])
 def test_all_grids_and_engines(method: str, net: str, options: dict[str, Any]) -> None:
-    model = quantized(converted(float_net(net), method), SHAPES[net], **options)
+    model = quantized(float_net(method, net), SHAPES[net], **options)
     exported = export(model, 2)
     assert differing(exported, model) == differing(exported, model, optimized=False) == 0
 
 
 def test_products_that_could_saturate_are_of_unsigned_integers() -> None:
-    net = converted(float_net("lenet"), "pointwise")
+    net = float_net("pointwise", "lenet")
     kinds = {}
     for bits in (7, 8):
         model = quantized(deepcopy(net), SHAPES["lenet"], activation_bits=bits)
@@ -158,7 +150,7 @@ def test_int8_networks_of_torchvision(make: Callable[..., nn.Module], method: st
 
 def test_draws_and_masks_are_those_of_a_row_that_is_predicted_alone() -> None:
     for method in ("bbb", "mcdropout"):
-        model = quantized(converted(float_net("lenet"), method), SHAPES["lenet"])
+        model = quantized(float_net(method, "lenet"), SHAPES["lenet"])
         exported, rows = export(model, 4), rows_for(model, 2)
         inputs = (rows[1:].float() / 255 - 0.4) / 0.3
         alone = predictive(model.net, inputs, 4, seed=model.seed)
@@ -166,7 +158,7 @@ def test_draws_and_masks_are_those_of_a_row_that_is_predicted_alone() -> None:
 
 
 def test_what_draws_have_in_common_stands_once() -> None:
-    model = quantized(converted(float_net("lenet"), "mcdropout"), SHAPES["lenet"])
+    model = quantized(float_net("mcdropout", "lenet"), SHAPES["lenet"])
     one, many = export(model, 1).proto.graph, export(model, 10).proto.graph
     size = {
         name: sum(len(c.raw_data) for c in graph.initializer)
@@ -178,7 +170,7 @@ def test_what_draws_have_in_common_stands_once() -> None:
 
 
 def test_the_outputs_are_those_of_the_mixture() -> None:
-    model = quantized(converted(float_net("mlp"), "bbb"), SHAPES["mlp"])
+    model = quantized(float_net("bbb", "mlp"), SHAPES["mlp"])
     found = run(export(model, 5), rows_for(model))
     expected = model.likelihood.summary(torch.from_numpy(found.pop("samples")))
     assert found.keys() == expected.keys()
@@ -187,7 +179,7 @@ def test_the_outputs_are_those_of_the_mixture() -> None:
 
 
 def test_the_number_of_rows_is_free() -> None:
-    model = quantized(converted(float_net("resnet"), "bbb"), SHAPES["resnet"])
+    model = quantized(float_net("bbb", "resnet"), SHAPES["resnet"])
     exported, rows = export(model, 2), rows_for(model, 7)
     whole = run(exported, rows)["samples"]
     assert np.array_equal(run(exported, rows[3:4])["samples"], whole[:, 3:4])
@@ -208,7 +200,7 @@ def test_what_cannot_be_exported_is_named() -> None:
 
 
 def test_a_checkpoint_without_normalization_is_refused() -> None:
-    model = quantized(converted(float_net("mlp"), "pointwise"), SHAPES["mlp"])
+    model = quantized(float_net("pointwise", "mlp"), SHAPES["mlp"])
     del model.recipe["facts"]["input_mean"]
     with pytest.raises(ValueError, match="does not store how its inputs are normalized"):
         export(model, 1)
@@ -217,7 +209,7 @@ def test_a_checkpoint_without_normalization_is_refused() -> None:
 @pytest.mark.parametrize("net", SHAPES)
 def test_openvino_runs_the_same_file(net: str) -> None:
     openvino = pytest.importorskip("openvino", reason="openvino is not installed")
-    model = quantized(converted(float_net(net), "bbb"), SHAPES[net])
+    model = quantized(float_net("bbb", net), SHAPES[net])
     core, rows = openvino.Core(), rows_for(model)
     for form, share in (("exact", 0), ("qdq", 0.1)):
         exported = export(model, 2, form)

@@ -14,14 +14,15 @@ from bqnn.export.verification import Verification, verify
 from bqnn.methods import Method
 from bqnn.quant.integer import convert
 from bqnn.quant.onnx.session import start_session
-from tests.export.networks import SHAPES, converted, float_net, quantized, rows_for, run
+from tests.export.networks import quantized, rows_for, run
+from tests.quant.conftest import SHAPES, float_net
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 
 def model_of(net: str, **options: Any) -> Method:
-    return quantized(converted(float_net(net), "mcdropout"), SHAPES[net], **options)
+    return quantized(float_net("mcdropout", net), SHAPES[net], **options)
 
 
 def verified(model: Method, exported: Exported) -> Verification:
@@ -104,7 +105,7 @@ def test_rare_drops_are_no_failure() -> None:
 
 
 def test_a_network_without_mc_dropout_is_refused() -> None:
-    model = quantized(converted(float_net("mlp"), "bbb"), SHAPES["mlp"])
+    model = quantized(float_net("bbb", "mlp"), SHAPES["mlp"])
     with pytest.raises(ValueError, match="masks=random: the network has no MC dropout"):
         export(model, 2, masks="random")
 

@@ -4,15 +4,8 @@ import pytest
 
 from bqnn.export.model import export
 from bqnn.export.verification import predict_executed
-from tests.export.networks import (
-    NUM_SAMPLES,
-    SHAPES,
-    converted,
-    float_net,
-    quantized,
-    rows_for,
-    run,
-)
+from tests.export.networks import NUM_SAMPLES, quantized, rows_for, run
+from tests.quant.conftest import SHAPES, float_net
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -21,7 +14,7 @@ pytest.importorskip("onnxruntime")
 @pytest.mark.parametrize("net", SHAPES)
 @pytest.mark.parametrize("method", NUM_SAMPLES)
 def test_a_file_differs_by_few_steps(method: str, net: str) -> None:
-    model = quantized(converted(float_net(net), method), SHAPES[net], weight_bits=4)
+    model = quantized(float_net(method, net), SHAPES[net], weight_bits=4)
     exported, rows = export(model, NUM_SAMPLES[method], "qdq"), rows_for(model)
     expected = predict_executed(model, rows, NUM_SAMPLES[method])
     found = run(exported, rows)["samples"]
@@ -36,7 +29,7 @@ def test_a_file_differs_by_few_steps(method: str, net: str) -> None:
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_affine_weights(granularity: str) -> None:
     options = {"weight_symmetric": False, "weight_granularity": granularity}
-    model = quantized(converted(float_net("lenet"), "pointwise"), SHAPES["lenet"], **options)
+    model = quantized(float_net("pointwise", "lenet"), SHAPES["lenet"], **options)
     exported, rows = export(model, 1, "qdq"), rows_for(model)
     expected = predict_executed(model, rows, 1)
     found = run(exported, rows)["samples"]

@@ -10,12 +10,19 @@ from bqnn.export.card import metrics_with_errors
 from bqnn.export.measure import latencies, peak_bytes
 from bqnn.export.model import Exported, export
 from bqnn.export.verification import Verification, verify
-from bqnn.inference.likelihoods import Classification
+from bqnn.inference.calibration import (
+    Calibration,
+    DeviationScaling,
+    TemperatureScaling,
+    VectorScaling,
+)
+from bqnn.inference.likelihoods import Classification, Likelihood, Regression
 from bqnn.inference.predictions import Prediction
 from bqnn.methods import Method
 from bqnn.quant.integer import convert
 from bqnn.quant.onnx.session import start_session
-from tests.export.networks import SHAPES, converted, float_net, quantized, rows_for
+from tests.export.networks import quantized, rows_for
+from tests.quant.conftest import SHAPES, float_net
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -28,7 +35,7 @@ def verified(model: Method, exported: Exported) -> Verification:
 
 
 def test_a_true_file_passes_and_a_changed_one_fails() -> None:
-    model = quantized(converted(float_net("lenet"), "bbb"), SHAPES["lenet"])
+    model = quantized(float_net("bbb", "lenet"), SHAPES["lenet"])
     exported = export(model, 3)
     model.net = convert(deepcopy(model.net))
     found = verified(model, exported)
@@ -50,6 +57,39 @@ def test_a_true_file_passes_and_a_changed_one_fails() -> None:
     verified(model, replace(exported, form="qdq")).require_equal()  # there, they are counted
 
 
+@pytest.mark.parametrize(
+    ("calibration", "likelihood"),
+    [
+        (TemperatureScaling(0.4), Classification([str(digit) for digit in range(10)])),
+        (
+            VectorScaling(
+                tuple(0.5 + 0.1 * i for i in range(10)), tuple(0.2 * i for i in range(10))
+            ),
+            Classification([str(digit) for digit in range(10)]),
+        ),
+        (DeviationScaling(3.0), Regression(5.0, 2.0)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_calibrated_file_mixes_calibrated_draws(
+    calibration: Calibration, likelihood: Likelihood
+) -> None:
+    model = quantized(float_net("bbb", "mlp", likelihood.num_outputs), SHAPES["mlp"])
+    model.likelihood, model.calibration = likelihood, calibration
+    exported = export(model, 3)
+    model.net = convert(deepcopy(model.net))
+    found = verified(model, exported)
+    found.require_equal()
+    metrics = found.record()["metrics"]
+    assert metrics["onnx/nll"] == pytest.approx(metrics["int8/nll"], rel=1e-6)
+
+    model.calibration = None
+    raw = verified(model, exported)
+    assert raw.differing == 0  # `samples` are not calibrated
+    with pytest.raises(ValueError, match="what it computes from its draws differs"):
+        raw.require_equal()
+
+
 def test_errors_of_metrics_shrink_with_the_rows() -> None:
     torch.manual_seed(0)
     likelihood = Classification(["a", "b"])
@@ -63,7 +103,7 @@ def test_errors_of_metrics_shrink_with_the_rows() -> None:
 
 
 def test_a_session_is_measured() -> None:
-    model = quantized(converted(float_net("mlp"), "pointwise"), SHAPES["mlp"])
+    model = quantized(float_net("pointwise", "mlp"), SHAPES["mlp"])
     session = start_session(export(model, 1).proto.SerializeToString(), 1)
     found = latencies(session, rows_for(model).numpy())
     assert [each["batch_size"] for each in found] == [1, 32, 256]

@@ -126,6 +126,15 @@ def test_enough_errors_need_no_warning(caplog: pytest.LogCaptureFixture) -> None
     assert caplog.text == ""
 
 
+@pytest.mark.parametrize(("count", "is_few"), [(9, True), (10, False)])
+def test_few_rows_of_a_regression_are_said(
+    count: int, is_few: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        fit_calibration("temperature", HOUSES, torch.zeros(2, count, 2), torch.ones(count))
+    assert ("fitted on 9 validation rows" in caplog.text) == is_few
+
+
 @pytest.mark.parametrize(
     ("values", "likelihood"),
     [

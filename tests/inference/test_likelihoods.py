@@ -66,6 +66,29 @@ def test_loss_is_float32_under_bfloat16_and_carries_gradients(likelihood, sample
     assert loss.item() == pytest.approx(likelihood.loss(samples[0], targets).item(), rel=0.02)
 
 
+@pytest.mark.parametrize("likelihood", [Classification(["a", "b", "c"]), Regression(5.0, 2.0)])
+def test_the_expected_loss_is_the_mean_over_targets_that_the_other_output_predicts(
+    likelihood: Likelihood,
+) -> None:
+    torch.manual_seed(0)
+    output, other = torch.randn(2, 4, likelihood.num_outputs).unbind()
+    if isinstance(likelihood, Classification):
+        targets = torch.distributions.Categorical(logits=other).sample((20_000,))
+    else:
+        targets = torch.distributions.Normal(other[:, 0], (other[:, 1] / 2).exp()).sample((20_000,))
+    losses = torch.stack([likelihood.loss(output, each) for each in targets])
+    expected = likelihood.expected_loss(output, other)
+    assert abs(float(losses.mean() - expected)) < 4 * float(losses.std()) / 20_000**0.5
+
+
+@pytest.mark.parametrize("likelihood", [Classification(["a", "b", "c"]), Regression(5.0, 2.0)])
+def test_the_expected_loss_is_least_where_outputs_agree(likelihood: Likelihood) -> None:
+    torch.manual_seed(0)
+    output = torch.randn(4, likelihood.num_outputs, requires_grad=True)
+    loss = likelihood.expected_loss(output, output.detach())
+    assert torch.autograd.grad(loss, output)[0].abs().max() < 1e-6
+
+
 def test_classification_metrics_are_those_of_the_mean_probability():
     samples, targets = classified()
     metrics = metrics_of(DIGITS, samples, targets)

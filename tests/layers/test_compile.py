@@ -25,10 +25,7 @@ from tests.layers.networks import (
     make,
 )
 
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 @pytest.mark.parametrize(("name", "backend"), COMPILED_NETS)

@@ -104,3 +104,24 @@ def test_the_number_of_members_is_checked():
     method = table_method("ensemble", num_members=2)
     with pytest.raises(ValueError, match=r"^num_samples=3: .* 2 members.*more \(num_members\)$"):
         method.check_samples(3)
+
+
+@pytest.mark.parametrize("task", ["images", "table"])
+def test_members_that_imitate_themselves_stay_as_they_are(task: str) -> None:
+    make, rows = (image_method, images) if task == "images" else (table_method, table)
+    trained = []
+    for imitates in (False, True):
+        method = make("ensemble", optimizer={"name": "sgd", "lr": 0.1})
+        assert isinstance(method, DeepEnsemble)
+        before = [param.detach().clone() for param in method.net.members.parameters()]
+        if imitates:
+            method.imitate_members()
+        keys = method.state_dict().keys()
+        bare_trainer(2).fit(method, rows())
+        assert method.state_dict().keys() == keys
+        after = list(method.net.members.parameters())
+        trained.append(
+            max(float((a - b).detach().abs().max()) for a, b in zip(after, before, strict=True))
+        )
+    assert trained[0] > 1e-2
+    assert trained[1] < 1e-5

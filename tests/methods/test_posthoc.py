@@ -68,10 +68,14 @@ def test_a_fine_tuning_moves_the_means_and_keeps_sigma(name: str) -> None:
 
 @pytest.mark.parametrize("mode", ["qat", "ptq"])
 @pytest.mark.parametrize("weight_bits", [8, 4, 2])
-@pytest.mark.parametrize("name", NAMES)
-def test_int8_draws_are_those_of_the_simulation(name: str, weight_bits: int, mode: str) -> None:
+@pytest.mark.parametrize(("name", "rank"), [*((name, 0) for name in NAMES), ("swag", 3)])
+def test_int8_draws_are_those_of_the_simulation(
+    name: str, rank: int, weight_bits: int, mode: str
+) -> None:
     spec = QuantSpec(weight_bits=weight_bits, activation_bits=7)
-    noisy = {"scale": 1e4} if name == "swag" else {}  # so that the noise survives the rounding
+    noisy: dict[str, Any] = {}
+    if name == "swag":
+        noisy = {"scale": 1e4, "rank": rank}  # so that the noise survives the rounding
     torch.manual_seed(0)
     method = image_method(name, LeNet([1, 8, 8], [3], channels=(4, 8), hidden_features=32), **noisy)
     fit(method, 2)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.layers.bayes import held_means
+from bqnn.layers.draws import make_draw
 from bqnn.methods import SWAG, Method
 from bqnn.methods.swag import Moments
 from bqnn.nets import ResNet
@@ -80,6 +81,37 @@ def test_the_rate_leads_to_that_of_the_collection(schedule: str, expected: list[
     assert passed.rates == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("epochs", [6, 3])  # more networks than the rank, and fewer
+def test_draws_of_a_rank_have_the_covariance_of_the_paper(epochs: int) -> None:
+    passed = Passed()
+    options: dict[str, Any] = {"optimizer": {"name": "sgd", "lr": 0.3}, "scale": 4.0, "rank": 4}
+    method = fitted(table_method("swag", **options), epochs, callbacks=[passed]).eval()
+    names = [f"{name}.mean" for name in method.gaussian_weights()]
+    seen = torch.stack(
+        [torch.cat([passed.seen[n][t].flatten() for n in names]) for t in range(epochs)]
+    ).double()
+    running = seen.cumsum(0) / torch.arange(1, epochs + 1)[:, None]
+    columns = (seen - running)[-4:]
+    expected = columns.T @ columns / (2 * (len(columns) - 1))
+    expected += seen.var(0, correction=0).diag() / 2
+
+    draws = []
+    for index in range(4000):
+        generator = torch.Generator().manual_seed(index)
+        made = make_draw(method.net, 0, generator)
+        draws.append(
+            torch.cat([made[each].flatten() for each in method.gaussian_weights().values()])
+        )
+    found = torch.stack(draws).double().T.cov()
+    spread = expected.diag().sqrt()
+    spread[spread < 0.01 * spread.max()] = torch.inf  # those of dead units, which did not move
+    difference = (found / method.scale - expected) / spread[:, None] / spread
+    assert difference.abs().max() < 0.1  # correlations; 5 standard errors are 0.08
+    first = next(iter(method.gaussian_weights().values())).mean.numel()
+    between = expected / spread[:, None] / spread
+    assert between[:first, first:].abs().max() > 0.3  # of different layers
+
+
 def test_moments_do_not_cancel() -> None:
     moments, values = Moments(), 1000 + 1e-2 * torch.randn(20, 5, generator=torch.Generator())
     for value in values:
@@ -133,6 +165,8 @@ def resnet() -> nn.Module:
         ({"swa_start": 1}, r"^swa_start=1: the share of the epochs"),
         ({"collect_every": 0}, r"^collect_every=0: in epochs, 1 or more"),
         ({"scale": -1}, r"^scale=-1: a factor of the variances"),
+        ({"rank": -1}, r"^rank=-1: the rank of the covariance, 2 or more, or 0"),
+        ({"rank": 1}, r"^rank=1: .* one deviation has no covariance"),
     ],
 )
 def test_invalid_options_are_refused(option: dict[str, Any], said: str) -> None:

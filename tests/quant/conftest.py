@@ -24,27 +24,37 @@ OPTIONS: dict[str, dict] = {
 Make = Callable[..., nn.Module]
 
 
-def float_net(method: str, net: str) -> nn.Module:
+def float_net(method: str, net: str, num_outputs: int = 10) -> nn.Module:
     """Create a network in evaluation mode whose batch norms are far from the identity."""
+    return converted(plain_net(net, num_outputs), method)
+
+
+def plain_net(net: str, num_outputs: int = 10) -> nn.Module:
+    """Create a network with point-valued weights whose batch norms are far from the identity."""
     torch.manual_seed(3)
-    made = NETS[net](SHAPES[net], (10,), **OPTIONS[net])
+    made = NETS[net](SHAPES[net], (num_outputs,), **OPTIONS[net])
     for module in made.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 0, 1)  # half of them negative
             nn.init.normal_(module.bias)
             nn.init.normal_(module.running_mean, 0, 0.3)
             nn.init.uniform_(module.running_var, 0.5, 2)
+    return made
+
+
+def converted(net: nn.Module, method: str) -> nn.Module:
+    """Give a network the layers of a method, in evaluation mode."""
     if method == "bbb":
-        made = to_bayes(made, prior_std=0.3, init_rho=-3.0)
+        net = to_bayes(net, prior_std=0.3, init_rho=-3.0)
     elif method == "mcdropout":
-        made = to_mcdropout(made, rate=0.25)
+        net = to_mcdropout(net, rate=0.25)
     elif method == "sghmc":
-        made = Ensemble(made, num_members=2)
+        net = Ensemble(net, num_members=2)
         for _ in range(2):
-            for param in made.current.parameters():
+            for param in net.current.parameters():
                 param.data.add_(0.1 * torch.randn_like(param) * param.abs().mean())
-            made.collect()
-    return made.to(memory_format=torch.channels_last).eval()
+            net.collect()
+    return net.to(memory_format=torch.channels_last).eval()
 
 
 def inputs(net: str, rows: int = 64) -> Tensor:

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from bqnn.inference.predict import predictive
 from bqnn.layers.draws import held_draw
+from bqnn.quant.engines import engine
 from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import convert
 from bqnn.quant.simulated import SimulatedLayer, calibrate, freeze, prepare
-from bqnn.quant.spec import QuantSpec
+from bqnn.quant.spec import ENGINES, QuantSpec
 from tests.layers.networks import (
     COMPILED_METHODS,
     COMPILED_NETS,
@@ -24,10 +25,8 @@ from tests.layers.networks import (
     make,
 )
 
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+INTEGER_METHODS = [(method, "lenet") for method in COMPILED_METHODS[:3]]
 
 
 def simulated(method: str, name: str = "lenet") -> nn.Module:
@@ -105,10 +104,15 @@ def test_a_part_of_a_simulation_is_not_compiled() -> None:
         net(IMAGES)
 
 
-@pytest.mark.parametrize("method", COMPILED_METHODS[:3])
-def test_integer_networks_compile_and_refuse_to_be_exported(method: str) -> None:
-    spec = QuantSpec()
-    net = convert(calibrate(prepare(fuse(make(method)), spec), [IMAGES]), spec.engine)
+@pytest.mark.parametrize("engine_name", ENGINES)
+@pytest.mark.parametrize(("method", "name"), [("pointwise", "resnet"), *INTEGER_METHODS])
+def test_integer_networks_compile_and_refuse_to_be_exported(
+    method: str, name: str, engine_name: str
+) -> None:
+    if engine(engine_name).missing() is not None:
+        pytest.skip(f"engine={engine_name}: {engine(engine_name).missing()}")
+    spec = QuantSpec(engine=engine_name)
+    net = convert(calibrate(prepare(fuse(make(method, name)), spec), [IMAGES]))
     compiled = torch.compile(net, backend="aot_eager")
     assert torch.equal(predictive(compiled, IMAGES, 3), predictive(net, IMAGES, 3))
     with pytest.raises(TypeError, match="an int8 network cannot be traced"):

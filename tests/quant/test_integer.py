@@ -202,7 +202,7 @@ def test_sums_that_would_saturate_are_exact_and_said(
 def test_images_without_a_batch_dimension_are_refused_in_one_line() -> None:
     made = calibrated(small_conv(), IMAGES)
     for net in (made, *(convert(copy.deepcopy(made), engine) for engine in ENGINES)):
-        with pytest.raises(ValueError, match=r"takes \[B, C, H, W\]; add the batch dimension"):
+        with pytest.raises(ValueError, match=r"takes \[B, 16, H, W\]; add the batch dimension"):
             net(IMAGES[0])
 
 

@@ -241,7 +241,37 @@ def test_a_state_with_other_channels_is_refused() -> None:
 
 
 def test_unknown_observers_are_refused() -> None:
-    with pytest.raises(ValueError, match="running_minmax, moving_average, histogram"):
+    with pytest.raises(
+        ValueError, match="running_minmax, moving_average, least_squares, histogram"
+    ):
         make_observer("median", 0, 7)
-    with pytest.raises(ValueError, match=r"choose one of minmax, running_minmax, moving_average$"):
+    with pytest.raises(
+        ValueError, match=r"choose one of minmax, running_minmax, moving_average, least_squares$"
+    ):
         make_observer("histogram", 0, 7, channels=3)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("data", ["normal", "laplace", "one outlier"])
+def test_ranges_of_weights_are_cut_where_the_squared_error_is_least(data: str, bits: int) -> None:
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    rows = torch.stack([DATA[data]()[:5000], 3 * noise(seed=7, count=5000)])
+    if data == "one outlier":
+        rows[0, -1] = 100
+    quant = make_fake_quant(bits, signed=True, symmetric=True, channels=2, observer="least_squares")
+    rounded = quant(rows)
+    largest = rows.abs().amax(1)
+    for row, got, end in zip(rows, rounded, largest, strict=True):
+        scales = end * torch.arange(1, 501) / 500 / ((high - low) / 2)
+        best = min(squared_error(row, float(scale), 0, low, high) for scale in scales)
+        error = (got.double() - row.double()).square().sum().item()
+        if data == "one outlier":  # its best share is below the smallest that is tried
+            best = squared_error(row, float(end / ((high - low) / 2)), 0, low, high)
+        assert error <= 1.02 * best
+
+
+def test_one_range_of_a_tensor_is_cut_like_a_channel() -> None:
+    x = laplace()
+    whole = make_fake_quant(3, signed=True, symmetric=True, observer="least_squares")
+    channel = make_fake_quant(3, signed=True, symmetric=True, channels=1, observer="least_squares")
+    assert torch.equal(whole(x), channel(x[None])[0])

@@ -20,7 +20,7 @@ from bqnn.quant.simulated import (
     prepare,
 )
 from bqnn.quant.spec import QuantSpec
-from bqnn.quant.stochastic import LogFakeQuant
+from bqnn.quant.stochastic import GaussianGrids, LogFakeQuant, round_noise
 from bqnn.quant.summary import weight_integers
 from tests.quant.conftest import Make, float_net, inputs
 
@@ -173,6 +173,30 @@ def test_strategies_put_drawn_weights_on_their_grids(
             assert int(stored["mean"].values.max()) <= 3
     assert largest <= levels
     assert largest > levels / 8
+
+
+@pytest.mark.parametrize("strategy", ["both", "weights"])
+@pytest.mark.parametrize("weight_bits", [2, 4])
+def test_noise_that_is_rounded_stochastically_keeps_its_variance(
+    weight_bits: int, strategy: str
+) -> None:
+    spec = QuantSpec(weight_bits=weight_bits, strategy=strategy, rounding="stochastic")
+    grids = GaussianGrids(spec, 2).train()
+    mean = torch.tensor([0.0, 0.0, 1.0]).expand(2, 20_000, 3).reshape(2, -1)
+    sigma = torch.full_like(mean, 0.1)  # far below half a step
+    rounded = grids.parameters_on_grid(mean, sigma)
+    with torch.no_grad():
+        noise = grids.draw(*rounded, torch.randn(mean.shape)) - grids.weight.round(rounded[0])
+    inside = mean < 0.5  # the largest values are at the end of the range
+    assert noise[inside].mean().abs() < 0.003
+    assert noise[inside].std().item() == pytest.approx(0.1, rel=0.03)
+
+
+def test_noise_below_half_a_step_is_rounded_to_nothing_or_a_step() -> None:
+    noise = torch.tensor([0.0, 0.5, -0.5, 1.0, -2.0, 2.5])
+    uniform = torch.tensor([0.0, 0.24, 0.26, 0.0, 0.0, 0.46])
+    # P(up) of 0.5 is 1/4, that of 2.5 is (6.25 - 4) / 5 = 0.45.
+    assert round_noise(noise, uniform).tolist() == [0, 1, 0, 1, -2, 2]
 
 
 def test_overrides_change_single_layers(simulated: Make) -> None:

@@ -36,7 +36,7 @@ TRAINING = {
     "mcdropout": ["method=mcdropout", BEST],
     "sghmc": ["method=sghmc", "method.burn_in=8", "method.num_members=3", BEST],
     "ensemble": ["method=ensemble", "method.num_members=3", BEST],
-    "swag": ["method=swag", "method.swa_start=0.3", "method.collect_every=2"],
+    "swag": ["method=swag", "method.swa_start=0.3", "method.collect_every=2", "method.rank=3"],
     "laplace": ["method=laplace"],
 }
 COMMON = ["logger=none", "plots=false", "trainer.save_every=0"]

@@ -1,8 +1,8 @@
 """The contract of an engine: how it packs and runs layers, how it rounds, what it supports."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, Self
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,8 @@ class Layer(NamedTuple):
         has_bias: Whether there is a bias.
         relu: Whether the kernel applies a ReLU.
         is_zero: Whether the zero points of weights, inputs and outputs are zero.
+        other_is_zero: Whether the zero point of the activations that the kernel adds to its
+            output is zero; None if it adds none.
     """
 
     weight: tuple[int, ...]
@@ -77,11 +79,13 @@ class Layer(NamedTuple):
     has_bias: bool
     relu: bool
     is_zero: tuple[bool, bool, bool]
+    other_is_zero: bool | None = None
 
 
-class Packed(Protocol):
+class Packed(ABC):
     """Weights in the form that an engine runs. They can be pickled and copied."""
 
+    @abstractmethod
     def __call__(self, x: Tensor, relu: bool, output: ActivationGrid) -> Tensor:
         """Run the layer.
 
@@ -90,21 +94,37 @@ class Packed(Protocol):
             relu: Whether a ReLU follows.
             output: The grid of the outputs.
         """
-        ...
+
+    def add(self, x: Tensor, other: Tensor, relu: bool, output: ActivationGrid) -> Tensor:
+        """Run the layer, and add other activations to its output before it is rounded.
+
+        Only engines that add within layers implement it.
+
+        Args:
+            x: Activations in the form of the engine.
+            other: Activations in that form, shaped like the outputs.
+            relu: Whether a ReLU follows the sum.
+            output: The grid of the sum.
+        """
+        raise NotImplementedError
 
 
 class Engine(ABC):
     """How an int8 network is executed.
 
-    A simulation asks `rounding` and `fuses_sums`, so that it computes the same integers.
+    A simulation asks `rounding`, `fuses_sums` and `adds_within_layers`, so that it computes the
+    same integers.
 
     Attributes:
         name: The name in a QuantSpec.
         fuses_sums: Whether a residual sum rounds as `rounding.fused_sum`, not as `plain_sum`.
+        adds_within_layers: Whether the kernel of a layer adds other activations to its output
+            before it rounds, as `rounding.sum_within_layer`.
     """
 
     name: str
     fuses_sums = False
+    adds_within_layers = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle an engine as its name: there is one of each."""
@@ -197,6 +217,15 @@ class LayerEngine(Engine):
     def add(self, x: Tensor, y: Tensor, output: ActivationGrid, relu: bool) -> Tensor:
         """Compute x + y, or relu(x + y), on a grid."""
 
+    def moved(self, x: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply a function that moves or selects integers to activations.
+
+        Args:
+            x: Activations.
+            move: A function of integers in uint8.
+        """
+        return self.wrap(move(self.integers(x)), *self.grid(x))
+
     def keep(self, x: Tensor, kept: Tensor, factor: float) -> Tensor:
         """Multiply activations by `factor` where `kept` is True, and by zero elsewhere; exact.
 
@@ -244,21 +273,101 @@ def layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_last else torch.contiguous_format
 
 
-def in_batch(x: Tensor, is_conv: bool) -> Tensor:
-    """Reshape inputs for a kernel: [..., F] -> [N, F]; images [B, C, H, W] are unchanged.
+def is_dense(x: Tensor) -> bool:
+    """Return whether the elements of a tensor fill its memory without gaps or repetition."""
+    return x.is_contiguous() or (
+        x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def output_shape(
+    inputs: Sequence[int], weight: Sequence[int], geometry: Geometry | None
+) -> tuple[int, ...]:
+    """Return the shape of the outputs of a layer.
+
+    Args:
+        inputs: Shape of the inputs, [..., F] or [B, C, H, W].
+        weight: Shape of the weights.
+        geometry: Geometry of the convolution; None for a linear layer.
+
+    Examples:
+        >>> output_shape((2, 3, 8, 8), (5, 3, 3, 3), Geometry((2, 2), (1, 1), (1, 1), 1))
+        (2, 5, 4, 4)
+    """
+    if geometry is None:
+        return (*inputs[:-1], weight[0])
+    reaches = [d * (k - 1) + 1 for d, k in zip(geometry.dilation, weight[2:], strict=True)]
+    sides = zip(inputs[2:], geometry.padding, reaches, geometry.stride, strict=True)
+    return (inputs[0], weight[0], *((n + 2 * p - reach) // s + 1 for n, p, reach, s in sides))
+
+
+def check_inputs(
+    shape: Sequence[int], weight: Sequence[int], geometry: Geometry | None, path: str
+) -> None:
+    """Check the shape of the inputs of a layer.
+
+    Args:
+        shape: Shape of the inputs, [..., F] or [B, C, H, W].
+        weight: Shape of the weights.
+        geometry: Geometry of the convolution; None for a linear layer.
+        path: The name of the layer in the network.
+
+    Raises:
+        ValueError: The layer does not take this shape.
+
+    Examples:
+        >>> check_inputs((2, 3), (5, 4), None, "output")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: output takes inputs [..., 4], not of shape (2, 3); pass inputs of ...
+    """
+    if geometry is None:
+        if len(shape) == 0 or shape[-1] != weight[1]:
+            raise ValueError(
+                f"{path} takes inputs [..., {weight[1]}], not of shape {tuple(shape)}; pass inputs "
+                "of the shape that the network was trained with"
+            )
+        return
+    channels = weight[1] * geometry.groups
+    if len(shape) != 4:
+        raise ValueError(
+            f"inputs of shape {tuple(shape)}: {path}, a quantized convolution, takes "
+            f"[B, {channels}, H, W]; add the batch dimension with x[None]"
+        )
+    if shape[1] != channels:
+        raise ValueError(
+            f"{path} takes inputs [B, {channels}, H, W], not of shape {tuple(shape)}; pass images "
+            f"with {channels} channels"
+        )
+    if min(output_shape(shape, weight, geometry)[2:]) < 1:
+        raise ValueError(
+            f"{path}, a convolution with a kernel of {weight[2]}x{weight[3]}, takes larger inputs "
+            f"than those of shape {tuple(shape)}; pass inputs of the shape that the network was "
+            "trained with"
+        )
+
+
+def region_inputs(x: Tensor, path: str) -> Tensor:
+    """Return the inputs of the integers in float32.
 
     Args:
         x: The inputs.
-        is_conv: Whether the kernel is a convolution.
+        path: The name of the Enter that reads them.
 
     Raises:
-        ValueError: Images have no batch dimension.
+        TypeError: The inputs are not floats.
+
+    Examples:
+        >>> region_inputs(torch.ones(1, dtype=torch.float64), "enter")
+        tensor([1.])
     """
-    if not is_conv:
-        return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if x.dim() != 4:
-        raise ValueError(
-            f"inputs of shape {tuple(x.shape)}: a quantized convolution takes [B, C, H, W]; add "
-            "the batch dimension with x[None]"
+    if not x.is_floating_point():
+        raise TypeError(
+            f"{path or 'Enter'} reads {x.dtype}, but the integer region takes floats; convert the "
+            "inputs with float()"
         )
-    return x
+    return x.float()
+
+
+def in_batch(x: Tensor, is_conv: bool) -> Tensor:
+    """Reshape inputs for a kernel: [..., F] -> [N, F]; images [B, C, H, W] are unchanged."""
+    return x if is_conv or x.dim() == 2 else x.reshape(-1, x.shape[-1])

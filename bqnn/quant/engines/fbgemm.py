@@ -5,7 +5,7 @@ deprecated. If torch drops them, these two engines are missing, and nothing else
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
@@ -21,6 +21,7 @@ from bqnn.quant.engines.contract import (
     Packed,
     Weight,
     in_batch,
+    is_dense,
     layout,
 )
 from bqnn.quant.engines.rounding import Rounding
@@ -107,7 +108,10 @@ class QuantizedTensors(LayerEngine):
 
     def add(self, x: Tensor, y: Tensor, output: ActivationGrid, relu: bool) -> Tensor:
         run = torch.ops.quantized.add_relu if relu else torch.ops.quantized.add
-        return clamped(run(x, y, output.scale, output.zero_point), output)
+        return clamped(run(*_alike(x, y), output.scale, output.zero_point), output)
+
+    def moved(self, x: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.wrap(move(_memory(x)), *self.grid(x))
 
     def keep(self, x: Tensor, kept: Tensor, factor: float) -> Tensor:
         zero_point = x.q_zero_point()
@@ -126,7 +130,7 @@ class QuantizedTensors(LayerEngine):
         return out
 
 
-class PackedWeight:
+class PackedWeight(Packed):
     """Integer weights and a float bias, packed for an engine.
 
     Args:
@@ -178,10 +182,19 @@ def _pack(engine: str, weight: Weight) -> Packed:
 
 
 def clamped(x: Tensor, grid: ActivationGrid) -> Tensor:
-    """Clamp a quantized tensor to the bits of its grid; operators use all 8 bits."""
-    if grid.quant_max == 255:
-        return x
-    return torch.clamp(x, max=grid.scale * (grid.quant_max - grid.zero_point))
+    """Clamp a quantized tensor in place to the bits of its grid; operators use all 8 bits."""
+    if grid.quant_max < 255:
+        _memory(x).clamp_(max=grid.quant_max)
+    return x
+
+
+def _alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return summands in one shape and layout; torch rounds some ties of others differently."""
+    if x.shape != y.shape:
+        shape = torch.broadcast_shapes(x.shape, y.shape)
+        x, y = x.expand(shape), y.expand(shape)
+    x = x if is_dense(x) else x.contiguous()
+    return x, y if y.stride() == x.stride() else y.contiguous(memory_format=layout(x))
 
 
 def _memory(x: Tensor) -> Tensor:

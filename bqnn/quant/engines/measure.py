@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bqnn.layers.linear_map import linear_map
-from bqnn.quant.engines.contract import ActivationGrid, Layer, LayerEngine, Weight
+from bqnn.quant.engines.contract import ActivationGrid, Layer, LayerEngine, Weight, output_shape
 from bqnn.quant.engines.rounding import Rounding, in_float32, requantize
 
 log = logging.getLogger(__name__)
@@ -203,7 +203,14 @@ def _run(
     largest = min(255, example.sums + zero_point)
     integers = torch.full(inputs, largest, dtype=torch.uint8, device="cpu")
     x = engine.wrap(integers, example.input_scale, zero_point)
-    return engine.integers(packed(x, layer.relu, _output(layer, example))).float()
+    output = _output(layer, example)
+    if layer.other_is_zero is None:
+        return engine.integers(packed(x, layer.relu, output)).float()
+    nothing = 0 if layer.other_is_zero else 1
+    shape = output_shape(inputs, layer.weight, layer.geometry)
+    zeros = torch.full(shape, nothing, dtype=torch.uint8, device="cpu")
+    other = engine.wrap(zeros, example.input_scale, nothing)
+    return engine.integers(packed.add(x, other, layer.relu, output)).float()
 
 
 def _one_tap(layer: Layer) -> Tensor:

@@ -23,7 +23,7 @@ from bqnn.quant.engines.rounding import Rounding
 from bqnn.quant.grids import Grid, plain
 
 OPERATORS = ("qconv_prepack", "qlinear_prepack", "qlinear_pointwise")
-CONVOLUTIONS = ("qconv_pointwise", "qconv2d_pointwise")  # upstream has renamed it
+CONVOLUTIONS = ("qconv2d_pointwise", "qconv_pointwise")  # upstream has renamed it
 
 
 def make(name: str) -> LayerEngine:
@@ -35,6 +35,7 @@ class OneDnn(PlainEngine):
     """torch.ops.onednn on plain integers."""
 
     name = "onednn"
+    adds_within_layers = True
 
     def missing(self) -> str | None:
         if not torch.backends.mkldnn.is_available():
@@ -56,7 +57,7 @@ class OneDnn(PlainEngine):
         return PackedWeight(weight)
 
 
-class PackedWeight:
+class PackedWeight(Packed):
     """Integer weights that are packed when the first inputs show their shape and zero point.
 
     Args:
@@ -75,21 +76,51 @@ class PackedWeight:
         return PackedWeight, (self.weight,)
 
     def __call__(self, x: Tensor, relu: bool, output: ActivationGrid) -> Tensor:
-        assert isinstance(x, PlainIntegers)
-        geometry, bias = self.weight.geometry, self.weight.bias
-        scale, zero_point = x.grid.scale, x.grid.zero_point
-        rows = in_batch(plain(x), geometry is not None)
-        inputs = (rows, scale, zero_point, self._pack(rows, x.grid), self._scale, self._zero_point)
-        activation = "relu" if relu else "none"
-        outputs: Any = (output.scale, output.zero_point, torch.uint8, activation, [], "")
-        if geometry is None:
+        inputs, bias = self._inputs(x), self.weight.bias
+        # The kernel clamps its floats, and rounds them to the ends of the grid.
+        low, high = -1 - output.zero_point, output.quant_max - output.zero_point
+        ends = [0.0 if relu else low * output.scale, high * output.scale]
+        outputs: Any = (output.scale, output.zero_point, torch.uint8, "hardtanh", ends, "")
+        if self.weight.geometry is None:
             out = torch.ops.onednn.qlinear_pointwise(*inputs, bias, *outputs)
-            out = out if x.dim() == 2 else out.reshape(*x.shape[:-1], out.shape[-1])
         else:
-            out = _convolution()(*inputs, bias, *map(list, geometry[:3]), geometry[3], *outputs)
-        if output.quant_max < 255:
+            out = _convolution()(*inputs, bias, *self._geometry, *outputs)
+        return _on_grid(out, x, output)
+
+    def add(self, x: Tensor, other: Tensor, relu: bool, output: ActivationGrid) -> Tensor:
+        assert isinstance(other, PlainIntegers)
+        if other.numel() == 0:  # which the kernel refuses
+            return self(x, relu, output)
+        inputs, bias = self._inputs(x), self.weight.bias
+        grid = (output.scale, output.zero_point, torch.uint8, other.grid.scale)
+        outputs: Any = (*grid, other.grid.zero_point, "sum", 1.0, "relu" if relu else "none")
+        summand = plain(other)
+        # The kernel may write its outputs in place of the other activations.
+        if self.weight.geometry is None:
+            summand = summand.reshape(-1, summand.shape[-1])
+            summand = summand.clone(memory_format=torch.contiguous_format)
+            run = torch.ops.onednn.qlinear_pointwise.binary
+            out = run(*inputs, summand, bias, *outputs, [], "")
+        else:
+            summand = summand.clone(memory_format=torch.channels_last)
+            run = _convolution().binary
+            out = run(*inputs, summand, bias, *self._geometry, *outputs, [], "")
+        if output.quant_max < 255:  # a sum takes no other activation than ReLU
             out.clamp_(max=output.quant_max)
-        return PlainIntegers.of(out, Grid(output.scale, output.zero_point, 255))
+        return _on_grid(out, x, output)
+
+    @property
+    def _geometry(self) -> tuple[Any, ...]:
+        geometry = self.weight.geometry
+        assert geometry is not None
+        return (*map(list, geometry[:3]), geometry.groups)
+
+    def _inputs(self, x: Tensor) -> tuple[Any, ...]:
+        """Return the first arguments of an operator: inputs and weights with their grids."""
+        assert isinstance(x, PlainIntegers)
+        rows = in_batch(plain(x), self.weight.geometry is not None)
+        grid = (x.grid.scale, x.grid.zero_point)
+        return (rows, *grid, self._pack(rows, x.grid), self._scale, self._zero_point)
 
     def _pack(self, rows: Tensor, grid: Grid) -> Tensor:
         key = (grid.zero_point != 0, rows.shape[1:])
@@ -97,19 +128,25 @@ class PackedWeight:
         if found is None:
             integers, geometry = self.weight.integers, self.weight.geometry
             if geometry is None:
-                found = torch.ops.onednn.qlinear_prepack(integers, None)
+                found = torch.ops.onednn.qlinear_prepack(integers, list(rows.shape))
             else:
                 found = torch.ops.onednn.qconv_prepack(
                     integers,
                     self._scale,
                     grid.scale,
                     grid.zero_point,
-                    *map(list, geometry[:3]),
-                    geometry[3],
+                    *self._geometry,
                     list(rows.shape),
                 )
             self._packed[key] = found
         return found
+
+
+def _on_grid(out: Tensor, x: Tensor, output: ActivationGrid) -> Tensor:
+    """Return outputs as activations, with the leading dimensions of the inputs."""
+    if out.dim() != x.dim():
+        out = out.reshape(*x.shape[:-1], out.shape[-1])
+    return PlainIntegers.of(out, Grid(output.scale, output.zero_point, 255))
 
 
 def _convolution() -> Any:

@@ -12,8 +12,8 @@ from bqnn.layers.draws import Drawn, DrawnWeights, held_draw
 from bqnn.layers.dropout import MCDropout
 from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.finite import refuse_non_finite
-from bqnn.layers.markers import Quantized
-from bqnn.quant.engines.contract import Layer, NetworkEngine, WholeNetwork
+from bqnn.layers.markers import Enter, Quantized
+from bqnn.quant.engines.contract import Layer, NetworkEngine, WholeNetwork, region_inputs
 from bqnn.quant.engines.rounding import Rounding
 from bqnn.quant.grids import UNTRACED, plain
 from bqnn.quant.onnx.graph import Graph, Port
@@ -69,11 +69,12 @@ class OnnxNetwork(Quantized, Drawn, WholeNetwork):
         parts = [*(net.members or [net.current])] if isinstance(net, Ensemble) else [net]
         self._traces = {part: traced(part) for part in parts}  # tracing is not safe in threads
         self._graphs: dict[Any, OneDraw] = {}  # of networks without random weights
+        self._entry = next(name for name, m in parts[0].named_modules() if isinstance(m, Enter))
         self._is_random = any(isinstance(module, DrawnWeights) for module in net.modules())
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without what can be made again."""
-        left_out = ("_graphs", "_traces", "_is_random")
+        left_out = ("_graphs", "_traces", "_entry", "_is_random")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -83,10 +84,12 @@ class OnnxNetwork(Quantized, Drawn, WholeNetwork):
     def make_draw(self, index: int) -> dict[Any, "OneDraw"]:
         return {}  # `forward` writes the graph, once all layers have their draw
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
             raise TypeError(UNTRACED)
+        x = region_inputs(x, self._entry)
         refuse_non_finite(x)
         return self._with_graph(x)[""]
 

@@ -5,6 +5,7 @@ own. What moves elements runs on the integers as it is. ReLU and max pooling are
 operations that torch has for uint8 on every device.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,16 +14,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bqnn.quant.engines import rounding
-from bqnn.quant.engines.contract import ActivationGrid, Layer, LayerEngine
-from bqnn.quant.grids import Grid, OnGrid, plain
+from bqnn.quant.engines.contract import ActivationGrid, Layer, LayerEngine, is_dense
+from bqnn.quant.grids import UNTRACED, Grid, OnGrid, plain
 
 RELUS_INPLACE = (torch.relu_, Tensor.relu_)
 RELUS = (F.relu, torch.relu, Tensor.relu, *RELUS_INPLACE)
-CHUNK = 2**17  # elements of a residual sum that are added at a time, so that they stay in a cache
+CHUNK = 2**16  # elements of a residual sum that are added at a time, so that they stay in a cache
 
 
 class PlainIntegers(OnGrid):
     """Activations in uint8 on a grid."""
+
+    @property
+    def is_nested(self) -> bool:  # type: ignore[override]  # the first query of torch.compile
+        raise torch._dynamo.exc.SkipFrame(UNTRACED)  # what reads integers runs uncompiled
 
     @classmethod
     def call(cls, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], grid: Grid) -> Any:
@@ -61,9 +66,7 @@ def max_pool(
     """
     sides = [kernel_size, kernel_size if stride is None or stride == [] else stride]
     kernel, step, pad, dilate = (_pair(each) for each in (*sides, padding, dilation))
-    # The shape of the result, with torch's rules for windows that reach over the border.
-    meta = torch.empty(x.shape, device="meta")
-    shape = F.max_pool2d(meta, kernel, step, pad, dilate, ceil_mode).shape[-2:]
+    shape = _pooled_shape(tuple(x.shape), kernel, step, pad, dilate, ceil_mode)
     for dim in (-2, -1):
         size, count = x.shape[dim], shape[dim]
         reach = (count - 1) * step[dim] + dilate[dim] * (kernel[dim] - 1) + 1
@@ -78,6 +81,12 @@ def max_pool(
         for part in parts[1:]:
             x = torch.maximum(x, part)
     return x
+
+
+@functools.lru_cache(maxsize=1024)
+def _pooled_shape(shape: tuple[int, ...], *options: Any) -> tuple[int, ...]:
+    """Return the last dimensions of the result, by torch's rules for windows over the border."""
+    return tuple(F.max_pool2d(torch.empty(shape, device="meta"), *options).shape[-2:])
 
 
 def _strided(x: Tensor, dim: int, start: int, length: int, step: int) -> Tensor:
@@ -123,7 +132,7 @@ class PlainEngine(LayerEngine):
         (s_x, z_x), (s_y, z_y) = self.grid(x), self.grid(y)
         low = 0 if relu else -zero_point
         a, b = torch.broadcast_tensors(plain(x), plain(y))
-        if not _is_dense(a):
+        if not is_dense(a):
             a = a.contiguous()
         if a.stride() != b.stride():
             b = torch.empty_like(a).copy_(b)
@@ -134,13 +143,6 @@ class PlainEngine(LayerEngine):
             steps = rounding.plain_sum(*summands, scale)
             target.copy_(steps.clamp_(low, quant_max - zero_point).add_(zero_point))
         return self.wrap(out, scale, zero_point)
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Return whether the elements of a tensor fill its memory without gaps or repetition."""
-    return x.is_contiguous() or (
-        x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    )
 
 
 def _in_memory_order(x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class Reference(PlainEngine):
 
 
 @dataclass
-class ExactLayer:
+class ExactLayer(Packed):
     """A layer that sums products exactly.
 
     Args:

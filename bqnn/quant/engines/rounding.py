@@ -27,6 +27,7 @@ Rounding = Literal[
 ]
 
 EXACT = 2**24  # float32 holds every integer up to here
+Summand = tuple[Tensor, float, int]  # integers minus zero point in float32, scale, zero point
 
 
 def exact_sums(x: Tensor, weight: Tensor, geometry: Geometry | None, largest: int) -> Tensor:
@@ -85,11 +86,7 @@ def requantize(
     scale, zero_point, quant_max = output
     s_y = sums.new_tensor(scale)
     if rounding.startswith("onednn"):
-        s_x, s_w = scales_of_onednn(input_scale, weight_scale, rounding, is_conv=sums.dim() == 4)
-        s_w = s_w.view(along)
-        steps = sums * (s_x * s_w) if rounding.endswith("product") else sums * s_x * s_w
-        if bias is not None:
-            steps += bias.view(along)
+        steps = as_floats(sums, input_scale, weight_scale, bias, rounding)
         steps.mul_(1 / s_y).add_(zero_point).round_().sub_(zero_point)
     else:
         product = weight_scale * input_scale
@@ -97,6 +94,51 @@ def requantize(
             sums = plus_bias(sums, bias.view(along), product.view(along), rounding)
         steps = (sums * (product / s_y).view(along)).round_()
     return steps.clamp_(0 if relu else -zero_point, quant_max - zero_point)
+
+
+def as_floats(
+    sums: Tensor, input_scale: float, weight_scale: Tensor, bias: Tensor | None, rounding: Rounding
+) -> Tensor:
+    """Return the outputs of a kernel of oneDNN before it rounds them: sums * s_x * s_w + bias.
+
+    Args:
+        sums: Sums of products [B, C, ...], integers in float32.
+        input_scale: Scale s_x of the inputs.
+        weight_scale: Scales s_w of the weights, [C] or [1].
+        bias: Bias [C], or None.
+        rounding: The kernel's formula.
+    """
+    along = (1, -1) + (1,) * (sums.dim() - 2)
+    s_x, s_w = scales_of_onednn(input_scale, weight_scale, rounding, is_conv=sums.dim() == 4)
+    s_w = s_w.view(along)
+    floats = sums * (s_x * s_w) if rounding.endswith("product") else sums * s_x * s_w
+    return floats if bias is None else floats.add_(bias.view(along))
+
+
+def sum_within_layer(
+    floats: Tensor, other: Summand, output: tuple[float, int, int], *, relu: bool
+) -> Tensor:
+    """Add activations to the outputs of a layer as a kernel of oneDNN does, and round once.
+
+        steps = round(relu(fma(other, s_other, floats)) * (1 / s_y) + z_y) - z_y
+
+    Args:
+        floats: The outputs of the layer before they are rounded, from `as_floats`.
+        other: The activations, shaped like `floats`.
+        output: Scale s_y, zero point z_y and largest integer of the grid of the sum.
+        relu: Whether a ReLU follows the sum.
+
+    Returns:
+        Steps from the zero point, integers in float32.
+    """
+    scale, zero_point, quant_max = output
+    centered, other_scale, _ = other
+    # The product of two float32 numbers is exact in float64.
+    total = (centered.double() * in_float32(other_scale)).add_(floats).float()
+    if relu:
+        total.clamp_min_(0)
+    steps = total.mul_(1 / floats.new_tensor(scale)).add_(zero_point).round_().sub_(zero_point)
+    return steps.clamp_(-zero_point, quant_max - zero_point)
 
 
 def scales_of_onednn(
@@ -137,9 +179,6 @@ def integer_bias(bias: Tensor, product: Tensor) -> Tensor:
     return (bias.double() / product.double()).round_().clamp_(ends.min, ends.max)
 
 
-Summand = tuple[Tensor, float, int]  # integers minus zero point in float32, scale, zero point
-
-
 def fused_sum(x: Summand, y: Summand, scale: float) -> Tensor:
     """Compute the steps of x + y as torch's operator on quantized tensors does.
 
@@ -170,8 +209,8 @@ def plain_sum(x: Summand, y: Summand, scale: float) -> Tensor:
     """Compute the steps of x + y as round(x_steps * (s_x / s) + y_steps * (s_y / s)).
 
     Args:
-        x: Activations.
-        y: Activations, shaped like `x`.
+        x: Activations, which are overwritten.
+        y: Activations, likewise; the shapes may broadcast.
         scale: The step of the outputs.
 
     Returns:
@@ -181,8 +220,8 @@ def plain_sum(x: Summand, y: Summand, scale: float) -> Tensor:
         >>> plain_sum((torch.tensor([3.0]), 0.5, 0), (torch.tensor([1.0]), 1.0, 0), scale=0.5)
         tensor([5.])
     """
-    first, second = (each[0] * summand_factor(each[1], scale) for each in (x, y))
-    return (first + second).round_()  # either may broadcast
+    first, second = (each[0].mul_(summand_factor(each[1], scale)) for each in (x, y))
+    return (first + second).round_()
 
 
 def summand_factor(scale: float, output_scale: float) -> float:

@@ -17,6 +17,7 @@ from bqnn.quant.engines.rounding import (
     Rounding,
     as_read_for_fused_sum,
     from_integers,
+    in_float32,
     integer_bias,
     scales_of_onednn,
     summand_factor,
@@ -53,18 +54,14 @@ class ExactForm:
     def layer(self, x: Value, layer: SimulatedLayer) -> str:
         """Apply a linear layer or a convolution, with the weights of the held draw."""
         assert x.integers is not None
-        factor, bias = layer.fold()
-        quant = layer.weight_grid
-        weight = layer.weight_steps(factor)
-        sums = self.graph.cast(self._sums(x, weight, layer.geometry), np.float32)
-        shape = (self.batch_size, *x.example.shape[1:])
-        if layer.geometry is None:
-            shape = (self.batch_size, x.example.shape[-1])
+        _, bias = layer.fold()
+        quant, output = layer.weight_grid, layer.output_quant
+        sums, along = self._float_sums(x, layer), _along(layer)
+        shape = self._shape(x, layer)
         rounding = layer.executor.rounding(layer.kernel(x.integers.zero_point), shape)
-        along = (1, -1, *[1] * (weight.dim() - 2))
-        output = layer.output_quant
         if rounding.startswith("onednn"):
-            steps = self._as_onednn(sums, x.integers.scale, quant, bias, output, along, rounding)
+            floats = self._as_floats(sums, x.integers.scale, layer, rounding)
+            steps = self._as_onednn(floats, output)
         else:
             product = quant.scale * x.integers.scale
             if bias is not None:
@@ -72,6 +69,21 @@ class ExactForm:
             steps = self._by(sums, (product / output.scale).view(along))
             steps = self.graph.call("Round", steps)
         return self._integers(steps, output, relu=layer.relu)
+
+    def add_within(self, x: Value, y: Value, layer: SimulatedLayer, module: SimulatedAdd) -> str:
+        """Add activations to the output of a layer, as `sum_within_layer` does."""
+        graph, grid, other = self.graph, x.integers, y.integers
+        assert grid is not None
+        assert other is not None
+        output = ActivationGrid.of(module.output_quant)
+        kernel = layer.kernel_of_sum(grid.zero_point, other.zero_point, output, module.relu)
+        rounding = layer.executor.rounding(kernel, self._shape(x, layer))
+        floats = self._as_floats(self._float_sums(x, layer), grid.scale, layer, rounding)
+        scale = graph.constant(np.float64(in_float32(other.scale)))
+        steps = graph.call("Mul", graph.cast(self._centered(y.name, other), np.float64), scale)
+        total = graph.call("Add", steps, graph.cast(floats, np.float64))
+        rounded = self._as_onednn(graph.cast(total, np.float32), module.output_quant)
+        return self._integers(rounded, module.output_quant, relu=module.relu)
 
     def add(self, x: Value, y: Value, module: SimulatedAdd) -> str:
         """Add activations."""
@@ -143,6 +155,16 @@ class ExactForm:
             return floats
         return self.graph.call("Sub", floats, self.graph.constant(np.float32(grid.zero_point)))
 
+    def _shape(self, x: Value, layer: SimulatedLayer) -> tuple[int, ...]:
+        """Return the shape of the inputs by which an engine selects a kernel."""
+        row = x.example.shape[-1:] if layer.geometry is None else x.example.shape[1:]
+        return (self.batch_size, *row)
+
+    def _float_sums(self, x: Value, layer: SimulatedLayer) -> str:
+        """Return the sums of products of a layer in float32."""
+        weight = layer.weight_steps(layer.fold()[0])
+        return self.graph.cast(self._sums(x, weight, layer.geometry), np.float32)
+
     def _sums(self, x: Value, weight: Tensor, geometry: Geometry | None) -> str:
         """Sum products of integers; exact also where instructions for 8 bits would saturate."""
         assert x.integers is not None
@@ -185,28 +207,25 @@ class ExactForm:
         steps = bias / product if rounding == "fbgemm" else bias * (1 / product)
         return graph.call("Add", sums, graph.constant(steps.detach().view(along).numpy()))
 
-    def _as_onednn(
-        self,
-        sums: str,
-        scale: float,
-        weight: FakeQuant,
-        bias: Tensor | None,
-        output: FakeQuant,
-        along: tuple[int, ...],
-        rounding: Rounding,
-    ) -> str:
-        """Round as oneDNN does, and subtract the zero point."""
-        graph = self.graph
+    def _as_floats(self, sums: str, scale: float, layer: SimulatedLayer, rounding: Rounding) -> str:
+        """Return the outputs of a layer before they are rounded, as `as_floats` does."""
+        graph, weight, (_, bias) = self.graph, layer.weight_grid, layer.fold()
+        along = _along(layer)
         s_x, s_w = scales_of_onednn(scale, weight.scale, rounding, is_conv=len(along) == 4)
         s_w = s_w.view(along)
         if rounding.endswith("product"):
-            steps = self._by(sums, s_x * s_w)
+            floats = self._by(sums, s_x * s_w)
         else:
-            steps = self._by(self._by(sums, s_x), s_w)
-        if bias is not None:
-            steps = graph.call("Add", steps, graph.constant(bias.detach().view(along).numpy()))
+            floats = self._by(self._by(sums, s_x), s_w)
+        if bias is None:
+            return floats
+        return graph.call("Add", floats, graph.constant(bias.detach().view(along).numpy()))
+
+    def _as_onednn(self, floats: str, output: FakeQuant) -> str:
+        """Round as oneDNN does, and subtract the zero point."""
+        graph = self.graph
         zero_point = graph.constant(np.float32(int(output.zero_point)))
-        steps = graph.call("Add", self._by(steps, 1 / output.scale), zero_point)
+        steps = graph.call("Add", self._by(floats, 1 / output.scale), zero_point)
         return graph.call("Sub", graph.call("Round", steps), zero_point)
 
     def _integers(self, steps: str, quant: FakeQuant, relu: bool = False) -> str:
@@ -261,3 +280,8 @@ def attributes_of(geometry: Geometry) -> dict[str, object]:
         "dilations": tuple(geometry.dilation),
         "group": geometry.groups,
     }
+
+
+def _along(layer: SimulatedLayer) -> tuple[int, ...]:
+    """Return the shape of values that belong to the outputs [C] of a layer."""
+    return (1, -1) if layer.geometry is None else (1, -1, 1, 1)

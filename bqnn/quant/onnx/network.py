@@ -1,6 +1,7 @@
 """Write a simulated network into a graph, one draw after the other."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from bqnn.quant.onnx.graph import Graph
 from bqnn.quant.onnx.moves import Move, write_move
 from bqnn.quant.onnx.pooling import Averages
 from bqnn.quant.onnx.values import Value, row_of
+from bqnn.quant.postponed import Activation, Postponed, in_one_kernel, rounded
 from bqnn.quant.simulated import (
     OutputOnGrid,
     SimulatedAdd,
@@ -45,6 +47,9 @@ class Form(Protocol):
     def leave(self, x: Value) -> str: ...
     def layer(self, x: Value, layer: SimulatedLayer) -> str: ...
     def add(self, x: Value, y: Value, module: SimulatedAdd) -> str: ...
+    def add_within(
+        self, x: Value, y: Value, layer: SimulatedLayer, module: SimulatedAdd
+    ) -> str: ...
     def cat(self, inputs: list[Value], module: SimulatedCat) -> str: ...
     def average(self, x: Value, averages: Averages, quant: FakeQuant) -> str: ...
     def dropout(self, x: Value, kept: str) -> str: ...
@@ -119,10 +124,12 @@ class NetworkWriter:
         if isinstance(module, SimulatedLeave):
             floats = module(x.example)
             return Value(self.form.leave(x), floats, None, row_of(floats, x.integers.scale))
+        if isinstance(module, SimulatedLayer) and module.is_postponed:
+            return replace(x, postponed=Postponed(module, x.example))
         if isinstance(module, OutputOnGrid):
             written = self._rounding(name, module, args)
             quant = ActivationGrid.of(module.output_quant)
-            self.rounded[name] = Value(written, module(*[each.example for each in args]), quant)
+            self.rounded[name] = Value(written, module(*map(_activation, args)), quant)
             return self.rounded[name]
         if isinstance(module, MCDropout):
             return self._dropout(x, module)
@@ -146,12 +153,29 @@ class NetworkWriter:
         if isinstance(module, SimulatedLayer):
             return form.layer(x, module)
         if isinstance(module, SimulatedAdd):
-            return form.add(x, args[1], module)
+            return self._add(x, args[1], module)
         if isinstance(module, SimulatedCat):
             return form.cat(args, module)
         assert isinstance(module, SimulatedPool | SimulatedAvgPool)
         pool = module.pool if isinstance(module, SimulatedAvgPool) else Pool()
         return form.average(x, self._averages(pool, x, name), module.output_quant)
+
+    def _add(self, x: Value, y: Value, module: SimulatedAdd) -> str:
+        if in_one_kernel(_activation(x), _activation(y)) is None:
+            return self.form.add(self._rounded_layer(x), self._rounded_layer(y), module)
+        first, other = (y, x) if x.postponed is None else (x, y)
+        assert first.postponed is not None
+        assert isinstance(first.postponed.layer, SimulatedLayer)
+        return self.form.add_within(first, other, first.postponed.layer, module)
+
+    def _rounded_layer(self, x: Value) -> Value:
+        """Return a value, for which a postponed layer is written now."""
+        if x.postponed is None:
+            return x
+        layer = x.postponed.layer
+        assert isinstance(layer, SimulatedLayer)
+        quant = ActivationGrid.of(layer.output_quant)
+        return Value(self.form.layer(x, layer), rounded(x.postponed), quant)
 
     def _averages(self, pool: nn.Module, x: Value, name: str) -> Averages:
         key = (name, x.example.shape[2:])
@@ -279,6 +303,10 @@ def _holds_value(parts: Any) -> bool:
     if isinstance(parts, list | tuple):
         return any(map(_holds_value, parts))
     return isinstance(parts, Value)
+
+
+def _activation(value: Value) -> Activation:
+    return value.example if value.postponed is None else value.postponed
 
 
 def _example(value: Any) -> Any:

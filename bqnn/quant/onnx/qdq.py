@@ -45,6 +45,12 @@ class QdqForm:
 
     def layer(self, x: Value, layer: SimulatedLayer) -> str:
         """Apply a linear layer or a convolution, with the weights of the held draw."""
+        out = self._floats(x, layer)
+        out = self.graph.call("Relu", out) if layer.relu else out
+        return self.enter(out, layer.output_quant)
+
+    def _floats(self, x: Value, layer: SimulatedLayer) -> str:
+        """Apply a layer, and return floats that are not rounded."""
         graph = self.graph
         assert x.integers is not None
         factor, bias = layer.fold()
@@ -53,17 +59,22 @@ class QdqForm:
         if bias is not None:
             inputs.append(graph.constant(bias.detach().numpy()))
         if layer.geometry is not None:
-            out = graph.call("Conv", *inputs, **attributes_of(layer.geometry))
-        elif x.example.dim() == 2:
-            out = graph.call("Gemm", *inputs, transB=1)
-        else:
-            out = graph.call("MatMul", inputs[0], graph.call("Transpose", inputs[1], perm=(1, 0)))
-            out = out if bias is None else graph.call("Add", out, inputs[2])
-        return self.enter(graph.call("Relu", out) if layer.relu else out, layer.output_quant)
+            return graph.call("Conv", *inputs, **attributes_of(layer.geometry))
+        if x.example.dim() == 2:
+            return graph.call("Gemm", *inputs, transB=1)
+        out = graph.call("MatMul", inputs[0], graph.call("Transpose", inputs[1], perm=(1, 0)))
+        return out if bias is None else graph.call("Add", out, inputs[2])
 
     def add(self, x: Value, y: Value, module: SimulatedAdd) -> str:
         """Add activations."""
-        total = self.graph.call("Add", self.leave(x), self.leave(y))
+        return self._sum(self.leave(x), y, module)
+
+    def add_within(self, x: Value, y: Value, layer: SimulatedLayer, module: SimulatedAdd) -> str:
+        """Add activations to the output of a layer, which is not rounded."""
+        return self._sum(self._floats(x, layer), y, module)
+
+    def _sum(self, floats: str, y: Value, module: SimulatedAdd) -> str:
+        total = self.graph.call("Add", floats, self.leave(y))
         total = self.graph.call("Relu", total) if module.relu else total
         return self.enter(total, module.output_quant)
 

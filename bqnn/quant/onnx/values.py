@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bqnn.quant.engines.contract import ActivationGrid
+from bqnn.quant.postponed import Postponed
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,12 +20,14 @@ class Value:
         integers: The grid, or None for floats.
         steps: The step of the grid that each float of a row comes from, shaped like the row; None
             before the integers.
+        postponed: A layer that reads the value and runs within the sum after it, or None.
     """
 
     name: str
     example: Tensor
     integers: ActivationGrid | None = None
     steps: Tensor | None = None
+    postponed: Postponed | None = None
 
     def moved(self, name: str, example: Tensor, steps: Tensor | None = None) -> Self:
         """Return the value after an operation that moves or selects elements.

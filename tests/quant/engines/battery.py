@@ -15,13 +15,14 @@ from bqnn.layers.bayes import to_bayes
 from bqnn.layers.draws import held_draw
 from bqnn.layers.dropout import to_mcdropout
 from bqnn.layers.ensemble import Ensemble
-from bqnn.layers.markers import Add, Enter, Leave
+from bqnn.layers.markers import Add, DropoutSite, Enter, Leave
 from bqnn.quant.engines import engine, usable_engine
+from bqnn.quant.engines.contract import ActivationGrid, LayerEngine
 from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import convert
 from bqnn.quant.quantize import prepare_qat, quantize
-from bqnn.quant.simulated import calibrate, prepare
-from bqnn.quant.spec import SYMMETRIC_ONLY, QuantSpec
+from bqnn.quant.simulated import SimulatedAdd, calibrate, prepare, use_engine
+from bqnn.quant.spec import ENGINES, SYMMETRIC_ONLY, QuantSpec
 from bqnn.quant.summary import disagreements
 from tests.quant.conftest import SHAPES, float_net, inputs
 
@@ -44,6 +45,49 @@ BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
     "sum that broadcasts twice": lambda x: x[:, :, :1] + x[:, :, :, :1],
     "rows of the batch": lambda x: x + x[:1],
 }
+
+
+SUMS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "layer and input": lambda m, x: m.conv(x) + x,
+    "input and layer, relu": lambda m, x: torch.relu(x + m.conv(x)),
+    "two layers": lambda m, x: m.conv(x) + m.point(x),
+    "two layers of other geometry": lambda m, x: torch.relu(m.stride(x) + m.dilated(x)),
+    "depthwise": lambda m, x: torch.relu(m.depthwise(x) + x),
+    "grouped": lambda m, x: m.grouped(x) + x,
+    "sum of sums": lambda m, x: m.conv(torch.relu(m.point(x) + x)) + m.grouped(x),
+    "a layer that others read": lambda m, x: m.point(a := m.conv(x)) + a,
+    "a layer that is added to itself": lambda m, x: (a := m.conv(x)) + a,
+    "a layer that is called twice": lambda m, x: m.conv(m.conv(x) + x) + x,
+    "relu of a layer": lambda m, x: torch.relu(m.conv(x)) + x,
+    "pool of a layer": lambda m, x: functional.max_pool2d(m.conv(x), 2) + m.stride(x),
+    "an input that changes in between": lambda m, x: m.conv(y := m.point(x)) + torch.relu_(y),
+    "an input that a module changes in between": lambda m, x: m.conv(y := m.point(x)) + m.act(y),
+    "a layer that broadcasts": lambda m, x: m.conv(x[:, :, :1]) + x,
+    "an input that broadcasts": lambda m, x: m.conv(x) + x[:, :, :1],
+    "linear": lambda m, x: (y := x[:, :, 0, 0]) + m.linear(y),
+    "linear of pixels that are a view": lambda m, x: (
+        m.linear(y := x.flatten(2).transpose(1, 2)) + y
+    ).transpose(1, 2),
+    "linear of pixels, relu": lambda m, x: torch.relu(m.linear(y := x.movedim(1, 3)) + y),
+}
+
+
+class Sums(nn.Module):
+    """Layers and a sum, between two convolutions."""
+
+    def __init__(self, total: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 8, 3, padding=1), nn.Linear(8, 3)
+        self.conv, self.point = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1, bias=False)
+        self.stride = nn.Conv2d(8, 8, 2, stride=2)
+        self.dilated = nn.Conv2d(8, 8, 3, stride=2, padding=2, dilation=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False)
+        self.linear, self.act = nn.Linear(8, 8), nn.ReLU(inplace=True)
+        self.total = total
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.total(self, self.first(x)).movedim(1, -1))
 
 
 class Between(nn.Module):
@@ -134,8 +178,14 @@ class EngineContract:
             {"strategy": "parameters"},
             {"strategy": "weights"},
             {"sigma_grid": "log"},
+            {"rounding": "stochastic"},
+            {"rounding": "stochastic", "strategy": "weights"},
+            {"weight_observer": "least_squares"},
         ],
-        ids=["tensor", "affine tensor", "affine", "parameters", "weights", "log"],
+        ids=[
+            *("tensor", "affine tensor", "affine", "parameters", "weights", "log"),
+            *("stochastic", "stochastic weights", "least squares"),
+        ],
     )
     def test_at_other_schemes(self, scheme: dict[str, Any], method: str) -> None:
         if self.name in SYMMETRIC_ONLY and not scheme.get("weight_symmetric", True):
@@ -227,6 +277,81 @@ class EngineContract:
                 made = calibrated(Block(), x, activation_bits=bits, engine=self.name)
                 assert_same_integers(made, x)
 
+    @pytest.mark.parametrize("total", SUMS, ids=str)
+    def test_sums_of_what_layers_compute(self, total: str) -> None:
+        torch.manual_seed(0)
+        x = torch.randn(6, 2, 8, 8)
+        for bits in (8, 7):
+            spec = QuantSpec(activation_observer="minmax", activation_bits=bits, engine=self.name)
+            made = calibrate(prepare_qat(Sums(SUMS[total]), spec), [x]).eval()
+            assert_same_integers(made, x)
+            integer = convert(copy.deepcopy(made))
+            for rows in (x[:1], x.to(memory_format=torch.channels_last), x[:0]):
+                with torch.no_grad():
+                    assert torch.equal(integer(rows), made(rows)), rows.shape
+
+    def test_sums_with_dropout(self) -> None:
+        class Block(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.enter, self.leave, self.add = Enter(), Leave(), Add()
+                self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+                self.shortcut, self.residual = DropoutSite(), DropoutSite()
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.first(self.enter(x))
+                x = self.add(self.second(x), self.shortcut(x))
+                return self.leave(self.add(self.residual(self.second(x)), x))
+
+        torch.manual_seed(0)
+        x = torch.randn(8, 3, 6, 6)
+        made = calibrated(to_mcdropout(Block(), 0.25), x, engine=self.name)
+        assert_same_integers(made, x)
+
+    @pytest.mark.parametrize(
+        "view",
+        [lambda x: x.transpose(1, 2), lambda x: x.transpose(1, 2)[:, :1], lambda x: x[..., :1]],
+        ids=["transposed", "row", "column"],
+    )
+    def test_sums_of_views_round_as_those_of_their_copies(
+        self, view: Callable[[Tensor], Tensor]
+    ) -> None:
+        chosen = engine(self.name)
+        if not isinstance(chosen, LayerEngine):
+            return
+        generator = torch.Generator().manual_seed(0)
+        output = ActivationGrid(0.2, 7, 255)
+        for _ in range(8):
+            x, y = torch.randint(0, 255, (2, 1, 64, 64), generator=generator).byte()
+            whole = chosen.wrap(view(y).expand(x.shape).contiguous(), 0.07, 5)
+            first, second = chosen.wrap(x, 0.1, 3), view(chosen.wrap(y, 0.07, 5))
+            for relu in (False, True):
+                expected = chosen.integers(chosen.add(first, whole, output, relu))
+                for summands in ((first, second), (second, first)):
+                    got = chosen.integers(chosen.add(*summands, output, relu))
+                    assert torch.equal(got, expected)
+
+    def test_dropout_outside_of_the_integers(self) -> None:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 4), nn.ReLU(), nn.Dropout(0.5))
+        net.extend([nn.Linear(4, 64), nn.Dropout(0.5)])
+        x = torch.randn(16, 6)
+        spec = QuantSpec(engine=self.name, activation_observer="minmax")
+        made = calibrate(prepare_qat(to_mcdropout(net, None).eval(), spec), [x]).eval()
+        assert_same_integers(made, x)
+
+    @pytest.mark.parametrize("other", ENGINES)
+    def test_the_engine_of_a_quantized_network_can_be_changed(self, other: str) -> None:
+        if engine(other).missing() is not None:
+            pytest.skip(f"engine={other}: {engine(other).missing()}")
+        x = inputs("resnet", rows=8)
+        made = simulated("pointwise", "resnet", engine=self.name)
+        expected = made(x)
+        use_engine(made, other)
+        assert_same_integers(made, x)
+        step = max(float(m.output_quant.scale) for m in made.modules() if type(m) is SimulatedAdd)
+        assert (made(x) - expected).abs().mean() < step
+
     @pytest.mark.parametrize("between", BETWEEN, ids=str)
     def test_what_moves_cuts_or_adds_between_layers(self, between: str) -> None:
         torch.manual_seed(0)
@@ -279,6 +404,69 @@ class EngineContract:
         x[3, 2] = torch.nan
         with pytest.raises(ValueError, match=r"row 3 .* remove these rows"):
             integer(x)
+
+    @pytest.mark.parametrize("net", NETS)
+    def test_inputs_of_any_layout_and_precision(self, net: str) -> None:
+        x = inputs(net, rows=16)
+        made = simulated("pointwise", net, engine=self.name)
+        integer = convert(copy.deepcopy(made))
+        shuffled = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        alike = {
+            "float64": x.double(),
+            "strided rows": x.repeat_interleave(2, 0)[::2],
+            "other rows": x[shuffled][shuffled.argsort()],
+            "reversed axes": x.permute(*reversed(range(x.dim())))
+            .contiguous()
+            .permute(*reversed(range(x.dim()))),
+            "contiguous": x.contiguous(),
+            "a part": functional.pad(x, (1, 2))[..., 1:-2],
+            "with gradient": x.clone().requires_grad_(),
+        }
+        with torch.no_grad():
+            expected = made(x)
+            for name, rows in alike.items():
+                for each in (made, integer):
+                    assert torch.equal(each(rows), expected), name
+            for dtype in (torch.float16, torch.bfloat16):
+                expected = made(x.to(dtype).float())
+                for each in (made, integer):
+                    assert torch.equal(each(x.to(dtype)), expected), dtype
+            assert made(x[:0]).shape == integer(x[:0]).shape == (0, *expected.shape[1:])
+            repeated = x[:1].expand(5, *x.shape[1:])
+            assert torch.equal(made(repeated), integer(repeated))
+
+    @pytest.mark.parametrize("net", NETS)
+    def test_inputs_that_a_network_cannot_take(self, net: str) -> None:
+        x = inputs(net, rows=4)
+        made = simulated("pointwise", net, engine=self.name)
+        refused: dict[str, tuple[Tensor, type[Exception], str]] = {
+            "integers": (x.int(), TypeError, r"reads torch.int32, .* convert the inputs with"),
+            "bytes": (x.byte(), TypeError, r"reads torch.uint8, .* convert the inputs with"),
+            "features": (
+                torch.cat([x, x], 1),
+                ValueError,
+                r"takes inputs \[.*not of shape .* pass",
+            ),
+            "infinite": (x.double() * 1e300, ValueError, r"NaN or infinity, first row 0"),
+        }
+        if x.dim() == 4:
+            refused["one image"] = (x[0], ValueError, r"takes \[B, .* add the batch dimension")
+        if net == "lenet":
+            small = x[:, :, :6]
+            refused["size"] = (small, ValueError, r"takes inputs \[\.\.\., .* not of shape")
+        for name, (rows, error, message) in refused.items():
+            for each in (made, convert(copy.deepcopy(made))):
+                with torch.no_grad(), pytest.raises(error, match=message) as raised:
+                    each(rows)
+                assert "\n" not in str(raised.value), name
+
+    def test_images_that_are_smaller_than_a_kernel(self) -> None:
+        net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 3, (5, 3)))
+        x = torch.randn(4, 1, 9, 9)
+        made = calibrate(prepare_qat(net, QuantSpec(engine=self.name)), [x]).eval()
+        for each in (made, convert(copy.deepcopy(made))):
+            with torch.no_grad(), pytest.raises(ValueError, match="kernel of 5x3, takes larger"):
+                each(x[:, :, :6])
 
     def test_networks_of_plain_torch(self) -> None:
         torch.manual_seed(0)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from bqnn.layers.linear_map import Geometry, linear_map
 from bqnn.quant.engines import engine, measure
 from bqnn.quant.engines.contract import ActivationGrid, Layer, LayerEngine, Weight
-from bqnn.quant.engines.rounding import requantize
+from bqnn.quant.engines.rounding import as_floats, requantize, sum_within_layer
 
 ENGINES = [name for name in ("fbgemm", "x86", "onednn") if engine(name).missing() is None]
 KINDS: dict[str, tuple[tuple[int, ...], int]] = {  # the weight's shape, and groups
@@ -103,6 +104,45 @@ def test_ties_fall_on_the_side_that_the_kernel_takes(name: str, kind: str, schem
                         made, name, has_bias=has_bias, relu=relu, offset=offset
                     )
                     assert torch.equal(got, expected), (rows, has_bias, relu, offset)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [name for name in ENGINES if engine(name).adds_within_layers])
+def test_ties_fall_alike_in_sums_that_a_layer_rounds(name: str, kind: str) -> None:
+    chosen = engine(name)
+    assert isinstance(chosen, LayerEngine)
+    for seed, rows in enumerate((1, 16, 16)):
+        made = near_ties(kind, rows, seed, per_channel=True, affine=False)
+        generator = torch.Generator().manual_seed(seed)
+        others = torch.randint(0, 200, made["sums"].shape, generator=generator).float()
+        for has_bias, relu, offset, shift in product((False, True), (False, True), (0, 5), (0, 7)):
+            bias = made["bias"] if has_bias else None
+            weight = Weight(
+                made["steps"].to(torch.int8),
+                made["scale"],
+                made["zero_point"],
+                bias,
+                made["geometry"],
+            )
+            x = chosen.wrap((made["x"] + offset).to(torch.uint8), made["in_scale"], offset)
+            other_scale = made["out_scale"] / 2
+            other = chosen.wrap(others.to(torch.uint8), other_scale, shift)
+            output = ActivationGrid(float(torch.tensor(made["out_scale"])), 80, 255)
+            got = chosen.integers(chosen.pack(weight).add(x, other, relu, output)).int()
+            layer = Layer(
+                tuple(weight.integers.shape),
+                made["geometry"],
+                per_channel=True,
+                has_bias=has_bias,
+                relu=relu,
+                is_zero=(True, offset == 0, False),
+                other_is_zero=shift == 0,
+            )
+            rounding = chosen.rounding(layer, x.shape)
+            floats = as_floats(made["sums"], made["in_scale"], made["scale"], bias, rounding)
+            summand = (others - shift, other_scale, shift)
+            steps = sum_within_layer(floats, summand, output, relu=relu)
+            assert torch.equal(got, steps.int() + 80), (rows, has_bias, relu, offset, shift)
 
 
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])

@@ -1,7 +1,13 @@
-"""Decode image files as a viewer shows them."""
+"""Decode image files as a viewer shows them.
+
+The module stands outside of the rooms that need torch, so that processes which only decode images
+start fast.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from io import SEEK_CUR, BytesIO
 from pathlib import Path
@@ -71,6 +77,35 @@ def decode(path: Path, size: int | None = None, channels: int | None = None) -> 
             f"{where} cannot be read as an image ({_reason(error)}); replace or remove it"
         ) from error
     raise ValueError(f"{where} {refusal}: convert it")
+
+
+def decode_many(
+    paths: Sequence[str], size: int | None = None, channels: int | None = None
+) -> tuple[list[np.ndarray], ValueError | None]:
+    """Decode images up to the first that cannot be read.
+
+    Args:
+        paths: Paths of image files.
+        size: See `decode`.
+        channels: See `decode`.
+
+    Returns:
+        The pixels of each image, and the error of the first one that cannot be read.
+    """
+    from PIL import Image
+
+    images: list[np.ndarray] = []
+    with warnings.catch_warnings():
+        # Images so large that they may be a decompression bomb are an error.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        # Damaged EXIF data are ignored, as in a browser.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+        for path in paths:
+            try:
+                images.append(decode(Path(path), size, channels))
+            except ValueError as error:
+                return images, error
+    return images, None
 
 
 def _refusal(image: Image.Image, chunks: dict[bytes, bytes]) -> str | None:
