@@ -21,6 +21,10 @@ from bqnn.text import type_of
 SMALLEST_VARIANCE = 1e-30  # added where a quotient needs it
 
 
+class NoMomentsError(TypeError):
+    """The moments of the outputs of a module are not known."""
+
+
 class Moments(NamedTuple):
     """Activations as independent Gaussians.
 
@@ -231,7 +235,13 @@ def normalized(x: Moments, bn: nn.BatchNorm1d | nn.BatchNorm2d) -> Moments:
 
 
 def added(x: Moments, y: Moments) -> Moments:
-    """Compute the moments of a sum."""
+    """Compute the moments of a sum.
+
+    Raises:
+        NoMomentsError: A summand is no activation.
+    """
+    if not (isinstance(x, Moments) and isinstance(y, Moments)):
+        raise NoMomentsError("a sum with a constant has no moments")
     if x.variance is None or y.variance is None:
         return Moments(x.mean + y.mean, y.variance if x.variance is None else x.variance)
     return Moments(x.mean + y.mean, x.variance + y.variance)
@@ -285,10 +295,6 @@ RULES: Mapping[type[nn.Module], Callable[[Any], Rule]] = {
     nn.Identity: _unchanged,  # also DropoutSite, Enter and Leave
     **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d), _unchanged),  # off in evaluation
 }
-
-
-class NoMomentsError(TypeError):
-    """The moments of the outputs of a module are not known."""
 
 
 def rule_of(module: nn.Module) -> Rule:

@@ -389,12 +389,12 @@ def test_a_single_pass_predicts_as_draws_do(facts: dict[str, Any], method: str) 
     if isinstance(once, RegressionAnswer):
         assert isinstance(drawn, RegressionAnswer)
         assert np.corrcoef(once.mean, drawn.mean)[0, 1] > 0.9
-        epistemic = [np.square(answer.epistemic).mean() for answer in (once, drawn)]
+        epistemic = [float(np.mean(np.square(a.epistemic))) for a in (once, drawn)]
         assert epistemic[0] == pytest.approx(epistemic[1], rel=0.5)
     else:
         assert isinstance(drawn, ClassificationAnswer)
-        assert abs(once.probabilities - drawn.probabilities).mean() < 0.05
-        information = [a.mutual_information.mean() for a in (once, drawn)]
+        information = [float(np.mean(a.mutual_information)) for a in (once, drawn)]
+        information = [float(a.mutual_information.mean()) for a in (once, drawn)]
         assert information[0] == pytest.approx(information[1], rel=0.5)
 
 

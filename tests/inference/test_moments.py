@@ -112,3 +112,29 @@ def test_networks_without_moments_are_refused(net: nn.Module, message: str) -> N
     with pytest.raises((ValueError, TypeError), match=f"predictive=moments: {message}") as refusal:
         MomentNetwork(net)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([nn.MaxPool2d(2, ceil_mode=True)], "1: max pooling with dilation, ceil_mode or indices"),
+        ([nn.AdaptiveAvgPool2d(2)], "1: average pooling over windows of different sizes"),
+    ],
+)
+def test_a_layer_that_is_refused_in_a_pass_is_named(layers: list[nn.Module], message: str) -> None:
+    net = to_bayes(nn.Sequential(nn.Conv2d(1, 2, 3), *layers)).eval()
+    with pytest.raises(TypeError, match=f"predictive=moments: {message}"):
+        MomentNetwork(net)(torch.zeros(1, 1, 7, 7))
+
+
+def test_a_sum_with_a_constant_is_refused() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) + 1
+
+    with pytest.raises(TypeError, match="a sum with a constant has no moments; choose"):
+        MomentNetwork(to_bayes(Shifted()).eval())(torch.zeros(1, 3))
