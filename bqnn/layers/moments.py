@@ -260,7 +260,14 @@ def _of_point(layer: nn.Linear | nn.Conv2d) -> Rule:
     return linear_moments(layer.weight, None, layer.bias, geometry)
 
 
+def refuse_correlated(layer: GaussianWeight) -> None:
+    """Raise a NoMomentsError if the weights of a layer are correlated with each other."""
+    if layer.loadings is not None:
+        raise NoMomentsError("weights that are correlated (method.rank of swag) have no moments")
+
+
 def _of_gaussian(layer: GaussianWeight) -> Rule:
+    refuse_correlated(layer)
     return linear_moments(layer.mean, layer.variance, layer.bias, layer.geometry)
 
 

@@ -20,7 +20,15 @@ from bqnn.layers.ensemble import Ensemble
 from bqnn.layers.finite import refuse_non_finite
 from bqnn.layers.linear_map import linear_map
 from bqnn.layers.markers import Add, AvgPool, Cat, Enter, Leave, Pool
-from bqnn.layers.moments import Moments, Rule, WithMoments, linear_moments, rectified, rule_of
+from bqnn.layers.moments import (
+    Moments,
+    Rule,
+    WithMoments,
+    linear_moments,
+    rectified,
+    refuse_correlated,
+    rule_of,
+)
 from bqnn.layers.swap import check_no_hooks
 from bqnn.quant.engines import engine, usable_engine
 from bqnn.quant.engines.contract import (
@@ -380,6 +388,7 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):  # type: ignore[mi
         return self.grids.draw(*parameters, eps)
 
     def weight_moments(self, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        refuse_correlated(self)
         mean, sigma = self.grids.parameters_on_grid(*self.folded_parameters(factor))
         return mean, sigma.square()
 

@@ -109,6 +109,12 @@ def test_sums_and_concatenations() -> None:
     assert torch.equal(without.variance, x.variance)
 
 
+def correlated() -> BayesLinear:
+    layer = BayesLinear(3, 2)
+    layer.loadings = torch.full((1, 2, 3), 0.5)
+    return layer
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -125,6 +131,7 @@ def test_sums_and_concatenations() -> None:
             lambda: rule_of(nn.BatchNorm2d(1, track_running_stats=False))(gaussian(1, 5, 5)),
             "batch norm without running statistics has no moments",
         ),
+        (lambda: rule_of(correlated()), r"weights that are correlated \(method.rank of swag\)"),
     ],
 )
 def test_what_has_no_moments_is_refused(make: Callable[[], object], message: str) -> None:
