@@ -1,5 +1,7 @@
 """A loaded model predicts rows in the units of the data, as an evaluation does."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from bqnn.checkpoints.recipe import build
 from bqnn.data import DigitsData
 from bqnn.inference.answers import ClassificationAnswer, RegressionAnswer
 from bqnn.inference.calibration import DeviationScaling
+from tests.running import ROOT
 
 TABLE = {
     "likelihood": "regression",
@@ -90,6 +93,16 @@ def test_raw_digits_give_the_predictions_of_the_evaluation(trained: Path, name: 
     assert np.array_equal(answer.samples, logits.softmax(-1))
     assert np.array_equal(answer.labels, logits.softmax(-1).mean(0).argmax(-1))
     assert answer.class_names == tuple("0123456789")
+
+
+def test_an_int8_model_in_a_new_process_warns_of_nothing(quantized: Path) -> None:
+    """torch warns of quantized types; the first use is where a filter would come too late."""
+    code = (
+        f"import bqnn; bqnn.load({str(quantized)!r}, numeric='int8').predict([[[[0.0] * 8] * 8]])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_int8_model_predicts_as_the_quantization_reported(quantized: Path) -> None:

@@ -8,12 +8,25 @@ kernel of this CPU follows.
 
 import functools
 import logging
+import warnings
 from importlib import import_module
 
 from bqnn.quant.engines.contract import Engine
 from bqnn.quant.spec import ENGINES
 
 log = logging.getLogger(__name__)
+
+# torch 2.13 and newer warn of each quantized type, which fbgemm.py makes. Only the warnings of this
+# package are silenced. The filter is set here, since fbgemm.py is imported where it is first used,
+# perhaps in a `catch_warnings`.
+warnings.filterwarnings(
+    "ignore",
+    message=r"torch.quantize_per_tensor, torch.quantize_per_channel and other quantized tensor "
+    r"creation functions that produce tensors with dtype torch.quint8, torch.qint8, and "
+    r"torch.qint32 are deprecated",
+    category=UserWarning,
+    module=r"bqnn\.quant\.",
+)
 
 _MODULES = {name: "fbgemm" if name == "x86" else name for name in ENGINES}
 

@@ -4,7 +4,6 @@ Only this module of the package uses torch.ops.quantized and quantized tensors, 
 deprecated. If torch drops them, these two engines are missing, and nothing else.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
@@ -25,16 +24,6 @@ from bqnn.quant.engines.contract import (
     layout,
 )
 from bqnn.quant.engines.rounding import Rounding
-
-# torch 2.13 and newer warn of each quantized type. Only the warnings of this package are silenced.
-warnings.filterwarnings(
-    "ignore",
-    message=r"torch.quantize_per_tensor, torch.quantize_per_channel and other quantized tensor "
-    r"creation functions that produce tensors with dtype torch.quint8, torch.qint8, and "
-    r"torch.qint32 are deprecated",
-    category=UserWarning,
-    module=r"bqnn\.quant\.",
-)
 
 _packing = Lock()  # the engine is a process-wide setting of torch
 
