@@ -78,6 +78,13 @@ def check(config: dict[str, Any], is_sweep: bool) -> None:
             f"tolerance={tolerance} with predictive=moments: one pass cannot stop early; leave "
             "one of the two out"
         )
+    if config["predictive"] == "moments":
+        for key in ("convergence", "save_calibrated"):
+            if config[key]:
+                raise ValueError(
+                    f"{key}=true with predictive=moments: it is of draws of the network, and one "
+                    "pass has none; leave out one of the two"
+                )
     if tolerance is not None:
         for key in ("convergence", "conformal", "calibrate"):
             if config[key]:

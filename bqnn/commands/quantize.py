@@ -29,7 +29,7 @@ from bqnn.jobs.isolation import leave_as_found
 from bqnn.jobs.job import Job
 from bqnn.jobs.parts import run_parts
 from bqnn.jobs.terminal import say
-from bqnn.methods import MemberTraining, Method
+from bqnn.methods import EnsembleMethod, MemberTraining, Method
 from bqnn.quant.callback import (
     calibrate_module,
     fine_tuning_optimizer,
@@ -62,14 +62,16 @@ def check(config: dict[str, Any], is_sweep: bool) -> None:
     Raises:
         ValueError: The devices, the optimizer or its options are refused.
     """
-    QuantSpec.from_config(config["quant"])
-    if config["quant"]["control"] and config["quant"]["mode"] != "qat":
-        raise ValueError(
-            f"quant.control=true: quant.mode={config['quant']['mode']} trains nothing, so there is "
-            "no fine-tuning to repeat without rounding; leave it out, or set quant.mode=qat"
-        )
+    quant, tuning = config["quant"], config["quant"]["fine_tuning"]
+    QuantSpec.from_config(quant)
+    for name, is_set in (("control", quant["control"]), ("fine_tuning.imitate", tuning["imitate"])):
+        if is_set and quant["mode"] != "qat":
+            raise ValueError(
+                f"quant.{name}=true: quant.mode={quant['mode']} trains nothing; leave it out, or "
+                "set quant.mode=qat"
+            )
     refuse_devices(config["trainer"], allow_several=False)
-    check_optimizer("quant.fine_tuning.optimizer", config["quant"]["fine_tuning"]["optimizer"])
+    check_optimizer("quant.fine_tuning.optimizer", tuning["optimizer"])
 
 
 def run(job: Job) -> None:
@@ -87,6 +89,12 @@ def quantize(job: Job) -> None:
     prepare_torch(job)
     model = load(job.config["checkpoint"], trust=job.config["trust"])
     drop_calibration(model)
+    if job.config["quant"]["fine_tuning"]["imitate"] and not isinstance(model, EnsembleMethod):
+        raise ValueError(
+            "quant.fine_tuning.imitate=true: only the members of an ensemble imitate their "
+            f"networks, and the checkpoint is of method={job.config['method']['name']}; leave it "
+            "out"
+        )
     data = make_data(job.config, model.recipe)
     loggers, timer = make_loggers(job), EpochTimer(job)
     num_samples = model.check_samples(job.config["num_samples"])
@@ -161,17 +169,21 @@ def fine_tune_control(job: Job, model: Method, data: TensorData) -> Method:
     """Fine-tune the network alike but without rounding, in the folder `finetuned` of the job.
 
     Its difference from the float network is due to the training alone, and that of int8 from it is
-    due to the integers.
+    due to the integers. It becomes control.ckpt, since patterns of checkpoints shall not match it.
 
     Returns:
         The fine-tuned model, in float.
     """
     options, folder = job.config["quant"], job.folder / CONTROL
     folder.mkdir(exist_ok=True)
-    callbacks = quantization_callbacks(options, rounds=False)
-    trainer = make_trainer(job, [], callbacks, data.val is not None, folder)
-    fit(job, trainer, prepare_fine_tuning(options, model, data), data, folder)
-    return load(folder / "checkpoint.ckpt", "unquantized", trust=job.config["trust"])
+    path = folder / "control.ckpt"
+    if not path.exists():  # otherwise a resumed job has trained it before
+        say(f"fine-tuning without rounding, in {folder}")
+        callbacks = quantization_callbacks(options, rounds=False)
+        trainer = make_trainer(job, [], callbacks, data.val is not None, folder)
+        fit(job, trainer, prepare_fine_tuning(options, model, data), data, folder)
+        (folder / "checkpoint.ckpt").rename(path)
+    return load(path, "unquantized", trust=job.config["trust"])
 
 
 def prepare_fine_tuning(options: Mapping[str, Any], model: Method, data: TensorData) -> Method:
@@ -179,12 +191,7 @@ def prepare_fine_tuning(options: Mapping[str, Any], model: Method, data: TensorD
     tuning = options["fine_tuning"]
     model = model.fine_tuning(fine_tuning_optimizer(options), tuning["prior_weight"])
     if tuning["imitate"]:
-        if not isinstance(model, MemberTraining):
-            raise ValueError(
-                "quant.fine_tuning.imitate=true: only the members of an ensemble (method=sghmc, "
-                f"ensemble) imitate their networks, and this is {type(model).__name__}; leave it "
-                "out"
-            )
+        assert isinstance(model, MemberTraining)
         model.imitate_members()
     data.order = Stream.FINE_TUNING_ORDER
     if tuning["seed"] is not None:  # for batches and noise; validation rows are unchanged

@@ -263,7 +263,9 @@ def _of_point(layer: nn.Linear | nn.Conv2d) -> Rule:
 def refuse_correlated(layer: GaussianWeight) -> None:
     """Raise a NoMomentsError if the weights of a layer are correlated with each other."""
     if layer.loadings is not None:
-        raise NoMomentsError("weights that are correlated (method.rank of swag) have no moments")
+        raise NoMomentsError(
+            "a layer with correlated weights (low-rank SWAG), which has no moments"
+        )
 
 
 def _of_gaussian(layer: GaussianWeight) -> Rule:

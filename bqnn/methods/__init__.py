@@ -6,7 +6,7 @@ from bqnn.methods.compiled import CompileSteps
 from bqnn.methods.ensemble import DeepEnsemble
 from bqnn.methods.laplace import Laplace
 from bqnn.methods.mcdropout import MCDropoutMethod
-from bqnn.methods.members import MemberTraining, MemberTuning
+from bqnn.methods.members import EnsembleMethod, MemberTraining, MemberTuning
 from bqnn.methods.pointwise import Pointwise
 from bqnn.methods.posthoc import PostHocGaussian
 from bqnn.methods.sghmc import SGHMCEnsemble
@@ -19,6 +19,7 @@ __all__ = [
     "BayesByBackprop",
     "CompileSteps",
     "DeepEnsemble",
+    "EnsembleMethod",
     "Laplace",
     "MCDropoutMethod",
     "MemberTraining",

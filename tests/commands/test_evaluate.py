@@ -370,6 +370,7 @@ def test_a_quantized_network_knows_its_numerics(quantized: Path, script_here: Sc
         (["tolerance=nan"], "tolerance=nan: choose"),
         (["tolerance=0.1", "conformal=0.1"], "tolerance=0.1 with conformal: it needs all draws"),
         (["tolerance=0.1", "predictive=moments"], "with predictive=moments: one pass cannot"),
+        (["convergence=true", "predictive=moments"], "convergence=true with predictive=moments"),
         (["predictive=moment"], "predictive=moment: choose draws or moments"),
         (["predictive=moments"], "predictive=moments: the network has no random weights"),
     ],

@@ -14,6 +14,7 @@ import yaml
 
 from bqnn.checkpoints.recipe import NUMERICS, load
 from bqnn.data.task import make_data
+from bqnn.inference.predictions import Prediction, score
 from bqnn.methods import METHODS
 
 ScriptHere = Callable[..., tuple[int, str]]
@@ -230,19 +231,25 @@ def test_a_control_is_the_same_fine_tuning_without_rounding(
     first, second = (of["unquantized/test/nll"] for of in metrics)
     assert first != second
 
-    path = tmp_path / "w2/finetuned/checkpoint.ckpt"
-    assert load(path, "unquantized").recipe["stage"] == "qat"
+    assert not (tmp_path / "w2/finetuned/checkpoint.ckpt").exists()
+    control = load(tmp_path / "w2/finetuned/control.ckpt", "unquantized")
+    assert control.recipe is not None
+    data = make_data({**control.recipe, "data_dir": "data"})
+    samples = control.predictive(data.normalize(data.test.inputs))
+    nll = score(Prediction(control.likelihood, samples, data.test.targets))["nll"]
+    assert nll == pytest.approx(controls[1]["finetuned/test/nll"], rel=1e-6)
 
 
-def test_a_control_needs_a_fine_tuning(
-    trained: Path, script_here: ScriptHere, tmp_path: Path
+@pytest.mark.parametrize("option", ["control", "fine_tuning.imitate"])
+def test_what_needs_a_fine_tuning_is_refused_in_a_calibration(
+    option: str, trained: Path, script_here: ScriptHere, tmp_path: Path
 ) -> None:
-    checkpoint = f"checkpoint={trained}/bbb_0/checkpoint.ckpt"
-    code, errors = script_here(
-        "quantize", checkpoint, "quant.mode=ptq", "quant.control=true", "hydra.run.dir=run"
-    )
+    checkpoint = f"checkpoint={trained}/sghmc_0/checkpoint.ckpt"
+    arguments = ["quant.mode=ptq", f"quant.{option}=true", "hydra.run.dir=run"]
+    code, errors = script_here("quantize", checkpoint, *arguments)
     assert code == 1
-    assert "quant.control=true: quant.mode=ptq trains nothing" in errors
+    assert f"quant.{option}=true: quant.mode=ptq trains nothing" in errors
+    assert not (tmp_path / "run").exists()
 
 
 def test_members_imitate_their_own_networks(

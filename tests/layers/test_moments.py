@@ -131,7 +131,7 @@ def correlated() -> BayesLinear:
             lambda: rule_of(nn.BatchNorm2d(1, track_running_stats=False))(gaussian(1, 5, 5)),
             "batch norm without running statistics has no moments",
         ),
-        (lambda: rule_of(correlated()), r"weights that are correlated \(method.rank of swag\)"),
+        (lambda: rule_of(correlated()), r"correlated weights \(low-rank SWAG\)"),
     ],
 )
 def test_what_has_no_moments_is_refused(make: Callable[[], object], message: str) -> None:

@@ -164,6 +164,8 @@ def test_every_number_and_switch_has_its_rule_and_takes_no_other_kind(
 # Where null may be written instead of a number, and what it then stands for is said in conf/.
 NULL = {
     "num_samples": "null for the method's own number",
+    "max_samples": "null for the method's own number",
+    "tolerance": "null: all draws",
     "trainer.threads": "null leaves it to torch",
     "quant.output_bits": "null: activation_bits",
     "quant.sigma_bits": "weight_bits",
