@@ -22,11 +22,11 @@ from bqnn.data.images import random_crop, random_flip
 from bqnn.data.task import make_data
 from bqnn.inference.likelihoods import Classification, Regression
 from bqnn.methods import METHODS, CompileSteps, MCDropoutMethod, Method, Pointwise
-from bqnn.methods.graphs import GraphedSteps
 from bqnn.nets import LeNet
 from bqnn.quant.engines.rounding import exact_sums
 from bqnn.quant.simulated import SimulatedLayer
 from tests.bare_trainer import bare_trainer
+from tests.recorded_losses import Losses
 from tests.running import ROOT, run_script
 from tests.small_methods import image_method, images, table, table_method
 
@@ -175,22 +175,6 @@ def test_sums_of_integers_are_exact_on_the_device(method: str, runs: Callable[[s
         exact = layer.linear_map(x.double(), weight.double())
         seen = exact_sums(x.to(DEVICE), weight.to(DEVICE), layer.geometry, 127).cpu()
         assert torch.equal(seen.double(), exact.float().double())
-
-
-class Losses(pl.Callback):
-    """Records the loss of each step, and the number of CUDA graphs."""
-
-    def __init__(self) -> None:
-        self.losses: list[Tensor] = []
-        self.num_graphs = 0
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
-    ) -> None:
-        self.losses.append(outputs["loss"].clone())
-        assert isinstance(pl_module, Method)
-        if isinstance(pl_module.compiled_terms, GraphedSteps):
-            self.num_graphs = len(pl_module.compiled_terms.graphs)
 
 
 def trained(model: Method, rows: TensorLoader, compiles: bool, **options: Any) -> Losses:

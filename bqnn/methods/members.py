@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
 from bqnn.arguments import ArgumentError
 from bqnn.inference.likelihoods import Likelihood
 from bqnn.layers.ensemble import Ensemble
 from bqnn.methods.base import Method
-from bqnn.methods.given_gradients import with_gradients
 from bqnn.methods.terms import Terms
 from bqnn.seeds import Stream
 
@@ -104,7 +104,7 @@ class MemberTraining(EnsembleMethod):
         means = {
             name: torch.stack([terms[name] for terms in all_terms]).mean() for name in all_terms[0]
         }
-        loss = with_gradients(means["loss"], [*gradients], [*gradients.values()])
+        loss = _with_gradients(means["loss"], [*gradients], [*gradients.values()])
         return {**means, "loss": loss}
 
     def configure_gradient_clipping(
@@ -191,3 +191,34 @@ def _gradients(loss: Tensor, net: nn.Module) -> dict[nn.Parameter, Tensor]:
     for param, grad in before.items():
         param.grad = grad
     return found
+
+
+def _with_gradients(value: Tensor, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """Return a scalar whose backward pass gives each parameter its gradient.
+
+    Args:
+        value: The scalar.
+        params: Leaf tensors that require gradients.
+        gradients: The gradient of the scalar with respect to each parameter. They are not changed.
+
+    Examples:
+        >>> param = torch.zeros(2, requires_grad=True)
+        >>> loss = _with_gradients(torch.tensor(1.0), [param], [torch.tensor([3.0, 4.0])])
+        >>> (2 * loss).backward()
+        >>> param.grad
+        tensor([6., 8.])
+    """
+    out: Tensor = _WithGradients.apply(value, gradients, *params)
+    return out
+
+
+class _WithGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *params: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> Any:
+        return None, None, *torch._foreach_mul(ctx.gradients, factor)

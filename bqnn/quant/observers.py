@@ -174,16 +174,13 @@ class ClippingObserver(Observer):
         best = torch.full_like(share, torch.inf)
         for spacing, count in ((1 / 16, 15), (1 / 64, 3), (1 / 256, 3)):
             center = share.clone()
-            around = range(-count, count + 1)
-            for offset in around:
+            for offset in range(-count, count + 1):
                 candidate = (center + spacing * offset).clamp(1 / 16, 1)
                 self._cut(ends, candidate)
                 errors = self._squared_errors(rows)
                 is_better = errors < best
-                best, share = (
-                    torch.where(is_better, errors, best),
-                    torch.where(is_better, candidate, share),
-                )
+                best = torch.where(is_better, errors, best)
+                share = torch.where(is_better, candidate, share)
         self._cut(ends, share)
 
     def _cut(self, ends: tuple[Tensor, Tensor], share: Tensor) -> None:

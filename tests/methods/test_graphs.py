@@ -13,6 +13,7 @@ from bqnn.data import TensorLoader
 from bqnn.methods import METHODS, Method, graphs
 from bqnn.methods.graphs import GraphedSteps, _Graph
 from tests.bare_trainer import bare_trainer
+from tests.recorded_losses import Losses
 from tests.small_methods import image_method, images, table, table_method
 
 
@@ -58,26 +59,17 @@ def cpu_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "_kept_random_state", kept_random_state)
 
 
-class Record(pl.Callback):
-    """Records losses, and lets steps be graphed on request."""
+class Record(Losses):
+    """Lets steps be graphed on request, too."""
 
     def __init__(self, is_graphed: bool) -> None:
+        super().__init__()
         self.is_graphed = is_graphed
-        self.losses: list[Tensor] = []
-        self.num_graphs = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.is_graphed:
             assert isinstance(pl_module, Method)
             pl_module.compiled_terms = GraphedSteps(pl_module)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
-    ) -> None:
-        self.losses.append(outputs["loss"].clone())
-        assert isinstance(pl_module, Method)
-        if isinstance(pl_module.compiled_terms, GraphedSteps):
-            self.num_graphs = len(pl_module.compiled_terms.graphs)
 
 
 def trained(
