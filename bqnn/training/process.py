@@ -33,10 +33,29 @@ def prepare_torch(job: Job) -> str:
         before = torch.get_float32_matmul_precision()
         job.at_end(lambda _: torch.set_float32_matmul_precision(before))
         torch.set_float32_matmul_precision(options["matmul_precision"])
+    flush_denormals(job)
     silence_known_warnings()
     keep_freed_memory()
     stop_searching_for_gpus()
     return find_accelerator(options["accelerator"])
+
+
+def flush_denormals(job: Job) -> None:
+    """Let the CPU replace results below 1.2e-38 by zero until the job ends.
+
+    Arithmetic with such denormal numbers takes many times as long. On MNIST, whose pixels are
+    mostly black, they made up two fifths of the time of a training of `bbb`.
+
+    Args:
+        job: The job, which restores the state that it finds.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    if torch.tensor(tiny).div(2).item() > 0 and torch.set_flush_denormal(True):
+
+        def restore(_: int) -> None:
+            torch.set_flush_denormal(False)
+
+        job.at_end(restore)
 
 
 def find_accelerator(name: str) -> str:
