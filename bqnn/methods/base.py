@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import pytorch_lightning as pl
@@ -334,7 +335,7 @@ class Method(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         self.seed_epoch()
         # Lightning sets the rate of the next epoch before the metrics of this epoch are logged.
-        self._epoch_lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        self._epoch_lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.epoch_terms.clear()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
@@ -343,6 +344,9 @@ class Method(pl.LightningModule):
         terms = compute(inputs, targets)
         self.epoch_terms.record(terms, len(targets))
         return self.weighted(terms, len(targets))
+
+    # Lightning reads it at each step, and would make it anew.
+    training_step.__signature__ = signature(training_step)  # type: ignore[attr-defined]
 
     def weighted(self, terms: Terms, num_rows: int) -> Tensor:
         """Return the loss of a batch, weighted by its number of rows if the method does so."""

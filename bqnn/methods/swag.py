@@ -214,16 +214,18 @@ class Moments:
     def add(self, values: dict[str, Tensor]) -> None:
         """Add an observation of each tensor."""
         self.count += 1
-        for name, value in values.items():
-            if self.count == 1:
-                self.means[name] = value.detach().clone()
-                self.squares[name] = torch.zeros_like(value)
-            change = value - self.means[name]
-            self.means[name].add_(change / self.count)
-            self.squares[name].addcmul_(change, value - self.means[name])
-            if self.rank > 0:
-                kept = [*self.deviations.get(name, []), value - self.means[name]]
-                self.deviations[name] = kept[-self.rank :]
+        if self.count == 1:
+            self.means = {name: value.detach().clone() for name, value in values.items()}
+            self.squares = {name: torch.zeros_like(value) for name, value in values.items()}
+        new = list(values.values())
+        means = [self.means[name] for name in values]
+        changes = torch._foreach_sub(new, means)
+        torch._foreach_add_(means, torch._foreach_div(changes, self.count))
+        left = torch._foreach_sub(new, means)
+        torch._foreach_addcmul_([self.squares[name] for name in values], changes, left)
+        if self.rank > 0:
+            for name, deviation in zip(values, left, strict=True):
+                self.deviations[name] = [*self.deviations.get(name, []), deviation][-self.rank :]
 
     def variance(self, name: str) -> Tensor:
         """Return the mean squared deviation of a tensor from its mean."""

@@ -31,7 +31,7 @@ from bqnn.quant.spec import QuantSpec
 from bqnn.text import one_line, short
 from bqnn.training.batch_norm import refuse_single_values
 from bqnn.training.callbacks import SaveCheckpoint, ShareBuffers, StretchSchedule
-from bqnn.training.hooks import NoProfiler, skip_idle_hooks
+from bqnn.training.hooks import NoProfiler, SkipIdleHooks, Trainer
 from bqnn.training.loggers import MetricsCsv
 from bqnn.training.process import find_accelerator, prepare_torch
 from bqnn.training.progress import TrainingProgress
@@ -80,9 +80,10 @@ def make_trainer(
     save = SaveCheckpoint(folder, options.pop("save_every"), options.pop("save_best"))
     progress: list[pl.Callback] = [TrainingProgress()] if options.pop("progress_bar") else []
     options["profiler"] = options.get("profiler") or NoProfiler()
-    trainer = pl.Trainer(
+    trainer = Trainer(
         **options,
         callbacks=[
+            SkipIdleHooks(),
             StretchSchedule(),
             ShareBuffers(),
             *compiles,
@@ -102,7 +103,6 @@ def make_trainer(
         use_distributed_sampler=False,
         default_root_dir=folder,
     )
-    skip_idle_hooks(trainer.callbacks)  # type: ignore[attr-defined]
     if trainer.world_size > 1:
         _prepare_ranks(job)
     return trainer
