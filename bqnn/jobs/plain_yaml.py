@@ -12,6 +12,9 @@ TWICE = "a name is there twice in it"
 
 _Parser: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NUMBER = re.compile(rf"[-+.:_xXa-fA-F0-9]{{{LONGEST_NUMBER + 1},}}")
+# Where an entry of the outermost mapping starts; a directive, or an end of a document.
+_ENTRY = re.compile("^(?=[A-Za-z_])", re.MULTILINE)
+_MARK = re.compile(r"(?:^|[\r\x85\u2028\u2029])(?:%|---|\.\.\.)", re.MULTILINE)
 _NOTHING = object()
 
 
@@ -38,6 +41,38 @@ def parse_yaml(text: str) -> Any:
     for event in yaml.parse(text, Loader=_Parser):
         builder.take(event)
     return None if builder.root is _NOTHING else builder.root
+
+
+def parse_similar_yaml(text: str) -> Any:
+    r"""Do what `parse_yaml` does, in less time for many texts that have entries in common.
+
+    Equal entries of the mappings of several texts are the same object, so that callers must not
+    change them.
+
+    Examples:
+        >>> texts = ("seed: 1\nnet: {a: 2}", "seed: 2\nnet: {a: 2}")
+        >>> first, second = map(parse_similar_yaml, texts)
+        >>> second, second["net"] is first["net"]
+        ({'seed': 2, 'net': {'a': 2}}, True)
+    """
+    head, *entries = _ENTRY.split(text)
+    if head or not entries or _MARK.search(text):
+        return parse_yaml(text)
+    merged: dict[str, Any] = {}
+    try:
+        for entry in entries:
+            merged |= _parse_entry(entry)
+    except (ValueError, RecursionError, yaml.YAMLError):
+        return parse_yaml(text)  # its errors are those of the whole text
+    return merged if len(merged) == len(entries) else parse_yaml(text)
+
+
+@lru_cache(maxsize=256)
+def _parse_entry(text: str) -> dict[str, Any]:
+    entry = parse_yaml(text)
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise ValueError("it is not one entry of a mapping")
+    return entry
 
 
 class _Builder:

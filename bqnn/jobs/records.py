@@ -8,17 +8,19 @@ from typing import Any
 import yaml
 
 from bqnn.files import open_regular
-from bqnn.jobs.plain_yaml import LONGEST_NUMBER, TWICE, parse_yaml
+from bqnn.jobs.plain_yaml import LONGEST_NUMBER, TWICE, parse_similar_yaml, parse_yaml
 from bqnn.text import one_line
 
 LARGEST_JSON, LARGEST_YAML = 16 * 2**20, 2**20  # bytes; parsing YAML takes a second per MiB
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path, has_similar: bool = False) -> dict[str, Any]:
     """Read a JSON object, or a YAML mapping if the suffix of the file is `.yaml`.
 
     Args:
         path: The file, at most 16 MiB of JSON or 1 MiB of YAML.
+        has_similar: Whether many YAML files with equal entries are read, which are then shared: the
+            caller must not change them.
 
     Returns:
         The object, with strings as keys.
@@ -33,7 +35,8 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         is_yaml = path.suffix == ".yaml"
         text = _text(path, LARGEST_YAML if is_yaml else LARGEST_JSON)
-        record = parse_yaml(text) if is_yaml else _json(text)
+        parse = parse_similar_yaml if has_similar else parse_yaml
+        record = parse(text) if is_yaml else _json(text)
     except FileNotFoundError:
         raise
     except RecursionError:

@@ -1,8 +1,10 @@
 """Report on all runs below folders: bqnn report, or python -m bqnn.report."""
 
 import argparse
+import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +32,8 @@ def main(arguments: Sequence[str], program: str = "python -m bqnn.report") -> st
     parser.add_argument("--out", type=Path, default=Path("outputs/report"), help="%(default)s")
     options = parser.parse_args(arguments)
     try:
-        runs = read_runs(options.folders)
+        with _no_collection():
+            runs = read_runs(options.folders)
     except FileNotFoundError as error:
         return str(error)
     if runs.runs.empty and not runs.problems:
@@ -71,6 +74,19 @@ def write(runs: Runs, out: Path) -> "Section":
     write_text(out / "report.md", document(report))
     write_text(out / "index.html", page(report))
     return report
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python from searching what is read, which is all used, for garbage again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 if __name__ == "__main__":

@@ -339,7 +339,7 @@ def _broken(folder: Path, reason: str) -> Problem:
 
 @cache
 def _config(path: Path) -> dict[str, Any]:
-    return read_record(path)
+    return read_record(path, has_similar=True)
 
 
 def _numbers(path: Path) -> dict[str, float]:

@@ -5,6 +5,7 @@ escaped, so that it cannot become markup, an image, a link or a formula of a spr
 """
 
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def markdown(table: "DataFrame") -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
+@lru_cache(maxsize=2**15)
 def plain(text: str) -> str:
     r"""Escape text so that Markdown shows it literally, in one line.
 
