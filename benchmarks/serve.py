@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mcdropout": {"rate": 0.2, "drop_before_output": True},
 }
 Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """What is measured on one side: two methods, and the rows that they predict."""
+
+    side: str
+    point: Method
+    bayes: Method
+    rows: Tensor
+    fitted_on: Tensor
+    batches: Sequence[int]
+    draws: Sequence[int]
 
 
 def main() -> None:
@@ -92,8 +106,11 @@ def measure(arguments: argparse.Namespace) -> None:
     rows, fitted_on = (data.normalize(part.inputs) for part in (data.test, data.train))
     point = method("pointwise", None)
     bayes = method(arguments.method, arguments.run)
+    subjects = Subjects(
+        side, point, bayes, rows, fitted_on[:256], arguments.batches, arguments.draws
+    )
     make = file_calls if side == "file" else calls
-    for label, batch, call, passes in make(side, point, bayes, rows, fitted_on[:256], arguments):
+    for label, batch, call, passes in make(subjects):
         report(f"{side:<12} batch {batch:<4} {label:<12}", batch, call, passes, arguments.rounds)
     peak = peak_bytes()
     print(f"{side:<12} peak memory {'unknown' if peak is None else f'{peak / 2**20:.0f} MiB'}")
@@ -123,24 +140,17 @@ def method(name: str, run: Path | None) -> Method:
     return build(recipe).eval()
 
 
-def calls(
-    side: str,
-    point: Method,
-    bayes: Method,
-    rows: Tensor,
-    fitted_on: Tensor,
-    arguments: argparse.Namespace,
-) -> Iterator[tuple[str, int, Call, Call]]:
+def calls(s: Subjects) -> Iterator[tuple[str, int, Call, Call]]:
     """Yield a label, the batch size, a prediction, and the passes of the pointwise network."""
-    nets = [point.net, bayes.net]
-    if side != "float":
-        nets = [integer_net(net, fitted_on, side, BITS) for net in nets]
+    bayes, nets = s.bayes, [s.point.net, s.bayes.net]
+    if s.side != "float":
+        nets = [integer_net(net, s.fitted_on, s.side, BITS) for net in nets]
     plain, net = nets
     bank = Bank(net, MAX_SAMPLES)
     single_pass = None
-    if side == "float":
+    if s.side == "float":
         single_pass = SinglePass(net, bayes.likelihood)
-        single_pass.fit(fitted_on)
+        single_pass.fit(s.fitted_on)
 
     def is_settled(draws: Tensor) -> Tensor:
         return bayes.likelihood.is_settled(draws, TOLERANCE)
@@ -152,9 +162,9 @@ def calls(
         (draws,) = predictive_until_settled(net, [x], MAX_SAMPLES, is_settled, bank=bank)
         return bayes.likelihood.answer(*draws)
 
-    for size in arguments.batches:
-        x = rows[:size]
-        for count in arguments.draws:
+    for size in s.batches:
+        x = s.rows[:size]
+        for count in s.draws:
             yield (
                 f"{count} draws",
                 size,
@@ -171,30 +181,23 @@ def _single(single_pass: SinglePass, bayes: Method, x: Tensor) -> object:
     return bayes.likelihood.answer(single_pass.predict(x, NUM_SAMPLES))
 
 
-def file_calls(
-    side: str,
-    point: Method,
-    bayes: Method,
-    rows: Tensor,
-    fitted_on: Tensor,
-    arguments: argparse.Namespace,
-) -> Iterator[tuple[str, int, Call, Call]]:
+def file_calls(s: Subjects) -> Iterator[tuple[str, int, Call, Call]]:
     """Yield the calls of exported files, as `calls` does."""
     from bqnn.export.model import export
 
-    raw = torch.randint(17, rows.shape, dtype=torch.uint8)  # other rows take the same time
+    raw = torch.randint(17, s.rows.shape, dtype=torch.uint8)  # other rows take the same time
     threads = torch.get_num_threads()
     spec = QuantSpec(weight_bits=BITS[0], activation_bits=BITS[1])
     sessions = {}
-    for name, made in (("point", point), ("bayes", bayes)):
+    for name, made in (("point", s.point), ("bayes", s.bayes)):
         quantized = copy.copy(made)
-        quantized.net = calibrate(prepare(fuse(copy.deepcopy(made.net)), spec), [fitted_on])
-        for count in {1} if name == "point" else set(arguments.draws):
+        quantized.net = calibrate(prepare(fuse(copy.deepcopy(made.net)), spec), [s.fitted_on])
+        for count in {1} if name == "point" else set(s.draws):
             content = export(quantized, count).content()
             sessions[name, count] = start_session(content, threads)
-    for size in arguments.batches:
+    for size in s.batches:
         inputs = {"inputs": raw[:size].numpy()}
-        for count in arguments.draws:
+        for count in s.draws:
             drawn = partial(sessions["bayes", count].run, None, inputs)
             yield f"{count} draws", size, drawn, partial(_runs, sessions["point", 1], inputs, count)
 

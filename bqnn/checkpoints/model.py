@@ -18,7 +18,7 @@ from bqnn.inference.moments import NUM_SAMPLES, SinglePass
 from bqnn.inference.predict import BATCH_SIZE, Bank
 from bqnn.jobs.locate import CHECKPOINT
 from bqnn.methods import Method
-from bqnn.methods.base import channels_last
+from bqnn.methods.base import prepared
 from bqnn.settings.options import PREDICTIVE, is_plugin
 from bqnn.text import short
 
@@ -171,10 +171,7 @@ class Model:
         return self
 
     def _new_single_pass(self) -> SinglePass:
-        prepare = self._prepare()
-        return SinglePass(
-            self.method.net, self.method.likelihood, lambda batch: channels_last(prepare(batch))
-        )
+        return SinglePass(self.method.net, self.method.likelihood, prepared(self._prepare()))
 
     def _checked(self, num_samples: int | None, seed: int | None) -> tuple[int, int]:
         if num_samples is not None:

@@ -99,11 +99,13 @@ def quantize(job: Job) -> None:
     loggers, timer = make_loggers(job), EpochTimer(job)
     num_samples = model.check_samples(job.config["num_samples"])
     predictions = {"float": predict_test(job, "float", model, data, num_samples)}
+    timers = {"": timer}
     if job.config["quant"]["mode"] == "qat":
         control = deepcopy(model) if job.config["quant"]["control"] else None
         start = fine_tune(job, loggers, timer, model, data)
         if control is not None:
-            tuned = fine_tune_control(job, control, data)
+            timers["without rounding: "] = EpochTimer(job)
+            tuned = fine_tune_control(job, timers["without rounding: "], control, data)
             predictions[CONTROL] = predict_test(job, CONTROL, tuned, data, num_samples)
     else:
         start = calibrate(job, loggers, model, data)
@@ -117,7 +119,8 @@ def quantize(job: Job) -> None:
 
     files = write_results(job, loggers, data, start, models, tests["int8/test"], metrics)
     say(comparison_table(metrics))
-    say(f"\n{timer}\nresults in {job.folder}")
+    times = "\n".join(f"{what}{each}" for what, each in timers.items())
+    say(f"\n{times}\nresults in {job.folder}")
     require_results(job.folder, metrics, files)
     log_checkpoint(loggers, job)
 
@@ -165,7 +168,7 @@ def fine_tune(
     return start
 
 
-def fine_tune_control(job: Job, model: Method, data: TensorData) -> Method:
+def fine_tune_control(job: Job, timer: EpochTimer, model: Method, data: TensorData) -> Method:
     """Fine-tune the network alike but without rounding, in the folder `finetuned` of the job.
 
     Its difference from the float network is due to the training alone, and that of int8 from it is
@@ -179,7 +182,7 @@ def fine_tune_control(job: Job, model: Method, data: TensorData) -> Method:
     path = folder / "control.ckpt"
     if not path.exists():  # otherwise a resumed job has trained it before
         say(f"fine-tuning without rounding, in {folder}")
-        callbacks = quantization_callbacks(options, rounds=False)
+        callbacks = [timer, *quantization_callbacks(options, rounds=False)]
         trainer = make_trainer(job, [], callbacks, data.val is not None, folder)
         fit(job, trainer, prepare_fine_tuning(options, model, data), data, folder)
         (folder / "checkpoint.ckpt").rename(path)

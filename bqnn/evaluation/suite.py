@@ -21,7 +21,7 @@ from bqnn.inference.moments import NUM_SAMPLES, SinglePass
 from bqnn.inference.predictions import Prediction, score, score_uncertainty, with_non_finite
 from bqnn.inference.ranking import AUGRC, AURC, FPR95, RiskCoverage, detection_metrics
 from bqnn.methods import Method
-from bqnn.methods.base import channels_last
+from bqnn.methods.base import prepared
 
 LEVELS = range(1, 6)
 SPLITS = ("train", "val", "test")
@@ -182,9 +182,7 @@ def predict_sets_once(
         TypeError: A layer has no moments.
         ValueError: The network has nothing random, or its draws are members of an ensemble.
     """
-    single_pass = SinglePass(
-        model.net, model.likelihood, lambda rows: channels_last(normalize(rows))
-    )
+    single_pass = SinglePass(model.net, model.likelihood, prepared(normalize))
     single_pass.fit(fitted_on.to(model.device), seed=model.seed)
     assert single_pass.factor is not None
     predictions = {}

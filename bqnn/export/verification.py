@@ -20,7 +20,7 @@ from bqnn.inference.predict import BATCH_SIZE, predictive_sets
 from bqnn.inference.predictions import Prediction, score, with_non_finite
 from bqnn.layers.dropout import given_masks, one_mask_for_all_rows
 from bqnn.methods import Method
-from bqnn.methods.base import channels_last
+from bqnn.methods.base import prepared
 
 SUMMARY_TOLERANCE = 1e-4  # relative; the outputs of a classifier are rounded to float32
 
@@ -175,7 +175,7 @@ def predict_executed(
             net,
             rows.split(BATCH_SIZE),
             num_samples,
-            prepare=lambda batch: channels_last(normalization(batch)),
+            prepare=prepared(normalization),
             seed=integer.seed,
         )
     return torch.cat(batches, 1)

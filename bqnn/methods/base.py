@@ -146,7 +146,7 @@ class Method(pl.LightningModule):
             self.net,
             sets,
             self.available_samples if num_samples is None else num_samples,
-            prepare=lambda rows: channels_last(normalize(rows)),
+            prepare=prepared(normalize),
             seed=self.seed if seed is None else seed,
             batch_size=batch_size,
             bank=bank,
@@ -189,7 +189,7 @@ class Method(pl.LightningModule):
             sets,
             max_samples,
             is_settled,
-            prepare=lambda rows: channels_last(normalize(rows)),
+            prepare=prepared(normalize),
             seed=self.seed if seed is None else seed,
             batch_size=batch_size,
             bank=bank,
@@ -404,6 +404,11 @@ class Method(pl.LightningModule):
     def _evaluate(self, batch: Batch, num_samples: int) -> None:
         inputs, targets = batch
         self._evaluation.record(self.predictive(inputs, num_samples), targets)
+
+
+def prepared(normalize: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return the function that normalizes rows and gives images the layout of `channels_last`."""
+    return lambda rows: channels_last(normalize(rows))
 
 
 def channels_last(x: Tensor) -> Tensor:

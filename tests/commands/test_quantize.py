@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,26 @@ def test_a_control_is_the_same_fine_tuning_without_rounding(
     samples = control.predictive(data.normalize(data.test.inputs))
     nll = score(Prediction(control.likelihood, samples, data.test.targets))["nll"]
     assert nll == pytest.approx(controls[1]["finetuned/test/nll"], rel=1e-6)
+
+
+def test_a_resumed_job_tells_the_times_of_the_control_that_it_trained(
+    trained: Path, script_here: ScriptHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("bqnn.commands.quantize.say", said.append)
+    arguments = [f"checkpoint={trained}/bbb_0/checkpoint.ckpt", "quant.control=true", *QUICK]
+    arguments += ["plots=false", "hydra.run.dir=run"]
+    assert script_here("quantize", *arguments)[0] == 0
+    times = r"first step after [0-9.]+ s, 2 epochs of \S+ s \(median\)"
+    assert re.search(f"^{times}\nwithout rounding: {times}$", said[-1], re.MULTILINE)
+
+    (tmp_path / "run/finetuned/control.ckpt").unlink()
+    (tmp_path / "run/metrics.json").unlink()
+    status = tmp_path / "run/status.json"
+    status.write_text(json.dumps(json.loads(status.read_text()) | {"state": "INTERRUPTED"}))
+    code, errors = script_here("quantize", *arguments, "resume=true")
+    assert code == 0, errors
+    assert re.search(f"^no training step\nwithout rounding: {times}$", said[-1], re.MULTILINE)
 
 
 @pytest.mark.parametrize("option", ["control", "fine_tuning.imitate"])
