@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
 import torch
+from torch import Tensor
 
 from bqnn.data.base import Rows
 from bqnn.data.images import ImageData
@@ -45,12 +50,25 @@ class DigitsData(ImageData):
         self.class_names = [str(digit) for digit in range(10)]
 
     def _read(self) -> tuple[Rows, Rows]:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        images = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1)
-        rows = Rows(images, torch.from_numpy(digits.target).long())
+        pixels, targets = read_digits()
+        rows = Rows(pixels.reshape(-1, 1, 8, 8).to(torch.uint8), targets.long())
         is_test = torch.zeros(len(rows), dtype=torch.bool)
         for digit in range(10):
             is_test[(rows.targets == digit).nonzero()[::5]] = True
         return rows.take(~is_test), rows.take(is_test)
+
+
+def read_digits() -> tuple[Tensor, Tensor]:
+    """Read pixels [1797, 64] and classes [1797] from the file that is a part of scikit-learn.
+
+    Importing the package to read it would take half a second.
+    """
+    found = find_spec("sklearn")
+    for folder in (found and found.submodule_search_locations) or ():
+        path = Path(folder, "datasets", "data", "digits.csv.gz")
+        if path.exists():
+            table = torch.from_numpy(np.loadtxt(path, delimiter=","))
+            return table[:, :-1], table[:, -1]
+    from sklearn.datasets import load_digits
+
+    return tuple(map(torch.from_numpy, load_digits(return_X_y=True)))  # type: ignore[return-value]
