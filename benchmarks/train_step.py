@@ -91,8 +91,8 @@ def _quantized(num_pairs: int) -> None:
 
 def _start(_: int) -> None:
     print("\n4. from the start of the process to the first step of train.py task=digits")
-    ours = [_first_step() for _ in range(3)]
-    imports = [seconds(lambda: _python("import pytorch_lightning")) for _ in range(3)]
+    pairs = [(_first_step(), seconds(_import_lightning)) for _ in range(3)]
+    ours, imports = map(list, zip(*pairs, strict=True))
     _print_pairs("train.py / import pytorch_lightning", ours, imports)
 
 
@@ -198,8 +198,8 @@ def _first_step() -> float:
         return float(metrics["time/startup_seconds"])
 
 
-def _python(statement: str) -> None:
-    subprocess.run([sys.executable, "-c", statement], check=True)
+def _import_lightning() -> None:
+    subprocess.run([sys.executable, "-c", "import pytorch_lightning"], check=True)
 
 
 def seconds(action: Callable[[], object]) -> float:
