@@ -21,6 +21,7 @@ from bqnn.plots.style import COLORS, GREY, new_figure, save_small, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -95,30 +96,32 @@ TABLES: Mapping[str, Callable[..., str]] = {
 }
 
 
-def draw_conformal(path: Path) -> None:
-    """Draw coverage and size of conformal sets against the bits of weights."""
-    of_tasks = list(_by_task(_bit_rows()))
-    with style():
-        figure = new_figure(7.0, 2.7 * len(of_tasks) + 0.5)
-        grid = figure.subplots(len(of_tasks), 2, squeeze=False)
-        for (task, own), (left, right) in zip(of_tasks, grid, strict=True):
-            _curves(left, own, "coverage_aps")
-            _curves(right, own, "size_aps")
-            deviation = coverage_deviation(task, len(set(own["seed"])))
-            left.axhspan(
-                1 - ALPHA - 2 * deviation, 1 - ALPHA + 2 * deviation, color=GREY, alpha=0.2
-            )
-            left.set_title(f"{task}: coverage")
-            right.set_title(f"{task}: mean number of classes")
-            right.set_yscale("log")
-            right.yaxis.set_major_formatter("{x:g}")
-            right.yaxis.set_minor_formatter("{x:g}")
-        handles, names = grid[0][0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", ncols=4)
+def draw_bit_widths(path: Path) -> None:
+    """Draw the NLL and the mutual information against the bits of weights."""
+    figure, of_tasks = _panels({"nll": "NLL", "mi": "mutual information, nats"})
+    for _, _, nll, information in of_tasks:
+        nll.set_yscale("log")
+        information.set_yscale("log")
+        information.set_ylim(bottom=1e-4)
     save_small(figure, path)
 
 
-FIGURES: Mapping[str, Callable[[Path], None]] = {"docs/conformal.png": draw_conformal}
+def draw_conformal(path: Path) -> None:
+    """Draw coverage and size of conformal sets against the bits of weights."""
+    figure, of_tasks = _panels({"coverage_aps": "coverage", "size_aps": "mean number of classes"})
+    for task, own, left, right in of_tasks:
+        deviation = coverage_deviation(task, len(set(own["seed"])))
+        left.axhspan(1 - ALPHA - 2 * deviation, 1 - ALPHA + 2 * deviation, color=GREY, alpha=0.2)
+        right.set_yscale("log")
+        right.yaxis.set_major_formatter("{x:g}")
+        right.yaxis.set_minor_formatter("{x:g}")
+    save_small(figure, path)
+
+
+FIGURES: Mapping[str, Callable[[Path], None]] = {
+    "docs/bit_widths.png": draw_bit_widths,
+    "docs/conformal.png": draw_conformal,
+}
 
 
 def coverage_deviation(task: str, num_seeds: int) -> float:
@@ -243,8 +246,26 @@ def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def _panels(columns: Mapping[str, str]) -> "tuple[Figure, list[tuple[str, DataFrame, Axes, Axes]]]":
+    """Draw two columns of results against the bits of weights, a row of panels per task."""
+    of_tasks = list(_by_task(_bit_rows()))
+    with style():
+        figure = new_figure(7.0, 2.7 * len(of_tasks) + 0.5)
+        grid = figure.subplots(len(of_tasks), 2, squeeze=False)
+        for (task, own), row in zip(of_tasks, grid, strict=True):
+            for axes, (column, title) in zip(row, columns.items(), strict=True):
+                _curves(axes, own, column)
+                axes.set_title(f"{task}: {title}")
+        handles, names = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=4)
+    return figure, [(*found, *row) for found, row in zip(of_tasks, grid, strict=True)]
+
+
 def _curves(axes: "Axes", rows: DataFrame, column: str) -> None:
+    """Draw means and deviations over seeds; float is dashed. All zeros are left out."""
     for color, (method, own) in zip((*COLORS, GREY), _by_method(rows), strict=False):
+        if not own[column].any():
+            continue
         bits = own[own["form"] == "ptq"].groupby("weight_bits")[column].agg(["mean", "std"])
         axes.plot(bits.index, bits["mean"], color=color, marker="o", markersize=3, label=method)
         low, high = bits["mean"] - bits["std"], bits["mean"] + bits["std"]
