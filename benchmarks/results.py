@@ -2,22 +2,28 @@
 
 A document has tables between the comments `<!-- table: <name> <options> -->` and
 `<!-- end of table -->`. The name is a key of `TABLES`, and the options are `key=value`. `FIGURES`
-has the figures. comparison.py writes the CSV files.
+has the figures. docs/results/index.html is the report of `bqnn report` about the same results.
+comparison.py writes the CSV files.
 """
 
 import argparse
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from comparison import CLASSES, OTHER, OTHER_ROWS, VALUES
 from pandas import DataFrame, Series
 
 from bqnn.files import write_text
 from bqnn.plots.style import COLORS, GREY, new_figure, save_small, style
+from bqnn.report.contents import contents
+from bqnn.report.page import page
+from bqnn.report.runs import CELL, UNIT, Runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,6 +130,35 @@ FIGURES: Mapping[str, Callable[[Path], None]] = {
 }
 
 
+def study() -> Runs:
+    """Return the results as the runs of a report."""
+    columns = {"images": CLASSES, "tables": VALUES}
+    runs = [
+        _as_run(row, columns[name])
+        for name in columns
+        for row in _read(name).astype(object).to_dict("records")
+    ]
+    table = pd.DataFrame([run for run, _, _ in runs])
+    scores = [
+        {**{key: run[key] for key in (*CELL, *UNIT, "test_share")}, **score}
+        for run, numeric, metrics in runs
+        for score in (
+            {"numeric": numeric, "metric": metric, "value": value}
+            for metric, value in metrics.items()
+        )
+    ]
+    whole = ["weight_bits", "activation_bits", *UNIT]
+    types = dict.fromkeys(whole, "Int64")
+    return Runs(table.astype(types), pd.DataFrame(scores).astype(types), [])
+
+
+def write_page(path: Path) -> None:
+    """Write the report of the study as one page."""
+    with tempfile.TemporaryDirectory() as folder:
+        report, _ = contents(study(), Path(folder))
+        write_text(path, page(report))
+
+
 def coverage_deviation(task: str, num_seeds: int) -> float:
     """Return the standard deviation of a mean coverage over seeds.
 
@@ -161,10 +196,39 @@ def main() -> None:
         sys.exit(bool(differing))
     for name, draw in FIGURES.items():
         draw(ROOT / name)
+    write_page(RESULTS / "index.html")
 
 
 def _read(name: str) -> DataFrame:
     return pd.read_csv(RESULTS / f"{name}.csv")
+
+
+def _as_run(
+    row: Mapping[str, Any], columns: Mapping[str, str]
+) -> tuple[dict[str, Any], str, dict[str, float]]:
+    """Return a row as a run of a report, with its numeric and its metrics."""
+    is_float = row["form"] == "float"
+    numeric, verb = ("float", "train") if is_float else ("int8", "quantize")
+    other = OTHER.get(row["task"], OTHER_ROWS)
+    metrics = {
+        key.format(other=other): float(row[name])
+        for name, key in columns.items()
+        if pd.notna(row[name])
+    }
+    names = ("task", "method", *UNIT, "weight_bits", "activation_bits")
+    place = {name: None if pd.isna(row[name]) else row[name] for name in names}
+    words = (str(value) for value in (*place.values(), row["form"]) if value is not None)
+    prefix = "" if is_float else "int8/"
+    run = {
+        "run": " ".join(words),
+        **place,
+        **{"verb": verb, "mode": row["form"], "setting": "", "started": ""},
+        "test_share": row.get("test_share", float("nan")),
+        **{f"{prefix}{key}": value for key, value in metrics.items()},
+    }
+    if not is_float:
+        run["size/packed_bytes"] = float(row["bytes"])
+    return run, numeric, metrics
 
 
 def _bit_rows() -> DataFrame:
