@@ -191,8 +191,7 @@ def prepare_fine_tuning(options: Mapping[str, Any], model: Method, data: TensorD
     tuning = options["fine_tuning"]
     model = model.fine_tuning(fine_tuning_optimizer(options), tuning["prior_weight"])
     if tuning["imitate"]:
-        assert isinstance(model, MemberTraining)
-        model.imitate_members()
+        model.imitate()
     data.order = Stream.FINE_TUNING_ORDER
     if tuning["seed"] is not None:  # for batches and noise; validation rows are unchanged
         model.seed = data.seed = tuning["seed"]

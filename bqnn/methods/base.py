@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import pytorch_lightning as pl
@@ -21,7 +22,8 @@ from bqnn.inference.predict import (
     predictive_until_settled,
 )
 from bqnn.inference.predictions import Prediction
-from bqnn.layers.noise import reseed
+from bqnn.layers.draws import Stochastic
+from bqnn.layers.noise import reseed, repeated_noise
 from bqnn.layers.safe_convolutions import guard_backward
 from bqnn.methods.epochs import is_last_epoch
 from bqnn.methods.evaluation import Evaluation, log_in_fit
@@ -60,11 +62,15 @@ class Method(pl.LightningModule):
         calibration: Calibrates the draws of predictions; None leaves them as they are.
         compiled_terms: Replaces `loss_terms` in training steps, see `CompileSteps`; None if steps
             are not compiled.
+        imitated: The networks in float whose predictions replace the targets, see `imitate`, in the
+            order of `trained_networks`; empty if there are targets.
 
     Raises:
         ValueError: A number is out of range, or the schedule is unknown.
         TypeError: The conversion does not support the network.
     """
+
+    imitated: Sequence[nn.Module] = ()  # not modules of this one, so that no checkpoint has them
 
     def __init__(
         self,
@@ -228,8 +234,43 @@ class Method(pl.LightningModule):
         It must be the same computation for each batch of an epoch, apart from numbers that it gets
         from `step_number`.
         """
-        nll = self.likelihood.loss(self(inputs), targets)
+        nll = self.nll(self, channels_last(inputs), targets)
         return {"loss": nll, "nll": nll}
+
+    def nll(
+        self,
+        forward: Callable[[Tensor], Tensor],
+        inputs: Tensor,
+        targets: Tensor,
+        number: int = 0,
+    ) -> Tensor:
+        """Compute the NLL of the targets, or the expected one of what a network imitates.
+
+        Args:
+            forward: Computes a draw of the output.
+            inputs: Inputs [B, ...].
+            targets: Targets [B].
+            number: The place of the network that computes it in `trained_networks`.
+        """
+        if not self.imitated:
+            return self.likelihood.loss(forward(inputs), targets)
+        with torch.no_grad(), repeated_noise(inputs.device):
+            other = self.imitated[number](inputs)
+        return self.likelihood.expected_loss(forward(inputs), other)
+
+    def imitate(self) -> None:
+        """Train towards what the present networks predict, not towards the targets.
+
+        Each draw learns from a draw of the present network with the same noise, the same dropout
+        mask, or the same member. So the draws keep their differences, which are the uncertainty
+        about the weights. Targets make them alike: all are trained towards the same ones.
+        """
+        copies = [deepcopy(net).eval().requires_grad_(False) for net in self.trained_networks()]
+        for copy in copies:
+            for module in copy.modules():
+                if isinstance(module, Stochastic):  # the noise of training
+                    module.train()
+        self.imitated = copies
 
     def step_numbers(self) -> dict[str, float]:
         """Return the numbers in the loss that change from step to step, by name."""
@@ -330,6 +371,8 @@ class Method(pl.LightningModule):
                 *("overfit_batches", "limit_train_batches"),
             )
         self.train()  # a loaded model is in eval mode, which Lightning does not change
+        for network in self.imitated:
+            network.to(self.device)
 
     def on_train_epoch_start(self) -> None:
         self.seed_epoch()
