@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any
 
 import pytorch_lightning as pl
@@ -22,11 +21,11 @@ from bqnn.inference.predict import (
     predictive_until_settled,
 )
 from bqnn.inference.predictions import Prediction
-from bqnn.layers.draws import Stochastic
-from bqnn.layers.noise import reseed, repeated_noise
+from bqnn.layers.noise import reseed
 from bqnn.layers.safe_convolutions import guard_backward
 from bqnn.methods.epochs import is_last_epoch
 from bqnn.methods.evaluation import Evaluation, log_in_fit
+from bqnn.methods.imitation import Imitation
 from bqnn.methods.schedules import SCHEDULES, with_schedule
 from bqnn.methods.terms import CompiledTerms, EpochTerms, Terms
 from bqnn.methods.watch import FiniteWatch
@@ -62,15 +61,12 @@ class Method(pl.LightningModule):
         calibration: Calibrates the draws of predictions; None leaves them as they are.
         compiled_terms: Replaces `loss_terms` in training steps, see `CompileSteps`; None if steps
             are not compiled.
-        imitated: The networks in float whose predictions replace the targets, see `imitate`, in the
-            order of `trained_networks`; empty if there are targets.
+        imitation: Predicts what the networks learn, see `imitate`; None if they learn the targets.
 
     Raises:
         ValueError: A number is out of range, or the schedule is unknown.
         TypeError: The conversion does not support the network.
     """
-
-    imitated: Sequence[nn.Module] = ()  # not modules of this one, so that no checkpoint has them
 
     def __init__(
         self,
@@ -101,6 +97,7 @@ class Method(pl.LightningModule):
         self.recipe: dict[str, Any] | None = None
         self.calibration: Calibration | None = None
         self.compiled_terms: CompiledTerms | None = None
+        self.imitation: Imitation | None = None
         self.epoch_terms = EpochTerms()
         self._numbers: Mapping[str, Tensor] | None = None
         self._evaluation = Evaluation(likelihood)
@@ -244,7 +241,7 @@ class Method(pl.LightningModule):
         targets: Tensor,
         number: int = 0,
     ) -> Tensor:
-        """Compute the NLL of the targets, or the expected one of what a network imitates.
+        """Compute the NLL of a draw, or the expected one under what `imitation` predicts.
 
         Args:
             forward: Computes a draw of the output.
@@ -252,25 +249,14 @@ class Method(pl.LightningModule):
             targets: Targets [B].
             number: The place of the network that computes it in `trained_networks`.
         """
-        if not self.imitated:
+        if self.imitation is None:
             return self.likelihood.loss(forward(inputs), targets)
-        with torch.no_grad(), repeated_noise(inputs.device):
-            other = self.imitated[number](inputs)
-        return self.likelihood.expected_loss(forward(inputs), other)
+        predicted = self.imitation.predict(number, inputs)
+        return self.likelihood.expected_loss(forward(inputs), predicted)
 
     def imitate(self) -> None:
-        """Train towards what the present networks predict, not towards the targets.
-
-        Each draw learns from a draw of the present network with the same noise, the same dropout
-        mask, or the same member. So the draws keep their differences, which are the uncertainty
-        about the weights. Targets make them alike: all are trained towards the same ones.
-        """
-        copies = [deepcopy(net).eval().requires_grad_(False) for net in self.trained_networks()]
-        for copy in copies:
-            for module in copy.modules():
-                if isinstance(module, Stochastic):  # the noise of training
-                    module.train()
-        self.imitated = copies
+        """Train the networks towards what they predict now, not towards the targets."""
+        self.imitation = Imitation(self.trained_networks())
 
     def step_numbers(self) -> dict[str, float]:
         """Return the numbers in the loss that change from step to step, by name."""
@@ -371,8 +357,8 @@ class Method(pl.LightningModule):
                 *("overfit_batches", "limit_train_batches"),
             )
         self.train()  # a loaded model is in eval mode, which Lightning does not change
-        for network in self.imitated:
-            network.to(self.device)
+        if self.imitation is not None:
+            self.imitation.to(self.device)
 
     def on_train_epoch_start(self) -> None:
         self.seed_epoch()
@@ -384,6 +370,12 @@ class Method(pl.LightningModule):
         inputs, targets = batch
         compute = self.loss_terms if self.compiled_terms is None else self.compiled_terms
         terms = compute(inputs, targets)
+        if self.imitation is not None and not self.imitation.is_used:
+            raise ArgumentError(
+                f"imitate=true: loss_terms of {type(self).__name__} learns the targets, because it "
+                "does not compute its loss by Method.nll; choose false",
+                "imitate",
+            )
         self.epoch_terms.record(terms, len(targets))
         return self.weighted(terms, len(targets))
 
