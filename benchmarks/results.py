@@ -90,8 +90,51 @@ def tables(metric: str) -> str:
     return _table(["", "", "n", *methods], lines)
 
 
+def few_bits(file: str) -> str:
+    """Compare int8 networks of few bits with float, for each task of a file."""
+    columns: dict[str, Callable[[DataFrame], str]] = {
+        "error %": lambda own: _mean(100 * own["error"], 2),
+        "NLL": lambda own: _mean(own["nll"], 4),
+        "MI": lambda own: _mean(own["mi"], 4),
+        "AUROC": lambda own: _mean(own["auroc"], 3),
+        "NLL / float": lambda own: _mean(own["nll_share"], 2),
+        "MI / float": lambda own: _mean(own["mi_share"], 2),
+    }
+    blocks = []
+    for task, of_task in _by_task(_with_shares(_read(file))):
+        lines = []
+        for method, of_method in _by_method(of_task):
+            for number, (name, own) in enumerate(_by_bits(of_method)):
+                cells = [make(own) for make in columns.values()]
+                lines.append(["" if number else method, name, _count(own), *cells])
+        blocks.append(f"**{task}**:\n\n" + _table(["", "bits", "n", *columns], lines))
+    return "\n\n".join(blocks)
+
+
+def few_bits_goals() -> str:
+    """Count the goals of few bits that each fine-tuning reaches, over methods."""
+    lines = []
+    for name, file in FINE_TUNINGS.items():
+        for task, of_task in _by_task(_with_shares(_read(file))):
+            for bits, largest in GOALS.items():
+                own = _is_form(of_task, "qat", *bits)
+                means = of_task[own].groupby("method")[["nll_share", "mi_share"]].mean()
+                if means.empty:
+                    continue
+                nll = (means["nll_share"] <= largest).sum() if largest else None
+                mi = means["mi_share"].between(0.8, 1.25).sum()
+                spread = f"{means['mi_share'].min():.2f} to {means['mi_share'].max():.2f}"
+                of_nll = f"{means['nll_share'].min():.2f} to {means['nll_share'].max():.2f}"
+                shown = "" if nll is None else f"{nll} of {len(means)}"
+                line = [task, "{}, {}".format(*bits), name, of_nll, shown, spread]
+                lines.append([*line, f"{mi} of {len(means)}"])
+    header = ["", "bits", "fine-tuning", "NLL / float", "reached", "MI / float", "reached"]
+    return _table(header, sorted(lines, key=lambda line: line[:2]))
+
+
 TABLES: Mapping[str, Callable[..., str]] = {
-    function.__name__: function for function in (comparison, conformal, conformal_errors, tables)
+    function.__name__: function
+    for function in (comparison, conformal, conformal_errors, tables, few_bits, few_bits_goals)
 }
 
 
