@@ -9,6 +9,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, product
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,11 @@ METHODS = ("pointwise", "mcdropout", "bbb", "laplace", "swag", "sghmc", "ensembl
 BLOCK = re.compile(r"(<!-- table: (\w+)((?: \w+=\S+)*) -->\n)(.*?)(<!-- end of table -->)", re.S)
 ALPHA = 0.1  # of the conformal sets
 VALIDATION_ROWS = {"digits": 143, "mnist": 6000, "fashion_mnist": 6000}
+# The results of int8 networks at few bits, by how they were fine-tuned; see docs/few_bits.md.
+FINE_TUNINGS = {"imitation": "few_bits", "targets": "few_bits_targets"}
+# Bits of weights and activations, with the largest NLL as a multiple of that in float.
+GOALS = {(3, 7): 1.1, (2, 7): 1.25, (8, 4): 1.1, (8, 3): 1.25}
+SHARE_OF_MI = (0.8, 1.25)  # of that in float
 TEST_ROWS = {"digits": 364, "mnist": 10_000, "fashion_mnist": 10_000}
 
 
@@ -112,24 +118,22 @@ def few_bits(file: str) -> str:
 
 
 def few_bits_goals() -> str:
-    """Count the goals of few bits that each fine-tuning reaches, over methods."""
+    """Show in how many methods the means over seeds reach the goals, for each fine-tuning."""
+    rows = pd.concat(
+        [_with_shares(_read(file)).assign(tuned=name) for name, file in FINE_TUNINGS.items()]
+    )
     lines = []
-    for name, file in FINE_TUNINGS.items():
-        for task, of_task in _by_task(_with_shares(_read(file))):
-            for bits, largest in GOALS.items():
-                own = _is_form(of_task, "qat", *bits)
-                means = of_task[own].groupby("method")[["nll_share", "mi_share"]].mean()
-                if means.empty:
-                    continue
-                nll = (means["nll_share"] <= largest).sum() if largest else None
-                mi = means["mi_share"].between(0.8, 1.25).sum()
-                spread = f"{means['mi_share'].min():.2f} to {means['mi_share'].max():.2f}"
-                of_nll = f"{means['nll_share'].min():.2f} to {means['nll_share'].max():.2f}"
-                shown = "" if nll is None else f"{nll} of {len(means)}"
-                line = [task, "{}, {}".format(*bits), name, of_nll, shown, spread]
-                lines.append([*line, f"{mi} of {len(means)}"])
+    for (task, of_task), bits in product(_by_task(rows), GOALS):
+        for name in FINE_TUNINGS:
+            own = of_task[_is_form(of_task, "qat", *bits) & (of_task["tuned"] == name)]
+            if own.empty:
+                continue
+            means = own.groupby("method")[["nll_share", "mi_share"]].mean()
+            reached = [_reached(means["nll_share"], 0, GOALS[bits])]
+            reached.append(_reached(means["mi_share"], *SHARE_OF_MI))
+            lines.append([task, _bits(bits), name, *chain(*reached)])
     header = ["", "bits", "fine-tuning", "NLL / float", "reached", "MI / float", "reached"]
-    return _table(header, sorted(lines, key=lambda line: line[:2]))
+    return _table(header, lines)
 
 
 TABLES: Mapping[str, Callable[..., str]] = {
@@ -161,7 +165,33 @@ def draw_conformal(path: Path) -> None:
     save_small(figure, path)
 
 
-FIGURES: Mapping[str, Callable[[Path], None]] = {"docs/conformal.png": draw_conformal}
+def draw_few_bits(path: Path) -> None:
+    """Draw NLL and mutual information at few bits, with those of float as a band."""
+    rows = {name: _read(file) for name, file in FINE_TUNINGS.items()}
+    tasks = sorted(set().union(*(each["task"] for each in rows.values())))
+    methods = [m for m in METHODS if any((each["method"] == m).any() for each in rows.values())]
+    panels = [(task, metric) for task in tasks for metric in ("nll", "mi")]
+    with style():
+        figure = new_figure(7.0, 1.7 * len(panels) + 0.5)
+        grid = figure.subplots(len(panels), len(methods), squeeze=False)
+        for (task, metric), line in zip(panels, grid, strict=True):
+            for method, axes in zip(methods, line, strict=True):
+                own = {
+                    name: each[(each["task"] == task) & (each["method"] == method)]
+                    for name, each in rows.items()
+                }
+                _against_bits(axes, own, metric)
+                axes.set_title(method)
+            line[0].set_ylabel(f"{task}: {'NLL' if metric == 'nll' else 'MI'}")
+        handles, names = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=4)
+    save_small(figure, path)
+
+
+FIGURES: Mapping[str, Callable[[Path], None]] = {
+    "docs/conformal.png": draw_conformal,
+    "docs/few_bits.png": draw_few_bits,
+}
 
 
 def coverage_deviation(task: str, num_seeds: int) -> float:
@@ -221,6 +251,35 @@ def _by_task(rows: DataFrame) -> Iterable[tuple[str, DataFrame]]:
 def _is_form(rows: DataFrame, form: str, weight_bits: int, activation_bits: int) -> "Series[bool]":
     bits = (rows["weight_bits"] == weight_bits) & (rows["activation_bits"] == activation_bits)
     return (rows["form"] == form) & bits
+
+
+def _with_shares(rows: DataFrame) -> DataFrame:
+    """Add NLL and mutual information as multiples of those of the same network in float."""
+    own = ["task", "method", "seed"]
+    found = rows.merge(rows.loc[rows["form"] == "float", [*own, "nll", "mi"]], "left", own)
+    found = found.rename(columns={"nll_x": "nll", "mi_x": "mi"})
+    return found.assign(
+        nll_share=found["nll"] / found["nll_y"], mi_share=found["mi"] / found["mi_y"]
+    )
+
+
+def _by_bits(rows: DataFrame) -> Iterable[tuple[str, DataFrame]]:
+    """Yield float, then the bits of weights and activations in the order of `GOALS`."""
+    yield "float", rows[rows["form"] == "float"]
+    for bits in GOALS:
+        own = rows[_is_form(rows, "qat", *bits)]
+        if len(own):
+            yield _bits(bits), own
+
+
+def _bits(bits: tuple[int, int]) -> str:
+    return f"{bits[0]}, {bits[1]}"
+
+
+def _reached(shares: "Series[float]", low: float, high: float) -> tuple[str, str]:
+    """Return the span of shares, and how many are from `low` to `high`."""
+    count = int(shares.between(low, high).sum())
+    return f"{shares.min():.2f} to {shares.max():.2f}", f"{count} of {len(shares)}"
 
 
 def _by_method(rows: DataFrame) -> Iterable[tuple[str, DataFrame]]:
@@ -284,6 +343,22 @@ def _error(values: "Series[float]") -> str:
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _against_bits(axes: "Axes", rows: Mapping[str, DataFrame], metric: str) -> None:
+    """Draw a metric of each fine-tuning against the bits, and that of float as a band."""
+    for (name, own), color in zip(rows.items(), COLORS, strict=False):
+        found = {bits: each[metric] for bits, each in _by_bits(own)}
+        of_float = found.pop("float")
+        if color == COLORS[0] and len(of_float):
+            mean, std = of_float.mean(), of_float.std()
+            axes.axhspan(mean - std, mean + std, color=GREY, alpha=0.25, linewidth=0)
+            axes.axhline(mean, color=GREY, linewidth=0.8, label="float")
+        means, spreads = (
+            [f(values) for values in found.values()] for f in (Series.mean, Series.std)
+        )
+        axes.errorbar([*found], means, spreads, color=color, marker="o", markersize=3, label=name)
+    axes.set_ylim(bottom=0)
 
 
 def _curves(axes: "Axes", rows: DataFrame, column: str) -> None:

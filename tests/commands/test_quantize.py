@@ -265,4 +265,3 @@ def test_a_fine_tuning_that_imitates_learns_other_weights_than_from_targets(
         assert metrics["int8/test/nll"] == metrics["simulated/test/nll"]
         nlls.append(metrics["int8/test/nll"])
     assert nlls[0] != nlls[1]
-

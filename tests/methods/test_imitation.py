@@ -10,7 +10,7 @@ from bqnn.methods import METHODS, Method, Pointwise
 from bqnn.methods.imitation import Imitation
 from bqnn.methods.terms import Terms
 from tests.bare_trainer import bare_trainer
-from tests.small_methods import image_method, images, made, table, table_method
+from tests.small_methods import image_method, images, table, table_method
 
 
 def gradients(method: Method, inputs: Tensor, targets: Tensor) -> list[float]:
