@@ -260,7 +260,7 @@ def test_the_rate_of_fine_tuning_grows_with_the_weights_step() -> None:
         return fine_tuning_optimizer(config["quant"])["lr"]
 
     assert [rate(f"quant.weight_bits={bits}") for bits in (8, 6, 4, 2)] == pytest.approx(
-        [2.5e-5, 1e-4, 4e-4, 1.6e-3]
+        [3e-5 * 255 / steps for steps in (255, 63, 15, 3)]
     )
     assert rate("quant.activation_bits=4") == rate("quant.weight_bits=5")
     assert rate("quant.activation_bits=4", "quant.weight_bits=3") == rate("quant.weight_bits=3")
