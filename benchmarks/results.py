@@ -136,9 +136,27 @@ def few_bits_goals() -> str:
     return _table(header, lines)
 
 
+def few_bits_ablation() -> str:
+    """Compare fine-tunings at few bits on validation rows, by NLL and MI as multiples of float."""
+    rows = _read("few_bits_ablation").fillna({"options": ""})
+    rows["nll_share"] = rows["nll"] / rows["float_nll"]
+    rows["mi_share"] = rows["mi"] / rows["float_mi"]
+    varied = ["method", "weight_bits", "activation_bits", "learns", "options", "lr"]
+    lines = []
+    for (method, *bits, learns, options, rate), own in rows.groupby(varied, sort=False):
+        shares = [_mean(own[name], 2) for name in ("nll_share", "mi_share")]
+        about = [str(method), _bits((bits[0], bits[1])), str(learns), str(options), f"{rate:.1e}"]
+        lines.append([*about, str(len(own)), *shares])
+    header = ["", "bits", "learns", "options", "rate", "n", "NLL / float", "MI / float"]
+    return _table(header, lines)
+
+
 TABLES: Mapping[str, Callable[..., str]] = {
     function.__name__: function
-    for function in (comparison, conformal, conformal_errors, tables, few_bits, few_bits_goals)
+    for function in (
+        *(comparison, conformal, conformal_errors, tables),
+        *(few_bits, few_bits_goals, few_bits_ablation),
+    )
 }
 
 
