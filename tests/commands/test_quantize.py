@@ -258,10 +258,10 @@ def test_a_fine_tuning_that_imitates_learns_other_weights_than_from_targets(
     nlls = []
     for imitate in ("true", "false"):
         arguments = [f"checkpoint={trained}/{method}_0/checkpoint.ckpt", "plots=false", *QUICK]
-        arguments += [f"quant.fine_tuning.imitate={imitate}", f"hydra.run.dir={imitate}"]
+        arguments += [f"quant.fine_tuning.imitate={imitate}", f"hydra.run.dir=run_{imitate}"]
         code, errors = script_here("quantize", *arguments)
         assert code == 0, errors
-        metrics = json.loads((tmp_path / imitate / "metrics.json").read_text())
+        metrics = json.loads((tmp_path / f"run_{imitate}" / "metrics.json").read_text())
         assert metrics["int8/test/nll"] == metrics["simulated/test/nll"]
         nlls.append(metrics["int8/test/nll"])
     assert nlls[0] != nlls[1]
