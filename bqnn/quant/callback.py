@@ -159,10 +159,10 @@ def fine_tuning_optimizer(options: Mapping[str, Any]) -> dict[str, Any]:
         options: The group `quant` of a configuration.
 
     Examples:
-        >>> tuning = {"lr_at_8_bits": 1e-4, "optimizer": {"name": "adam", "lr": None}}
-        >>> bits = {"weight_bits": 6, "activation_bits": 7}
+        >>> tuning = {"lr_at_8_bits": 3e-5, "optimizer": {"name": "adam", "lr": None}}
+        >>> bits = {"weight_bits": 4, "activation_bits": 7}
         >>> fine_tuning_optimizer({"fine_tuning": tuning, **bits})
-        {'name': 'adam', 'lr': 0.00040476190476190476}
+        {'name': 'adam', 'lr': 0.00051}
     """
     tuning = options["fine_tuning"]
     bits = min(options["weight_bits"], options["activation_bits"] + 1)
