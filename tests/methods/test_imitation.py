@@ -4,11 +4,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bqnn.layers.bayes import BayesLinear
+from bqnn.layers.bayes import BayesConv2d, BayesLinear
 from bqnn.layers.dropout import MCDropout
+from bqnn.layers.markers import Enter, Leave
 from bqnn.methods import METHODS, Method, Pointwise
 from bqnn.methods.imitation import Imitation
 from bqnn.methods.terms import Terms
+from bqnn.quant.fuse import fuse
+from bqnn.quant.simulated import enable, freeze, prepare
+from bqnn.quant.spec import QuantSpec
 from tests.bare_trainer import bare_trainer
 from tests.small_methods import image_method, images, table, table_method
 
@@ -46,6 +50,22 @@ def test_a_draw_learns_from_the_draw_with_the_same_noise(kind: str) -> None:
     assert not torch.equal(second, first)
     assert torch.equal(net(x), second)
     assert not any(param.requires_grad for param in imitation.networks[0].parameters())
+
+
+@torch.no_grad()
+def test_fused_batch_norm_keeps_the_noise_of_its_layer() -> None:
+    torch.manual_seed(0)
+    conv, norm = BayesConv2d(2, 4, 3, init_rho=0.0), nn.BatchNorm2d(4)
+    norm.weight.copy_(torch.tensor([1.0, -1.0, 0.5, -2.0]))
+    norm.running_mean.normal_()
+    net = nn.Sequential(Enter(), conv, norm, nn.ReLU(), Leave())
+    imitation, x = Imitation([net]), torch.randn(8, 2, 5, 5)
+    simulated = prepare(fuse(net), QuantSpec()).train()
+    enable(simulated, False)
+    freeze(simulated)
+    predicted = imitation.predict(0, x)
+    assert torch.allclose(simulated(x), predicted, atol=1e-4)
+    assert not torch.allclose(simulated(x), predicted, atol=1e-1)  # other noise
 
 
 def test_a_method_that_does_not_imitate_says_so() -> None:
