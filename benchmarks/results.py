@@ -11,6 +11,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, product
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,11 @@ BLOCK = re.compile(r"(<!-- table: (\w+)((?: \w+=\S+)*) -->\n)(.*?)(<!-- end of t
 ALPHA = 0.1  # of the conformal sets
 VALIDATION_ROWS = {"digits": 143, "mnist": 6000, "fashion_mnist": 6000}
 TEST_ROWS = {"digits": 364, "mnist": 10_000, "fashion_mnist": 10_000}
+# The results of int8 networks at few bits, by how they were fine-tuned; see docs/few_bits.md.
+FINE_TUNINGS = {"imitation": "few_bits", "targets": "few_bits_targets"}
+# Bits of weights and activations, with the largest NLL as a multiple of that in float.
+GOALS = {(3, 7): 1.1, (2, 7): 1.25, (8, 4): 1.1, (8, 3): 1.25}
+SHARE_OF_MI = (0.8, 1.25)  # of that in float
 
 
 def comparison() -> str:
@@ -97,8 +103,67 @@ def tables(metric: str) -> str:
     return _table(["", "", "n", *methods], lines)
 
 
+def few_bits(file: str) -> str:
+    """Compare int8 networks of few bits with float, for each task of a file."""
+    columns: dict[str, Callable[[DataFrame], str]] = {
+        "error %": lambda own: _mean(100 * own["error"], 2),
+        "NLL": lambda own: _mean(own["nll"], 4),
+        "MI": lambda own: _mean(own["mi"], 4),
+        "AUROC": lambda own: _mean(own["auroc"], 3),
+        "NLL / float": lambda own: _mean(own["nll_share"], 2),
+        "MI / float": lambda own: _mean(own["mi_share"], 2),
+    }
+    blocks = []
+    for task, of_task in _by_task(_with_shares(_read(file))):
+        lines = []
+        for method, of_method in _by_method(of_task):
+            for number, (name, own) in enumerate(_by_bits(of_method)):
+                cells = [make(own) for make in columns.values()]
+                lines.append(["" if number else method, name, _count(own), *cells])
+        blocks.append(f"**{task}**:\n\n" + _table(["", "bits", "n", *columns], lines))
+    return "\n\n".join(blocks)
+
+
+def few_bits_goals() -> str:
+    """Show in how many methods the means over seeds reach the goals, for each fine-tuning."""
+    rows = pd.concat(
+        [_with_shares(_read(file)).assign(tuned=name) for name, file in FINE_TUNINGS.items()]
+    )
+    lines = []
+    for (task, of_task), bits in product(_by_task(rows), GOALS):
+        for name in FINE_TUNINGS:
+            own = of_task[_is_form(of_task, "qat", *bits) & (of_task["tuned"] == name)]
+            if own.empty:
+                continue
+            means = own.groupby("method")[["nll_share", "mi_share"]].mean()
+            reached = [_reached(means["nll_share"], 0, GOALS[bits])]
+            reached.append(_reached(means["mi_share"], *SHARE_OF_MI))
+            lines.append([task, _bits(bits), name, *chain(*reached)])
+    header = ["", "bits", "fine-tuning", "NLL / float", "reached", "MI / float", "reached"]
+    return _table(header, lines)
+
+
+def few_bits_ablation() -> str:
+    """Compare fine-tunings at few bits on validation rows, by NLL and MI as multiples of float."""
+    rows = _read("few_bits_ablation").fillna({"options": ""})
+    rows["nll_share"] = rows["nll"] / rows["float_nll"]
+    rows["mi_share"] = rows["mi"] / rows["float_mi"]
+    varied = ["method", "weight_bits", "activation_bits", "learns", "options", "lr"]
+    lines = []
+    for (method, *bits, learns, options, rate), own in rows.groupby(varied, sort=False):
+        shares = [_mean(own[name], 2) for name in ("nll_share", "mi_share")]
+        about = [str(method), _bits((bits[0], bits[1])), str(learns), str(options), f"{rate:.1e}"]
+        lines.append([*about, str(len(own)), *shares])
+    header = ["", "bits", "learns", "options", "rate", "n", "NLL / float", "MI / float"]
+    return _table(header, lines)
+
+
 TABLES: Mapping[str, Callable[..., str]] = {
-    function.__name__: function for function in (comparison, conformal, conformal_errors, tables)
+    function.__name__: function
+    for function in (
+        *(comparison, conformal, conformal_errors, tables),
+        *(few_bits, few_bits_goals, few_bits_ablation),
+    )
 }
 
 
@@ -109,6 +174,29 @@ def draw_bit_widths(path: Path) -> None:
         nll.set_yscale("log")
         information.set_yscale("log")
         information.set_ylim(bottom=1e-4)
+    save_small(figure, path)
+
+
+def draw_few_bits(path: Path) -> None:
+    """Draw NLL and mutual information at few bits, with those of float as a band."""
+    rows = {name: _read(file) for name, file in FINE_TUNINGS.items()}
+    tasks = sorted(set().union(*(each["task"] for each in rows.values())))
+    methods = [m for m in METHODS if any((each["method"] == m).any() for each in rows.values())]
+    panels = [(task, metric) for task in tasks for metric in ("nll", "mi")]
+    with style():
+        figure = new_figure(7.0, 1.7 * len(panels) + 0.5)
+        grid = figure.subplots(len(panels), len(methods), squeeze=False)
+        for (task, metric), line in zip(panels, grid, strict=True):
+            for method, axes in zip(methods, line, strict=True):
+                own = {
+                    name: each[(each["task"] == task) & (each["method"] == method)]
+                    for name, each in rows.items()
+                }
+                _against_bits(axes, own, metric)
+                axes.set_title(method)
+            line[0].set_ylabel(f"{task}: {'NLL' if metric == 'nll' else 'MI'}")
+        handles, names = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=4)
     save_small(figure, path)
 
 
@@ -127,6 +215,7 @@ def draw_conformal(path: Path) -> None:
 FIGURES: Mapping[str, Callable[[Path], None]] = {
     "docs/bit_widths.png": draw_bit_widths,
     "docs/conformal.png": draw_conformal,
+    "docs/few_bits.png": draw_few_bits,
 }
 
 
@@ -247,6 +336,35 @@ def _is_form(rows: DataFrame, form: str, weight_bits: int, activation_bits: int)
     return (rows["form"] == form) & bits
 
 
+def _with_shares(rows: DataFrame) -> DataFrame:
+    """Add NLL and mutual information as multiples of those of the same network in float."""
+    own = ["task", "method", "seed"]
+    found = rows.merge(rows.loc[rows["form"] == "float", [*own, "nll", "mi"]], "left", own)
+    found = found.rename(columns={"nll_x": "nll", "mi_x": "mi"})
+    return found.assign(
+        nll_share=found["nll"] / found["nll_y"], mi_share=found["mi"] / found["mi_y"]
+    )
+
+
+def _by_bits(rows: DataFrame) -> Iterable[tuple[str, DataFrame]]:
+    """Yield float, then the bits of weights and activations in the order of `GOALS`."""
+    yield "float", rows[rows["form"] == "float"]
+    for bits in GOALS:
+        own = rows[_is_form(rows, "qat", *bits)]
+        if len(own):
+            yield _bits(bits), own
+
+
+def _bits(bits: tuple[int, int]) -> str:
+    return f"{bits[0]}, {bits[1]}"
+
+
+def _reached(shares: "Series[float]", low: float, high: float) -> tuple[str, str]:
+    """Return the span of shares, and how many are from `low` to `high`."""
+    count = int(shares.between(low, high).sum())
+    return f"{shares.min():.2f} to {shares.max():.2f}", f"{count} of {len(shares)}"
+
+
 def _by_method(rows: DataFrame) -> Iterable[tuple[str, DataFrame]]:
     for method in METHODS:
         own = rows[rows["method"] == method]
@@ -308,6 +426,22 @@ def _error(values: "Series[float]") -> str:
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _against_bits(axes: "Axes", rows: Mapping[str, DataFrame], metric: str) -> None:
+    """Draw a metric of each fine-tuning against the bits, and that of float as a band."""
+    for (name, own), color in zip(rows.items(), COLORS, strict=False):
+        found = {bits: each[metric] for bits, each in _by_bits(own)}
+        of_float = found.pop("float")
+        if color == COLORS[0] and len(of_float):
+            mean, std = of_float.mean(), of_float.std()
+            axes.axhspan(mean - std, mean + std, color=GREY, alpha=0.25, linewidth=0)
+            axes.axhline(mean, color=GREY, linewidth=0.8, label="float")
+        means, spreads = (
+            [f(values) for values in found.values()] for f in (Series.mean, Series.std)
+        )
+        axes.errorbar([*found], means, spreads, color=color, marker="o", markersize=3, label=name)
+    axes.set_ylim(bottom=0)
 
 
 def _panels(columns: Mapping[str, str]) -> "tuple[Figure, list[tuple[str, DataFrame, Axes, Axes]]]":

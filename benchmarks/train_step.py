@@ -169,11 +169,10 @@ def _quantized_step(method: str) -> Callable[[], None]:
     inputs, targets = data.normalize(data.train.inputs[:256]), data.train.targets[:256]
     if not isinstance(model, MemberTuning):
         return lambda: _step(model, optimizer, inputs, targets)
-    (member,) = model.net.members
 
     def step() -> None:
         optimizer.zero_grad()
-        torch.as_tensor(model.member_terms(member, inputs, targets)["loss"]).backward()
+        torch.as_tensor(model.member_terms(0, inputs, targets)["loss"]).backward()
         optimizer.step()
 
     return step

@@ -29,7 +29,7 @@ from bqnn.jobs.isolation import leave_as_found
 from bqnn.jobs.job import Job
 from bqnn.jobs.parts import run_parts
 from bqnn.jobs.terminal import say
-from bqnn.methods import EnsembleMethod, MemberTraining, Method
+from bqnn.methods import Method
 from bqnn.quant.callback import (
     calibrate_module,
     fine_tuning_optimizer,
@@ -64,12 +64,11 @@ def check(config: dict[str, Any], is_sweep: bool) -> None:
     """
     quant, tuning = config["quant"], config["quant"]["fine_tuning"]
     QuantSpec.from_config(quant)
-    for name, is_set in (("control", quant["control"]), ("fine_tuning.imitate", tuning["imitate"])):
-        if is_set and quant["mode"] != "qat":
-            raise ValueError(
-                f"quant.{name}=true: quant.mode={quant['mode']} trains nothing; leave it out, or "
-                "set quant.mode=qat"
-            )
+    if quant["control"] and quant["mode"] != "qat":
+        raise ValueError(
+            f"quant.control=true: quant.mode={quant['mode']} trains nothing; leave it out, or set "
+            "quant.mode=qat"
+        )
     refuse_devices(config["trainer"], allow_several=False)
     check_optimizer("quant.fine_tuning.optimizer", tuning["optimizer"])
 
@@ -89,12 +88,6 @@ def quantize(job: Job) -> None:
     prepare_torch(job)
     model = load(job.config["checkpoint"], trust=job.config["trust"])
     drop_calibration(model)
-    if job.config["quant"]["fine_tuning"]["imitate"] and not isinstance(model, EnsembleMethod):
-        raise ValueError(
-            "quant.fine_tuning.imitate=true: only the members of an ensemble imitate their "
-            f"networks, and the checkpoint is of method={job.config['method']['name']}; leave it "
-            "out"
-        )
     data = make_data(job.config, model.recipe)
     loggers, timer = make_loggers(job), EpochTimer(job)
     num_samples = model.check_samples(job.config["num_samples"])
@@ -192,10 +185,12 @@ def fine_tune_control(job: Job, timer: EpochTimer, model: Method, data: TensorDa
 def prepare_fine_tuning(options: Mapping[str, Any], model: Method, data: TensorData) -> Method:
     """Return the method that fine-tunes a trained one, and give the data its order of rows."""
     tuning = options["fine_tuning"]
-    model = model.fine_tuning(fine_tuning_optimizer(options), tuning["prior_weight"])
+    prior_weight = tuning["prior_weight"]
+    if prior_weight is None:
+        prior_weight = 0.0 if tuning["imitate"] else 1.0
+    model = model.fine_tuning(fine_tuning_optimizer(options), prior_weight)
     if tuning["imitate"]:
-        assert isinstance(model, MemberTraining)
-        model.imitate_members()
+        model.imitate()
     data.order = Stream.FINE_TUNING_ORDER
     if tuning["seed"] is not None:  # for batches and noise; validation rows are unchanged
         model.seed = data.seed = tuning["seed"]

@@ -1,7 +1,9 @@
 """Fast Gaussian noise and Bernoulli samples on the CPU."""
 
 import functools
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -99,6 +101,26 @@ def reseed(device: torch.device, seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
+
+
+@contextmanager
+def repeated_noise(device: torch.device) -> Iterator[None]:
+    """Let the code after the context draw the random numbers of its body again.
+
+    It restores torch's global generators of the CPU and of `device`.
+
+    Args:
+        device: The device in use.
+
+    Examples:
+        >>> with repeated_noise(torch.device("cpu")):
+        ...     first = torch.randn(3)
+        >>> torch.equal(torch.randn(3), first)
+        True
+    """
+    others = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(others, device_type=device.type if others else "cuda"):
+        yield
 
 
 def _fill(memory: Tensor, generator: torch.Generator, std: float = 1.0) -> None:

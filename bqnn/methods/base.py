@@ -26,6 +26,7 @@ from bqnn.layers.noise import reseed
 from bqnn.layers.safe_convolutions import guard_backward
 from bqnn.methods.epochs import is_last_epoch
 from bqnn.methods.evaluation import Evaluation, log_in_fit
+from bqnn.methods.imitation import Imitation
 from bqnn.methods.schedules import SCHEDULES, with_schedule
 from bqnn.methods.terms import CompiledTerms, EpochTerms, Terms
 from bqnn.methods.watch import FiniteWatch
@@ -61,6 +62,7 @@ class Method(pl.LightningModule):
         calibration: Calibrates the draws of predictions; None leaves them as they are.
         compiled_terms: Replaces `loss_terms` in training steps, see `CompileSteps`; None if steps
             are not compiled.
+        imitation: Predicts what the networks learn, see `imitate`; None if they learn the targets.
 
     Raises:
         ValueError: A number is out of range, or the schedule is unknown.
@@ -96,6 +98,7 @@ class Method(pl.LightningModule):
         self.recipe: dict[str, Any] | None = None
         self.calibration: Calibration | None = None
         self.compiled_terms: CompiledTerms | None = None
+        self.imitation: Imitation | None = None
         self.epoch_terms = EpochTerms()
         self._numbers: Mapping[str, Tensor] | None = None
         self._evaluation = Evaluation(likelihood)
@@ -229,8 +232,32 @@ class Method(pl.LightningModule):
         It must be the same computation for each batch of an epoch, apart from numbers that it gets
         from `step_number`.
         """
-        nll = self.likelihood.loss(self(inputs), targets)
+        nll = self.nll(self, channels_last(inputs), targets)
         return {"loss": nll, "nll": nll}
+
+    def nll(
+        self,
+        forward: Callable[[Tensor], Tensor],
+        inputs: Tensor,
+        targets: Tensor,
+        number: int = 0,
+    ) -> Tensor:
+        """Compute the NLL of a draw, or the expected one under what `imitation` predicts.
+
+        Args:
+            forward: Computes a draw of the output.
+            inputs: Inputs [B, ...].
+            targets: Targets [B].
+            number: The place of the network that computes it in `trained_networks`.
+        """
+        if self.imitation is None:
+            return self.likelihood.loss(forward(inputs), targets)
+        predicted = self.imitation.predict(number, inputs)
+        return self.likelihood.expected_loss(forward(inputs), predicted)
+
+    def imitate(self) -> None:
+        """Train the networks towards what they predict now, not towards the targets."""
+        self.imitation = Imitation(self.trained_networks())
 
     def step_numbers(self) -> dict[str, float]:
         """Return the numbers in the loss that change from step to step, by name."""
@@ -331,6 +358,8 @@ class Method(pl.LightningModule):
                 *("overfit_batches", "limit_train_batches"),
             )
         self.train()  # a loaded model is in eval mode, which Lightning does not change
+        if self.imitation is not None:
+            self.imitation.to(self.device)
 
     def on_train_epoch_start(self) -> None:
         self.seed_epoch()
@@ -342,6 +371,12 @@ class Method(pl.LightningModule):
         inputs, targets = batch
         compute = self.loss_terms if self.compiled_terms is None else self.compiled_terms
         terms = compute(inputs, targets)
+        if self.imitation is not None and not self.imitation.is_used:
+            raise ArgumentError(
+                f"imitate=true: loss_terms of {type(self).__name__} learns the targets, because it "
+                "does not compute its loss by Method.nll; choose false",
+                "imitate",
+            )
         self.epoch_terms.record(terms, len(targets))
         return self.weighted(terms, len(targets))
 

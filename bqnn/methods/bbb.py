@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from bqnn.arguments import real_number, whole_number
 from bqnn.inference.likelihoods import Likelihood
 from bqnn.layers.bayes import GaussianWeight, JointPosterior, to_bayes
-from bqnn.methods.base import Method, Parameters
+from bqnn.methods.base import Method, Parameters, channels_last
 from bqnn.methods.start import PointwiseStart
 from bqnn.methods.terms import Terms
 from bqnn.seeds import Stream
@@ -81,7 +81,7 @@ class BayesByBackprop(PointwiseStart):
 
     def loss_terms(self, inputs: Tensor, targets: Tensor) -> Terms:
         with JointPosterior(self.net) as posterior:
-            nll = self.likelihood.loss(self(inputs), targets)
+            nll = self.nll(self, channels_last(inputs), targets)
         kl = posterior.kl()
         beta = self.step_number("beta")
         loss = nll + beta * kl / self.num_train

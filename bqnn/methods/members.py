@@ -1,7 +1,6 @@
 """Training of the members of an ensemble, independently of each other."""
 
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
@@ -54,49 +53,23 @@ class MemberTraining(EnsembleMethod):
     members.
     """
 
-    imitated: Sequence[nn.Module] = ()  # not modules of this one, so that no checkpoint has them
-
-    def imitate_members(self) -> None:
-        """Train each member towards what its present network predicts, not towards the targets.
-
-        All members are trained towards the same targets, and become more alike by it. With few
-        bits, a member can so follow its own network in float, and the ensemble keeps its
-        disagreement.
-        """
-        copies = [deepcopy(member) for member in self.net.members]
-        self.imitated = [copy.eval().requires_grad_(False) for copy in copies]
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        for network in self.imitated:
-            network.to(self.device)
-
     def trained_parameters(self) -> list[nn.Parameter]:
         return [param for param in self.net.members.parameters() if param.requires_grad]
 
     def trained_networks(self) -> list[nn.Module]:
         return list(self.net.members)
 
-    def member_terms(self, member: nn.Module, inputs: Tensor, targets: Tensor) -> Terms:
+    def member_terms(self, number: int, inputs: Tensor, targets: Tensor) -> Terms:
         """Return the loss of a member for a batch as `loss`, and its terms by name."""
-        nll = self.member_nll(member, inputs, targets)
+        nll = self.nll(self.net.members[number], inputs, targets, number)
         return {"loss": nll, "nll": nll}
-
-    def member_nll(self, member: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the NLL of the targets, or the expected one of what `imitated` predicts."""
-        if not self.imitated:
-            return self.likelihood.loss(member(inputs), targets)
-        number = next(i for i, own in enumerate(self.net.members) if own is member)
-        with torch.no_grad():
-            other = self.imitated[number](inputs)
-        return self.likelihood.expected_loss(member(inputs), other)
 
     def loss_terms(self, inputs: Tensor, targets: Tensor) -> Terms:
         """Return means over members. The gradients of `loss` are those of the members' losses."""
         gradients: dict[nn.Parameter, Tensor] = {}
         all_terms = []
-        for member in self.net.members:
-            terms = self.member_terms(member, inputs, targets)
+        for number, member in enumerate(self.net.members):
+            terms = self.member_terms(number, inputs, targets)
             loss = terms["loss"]
             assert isinstance(loss, Tensor)
             gradients |= _gradients(loss, member)  # one backward pass per member, to limit memory
@@ -161,8 +134,9 @@ class MemberTuning(MemberTraining):
         self.stream = Stream.FINE_TUNING
         self.net.members.requires_grad_(True)
 
-    def member_terms(self, member: nn.Module, inputs: Tensor, targets: Tensor) -> Terms:
-        nll = self.member_nll(member, inputs, targets)
+    def member_terms(self, number: int, inputs: Tensor, targets: Tensor) -> Terms:
+        member = self.net.members[number]
+        nll = self.nll(member, inputs, targets, number)
         prior = self.prior_energy(member)
         scale = self.prior_weight * self.temperature / self.num_train
         return {"loss": nll + scale * prior, "nll": nll, "prior": prior}

@@ -152,18 +152,21 @@ def fine_tuning_optimizer(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of the fine-tuning optimizer, with a default for the learning rate.
 
     A weight must move by half a step of its grid to change its integer. The default learning rate
-    is therefore proportional to the step: it doubles with every bit less.
+    is therefore proportional to the step, 1 / (2^bits - 1), which doubles with every bit less.
+    Coarse activations need fast weights, too: b bits of the unsigned activations count as b + 1.
 
     Args:
         options: The group `quant` of a configuration.
 
     Examples:
-        >>> tuning = {"lr_at_8_bits": 1e-4, "optimizer": {"name": "adam", "lr": None}}
-        >>> fine_tuning_optimizer({"fine_tuning": tuning, "weight_bits": 6})
-        {'name': 'adam', 'lr': 0.0004}
+        >>> tuning = {"lr_at_8_bits": 3e-5, "optimizer": {"name": "adam", "lr": None}}
+        >>> bits = {"weight_bits": 4, "activation_bits": 7}
+        >>> fine_tuning_optimizer({"fine_tuning": tuning, **bits})
+        {'name': 'adam', 'lr': 0.00051}
     """
     tuning = options["fine_tuning"]
-    rate = tuning["lr_at_8_bits"] * 2 ** (8 - options["weight_bits"])
+    bits = min(options["weight_bits"], options["activation_bits"] + 1)
+    rate = tuning["lr_at_8_bits"] * (2**8 - 1) / (2**bits - 1)
     return {
         name: rate if name == "lr" and value is None else value
         for name, value in tuning["optimizer"].items()

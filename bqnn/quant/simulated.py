@@ -374,9 +374,17 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):  # type: ignore[mi
         if not self.training:
             return super().apply_weights(x, factor, bias)
         mean, sigma = self.grids.parameters_on_grid(*self.folded_parameters(factor))
-        return local_reparametrization(
-            x, _laid_out_as(x, mean), sigma.square(), bias, self.geometry
-        )
+        if factor is None:
+            return self.sample_outputs(x, mean, sigma, bias)
+        sign = factor.sign()  # equal noise then gives the same draw as in the float network
+        bias = None if bias is None else bias * sign
+        out = self.sample_outputs(x, mean * FakeQuant.along(mean, sign), sigma, bias)
+        return out * _like_outputs(sign, out)
+
+    def sample_outputs(self, x: Tensor, mean: Tensor, sigma: Tensor, bias: Tensor | None) -> Tensor:
+        """Sample the outputs for weights N(mean, sigma^2) by local reparametrization."""
+        mean = _laid_out_as(x, mean)
+        return local_reparametrization(x, mean, sigma.square(), bias, self.geometry)
 
     def draw(self) -> Tensor:
         """Draw the weights with batch norm folded in, rounded to their grid."""

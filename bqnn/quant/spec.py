@@ -41,7 +41,8 @@ class QuantSpec:
         noise_bits: For Gaussian weights, the bit width of eps and of sigma * eps.
         noise_range: For Gaussian weights, the range of the noise in standard deviations.
         rounding: For Gaussian weights, the rounding of the noise of a draw: `nearest`, or
-            `stochastic`, which keeps its variance.
+            `stochastic`, which keeps its variance; None for `stochastic` where drawn weights have
+            3 bits or fewer.
         engine: What executes the integers: `fbgemm`, `x86`, `onednn`, `onnxruntime` or
             `reference`.
         overrides: Dictionaries with the key `layer`, a glob over layer names, and bit widths for
@@ -71,7 +72,7 @@ class QuantSpec:
     sigma_grid: str = "linear"
     noise_bits: int = 8
     noise_range: float = 3.0
-    rounding: str = "nearest"
+    rounding: str | None = None
     engine: str = "fbgemm"
     overrides: tuple[Mapping[str, Any], ...] = ()
     keep: tuple[str, ...] = ()
@@ -90,7 +91,8 @@ class QuantSpec:
         )
         _check_choice("strategy", self.strategy, ("both", "parameters", "weights"))
         _check_choice("sigma_grid", self.sigma_grid, ("linear", "log"))
-        _check_choice("rounding", self.rounding, ("nearest", "stochastic"))
+        if self.rounding is not None:
+            _check_choice("rounding", self.rounding, ("nearest", "stochastic"))
         _check_choice("engine", self.engine, ENGINES)
         if not isinstance(self.weight_symmetric, bool):
             shown = _shown(self.weight_symmetric)
@@ -120,6 +122,7 @@ class QuantSpec:
         """
         known = {field.name for field in fields(cls)}
         options = {key: value for key, value in options.items() if key not in RETIRED}
+        options = {**BEFORE, **options}
         for key in options:
             if key not in known:
                 raise ArgumentError(f"{_shown(key)}: no such option of a quantization", _shown(key))
@@ -179,6 +182,18 @@ class QuantSpec:
                 bits |= {key: value for key, value in override.items() if key != "layer"}
         return replace(self, **bits, overrides=()) if bits or self.overrides else self
 
+    @property
+    def draw_bits(self) -> int:
+        """The bit width of drawn weights."""
+        return 8 if self.strategy == "parameters" else self.weight_bits
+
+    @property
+    def rounds_at_random(self) -> bool:
+        """Whether the noise of a draw is rounded at random."""
+        if self.rounding is None:
+            return self.draw_bits <= FEW_BITS
+        return self.rounding == "stochastic"
+
     def check_trainable(self) -> None:
         """Raise a ValueError if the observer of activations supports only calibration."""
         if self.activation_observer == "histogram":
@@ -199,7 +214,9 @@ class QuantSpec:
                 )
 
 
+FEW_BITS = 3  # of weights: most of the noise is smaller than half a step
 RETIRED = ("allow_saturation",)  # in recipes of older versions; without effect
+BEFORE = {"rounding": "nearest"}  # what recipes of older versions do not say
 PROCEDURE = ("name", "mode", "control", "freeze_epochs", "fine_tuning")
 OBSERVERS = {"qat": "moving_average", "ptq": "histogram"}
 LAYER_BITS = ("weight_bits", "activation_bits", "sigma_bits", "noise_bits")

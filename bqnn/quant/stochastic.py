@@ -86,11 +86,9 @@ class GaussianGrids(nn.Module):
         channels = num_channels if spec.weight_granularity == "channel" else None
         sigma_bits = spec.weight_bits if spec.sigma_bits is None else spec.sigma_bits
         self.noise_range = spec.noise_range
-        self.rounding = spec.rounding
+        self.rounds_at_random = spec.rounds_at_random
         self.is_searched = spec.weight_observer == "least_squares"
-        self.weight = weight_fake_quant(
-            spec, num_channels, bits=8 if spec.strategy == "parameters" else None
-        )
+        self.weight = weight_fake_quant(spec, num_channels, bits=spec.draw_bits)
         self.mean: FakeQuant | None = None
         self.sigma: FakeQuant | LogFakeQuant | None = None
         if spec.strategy != "weights":
@@ -151,7 +149,7 @@ class GaussianGrids(nn.Module):
 
     def _drawn(self, mean: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
         """Draw the weights before their last rounding."""
-        is_stochastic = self.rounding == "stochastic" and self.weight.enabled
+        is_stochastic = self.rounds_at_random and self.weight.enabled
         if self.noise is not None and self.product is not None:
             noise = self.product.round(self.noise.round(eps) * sigma)
         elif is_stochastic:

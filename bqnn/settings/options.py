@@ -178,7 +178,7 @@ QUANT: Table = {
     "sigma_bits": maybe(WIDTH),
     "noise_bits": WIDTH,
     "noise_range": POSITIVE,
-    "rounding": one_of("nearest", "stochastic"),
+    "rounding": maybe(one_of("nearest", "stochastic")),
     "weight_symmetric": flag(),
     "keep": many(text(), 1000),
     "freeze_epochs": COUNT,
@@ -189,7 +189,7 @@ FINE_TUNING: Table = {
     "seed": maybe(SEED),
     "calibration_batches": EVERY,
     "imitate": flag(),
-    "prior_weight": NOT_NEGATIVE,
+    "prior_weight": maybe(NOT_NEGATIVE),
     "lr_at_8_bits": POSITIVE,
 }
 

@@ -115,7 +115,7 @@ def test_members_that_imitate_themselves_stay_as_they_are(task: str) -> None:
         assert isinstance(method, DeepEnsemble)
         before = [param.detach().clone() for param in method.net.members.parameters()]
         if imitates:
-            method.imitate_members()
+            method.imitate()
         keys = method.state_dict().keys()
         bare_trainer(2).fit(method, rows())
         assert method.state_dict().keys() == keys

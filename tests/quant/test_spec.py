@@ -61,3 +61,16 @@ def test_the_observer_follows_the_mode() -> None:
     assert QuantSpec.from_config({**options, "mode": "qat"}).activation_observer == "moving_average"
     with pytest.raises(ValueError, match=r"^quant\.mode=both: choose qat"):
         QuantSpec.from_config({**options, "mode": "both"})
+
+
+def test_noise_is_rounded_at_random_at_few_bits_unless_an_older_file_says_nothing() -> None:
+    chosen = {bits: QuantSpec(weight_bits=bits).rounds_at_random for bits in (2, 3, 4, 8)}
+    assert chosen == {2: True, 3: True, 4: False, 8: False}
+    assert not QuantSpec(weight_bits=2, strategy="parameters").rounds_at_random  # draws have 8 bits
+    assert not QuantSpec(weight_bits=2, rounding="nearest").rounds_at_random
+    assert QuantSpec(weight_bits=8, rounding="stochastic").rounds_at_random
+    mixed = QuantSpec(weight_bits=8, overrides=({"layer": "output.*", "weight_bits": 3},))
+    assert mixed.for_layer("output.0").rounds_at_random
+    assert not mixed.for_layer("features.0").rounds_at_random
+    assert not QuantSpec.from_dict({"weight_bits": 2}).rounds_at_random
+    assert QuantSpec.from_dict(QuantSpec(weight_bits=2).to_dict()).rounds_at_random

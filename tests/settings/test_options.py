@@ -170,6 +170,7 @@ NULL = {
     "quant.output_bits": "null: activation_bits",
     "quant.sigma_bits": "weight_bits",
     "quant.fine_tuning.seed": "null for that of the float training",
+    "quant.fine_tuning.prior_weight": "null: 0 with imitate, else 1",
     "quant.fine_tuning.optimizer.lr": "lr_at_8_bits and its rule",
     "task.mean": "one number per channel",
     "task.std": "one number per channel",
@@ -259,8 +260,10 @@ def test_the_rate_of_fine_tuning_grows_with_the_weights_step() -> None:
         return fine_tuning_optimizer(config["quant"])["lr"]
 
     assert [rate(f"quant.weight_bits={bits}") for bits in (8, 6, 4, 2)] == pytest.approx(
-        [1.25e-5, 5e-5, 2e-4, 8e-4]
+        [3e-5 * 255 / steps for steps in (255, 63, 15, 3)]
     )
+    assert rate("quant.activation_bits=4") == rate("quant.weight_bits=5")
+    assert rate("quant.activation_bits=4", "quant.weight_bits=3") == rate("quant.weight_bits=3")
     assert rate("quant.weight_bits=2", "quant.fine_tuning.optimizer.lr=0.5") == 0.5
     assert rate("quant=paper", "quant.weight_bits=2") == 1e-5
 
