@@ -15,7 +15,8 @@ from bqnn.layers.safe_convolutions import guard_backward
 from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.fuse import fuse
 from bqnn.quant.mark import Keep, entries, mark
-from bqnn.quant.simulated import calibrate, enable, freeze, is_prepared, prepare
+from bqnn.quant.reconstruction import calibrate_by
+from bqnn.quant.simulated import enable, freeze, is_prepared, prepare
 from bqnn.quant.spec import QuantSpec
 from bqnn.seeds import Stream, stream_seed
 
@@ -190,7 +191,7 @@ def calibrate_module(
     batches = islice(data.train_dataloader(), num_batches)
     # Stochastic layers draw during calibration.
     reseed(torch.device("cpu"), stream_seed(0, Stream.CALIBRATION))
-    calibrate(_net(model), (data.normalize(inputs) for inputs, _ in batches))
+    calibrate_by(spec, _net(model), (data.normalize(inputs) for inputs, _ in batches))
 
 
 def quantize_module(

@@ -42,6 +42,10 @@ class QuantSpec:
         noise_range: For Gaussian weights, the range of the noise in standard deviations.
         rounding: For Gaussian weights, the rounding of the noise of a draw: `nearest`, or
             `stochastic`, which keeps its variance.
+        weight_rounding: Integers of the weights: the `nearest` ones, or `adaptive` ones, which
+            minimize the error of the outputs of each layer; it supports only calibration.
+        bias_correction: Whether calibration changes the biases so that the mean outputs of each
+            layer stay as in float. Layers without a bias get one.
         engine: What executes the integers: `fbgemm`, `x86`, `onednn`, `onnxruntime` or
             `reference`.
         overrides: Dictionaries with the key `layer`, a glob over layer names, and bit widths for
@@ -72,6 +76,8 @@ class QuantSpec:
     noise_bits: int = 8
     noise_range: float = 3.0
     rounding: str = "nearest"
+    weight_rounding: str = "nearest"
+    bias_correction: bool = False
     engine: str = "fbgemm"
     overrides: tuple[Mapping[str, Any], ...] = ()
     keep: tuple[str, ...] = ()
@@ -91,11 +97,17 @@ class QuantSpec:
         _check_choice("strategy", self.strategy, ("both", "parameters", "weights"))
         _check_choice("sigma_grid", self.sigma_grid, ("linear", "log"))
         _check_choice("rounding", self.rounding, ("nearest", "stochastic"))
+        _check_choice("weight_rounding", self.weight_rounding, ("nearest", "adaptive"))
         _check_choice("engine", self.engine, ENGINES)
-        if not isinstance(self.weight_symmetric, bool):
-            shown = _shown(self.weight_symmetric)
+        for name in ("weight_symmetric", "bias_correction"):
+            if not isinstance(getattr(self, name), bool):
+                shown = _shown(getattr(self, name))
+                raise ArgumentError(f"{name}={shown}: choose true or false", name)
+        if self.weight_rounding == "adaptive" and self.strategy == "weights":
             raise ArgumentError(
-                f"weight_symmetric={shown}: choose true or false", "weight_symmetric"
+                "weight_rounding=adaptive chooses the integers of means, and strategy=weights "
+                "rounds only drawn weights; choose strategy=both or parameters",
+                *("weight_rounding", "strategy"),
             )
         reason = "in standard deviations, above 0; 3 is usual"
         noise_range = real_number("noise_range", self.noise_range, reason, 0, without=(0,))
@@ -180,13 +192,23 @@ class QuantSpec:
         return replace(self, **bits, overrides=()) if bits or self.overrides else self
 
     def check_trainable(self) -> None:
-        """Raise a ValueError if the observer of activations supports only calibration."""
+        """Raise a ValueError if an option supports only calibration."""
         if self.activation_observer == "histogram":
             raise ArgumentError(
                 "activation_observer=histogram: it supports only calibration; train with "
                 "moving_average or minmax",
                 "activation_observer",
             )
+        for name, is_set in (
+            ("weight_rounding=adaptive", self.weight_rounding == "adaptive"),
+            ("bias_correction=true", self.bias_correction),
+        ):
+            if is_set:
+                raise ArgumentError(
+                    f"{name}: it supports only calibration, and a training moves weights and "
+                    "biases by itself; leave it out",
+                    name.partition("=")[0],
+                )
 
     def check_overrides(self, names: list[str]) -> None:
         """Raise a ValueError if an override matches none of these layer names."""
