@@ -169,7 +169,10 @@ class QuantSpec:
             spec = {key: value for key, value in options.items() if key not in PROCEDURE}
             if spec.get("activation_observer") is None:
                 spec["activation_observer"] = OBSERVERS[options["mode"]]
-            return cls.from_dict(spec)
+            made = cls.from_dict(spec)
+            if options["mode"] == "qat":
+                made.check_trainable()
+            return made
 
     def to_dict(self) -> dict[str, Any]:
         """Convert the spec to JSON types."""

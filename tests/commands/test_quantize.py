@@ -252,6 +252,43 @@ def test_what_needs_a_fine_tuning_is_refused_in_a_calibration(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("method", ["bbb", "sghmc"])
+def test_a_calibration_fits_integers_and_biases(
+    method: str, trained: Path, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    checkpoint = f"checkpoint={trained}/{method}_0/checkpoint.ckpt"
+    fitted = ["quant.weight_rounding=adaptive", "quant.bias_correction=true"]
+    differences = []
+    for run, options in (("plain", []), ("fitted", fitted)):
+        arguments = [checkpoint, "quant.mode=ptq", "quant.weight_bits=3", "logger=none"]
+        code, errors = script_here("quantize", *arguments, *options, f"hydra.run.dir={run}")
+        assert code == 0, errors
+        metrics = json.loads((tmp_path / run / "metrics.json").read_text())
+        assert metrics["int8/test/nll"] == metrics["simulated/test/nll"]
+        differences.append(abs(metrics["int8/test/nll"] - metrics["float/test/nll"]))
+        with (tmp_path / run / "quantization.csv").open() as file:
+            moved = [float(row["moved_share"]) for row in csv.DictReader(file)]
+        assert (max(moved) > 0) == bool(options)
+    assert differences[1] < differences[0]
+
+    folder = tmp_path / "fitted"
+    model = load(folder / "checkpoint.ckpt", "int8")
+    data = make_data(yaml.safe_load((folder / "config.yaml").read_text()))
+    samples = model.predictive(data.normalize(data.test.inputs))
+    assert np.array_equal(samples.numpy(), np.load(folder / "predictions.npz")["samples"])
+
+
+@pytest.mark.parametrize("option", ["weight_rounding=adaptive", "bias_correction=true"])
+def test_what_a_calibration_fits_is_refused_in_a_training(
+    option: str, trained: Path, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    checkpoint = f"checkpoint={trained}/bbb_0/checkpoint.ckpt"
+    code, errors = script_here("quantize", checkpoint, f"quant.{option}", "hydra.run.dir=run")
+    assert code == 1
+    assert f"quant.{option}: it supports only calibration" in errors
+    assert not (tmp_path / "run").exists()
+
+
 def test_members_imitate_their_own_networks(
     trained: Path, script_here: ScriptHere, tmp_path: Path
 ) -> None:
