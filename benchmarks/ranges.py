@@ -3,9 +3,8 @@
     python benchmarks/ranges.py outputs/digits/*/checkpoint.ckpt --bits 4,7 3,7 2,7 8,4
 
 Each checkpoint of a float classifier is calibrated with every combination of
-`quant.weight_observer`, `quant.weight_rounding` and `quant.bias_correction`, and predicts rows in the
-simulation, which computes the integers of int8. Rows that the CSV file has already are not
-computed again.
+`quant.weight_observer`, `quant.weight_rounding` and `quant.bias_correction`, and predicts rows in
+int8. Rows that the CSV file has already are not computed again.
 """
 
 import argparse
@@ -28,7 +27,8 @@ from bqnn.files import written_beside
 from bqnn.inference.predictions import Prediction, score
 from bqnn.methods import Method
 from bqnn.quant.callback import calibrate_module
-from bqnn.quant.spec import QuantSpec
+from bqnn.quant.integer import convert
+from bqnn.quant.spec import ENGINES, QuantSpec
 
 FLOAT = {"weight_bits": "", "activation_bits": ""}
 OPTIONS = ("weight_observer", "weight_rounding", "bias_correction")
@@ -60,7 +60,9 @@ def main() -> None:
             if key({**place, **chosen}) in found:
                 continue
             started, quantized = time.process_time(), deepcopy(model)
-            calibrate_module(quantized, spec(chosen), data, options.batches)
+            spec = QuantSpec(activation_observer="histogram", engine=options.engine, **chosen)
+            calibrate_module(quantized, spec, data, options.batches)
+            quantized.net = convert(quantized.net)
             seconds = time.process_time() - started
             values = metrics(predicted(quantized, data, rows), expected)
             add(found, {**place, **chosen}, {**values, "calibration_seconds": round(seconds, 1)})
@@ -81,10 +83,6 @@ def combinations(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "weight_rounding": rounding,
             "bias_correction": corrects == "true",
         }
-
-
-def spec(chosen: Mapping[str, Any]) -> QuantSpec:
-    return QuantSpec(activation_observer="histogram", **chosen)
 
 
 def predicted(model: Method, data: TensorData, rows: EvaluationSet) -> Prediction:
@@ -143,6 +141,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=32, help="of training rows, to calibrate")
     parser.add_argument("--task", nargs="*", default=[], help="options of the task: source=folder")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--engine", choices=ENGINES, default="fbgemm")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=Path("docs/results/ranges.csv"))
     return parser.parse_args()

@@ -1,5 +1,7 @@
 """FakeQuant: rounds floats to a quantization grid whose range an observer has seen."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -177,6 +179,7 @@ def make_fake_quant(
     symmetric: bool = False,
     channels: int | None = None,
     observer: str = "minmax",
+    make: Callable[..., FakeQuant] = FakeQuant,
 ) -> FakeQuant:
     """Create a fake quantizer.
 
@@ -189,6 +192,7 @@ def make_fake_quant(
             `moving_average` (moving average of minimum and maximum), `least_squares` (range of the
             newest tensor, cut to the smallest squared error) or `histogram` (range of all tensors
             with the smallest squared error; it needs `settle`).
+        make: The class, or a function with its arguments.
 
     Examples:
         >>> make_fake_quant(4, signed=True, symmetric=True)
@@ -200,7 +204,7 @@ def make_fake_quant(
     low = -(2 ** (bits - 1)) if signed else 0
     high = low + 2**bits - 1
     made = make_observer(observer, low, high, symmetric=symmetric, channels=channels)
-    return FakeQuant(made, low, high, channels)
+    return make(made, low, high, channels)
 
 
 def make_fixed_fake_quant(bits: int, largest: float) -> FakeQuant:
