@@ -46,6 +46,7 @@ def main() -> None:
         config = {"task": task, "data_dir": str(options.data_dir), "seed": model.recipe["seed"]}
         data = make_data(config, model.recipe)
         rows = split_sets(data, [options.split])[options.split]
+        assert rows.targets is not None
         rows = EvaluationSet(rows.inputs[: options.rows], rows.targets[: options.rows])
         place = {
             "task": task["name"],

@@ -152,8 +152,8 @@ def sizes(net: nn.Module) -> dict[str, int]:
     for _, layer in simulated_layers(net):
         loadings = layer.loadings if isinstance(layer, SimulatedGaussianLayer) else None
         floats = 0 if loadings is None else 4 * loadings.numel()
-        weights = [p for p in layer.parameters() if not isinstance(p, RangeParameter)]
-        total["float_bytes"] += sum(4 * param.numel() for param in weights) + floats
+        params = [p for p in layer.parameters() if not isinstance(p, RangeParameter)]
+        total["float_bytes"] += sum(4 * param.numel() for param in params) + floats
         _, bias = layer.fold()
         rest = floats + (0 if bias is None else 4 * bias.numel())
         for weights in weight_integers(layer):

@@ -33,12 +33,9 @@ def test_the_gradient_is_that_of_the_paper(ends: tuple[int, int], zero_point: in
     for row in range(3):
         for column in range(40):
             v = (x[row, column] / scale[row, 0]).item()
-            if round(v) < -below:
-                slope, level = -below, -below
-            elif round(v) > above:
-                slope, level = above, above
-            else:
-                slope, level, inside[row, column] = round(v) - v, round(v), 1
+            level = min(max(round(v), -below), above)
+            inside[row, column] = level == round(v)
+            slope = level - v if level == round(v) else level
             assert out[row, column].item() == pytest.approx(level * scale[row, 0].item())
             expected[row] += slope * grad[row, column] / (40 * above) ** 0.5
     assert scale.grad is not None
@@ -79,7 +76,7 @@ def test_the_first_batch_sets_the_range_and_freezing_keeps_it() -> None:
     learned(3 * x)  # no observation
     assert torch.allclose(learned.scale, plain.scale)
     with torch.no_grad():
-        learned.log_scale += 1.0
+        learned.log_scale.add_(1.0)
     learned.eval()
     assert torch.allclose(learned.scale, plain.scale)  # that of the last training batch
     learned.train()
