@@ -90,8 +90,35 @@ def tables(metric: str) -> str:
     return _table(["", "", "n", *methods], lines)
 
 
+def ranges(task: str, split: str, metric: str) -> str:
+    """Compare ranges and roundings of calibrated networks: mean and deviation over seeds."""
+    rows = _read("ranges")
+    rows = rows[(rows["task"] == task) & (rows["split"] == split)]
+    settings = [(r, b) for b in (False, True) for r in ("nearest", "adaptive")]
+    factor, digits = (100, 2) if metric == "error" else (1, 4)
+    lines = []
+    for method, own in _by_method(rows):
+        floats = own.loc[own["weight_bits"].isna(), metric]
+        groups = own.groupby(["weight_bits", "activation_bits", "weight_observer"], sort=True)
+        for (weight_bits, activation_bits, observer), group in groups:
+            cells = [
+                group.loc[
+                    (group["weight_rounding"] == rounding) & (group["bias_correction"] == corrects),
+                    metric,
+                ]
+                for rounding, corrects in settings
+            ]
+            place = [method, f"({weight_bits:.0f},{activation_bits:.0f})", str(observer)]
+            count = str(group["seed"].nunique())
+            means = [_mean(factor * values, digits) for values in (floats, *cells)]
+            lines.append([*place, count, *means])
+    header = ["", "bits", "weight_observer", "n", "float", "nearest", "adaptive"]
+    return _table([*header, "nearest, bias", "adaptive, bias"], lines)
+
+
 TABLES: Mapping[str, Callable[..., str]] = {
-    function.__name__: function for function in (comparison, conformal, conformal_errors, tables)
+    function.__name__: function
+    for function in (comparison, conformal, conformal_errors, tables, ranges)
 }
 
 

@@ -34,6 +34,7 @@ from bqnn.seeds import Stream, stream_seed
 
 Batch = tuple[Tensor, Tensor]
 Parameters = list[nn.Parameter] | list[dict[str, Any]]  # groups as in torch.optim
+RANGE_LR = 3e-3  # of the logarithms of scales: relative changes per step
 
 
 class Method(pl.LightningModule):
@@ -423,7 +424,7 @@ def without_range_decay(params: Parameters) -> Parameters:
         groups = [{"params": params}]
     for group in groups:
         group["params"] = [p for p in group["params"] if not isinstance(p, RangeParameter)]
-    return [*groups, {"params": ranges, "weight_decay": 0.0}]
+    return [*groups, {"params": ranges, "weight_decay": 0.0, "lr": RANGE_LR}]
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bqnn.inference.predict import predictive
 from bqnn.layers.linear_map import Geometry
 from bqnn.layers.markers import Enter, Leave
+from bqnn.quant import reconstruction
 from bqnn.quant.fake_quant import FakeQuant, make_fake_quant
 from bqnn.quant.fuse import fuse
 from bqnn.quant.quantize import prepare_qat, quantize
@@ -77,6 +78,21 @@ def test_moments_of_patches_are_those_of_a_convolution(groups: int) -> None:
     assert torch.allclose(products, (conv(x) * conv(q)).mean((0, 2, 3)))
     variances = (weight @ moments.centered().qq @ weight.mT).diagonal(dim1=1, dim2=2).flatten()
     assert torch.allclose(variances, conv(q).transpose(0, 1).flatten(1).var(1, correction=0))
+
+
+def test_few_rows_are_used_if_they_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(100, 4)
+    monkeypatch.setattr(reconstruction, "MOST_PATCHES", 10)
+    assert torch.equal(Moments.of(x, x).x, Moments.of(x[:32], x[:32]).x)  # 32 at once
+    seen = []
+    monkeypatch.setattr(
+        reconstruction, "_inputs_in_float", lambda net, x: seen.append(len(x)) or {}
+    )
+    monkeypatch.setattr(reconstruction, "_most_rows", lambda net, rows: 7)
+    net = nn.Sequential(Enter(), nn.Linear(4, 2), Leave())
+    spec = QuantSpec(bias_correction=True)
+    calibrate_by(spec, prepare(fuse(net), spec), [x])
+    assert seen == [7]
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "adaptive"])
