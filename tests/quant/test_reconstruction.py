@@ -15,8 +15,8 @@ from bqnn.quant import reconstruction
 from bqnn.quant.fake_quant import FakeQuant, make_fake_quant
 from bqnn.quant.fuse import fuse
 from bqnn.quant.quantize import prepare_qat, quantize
-from bqnn.quant.reconstruction import Moments, calibrate_by, descend
-from bqnn.quant.simulated import SimulatedLayer, enable, prepare
+from bqnn.quant.reconstruction import Moments, calibrate_by, descend, reconstruct
+from bqnn.quant.simulated import SimulatedLayer, calibrate, enable, prepare
 from bqnn.quant.spec import QuantSpec
 from bqnn.quant.summary import simulated_layers, weight_integers
 from tests.quant.conftest import SHAPES, float_net, inputs
@@ -84,15 +84,14 @@ def test_few_rows_are_used_if_they_are_large(monkeypatch: pytest.MonkeyPatch) ->
     x = torch.randn(100, 4)
     monkeypatch.setattr(reconstruction, "MOST_PATCHES", 10)
     assert torch.equal(Moments.of(x, x).x, Moments.of(x[:32], x[:32]).x)  # 32 at once
-    seen = []
-    monkeypatch.setattr(
-        reconstruction, "_inputs_in_float", lambda net, x: seen.append(len(x)) or {}
-    )
-    monkeypatch.setattr(reconstruction, "_most_rows", lambda net, rows: 7)
+    monkeypatch.setattr(reconstruction, "MOST_VALUES", 7 * 4)  # of the inputs of its only layer
+    spec = QuantSpec(weight_bits=2, bias_correction=True)
     net = nn.Sequential(Enter(), nn.Linear(4, 2), Leave())
-    spec = QuantSpec(bias_correction=True)
-    calibrate_by(spec, prepare(fuse(net), spec), [x])
-    assert seen == [7]
+    made = calibrate(prepare(fuse(net), spec), [x])
+    other = copy.deepcopy(made)
+    for each, rows in ((made, x), (other, x[:7])):
+        reconstruct(each, rows, weights=False, bias=True)
+    assert torch.equal(made[1].bias, other[1].bias)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "adaptive"])
