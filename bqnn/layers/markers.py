@@ -34,10 +34,6 @@ class Quantized(nn.Module):
     """Base class of modules that only quantized networks have, simulated or in int8."""
 
 
-class RangeParameter(nn.Parameter):
-    """A parameter of a quantization grid, which is no weight: it has no decay and no prior."""
-
-
 class Add(nn.Module):
     """Residual sum, with ReLU: relu(x + y).
 

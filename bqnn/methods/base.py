@@ -21,7 +21,6 @@ from bqnn.inference.predict import (
     predictive_until_settled,
 )
 from bqnn.inference.predictions import Prediction
-from bqnn.layers.markers import RangeParameter
 from bqnn.layers.noise import reseed
 from bqnn.layers.safe_convolutions import guard_backward
 from bqnn.methods.epochs import is_last_epoch
@@ -34,7 +33,6 @@ from bqnn.seeds import Stream, stream_seed
 
 Batch = tuple[Tensor, Tensor]
 Parameters = list[nn.Parameter] | list[dict[str, Any]]  # groups as in torch.optim
-RANGE_LR = 3e-3  # of the logarithms of scales: relative changes per step
 
 
 class Method(pl.LightningModule):
@@ -289,7 +287,7 @@ class Method(pl.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)  # also creates the data loaders
         options = self.optimizer_options(self.steps_per_epoch)
         with prefixed("optimizer"):
-            optimizer = make_optimizer(without_range_decay(self.trained_parameters()), **options)
+            optimizer = make_optimizer(self.trained_parameters(), **options)
         epochs = min(epochs, math.ceil(steps / self.steps_per_epoch))  # max_steps may end it first
         return self.scheduled(optimizer, epochs, steps)
 
@@ -402,29 +400,6 @@ class Method(pl.LightningModule):
     def _evaluate(self, batch: Batch, num_samples: int) -> None:
         inputs, targets = batch
         self._evaluation.record(self.predictive(inputs, num_samples), targets)
-
-
-def without_range_decay(params: Parameters) -> Parameters:
-    """Put the parameters of quantization grids into a group of their own, without weight decay.
-
-    Args:
-        params: Parameters, or groups of them. They are returned if there is no such parameter.
-
-    Examples:
-        >>> weight, scale = nn.Parameter(torch.ones(2)), RangeParameter(torch.ones(1))
-        >>> groups = without_range_decay([weight, scale])
-        >>> [(len(group["params"]), group.get("weight_decay")) for group in groups]
-        [(1, None), (1, 0.0)]
-    """
-    groups = [dict(each) if isinstance(each, dict) else {"params": [each]} for each in params]
-    ranges = [p for group in groups for p in group["params"] if isinstance(p, RangeParameter)]
-    if not ranges:
-        return params
-    if not isinstance(params[0], dict):
-        groups = [{"params": params}]
-    for group in groups:
-        group["params"] = [p for p in group["params"] if not isinstance(p, RangeParameter)]
-    return [*groups, {"params": ranges, "weight_decay": 0.0, "lr": RANGE_LR}]
 
 
 def channels_last(x: Tensor) -> Tensor:

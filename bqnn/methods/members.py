@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from bqnn.arguments import ArgumentError
 from bqnn.inference.likelihoods import Likelihood
 from bqnn.layers.ensemble import Ensemble
-from bqnn.layers.markers import RangeParameter
 from bqnn.methods.base import Method
 from bqnn.methods.terms import Terms
 from bqnn.seeds import Stream
@@ -172,8 +171,6 @@ class MemberTuning(MemberTraining):
         """Return -log p(w) of a member up to a constant, in nats."""
         energies = []
         for param in member.parameters():
-            if isinstance(param, RangeParameter):
-                continue
             square = param.square().sum()
             shape = self.prior_shape + param.numel() / 2
             precision = shape / (self.prior_rate + square.detach() / 2)

@@ -14,7 +14,6 @@ from bqnn.inference.convergence import FEWEST, effective_sample_size, split_rhat
 from bqnn.inference.likelihoods import Likelihood
 from bqnn.inference.predictions import Prediction
 from bqnn.layers.ensemble import Ensemble
-from bqnn.layers.markers import RangeParameter
 from bqnn.methods.base import Batch
 from bqnn.methods.members import EnsembleMethod, MemberTuning
 from bqnn.methods.sampling import SamplingPlan
@@ -201,12 +200,6 @@ class SGHMCEnsemble(EnsembleMethod):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if any(isinstance(param, RangeParameter) for param in self.net.parameters()):
-            raise ArgumentError(
-                "ranges=learned: the chain samples weights, and a scale has no prior; train in "
-                "float, then quantize the result",
-                "ranges",
-            )
         clip = self.trainer.gradient_clip_val
         if clip:
             raise ArgumentError(

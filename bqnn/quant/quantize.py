@@ -95,8 +95,8 @@ def prepare_qat(
         The network to train. Create the optimizer from its parameters.
 
     Raises:
-        ValueError: There is nothing to quantize, or the observer of the spec cannot be trained
-            with.
+        ValueError: There is nothing to quantize, or an option of the spec supports only
+            calibration.
         TypeError: An operation cannot run in integers. The message names it.
 
     Examples:

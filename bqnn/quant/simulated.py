@@ -710,6 +710,19 @@ def freeze(net: nn.Module, frozen: bool = True) -> None:
             module.frozen = frozen
 
 
+def renew(net: nn.Module) -> None:
+    """Let the next batch set the ranges that minimize the squared error of activations.
+
+    In a training, these ranges stay from one call to the next.
+
+    Args:
+        net: A prepared network.
+    """
+    for module in net.modules():
+        if isinstance(module, FakeQuant):
+            module.is_due = True
+
+
 def enable(net: nn.Module, enabled: bool = True) -> None:
     """Enable or disable rounding. Without rounding, a prepared network computes as in float.
 

@@ -32,10 +32,8 @@ class QuantSpec:
             `moving_average` of minimum and maximum, or `least_squares`, which cuts the range of the
             current values to the share with the smallest squared error.
         activation_observer: Range of the activations: `moving_average` or `minmax` over training
-            batches, or `histogram`, which minimizes the squared error and supports only
-            calibration.
-        ranges: In training, ranges are `observed`, or their scales are `learned` with the weights
-            from the ranges of the first batch on. The activation observer may be `histogram` then.
+            batches, or `histogram`, which minimizes the squared error over the batches of a
+            calibration, or over the first batch of each epoch of a training.
         strategy: For Gaussian weights, the rounded quantities: the `parameters` mu and sigma (draws
             are rounded to 8 bits), the drawn `weights`, or `both`.
         sigma_bits: For Gaussian weights, the bit width of sigma; None for `weight_bits`.
@@ -72,7 +70,6 @@ class QuantSpec:
     weight_symmetric: bool = True
     weight_observer: str = "minmax"
     activation_observer: str = "moving_average"
-    ranges: str = "observed"
     strategy: str = "both"
     sigma_bits: int | None = None
     sigma_grid: str = "linear"
@@ -97,7 +94,6 @@ class QuantSpec:
             self.activation_observer,
             ("moving_average", "minmax", "histogram"),
         )
-        _check_choice("ranges", self.ranges, ("observed", "learned"))
         _check_choice("strategy", self.strategy, ("both", "parameters", "weights"))
         _check_choice("sigma_grid", self.sigma_grid, ("linear", "log"))
         _check_choice("rounding", self.rounding, ("nearest", "stochastic"))
@@ -172,15 +168,8 @@ class QuantSpec:
                 )
             spec = {key: value for key, value in options.items() if key not in PROCEDURE}
             if spec.get("activation_observer") is None:
-                is_learned = spec.get("ranges") == "learned"
-                spec["activation_observer"] = OBSERVERS["ptq" if is_learned else options["mode"]]
+                spec["activation_observer"] = OBSERVERS[options["mode"]]
             made = cls.from_dict(spec)
-            if made.ranges == "learned" and options["mode"] == "ptq":
-                raise ArgumentError(
-                    "ranges=learned: they are learned in a training, and mode=ptq trains nothing; "
-                    "leave it out, or set mode=qat",
-                    *("ranges", "mode"),
-                )
             if options["mode"] == "qat":
                 made.check_trainable()
             return made
@@ -207,12 +196,6 @@ class QuantSpec:
 
     def check_trainable(self) -> None:
         """Raise a ValueError if an option supports only calibration."""
-        if self.activation_observer == "histogram" and self.ranges == "observed":
-            raise ArgumentError(
-                "activation_observer=histogram: it supports only calibration; train with "
-                "moving_average or minmax",
-                "activation_observer",
-            )
         for name, is_set in (
             ("weight_rounding=adaptive", self.weight_rounding == "adaptive"),
             ("bias_correction=true", self.bias_correction),

@@ -1,15 +1,10 @@
 """The quantization grids of Gaussian weights: of mu, sigma, the noise, and the drawn weights."""
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
 from bqnn.layers.draws import evaluation_uniform
 from bqnn.quant.fake_quant import FakeQuant, make_fake_quant, make_fixed_fake_quant
-from bqnn.quant.learned import LearnedFakeQuant
 from bqnn.quant.spec import QuantSpec
 
 QUANTILES = (-1.2816, -0.5244, 0.0, 0.5244, 1.2816)  # of N(0, 1), at 10, 30, ... 90 %
@@ -93,12 +88,9 @@ class GaussianGrids(nn.Module):
         self.noise_range = spec.noise_range
         self.rounding = spec.rounding
         self.is_searched = spec.weight_observer == "least_squares"
-        self.weight = weight_fake_quant(  # rounds draws, which no training makes
-            replace(spec, ranges="observed"),
-            num_channels,
-            bits=8 if spec.strategy == "parameters" else None,
+        self.weight = weight_fake_quant(
+            spec, num_channels, bits=8 if spec.strategy == "parameters" else None
         )
-        self.shares_grid = spec.strategy == "both" and spec.ranges == "learned"
         self.mean: FakeQuant | None = None
         self.sigma: FakeQuant | LogFakeQuant | None = None
         if spec.strategy != "weights":
@@ -107,11 +99,7 @@ class GaussianGrids(nn.Module):
                 self.sigma = LogFakeQuant(sigma_bits, channels)
             else:
                 self.sigma = make_fake_quant(
-                    sigma_bits,
-                    signed=False,
-                    channels=channels,
-                    observer=spec.weight_observer,
-                    make=_maker(spec, per_row=False),
+                    sigma_bits, signed=False, channels=channels, observer=spec.weight_observer
                 )
         self.noise: FakeQuant | None = None
         self.product: FakeQuant | None = None
@@ -145,13 +133,7 @@ class GaussianGrids(nn.Module):
                     self.mean.watch(drawn)
                 if self.product is not None:
                     self.product.watch(reach)
-        if self.mean is None:
-            return mean, sigma
-        mean = self.mean.round(mean)
-        if self.shares_grid:
-            self.weight.scale.copy_(self.mean.scale)
-            self.weight.zero_point.copy_(self.mean.zero_point)
-        return mean, sigma
+        return (mean if self.mean is None else self.mean.round(mean)), sigma
 
     def draw(self, mean: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
         """Draw the weights, on the grid of `weight`.
@@ -218,7 +200,6 @@ def weight_fake_quant(spec: QuantSpec, num_channels: int, bits: int | None = Non
         symmetric=spec.weight_symmetric,
         channels=num_channels if spec.weight_granularity == "channel" else None,
         observer=spec.weight_observer,
-        make=_maker(spec, per_row=False),
     )
 
 
@@ -229,9 +210,4 @@ def activation_fake_quant(spec: QuantSpec) -> FakeQuant:
         spec.activation_bits,
         signed=False,
         observer="running_minmax" if kind == "minmax" else kind,
-        make=_maker(spec, per_row=True),
     )
-
-
-def _maker(spec: QuantSpec, *, per_row: bool) -> Callable[..., FakeQuant]:
-    return partial(LearnedFakeQuant, per_row=per_row) if spec.ranges == "learned" else FakeQuant

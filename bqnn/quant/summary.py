@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from bqnn.layers.draws import held_draw
 from bqnn.layers.ensemble import Ensemble
-from bqnn.layers.markers import RangeParameter
 from bqnn.quant.engines.contract import IntegerOutput, LayerEngine, WholeNetwork
 from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.grids import plain
@@ -152,8 +151,7 @@ def sizes(net: nn.Module) -> dict[str, int]:
     for _, layer in simulated_layers(net):
         loadings = layer.loadings if isinstance(layer, SimulatedGaussianLayer) else None
         floats = 0 if loadings is None else 4 * loadings.numel()
-        params = [p for p in layer.parameters() if not isinstance(p, RangeParameter)]
-        total["float_bytes"] += sum(4 * param.numel() for param in params) + floats
+        total["float_bytes"] += sum(4 * param.numel() for param in layer.parameters()) + floats
         _, bias = layer.fold()
         rest = floats + (0 if bias is None else 4 * bias.numel())
         for weights in weight_integers(layer):

@@ -179,7 +179,6 @@ QUANT: Table = {
     "noise_range": POSITIVE,
     "rounding": one_of("nearest", "stochastic"),
     "weight_symmetric": flag(),
-    "ranges": one_of("observed", "learned"),
     "weight_rounding": one_of("nearest", "adaptive"),
     "bias_correction": flag(),
     "keep": many(text(), 1000),

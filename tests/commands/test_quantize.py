@@ -149,7 +149,8 @@ def test_a_broken_match_of_a_pattern_fails_alone(
         (["quant.engine=qnnpack"], "quant.engine=qnnpack"),
         (["quant.mode=dynamic"], "quant.mode=dynamic"),
         (["quant.overrides=[{layer: conv1, weight_bits: 8}]"], "matches no layer; choose from"),
-        (["quant.activation_observer=histogram"], "only calibration"),
+        (["quant.weight_rounding=adaptive"], "only calibration"),
+        (["quant.bias_correction=true"], "only calibration"),
         (["select=worst"], "select=worst: choose all or best"),
         (["trainer.precision=bf16-mixed"], "choose 32-true"),
     ],
@@ -276,48 +277,6 @@ def test_a_calibration_fits_integers_and_biases(
     data = make_data(yaml.safe_load((folder / "config.yaml").read_text()))
     samples = model.predictive(data.normalize(data.test.inputs))
     assert np.array_equal(samples.numpy(), np.load(folder / "predictions.npz")["samples"])
-
-
-@pytest.mark.parametrize("option", ["weight_rounding=adaptive", "bias_correction=true"])
-def test_what_a_calibration_fits_is_refused_in_a_training(
-    option: str, trained: Path, script_here: ScriptHere, tmp_path: Path
-) -> None:
-    checkpoint = f"checkpoint={trained}/bbb_0/checkpoint.ckpt"
-    code, errors = script_here("quantize", checkpoint, f"quant.{option}", "hydra.run.dir=run")
-    assert code == 1
-    assert f"quant.{option}: it supports only calibration" in errors
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("method", ["bbb", "sghmc"])
-def test_ranges_are_learned_in_a_fine_tuning(
-    method: str, trained: Path, script_here: ScriptHere, tmp_path: Path
-) -> None:
-    checkpoint = f"checkpoint={trained}/{method}_0/checkpoint.ckpt"
-    arguments = [checkpoint, "quant.ranges=learned", "quant.weight_bits=3", "plots=false"]
-    code, errors = script_here("quantize", *arguments, *QUICK, "hydra.run.dir=run")
-    assert code == 0, errors
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["int8/test/nll"] == metrics["simulated/test/nll"]
-    state = torch.load(tmp_path / "run" / "checkpoint.ckpt", weights_only=True)
-    groups = state["optimizer_states"][0]["param_groups"]
-    assert [group["weight_decay"] for group in groups][-1] == 0
-    learned = {
-        name: value
-        for name, value in state["state_dict"].items()
-        if name.endswith("log_scale") and not name.startswith("net.current.")
-    }
-    assert len(groups[-1]["params"]) == len(learned) > 0
-    for name, value in learned.items():  # frozen in the last epochs
-        scale = state["state_dict"][name.replace("log_scale", "scale")]
-        assert torch.allclose(value.exp(), scale, rtol=0.02)
-
-
-def test_a_chain_refuses_learned_ranges(script_here: ScriptHere) -> None:
-    arguments = ["method=sghmc", "quant=default", "quant.ranges=learned", "trainer.max_epochs=2"]
-    code, errors = script_here("train", *arguments, "method.burn_in=1", "logger=none")
-    assert code == 1
-    assert "ranges=learned: the chain samples weights" in errors
 
 
 def test_members_imitate_their_own_networks(

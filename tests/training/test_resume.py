@@ -155,7 +155,7 @@ def test_a_killed_training_ends_as_if_nothing_had_happened(
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("method", "options"),
-    [*((method, []) for method in METHODS), ("bbb", ["quant.ranges=learned"])],
+    [*((method, []) for method in METHODS), ("bbb", ["quant.activation_observer=histogram"])],
 )
 def test_a_killed_fine_tuning_ends_as_if_nothing_had_happened(
     method: str,
