@@ -93,17 +93,18 @@ def tables(metric: str) -> str:
 def ranges(task: str, split: str, metric: str) -> str:
     """Compare ranges and roundings of calibrated networks: mean and deviation over seeds."""
     rows = _read("ranges")
-    rows = rows[(rows["task"] == task) & (rows["split"] == split)]
+    rows = rows[(rows["task"] == task) & (rows["split"] == split) & (rows["mode"] != "qat")]
     settings = [(r, b) for b in (False, True) for r in ("nearest", "adaptive")]
     factor, digits = (100, 2) if metric == "error" else (1, 4)
     lines = []
     for method, own in _by_method(rows):
-        floats = own.loc[own["weight_bits"].isna(), metric]
+        floats = own.loc[own["mode"].isna(), metric]
         groups = own.groupby(["weight_bits", "activation_bits", "weight_observer"], sort=True)
         for (weight_bits, activation_bits, observer), group in groups:
             cells = [
                 group.loc[
-                    (group["weight_rounding"] == rounding) & (group["bias_correction"] == corrects),
+                    (group["weight_rounding"] == rounding)
+                    & (group["bias_correction"].astype(str) == str(corrects)),
                     metric,
                 ]
                 for rounding, corrects in settings
@@ -116,9 +117,23 @@ def ranges(task: str, split: str, metric: str) -> str:
     return _table([*header, "nearest, bias", "adaptive, bias"], lines)
 
 
+def trained_ranges(split: str, observers: str) -> str:
+    """Compare ranges of activations in fine-tuned networks: NLL, mean and deviation over seeds."""
+    rows, names = _read("ranges"), observers.split(",")
+    rows = rows[(rows["split"] == split) & (rows["mode"] == "qat")]
+    lines = []
+    for method, own in _by_method(rows):
+        for bits, group in own.groupby(["weight_bits", "activation_bits"]):
+            cells = [group.loc[group["activation_observer"] == name, "nll"] for name in names]
+            if sum(len(cell) > 0 for cell in cells) > 1:
+                place = [method, "({:.0f},{:.0f})".format(*bits), str(len(cells[0]))]
+                lines.append([*place, *(_mean(cell, 4) for cell in cells)])
+    return _table(["", "bits", "n", *names], lines)
+
+
 TABLES: Mapping[str, Callable[..., str]] = {
     function.__name__: function
-    for function in (comparison, conformal, conformal_errors, tables, ranges)
+    for function in (comparison, conformal, conformal_errors, tables, ranges, trained_ranges)
 }
 
 
