@@ -113,7 +113,7 @@ def quantize(job: Job) -> None:
         predictions[numeric] = predict_test(job, numeric, quantized, data, num_samples)
     tests = {f"{numeric}/test": of["test"] for numeric, of in predictions.items()}
     metrics = score_sets(tests)
-    metrics |= {"num_samples": num_samples, **timer.metrics()}
+    metrics |= {"num_samples": num_samples, "test_share": data.tested_share, **timer.metrics()}
 
     files = write_results(job, loggers, data, start, models, tests["int8/test"], metrics)
     say(comparison_table(metrics))
