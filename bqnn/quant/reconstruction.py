@@ -7,6 +7,7 @@ network for float inputs. Gaussian weights are at their means meanwhile.
 """
 
 from collections.abc import Iterable
+from math import prod
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -32,7 +33,7 @@ DAMPING = 0.01  # as a share of the mean square of the inputs
 MOST_SWEEPS = 20
 BLOCK = 64  # weights of a channel that move before the others see it
 MOST_PATCHES = 2**16  # rows of a linear layer, or what outputs of a convolution read
-ROWS = 32  # whose patches are made at once
+ROWS, LARGEST = 32, 2**25  # whose patches are made at once, and their values
 SMALLEST_FACTOR = 1e-12  # of batch norm; below, its channel is constant
 
 
@@ -66,7 +67,8 @@ class Moments(NamedTuple):
             geometry: The geometry of a convolution; None for a linear layer.
         """
         count, sums = 0, None
-        for some in zip(x.split(ROWS), q.split(ROWS), strict=True):
+        at_once = max(1, min(ROWS, LARGEST // max(1, x[0].numel() * prod(kernel))))
+        for some in zip(x.split(at_once), q.split(at_once), strict=True):
             if count >= MOST_PATCHES:
                 break
             own, other = (_patches(rows, kernel, geometry) for rows in some)
@@ -90,7 +92,7 @@ def calibrate_by(spec: QuantSpec, net: nn.Module, batches: Iterable[Tensor]) -> 
         spec: Bit widths and ranges.
         net: A prepared network. It moves to evaluation mode.
         batches: Inputs [B, ...] of the network. The reconstruction uses those that are shaped like
-            the first row.
+            those of the first batch.
 
     Returns:
         The network.
