@@ -125,16 +125,18 @@ def ranges(task: str, split: str, metric: str) -> str:
 
 
 def trained_ranges(split: str, observers: str) -> str:
-    """Compare ranges of activations in fine-tuned networks: NLL, mean and deviation over seeds."""
+    """Compare ranges of activations in a training: NLL, mean and deviation over shared seeds."""
     rows, names = _read("ranges"), observers.split(",")
     rows = rows[(rows["split"] == split) & (rows["mode"] == "qat")]
     lines = []
     for method, own in _by_method(rows):
         for bits, group in own.groupby(["weight_bits", "activation_bits"]):
-            cells = [group.loc[group["activation_observer"] == name, "nll"] for name in names]
-            if sum(len(cell) > 0 for cell in cells) > 1:
-                place = [method, "({:.0f},{:.0f})".format(*bits), str(len(cells[0]))]
-                lines.append([*place, *(_mean(cell, 4) for cell in cells)])
+            nll = group.pivot(index="seed", columns="activation_observer", values="nll")
+            nll = nll.reindex(columns=names).dropna(axis=1, how="all").dropna()  # shared seeds
+            if len(nll.columns) > 1:
+                place = [method, "({:.0f},{:.0f})".format(*bits), str(len(nll))]
+                means = [_mean(nll[name], 4) if name in nll else "" for name in names]
+                lines.append([*place, *means])
     return _table(["", "bits", "n", *names], lines)
 
 
