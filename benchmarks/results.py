@@ -158,11 +158,54 @@ def few_bits_ablation() -> str:
     return _table(header, lines)
 
 
+def ranges(task: str, split: str, metric: str) -> str:
+    """Compare ranges and roundings of calibrated networks: mean and deviation over seeds."""
+    rows = _read("ranges")
+    rows = rows[(rows["task"] == task) & (rows["split"] == split) & (rows["mode"] != "qat")]
+    settings = [(r, b) for b in (False, True) for r in ("nearest", "adaptive")]
+    factor, digits = (100, 2) if metric == "error" else (1, 4)
+    lines = []
+    for method, own in _by_method(rows):
+        floats = own.loc[own["mode"].isna(), metric]
+        groups = own.groupby(["weight_bits", "activation_bits", "weight_observer"], sort=True)
+        for (weight_bits, activation_bits, observer), group in groups:
+            cells = [
+                group.loc[
+                    (group["weight_rounding"] == rounding)
+                    & (group["bias_correction"].astype(str) == str(corrects)),
+                    metric,
+                ]
+                for rounding, corrects in settings
+            ]
+            place = [method, f"({weight_bits:.0f},{activation_bits:.0f})", str(observer)]
+            count = str(group["seed"].nunique())
+            means = [_mean(factor * values, digits) for values in (floats, *cells)]
+            lines.append([*place, count, *means])
+    header = ["", "bits", "weight_observer", "n", "float", "nearest", "adaptive"]
+    return _table([*header, "nearest, bias", "adaptive, bias"], lines)
+
+
+def trained_ranges(split: str, observers: str) -> str:
+    """Compare ranges of activations in a training: NLL, mean and deviation over shared seeds."""
+    rows, names = _read("ranges"), observers.split(",")
+    rows = rows[(rows["split"] == split) & (rows["mode"] == "qat")]
+    lines = []
+    for method, own in _by_method(rows):
+        for bits, group in own.groupby(["weight_bits", "activation_bits"]):
+            nll = group.pivot(index="seed", columns="activation_observer", values="nll")
+            nll = nll.reindex(columns=names).dropna(axis=1, how="all").dropna()  # shared seeds
+            if len(nll.columns) > 1:
+                place = [method, "({:.0f},{:.0f})".format(*bits), str(len(nll))]
+                means = [_mean(nll[name], 4) if name in nll else "" for name in names]
+                lines.append([*place, *means])
+    return _table(["", "bits", "n", *names], lines)
+
+
 TABLES: Mapping[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         *(comparison, conformal, conformal_errors, tables),
-        *(few_bits, few_bits_goals, few_bits_ablation),
+        *(few_bits, few_bits_goals, few_bits_ablation, ranges, trained_ranges),
     )
 }
 

@@ -198,14 +198,20 @@ def prepare_fine_tuning(options: Mapping[str, Any], model: Method, data: TensorD
 
 
 def calibrate(job: Job, loggers: list[Logger], model: Method, data: TensorData) -> Method:
-    """Quantize the network by calibration on a few batches, without training, and return it."""
-    options = job.config["quant"]
+    """Quantize the network by calibration on a few batches, without training.
+
+    Returns:
+        The quantized model before weights and biases are changed.
+    """
+    options, start = job.config["quant"], deepcopy(model)
     trainer = make_trainer(job, loggers, [], validate=data.val is not None)
     batches = options["fine_tuning"]["calibration_batches"]
     with prefixed("quant"):
-        calibrate_module(model, QuantSpec.from_config(options), data, batches)
+        spec = QuantSpec.from_config(options)
+        quantize_module(start, spec, stage="ptq")
+        calibrate_module(model, spec, data, batches)
     save_checkpoint(trainer, model, job.folder / "checkpoint.ckpt")
-    return model
+    return start
 
 
 def write_results(

@@ -15,7 +15,8 @@ from bqnn.layers.safe_convolutions import guard_backward
 from bqnn.quant.fake_quant import FakeQuant
 from bqnn.quant.fuse import fuse
 from bqnn.quant.mark import Keep, entries, mark
-from bqnn.quant.simulated import calibrate, enable, freeze, is_prepared, prepare
+from bqnn.quant.reconstruction import calibrate_by
+from bqnn.quant.simulated import enable, freeze, is_prepared, prepare, renew
 from bqnn.quant.spec import QuantSpec
 from bqnn.seeds import Stream, stream_seed
 
@@ -52,7 +53,7 @@ class QuantizationCallback(pl.Callback):
             training.
 
     Raises:
-        ValueError: The observer of the spec cannot be trained with, or `freeze_epochs` is below 0.
+        ValueError: An option of the spec supports only calibration, or `freeze_epochs` is below 0.
 
     Examples:
         >>> callback = QuantizationCallback(QuantSpec(weight_bits=4), freeze_epochs=1)
@@ -116,6 +117,7 @@ class QuantizationCallback(pl.Callback):
         else:
             is_last = trainer.current_epoch >= epochs - min(self.freeze_epochs, epochs - 1)
         freeze(_net(pl_module), is_last)
+        renew(_net(pl_module))
 
 
 def quantization_callbacks(options: Mapping[str, Any], rounds: bool = True) -> list[pl.Callback]:
@@ -193,7 +195,7 @@ def calibrate_module(
     batches = islice(data.train_dataloader(), num_batches)
     # Stochastic layers draw during calibration.
     reseed(torch.device("cpu"), stream_seed(0, Stream.CALIBRATION))
-    calibrate(_net(model), (data.normalize(inputs) for inputs, _ in batches))
+    calibrate_by(spec, _net(model), (data.normalize(inputs) for inputs, _ in batches))
 
 
 def quantize_module(

@@ -46,6 +46,7 @@ class FakeQuant(Quantized):
         self.register_buffer("zero_point", torch.zeros(channels or 1, dtype=torch.int32))
         self.enabled = True
         self.frozen = False
+        self.is_due = True  # whether the next batch sets the range of a LeastSquaresObserver
 
     def forward(self, x: Tensor) -> Tensor:
         self.watch(x)
@@ -57,11 +58,26 @@ class FakeQuant(Quantized):
         if not self.training or self.frozen or self.observer is None:
             return
         x = x.detach()
+        if isinstance(self.observer, LeastSquaresObserver):  # its search is slow
+            self._watch_one_batch(x) if self.enabled else self.observer(x)
+            return
         if not isinstance(self.observer, ClippingObserver):  # of weights, equal on all ranks
             x = _extremes_of_all_ranks(x, self.channels)
         self.observer(x)
-        if not isinstance(self.observer, LeastSquaresObserver):  # its search is slow: call settle()
+        self.settle()
+
+    def _watch_one_batch(self, x: Tensor) -> None:
+        """Set the range from the first batch that is rounded, or the first one after `renew`.
+
+        Without rounding, in a calibration, the range is that of all batches, and `settle` sets it.
+        With several processes, the buffers of the first one replace those of the others.
+        """
+        assert isinstance(self.observer, LeastSquaresObserver)
+        if self.is_due:
+            self.observer.restart()
+            self.observer(x)
             self.settle()
+            self.is_due = False
 
     @torch.no_grad()
     def settle(self) -> None:

@@ -262,6 +262,12 @@ class LeastSquaresObserver(Observer):
             super().forward(x)
             self._count(x)
 
+    def restart(self) -> None:
+        """Forget all values."""
+        self.min_val.fill_(torch.inf)
+        self.max_val.fill_(-torch.inf)
+        self._histogram, self._first_bin = None, 0
+
     def _count(self, x: Tensor) -> None:
         """Add finite values [N] to the histogram."""
         largest = torch.maximum(-self.min_val, self.max_val).float()

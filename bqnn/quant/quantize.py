@@ -16,7 +16,8 @@ from bqnn.layers.swap import check_no_loose_tensors
 from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import convert
 from bqnn.quant.mark import Keep, entries, mark
-from bqnn.quant.simulated import calibrate, prepare
+from bqnn.quant.reconstruction import calibrate_by
+from bqnn.quant.simulated import prepare
 from bqnn.quant.spec import QuantSpec
 from bqnn.seeds import Stream, stream_seed
 from bqnn.text import short, type_of
@@ -69,7 +70,7 @@ def quantize(
         raise ArgumentError("batches: it is empty; give at least one batch of inputs", "batches")
     with torch.random.fork_rng(devices=[]):  # stochastic layers draw during calibration
         reseed(torch.device("cpu"), stream_seed(0, Stream.CALIBRATION))
-        calibrate(simulated, chain([first], inputs))
+        calibrate_by(spec, simulated, chain([first], inputs))
     return convert(simulated, probe=first[:PROBE_ROWS].cpu())
 
 
@@ -94,8 +95,8 @@ def prepare_qat(
         The network to train. Create the optimizer from its parameters.
 
     Raises:
-        ValueError: There is nothing to quantize, or the observer of the spec cannot be trained
-            with.
+        ValueError: There is nothing to quantize, or an option of the spec supports only
+            calibration.
         TypeError: An operation cannot run in integers. The message names it.
 
     Examples:

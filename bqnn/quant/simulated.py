@@ -143,6 +143,9 @@ class SimulatedLayer(OutputOnGrid):
         OutputOnGrid.__init__(self, spec)
         self.bias: Any = fused.layer.bias
         self.bn = fused.bn
+        if spec.bias_correction and self.bias is None and self.bn is None:
+            weight = next(fused.layer.parameters())
+            self.bias = nn.Parameter(weight.new_zeros(len(weight)))
         self.relu = fused.relu
         self.cap = fused.cap
         self.geometry = fused.geometry
@@ -292,6 +295,10 @@ class SimulatedLayer(OutputOnGrid):
         """The shape of the weights."""
         raise NotImplementedError
 
+    def weight_or_mean(self) -> tuple[Tensor, FakeQuant | None]:
+        """Return the weights, or their means, and the grid that rounds them, if there is one."""
+        raise NotImplementedError
+
     def rounded_weight(self, factor: Tensor | None) -> Tensor:
         """Return the weights times `factor` [C] per output channel, rounded to their grid."""
         raise NotImplementedError
@@ -339,6 +346,9 @@ class SimulatedPointLayer(SimulatedLayer):
     def weight_shape(self) -> tuple[int, ...]:
         return tuple(self.weight.shape)
 
+    def weight_or_mean(self) -> tuple[Tensor, FakeQuant | None]:
+        return self.weight, self.weight_quant
+
     def rounded_weight(self, factor: Tensor | None) -> Tensor:
         return self.weight_quant(self.folded_weight(factor))
 
@@ -367,6 +377,9 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):  # type: ignore[mi
     def weight_shape(self) -> tuple[int, ...]:
         return tuple(self.mean.shape)
 
+    def weight_or_mean(self) -> tuple[Tensor, FakeQuant | None]:
+        return self.mean, self.grids.mean
+
     def rounded_weight(self, factor: Tensor | None) -> Tensor:
         return self.weights()  # draw() has already folded batch norm
 
@@ -394,6 +407,12 @@ class SimulatedGaussianLayer(SimulatedLayer, GaussianWeight):  # type: ignore[mi
         if factor is not None:  # equal noise then gives the same draw as in the float network
             eps *= FakeQuant.along(eps, factor.sign())
         return self.grids.draw(*parameters, eps)
+
+    def mean_draw(self) -> Tensor:
+        """Return the draw without noise."""
+        factor, _ = self.fold()
+        mean, _ = self.grids.parameters_on_grid(*self.folded_parameters(factor))
+        return self.grids.weight.round(mean)
 
     def weight_moments(self, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
         refuse_correlated(self)
@@ -565,11 +584,11 @@ def prepare(net: nn.Module, spec: QuantSpec) -> nn.Module:
     """
     if not any(isinstance(module, Fused) for module in net.modules()):
         raise ValueError("prepare: the network has no fused layer; call fuse() on it first")
-    check_region(_parts(net)[0])  # the members of an ensemble have equal structure
-    before_sums = layers_before_sums(_parts(net)[0])
-    for part in _parts(net):
+    check_region(parts(net)[0])  # the members of an ensemble have equal structure
+    before_sums = layers_before_sums(parts(net)[0])
+    for part in parts(net):
         _check_modules(part)
-    for part in _parts(net):
+    for part in parts(net):
         device = next(part.parameters()).device
         found = [(name, m) for name, m in part.named_modules() if type(m) in SIMULATED]
         spec.check_overrides([name for name, module in found if type(module) in ROUNDED])
@@ -677,6 +696,11 @@ def replace_modules(
         net.set_submodule(name, replacement)
 
 
+def parts(net: nn.Module) -> list[nn.Module]:
+    """Return the parts with their own grids: an ensemble's networks, or the network itself."""
+    return [net.current, *net.members] if isinstance(net, Ensemble) else [net]
+
+
 def is_prepared(net: nn.Module) -> bool:
     """Return whether a network has fake quantizers."""
     return any(isinstance(module, FakeQuant) for module in net.modules())
@@ -692,6 +716,19 @@ def freeze(net: nn.Module, frozen: bool = True) -> None:
     for module in net.modules():
         if isinstance(module, FakeQuant | SimulatedLayer):
             module.frozen = frozen
+
+
+def renew(net: nn.Module) -> None:
+    """Let the next batch set the ranges that minimize the squared error of activations.
+
+    In a training, these ranges stay from one call to the next.
+
+    Args:
+        net: A prepared network.
+    """
+    for module in net.modules():
+        if isinstance(module, FakeQuant):
+            module.is_due = True
 
 
 def enable(net: nn.Module, enabled: bool = True) -> None:
@@ -737,7 +774,7 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     for inputs in batches:
         refuse_non_finite(inputs)
         first = inputs if first is None else first
-        for part in _parts(net):
+        for part in parts(net):
             part(inputs)
     for quant in quants:
         quant.eval()
@@ -750,14 +787,9 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
                 "batch that reaches every layer"
             )
     if first is not None:  # raises the error of an operation that cannot run in int8
-        for part in _parts(net):
+        for part in parts(net):
             part(first)
     return net
-
-
-def _parts(net: nn.Module) -> list[nn.Module]:
-    """Return the parts with their own grids: an ensemble's networks, or the network itself."""
-    return [net.current, *net.members] if isinstance(net, Ensemble) else [net]
 
 
 def _simulated_layer(fused: Fused, spec: QuantSpec) -> SimulatedLayer:

@@ -32,8 +32,8 @@ class QuantSpec:
             `moving_average` of minimum and maximum, or `least_squares`, which cuts the range of the
             current values to the share with the smallest squared error.
         activation_observer: Range of the activations: `moving_average` or `minmax` over training
-            batches, or `histogram`, which minimizes the squared error and supports only
-            calibration.
+            batches, or `histogram`, which minimizes the squared error over the batches of a
+            calibration, or over the first batch of each epoch of a training.
         strategy: For Gaussian weights, the rounded quantities: the `parameters` mu and sigma (draws
             are rounded to 8 bits), the drawn `weights`, or `both`.
         sigma_bits: For Gaussian weights, the bit width of sigma; None for `weight_bits`.
@@ -43,6 +43,10 @@ class QuantSpec:
         rounding: For Gaussian weights, the rounding of the noise of a draw: `nearest`, or
             `stochastic`, which keeps its variance; None for `stochastic` where drawn weights have
             3 bits or fewer.
+        weight_rounding: Integers of the weights: the `nearest` ones, or `adaptive` ones, which
+            minimize the error of the outputs of each layer; it supports only calibration.
+        bias_correction: Whether calibration changes the biases so that the mean outputs of each
+            layer stay as in float. Layers without a bias get one.
         engine: What executes the integers: `fbgemm`, `x86`, `onednn`, `onnxruntime` or
             `reference`.
         overrides: Dictionaries with the key `layer`, a glob over layer names, and bit widths for
@@ -73,6 +77,8 @@ class QuantSpec:
     noise_bits: int = 8
     noise_range: float = 3.0
     rounding: str | None = None
+    weight_rounding: str = "nearest"
+    bias_correction: bool = False
     engine: str = "fbgemm"
     overrides: tuple[Mapping[str, Any], ...] = ()
     keep: tuple[str, ...] = ()
@@ -93,11 +99,17 @@ class QuantSpec:
         _check_choice("sigma_grid", self.sigma_grid, ("linear", "log"))
         if self.rounding is not None:
             _check_choice("rounding", self.rounding, ("nearest", "stochastic"))
+        _check_choice("weight_rounding", self.weight_rounding, ("nearest", "adaptive"))
         _check_choice("engine", self.engine, ENGINES)
-        if not isinstance(self.weight_symmetric, bool):
-            shown = _shown(self.weight_symmetric)
+        for name in ("weight_symmetric", "bias_correction"):
+            if not isinstance(getattr(self, name), bool):
+                shown = _shown(getattr(self, name))
+                raise ArgumentError(f"{name}={shown}: choose true or false", name)
+        if self.weight_rounding == "adaptive" and self.strategy == "weights":
             raise ArgumentError(
-                f"weight_symmetric={shown}: choose true or false", "weight_symmetric"
+                "weight_rounding=adaptive chooses the integers of means, and strategy=weights "
+                "rounds only drawn weights; choose strategy=both or parameters",
+                *("weight_rounding", "strategy"),
             )
         reason = "in standard deviations, above 0; 3 is usual"
         noise_range = real_number("noise_range", self.noise_range, reason, 0, without=(0,))
@@ -160,7 +172,10 @@ class QuantSpec:
             spec = {key: value for key, value in options.items() if key not in PROCEDURE}
             if spec.get("activation_observer") is None:
                 spec["activation_observer"] = OBSERVERS[options["mode"]]
-            return cls.from_dict(spec)
+            made = cls.from_dict(spec)
+            if options["mode"] == "qat":
+                made.check_trainable()
+            return made
 
     def to_dict(self) -> dict[str, Any]:
         """Convert the spec to JSON types."""
@@ -195,13 +210,17 @@ class QuantSpec:
         return self.rounding == "stochastic"
 
     def check_trainable(self) -> None:
-        """Raise a ValueError if the observer of activations supports only calibration."""
-        if self.activation_observer == "histogram":
-            raise ArgumentError(
-                "activation_observer=histogram: it supports only calibration; train with "
-                "moving_average or minmax",
-                "activation_observer",
-            )
+        """Raise a ValueError if an option supports only calibration."""
+        for name, is_set in (
+            ("weight_rounding=adaptive", self.weight_rounding == "adaptive"),
+            ("bias_correction=true", self.bias_correction),
+        ):
+            if is_set:
+                raise ArgumentError(
+                    f"{name}: it supports only calibration, and a training moves weights and "
+                    "biases by itself; leave it out",
+                    name.partition("=")[0],
+                )
 
     def check_overrides(self, names: list[str]) -> None:
         """Raise a ValueError if an override matches none of these layer names."""

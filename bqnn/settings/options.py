@@ -180,6 +180,8 @@ QUANT: Table = {
     "noise_range": POSITIVE,
     "rounding": maybe(one_of("nearest", "stochastic")),
     "weight_symmetric": flag(),
+    "weight_rounding": one_of("nearest", "adaptive"),
+    "bias_correction": flag(),
     "keep": many(text(), 1000),
     "freeze_epochs": COUNT,
 }

@@ -150,7 +150,8 @@ def test_a_broken_match_of_a_pattern_fails_alone(
         (["quant.engine=qnnpack"], "quant.engine=qnnpack"),
         (["quant.mode=dynamic"], "quant.mode=dynamic"),
         (["quant.overrides=[{layer: conv1, weight_bits: 8}]"], "matches no layer; choose from"),
-        (["quant.activation_observer=histogram"], "only calibration"),
+        (["quant.weight_rounding=adaptive"], "only calibration"),
+        (["quant.bias_correction=true"], "only calibration"),
         (["select=worst"], "select=worst: choose all or best"),
         (["trainer.precision=bf16-mixed"], "choose 32-true"),
     ],
@@ -270,6 +271,32 @@ def test_a_control_is_refused_in_a_calibration(
     assert code == 1
     assert "quant.control=true: quant.mode=ptq trains nothing" in errors
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["bbb", "sghmc"])
+def test_a_calibration_fits_integers_and_biases(
+    method: str, trained: Path, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    checkpoint = f"checkpoint={trained}/{method}_0/checkpoint.ckpt"
+    fitted = ["quant.weight_rounding=adaptive", "quant.bias_correction=true"]
+    differences = []
+    for run, options in (("plain", []), ("fitted", fitted)):
+        arguments = [checkpoint, "quant.mode=ptq", "quant.weight_bits=3", "logger=none"]
+        code, errors = script_here("quantize", *arguments, *options, f"hydra.run.dir={run}")
+        assert code == 0, errors
+        metrics = json.loads((tmp_path / run / "metrics.json").read_text())
+        assert metrics["int8/test/nll"] == metrics["simulated/test/nll"]
+        differences.append(abs(metrics["int8/test/nll"] - metrics["float/test/nll"]))
+        with (tmp_path / run / "quantization.csv").open() as file:
+            moved = [float(row["moved_share"]) for row in csv.DictReader(file)]
+        assert (max(moved) > 0) == bool(options)
+    assert differences[1] < differences[0]
+
+    folder = tmp_path / "fitted"
+    model = load(folder / "checkpoint.ckpt", "int8")
+    data = make_data(yaml.safe_load((folder / "config.yaml").read_text()))
+    samples = model.predictive(data.normalize(data.test.inputs))
+    assert np.array_equal(samples.numpy(), np.load(folder / "predictions.npz")["samples"])
 
 
 @pytest.mark.parametrize("method", ["sghmc", "bbb"])

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -69,6 +70,21 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
     return first.keys() == second.keys() and all(
         torch.equal(value, second[name]) for name, value in first.items()
     )
+
+
+def test_each_epoch_renews_least_squares_ranges_until_they_are_frozen(tmp_path: Path) -> None:
+    scales: list[tuple[int, float]] = []
+
+    class Scales(pl.Callback):
+        def on_train_batch_end(self, fit: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+            scales.append((fit.current_epoch, float(module.net[1].output_quant.scale)))
+
+    spec = QuantSpec(activation_bits=3, activation_observer="histogram")
+    callbacks = [QuantizationCallback(spec, freeze_epochs=1), Scales()]
+    bare_trainer(3, callbacks=callbacks, default_root_dir=tmp_path).fit(Classifier(), data())
+    of_epoch = [{scale for number, scale in scales if number == epoch} for epoch in range(3)]
+    assert [len(each) for each in of_epoch] == [1, 1, 1]
+    assert of_epoch[0] != of_epoch[1] == of_epoch[2]
 
 
 def test_it_trains_and_a_fresh_process_can_test_what_was_saved(tmp_path: Path) -> None:

@@ -275,3 +275,32 @@ def test_one_range_of_a_tensor_is_cut_like_a_channel() -> None:
     whole = make_fake_quant(3, signed=True, symmetric=True, observer="least_squares")
     channel = make_fake_quant(3, signed=True, symmetric=True, channels=1, observer="least_squares")
     assert torch.equal(whole(x), channel(x[None])[0])
+
+
+def test_a_training_sets_the_least_squares_range_by_one_batch() -> None:
+    torch.manual_seed(0)
+    quant, alone = (make_fake_quant(3, signed=False, observer="histogram").train() for _ in "ab")
+    x, y = torch.rand(1000), 3 * torch.rand(1000)
+    quant(x)
+    first = quant.scale.clone()
+    assert (quant(x) - x).square().mean() < 0.02
+    quant(y)
+    assert torch.equal(quant.scale, first)
+    quant.is_due = True
+    alone(y)
+    quant(y)
+    assert torch.equal(quant.scale, alone.scale)  # x is forgotten
+    quant.is_due = quant.frozen = True
+    quant(x)
+    assert torch.equal(quant.scale, alone.scale)
+
+
+def test_a_calibration_sets_the_least_squares_range_by_all_batches() -> None:
+    quant, whole = (make_fake_quant(3, signed=False, observer="histogram").train() for _ in "ab")
+    x = torch.rand(1000)
+    quant.enabled = False
+    for batch in x.split(250):
+        quant(batch)
+    quant.settle()
+    whole(x)
+    assert torch.equal(quant.scale, whole.scale)

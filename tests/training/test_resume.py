@@ -153,11 +153,19 @@ def test_a_killed_training_ends_as_if_nothing_had_happened(
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [*((method, []) for method in METHODS), ("bbb", ["quant.activation_observer=histogram"])],
+)
 def test_a_killed_fine_tuning_ends_as_if_nothing_had_happened(
-    method: str, times: int, references: Path, script_here: ScriptHere, tmp_path: Path
+    method: str,
+    options: list[str],
+    times: int,
+    references: Path,
+    script_here: ScriptHere,
+    tmp_path: Path,
 ) -> None:
-    arguments = [f"checkpoint={references}/{method}/checkpoint.ckpt", *QAT]
+    arguments = [f"checkpoint={references}/{method}/checkpoint.ckpt", *options, *QAT]
     reference = tmp_path / "reference"
     assert script_here("quantize", *arguments, f"hydra.run.dir={reference}")[0] == 0
     print(kill_and_resume("quantize", arguments, reference, tmp_path, script_here, times))

@@ -21,6 +21,7 @@ from bqnn.quant.engines.contract import ActivationGrid, LayerEngine
 from bqnn.quant.fuse import fuse
 from bqnn.quant.integer import convert
 from bqnn.quant.quantize import prepare_qat, quantize
+from bqnn.quant.reconstruction import calibrate_by
 from bqnn.quant.simulated import SimulatedAdd, calibrate, prepare, use_engine
 from bqnn.quant.spec import ENGINES, SYMMETRIC_ONLY, QuantSpec
 from bqnn.quant.summary import disagreements
@@ -105,7 +106,7 @@ class Between(nn.Module):
 
 def simulated(method: str, net: str, **options: Any) -> nn.Module:
     spec = QuantSpec(**{"activation_observer": "minmax", "output_bits": None, **options})
-    return calibrate(prepare(fuse(float_net(method, net)), spec), [inputs(net)])
+    return calibrate_by(spec, prepare(fuse(float_net(method, net)), spec), [inputs(net)])
 
 
 def calibrated(net: nn.Module, x: Tensor, **options: Any) -> nn.Module:
@@ -182,10 +183,11 @@ class EngineContract:
             {"rounding": "stochastic"},
             {"rounding": "stochastic", "strategy": "weights"},
             {"weight_observer": "least_squares"},
+            {"weight_rounding": "adaptive", "bias_correction": True},
         ],
         ids=[
             *("tensor", "affine tensor", "affine", "parameters", "weights", "log"),
-            *("stochastic", "stochastic weights", "least squares"),
+            *("stochastic", "stochastic weights", "least squares", "adaptive"),
         ],
     )
     def test_at_other_schemes(self, scheme: dict[str, Any], method: str) -> None:
