@@ -11,6 +11,7 @@ from pytorch_lightning.loggers import Logger
 from bqnn.arguments import prefixed
 from bqnn.checkpoints.file import find_checkpoints
 from bqnn.checkpoints.recipe import NUMERICS, described, load
+from bqnn.commands.budget import check_budget, has_budget, within_budget
 from bqnn.commands.choices import check_optimizer
 from bqnn.commands.predictions import predict
 from bqnn.data import TensorData
@@ -70,6 +71,7 @@ def check(config: dict[str, Any], is_sweep: bool) -> None:
                 f"quant.{name}=true: quant.mode={quant['mode']} trains nothing; leave it out, or "
                 "set quant.mode=qat"
             )
+    check_budget(quant)
     refuse_devices(config["trainer"], allow_several=False)
     check_optimizer("quant.fine_tuning.optimizer", tuning["optimizer"])
 
@@ -99,14 +101,15 @@ def quantize(job: Job) -> None:
     loggers, timer = make_loggers(job), EpochTimer(job)
     num_samples = model.check_samples(job.config["num_samples"])
     predictions = {"float": predict_test(job, "float", model, data, num_samples)}
-    if job.config["quant"]["mode"] == "qat":
-        control = deepcopy(model) if job.config["quant"]["control"] else None
-        start = fine_tune(job, loggers, timer, model, data)
+    quant = within_budget(job, loggers, model, data, num_samples)
+    if quant["mode"] == "qat":
+        control = deepcopy(model) if quant["control"] else None
+        start = fine_tune(job, quant, loggers, timer, model, data)
         if control is not None:
-            tuned = fine_tune_control(job, control, data)
+            tuned = fine_tune_control(job, quant, control, data)
             predictions[CONTROL] = predict_test(job, CONTROL, tuned, data, num_samples)
     else:
-        start = calibrate(job, loggers, model, data)
+        start = calibrate(job, quant, loggers, model, data)
     path, trust = job.folder / "checkpoint.ckpt", job.config["trust"]
     models = {numeric: load(path, numeric, trust=trust) for numeric in NUMERICS}
     for numeric, quantized in models.items():
@@ -147,14 +150,18 @@ def drop_calibration(model: Method) -> None:
 
 
 def fine_tune(
-    job: Job, loggers: list[Logger], timer: EpochTimer, model: Method, data: TensorData
+    job: Job,
+    options: Mapping[str, Any],
+    loggers: list[Logger],
+    timer: EpochTimer,
+    model: Method,
+    data: TensorData,
 ) -> Method:
     """Fine-tune the network with fake quantization.
 
     Returns:
         The quantized model before the fine-tuning.
     """
-    options = job.config["quant"]
     callbacks = [timer, *quantization_callbacks(options)]
     trainer = make_trainer(job, loggers, callbacks, validate=data.val is not None)
     model = prepare_fine_tuning(options, model, data)
@@ -165,7 +172,9 @@ def fine_tune(
     return start
 
 
-def fine_tune_control(job: Job, model: Method, data: TensorData) -> Method:
+def fine_tune_control(
+    job: Job, options: Mapping[str, Any], model: Method, data: TensorData
+) -> Method:
     """Fine-tune the network alike but without rounding, in the folder `finetuned` of the job.
 
     Its difference from the float network is due to the training alone, and that of int8 from it is
@@ -174,7 +183,7 @@ def fine_tune_control(job: Job, model: Method, data: TensorData) -> Method:
     Returns:
         The fine-tuned model, in float.
     """
-    options, folder = job.config["quant"], job.folder / CONTROL
+    folder = job.folder / CONTROL
     folder.mkdir(exist_ok=True)
     path = folder / "control.ckpt"
     if not path.exists():  # otherwise a resumed job has trained it before
@@ -199,9 +208,10 @@ def prepare_fine_tuning(options: Mapping[str, Any], model: Method, data: TensorD
     return model
 
 
-def calibrate(job: Job, loggers: list[Logger], model: Method, data: TensorData) -> Method:
+def calibrate(
+    job: Job, options: Mapping[str, Any], loggers: list[Logger], model: Method, data: TensorData
+) -> Method:
     """Quantize the network by calibration on a few batches, without training, and return it."""
-    options = job.config["quant"]
     trainer = make_trainer(job, loggers, [], validate=data.val is not None)
     batches = options["fine_tuning"]["calibration_batches"]
     with prefixed("quant"):
@@ -229,6 +239,8 @@ def write_results(
     expected: list[str | Path] = [*FILES]
     if job.config["quant"]["mode"] == "qat" and job.config["trainer"]["save_best"]:
         expected.append("best.ckpt")
+    if has_budget(job.config["quant"]):
+        expected.append("sensitivity.csv")
     if job.config["plots"]:
         figures = draw_results(job.folder, models["int8"], data, test)
         figures += draw_weights(job.folder, models["simulated"])

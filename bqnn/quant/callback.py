@@ -17,6 +17,7 @@ from bqnn.quant.fuse import fuse
 from bqnn.quant.mark import Keep, entries, mark
 from bqnn.quant.simulated import calibrate, enable, freeze, is_prepared, prepare
 from bqnn.quant.spec import QuantSpec
+from bqnn.quant.stochastic import check_rounding
 from bqnn.seeds import Stream, stream_seed
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class QuantizationCallback(pl.Callback):
                 "precision",
             )
         guard_backward()
+        check_rounding(_net(pl_module), self.spec)
         quantize_module(pl_module, self.spec, keep=self.keep)
         enable(_net(pl_module), self.rounds)
 
@@ -186,6 +188,7 @@ def calibrate_module(
         TypeError: The network cannot run in integers.
     """
     num_batches = whole_number("num_batches", num_batches, "1 or more", 1)
+    check_rounding(_net(model), spec)
     quantize_module(model, spec, stage="ptq")
     batches = islice(data.train_dataloader(), num_batches)
     # Stochastic layers draw during calibration.

@@ -18,6 +18,7 @@ from bqnn.quant.integer import convert
 from bqnn.quant.mark import Keep, entries, mark
 from bqnn.quant.simulated import calibrate, prepare
 from bqnn.quant.spec import QuantSpec
+from bqnn.quant.stochastic import check_rounding
 from bqnn.seeds import Stream, stream_seed
 from bqnn.text import short, type_of
 
@@ -127,6 +128,7 @@ def _prepared(net: nn.Module, spec: QuantSpec, keep: Keep, trains: bool) -> nn.M
     if trains:
         spec.check_trainable()
     check_no_loose_tensors(net)
+    check_rounding(net, spec)
     kept = [*spec.keep, *entries(keep)]
     return prepare(fuse(mark(deepcopy(net), keep=kept, trains=trains)), spec)
 

@@ -151,6 +151,8 @@ def test_a_broken_match_of_a_pattern_fails_alone(
         (["quant.overrides=[{layer: conv1, weight_bits: 8}]"], "matches no layer; choose from"),
         (["quant.activation_observer=histogram"], "only calibration"),
         (["select=worst"], "select=worst: choose all or best"),
+        (["quant.rounding=stochastic"], "quant.rounding=stochastic: it rounds"),
+        (["quant.mode=ptq", "quant.rounding=stochastic"], "quant.rounding=stochastic: it rounds"),
         (["trainer.precision=bf16-mixed"], "choose 32-true"),
     ],
 )

@@ -1,0 +1,129 @@
+"""Measure what a network loses when one of its tensors has fewer bits and all others have 8."""
+
+import csv
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bqnn.evaluation.suite import EvaluationSet, predict_sets
+from bqnn.files import write_csv
+from bqnn.inference.predictions import Prediction, score, with_non_finite
+from bqnn.inference.ranking import AUROC
+from bqnn.methods import Method
+from bqnn.quant.budget import FULL, Row
+from bqnn.quant.sensitivity import QuantizedTensor
+from bqnn.quant.spec import QuantSpec
+from bqnn.quant.summary import sizes
+
+log = logging.getLogger(__name__)
+
+OTHER = "other"  # the set that AUROC tells from the validation rows
+
+Measure = Callable[[Method], Mapping[str, Any]]
+
+
+def measures(
+    sets: Mapping[str, EvaluationSet],
+    normalize: Callable[[Tensor], Tensor],
+    num_samples: int,
+) -> Measure:
+    """Return a function that measures a model: `nll`, and `mi` and `auroc` if there are any.
+
+    Args:
+        sets: The validation rows as `val`, and another set as `other` if AUROC is measured.
+        normalize: Converts raw inputs to inputs of the network.
+        num_samples: The number of draws, which are the same for every model.
+    """
+
+    def measure(model: Method) -> dict[str, float]:
+        predictions = predict_sets(model, sets, normalize, num_samples)
+        found = with_non_finite(score, predictions["val"])
+        metrics = {name: value for name, value in found.items() if name in ("nll", "mi")}
+        if OTHER in predictions:
+            metrics["auroc"] = _auroc(predictions["val"], predictions[OTHER])
+        return metrics
+
+    return measure
+
+
+def sensitivity(
+    calibrated: Method,
+    tensors: Sequence[QuantizedTensor],
+    spec: QuantSpec,
+    widths: Sequence[int],
+    measure: Measure,
+) -> Iterator[Row]:
+    """Measure a calibrated model with each tensor at each width.
+
+    Args:
+        calibrated: The model, calibrated with 8 bits for each of these tensors.
+        tensors: The tensors of its network.
+        spec: The spec of its calibration.
+        widths: The widths.
+        measure: The function from `measures`.
+
+    Yields:
+        Rows of each tensor by falling width, then a row with all tensors at 8 bits, which also
+        stands for each tensor at 8 bits.
+    """
+    full = measure(calibrated)
+    for number, each in enumerate(tensors, start=1):
+        log.info("sensitivity %d/%d: %s %s", number, len(tensors), each.layer, each.tensor)
+        for bits in sorted({FULL, *widths}, reverse=True):
+            with each.at(bits, spec):
+                found = full if bits == FULL else measure(calibrated)
+            size = each.packed_bytes(bits)
+            yield Row(each.layer, each.tensor, bits, each.values, size, **found)
+    values = sum(each.values for each in tensors)
+    yield Row("", "all", FULL, values, sizes(calibrated.net)["packed_bytes"], **full)
+
+
+def write_sensitivity(path: Path, rows: Sequence[Row]) -> None:
+    """Write sensitivity.csv: a row for each measurement; what was not measured is empty."""
+    write_csv(path, [asdict(row) for row in rows])
+
+
+def read_sensitivity(path: Path, widths: Sequence[int]) -> list[Row] | None:
+    """Read sensitivity.csv.
+
+    Args:
+        path: The file.
+        widths: The widths that are needed.
+
+    Returns:
+        The rows, or None if they are not what `write_sensitivity` wrote for these widths.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [_row(cells) for cells in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        return None
+    found: dict[tuple[str, str], set[int]] = {}
+    for row in rows:
+        found.setdefault((row.layer, row.tensor), set()).add(row.bits)
+    is_whole = [*found][-2:] == [("", "all"), ("", "float")]  # the last ones to be written
+    if is_whole and all(of >= {FULL, *widths} for key, of in found.items() if key[0]):
+        return rows
+    return None
+
+
+def _row(cells: Mapping[str, str]) -> Row:
+    bits, values, size = (int(cells[name]) for name in ("bits", "values", "bytes"))
+    mi, auroc = (float(cells[name]) if cells[name] else None for name in ("mi", "auroc"))
+    nll = float(cells["nll"])
+    return Row(cells["layer"], cells["tensor"], bits, values, size, nll, mi, auroc)
+
+
+def _auroc(familiar: Prediction, unfamiliar: Prediction) -> float:
+    """Measure how well the main score of uncertainty tells two sets apart."""
+    known, unknown = (
+        next(iter(each.likelihood.scores(each.summary).values())) for each in (familiar, unfamiliar)
+    )
+    metric, both = AUROC(sync_on_compute=False), torch.cat([known, unknown])
+    metric.update(both, torch.arange(len(both)) >= len(known))
+    return metric.compute().item()
