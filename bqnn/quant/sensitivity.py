@@ -22,6 +22,7 @@ from bqnn.quant.simulated import (
     SimulatedGaussianLayer,
     SimulatedLayer,
     SimulatedPointLayer,
+    enable,
 )
 from bqnn.quant.spec import QuantSpec
 from bqnn.quant.stochastic import GaussianGrids, activation_fake_quant, weight_fake_quant
@@ -169,7 +170,9 @@ def _regrid(module: OutputOnGrid, tensor: str, spec: QuantSpec) -> None:
         return
     assert isinstance(module, SimulatedGaussianLayer)
     module.grids = GaussianGrids(spec, len(module.mean)).to(device)
+    enable(module.grids, False)  # ranges of a calibration are those without rounding
     module.grids.parameters_on_grid(*module.folded_parameters(factor))
+    enable(module.grids)
     module.grids.eval()
 
 
