@@ -50,11 +50,12 @@ def check_budget(quant: Mapping[str, Any]) -> None:
     """
     budget = quant["budget"]
     if not has_budget(quant):
-        if budget["measure"] != "nll" or budget["other"] is not None:
-            raise ValueError(
-                f"quant.budget.measure={budget['measure']}: there is no limit; set "
-                "quant.budget.bytes, quant.budget.mean_bits or quant.budget.mean_activation_bits"
-            )
+        for key, default in (("measure", "nll"), ("other", None)):
+            if budget[key] != default:
+                raise ValueError(
+                    f"quant.budget.{key}={budget[key]}: there is no limit; set quant.budget.bytes, "
+                    "quant.budget.mean_bits or quant.budget.mean_activation_bits"
+                )
         return
     if budget["other"] is not None and budget["measure"] != "auroc":
         raise ValueError(
