@@ -17,6 +17,7 @@ from bqnn.evaluation.sensitivity import (
     measures,
     read_sensitivity,
     sensitivity,
+    unmeasured,
     write_sensitivity,
 )
 from bqnn.evaluation.suite import EvaluationSet, validation_set
@@ -29,7 +30,6 @@ from bqnn.quant.budget import FULL, OUTPUT, Budget, Row, choose_bits, overrides
 from bqnn.quant.callback import calibrate_module
 from bqnn.quant.sensitivity import activation_tensors, stored_tensors
 from bqnn.quant.spec import QuantSpec
-from bqnn.quant.summary import sizes
 from bqnn.training.loggers import log_figures
 from bqnn.training.process import find_device
 
@@ -97,11 +97,10 @@ def within_budget(
     if rows is None:  # otherwise an interrupted process has measured it
         rows = measure_sensitivity(job, model, data, num_samples)
         write_sensitivity(path, rows)
-    given = {name: options["budget"][name] for name in (*LIMITS, "measure")}
-    with prefixed("quant.budget"):
-        bits = choose_bits(rows, Budget(**given, widths=tuple(options["budget"]["widths"])))
+    bits = choose(rows, options["budget"])
     if job.config["plots"]:
-        log_figures(loggers, draw_sensitivity(job.folder, rows, bits, given["measure"]))
+        measure = options["budget"]["measure"]
+        log_figures(loggers, draw_sensitivity(job.folder, rows, bits, measure))
     chosen = [row for row in rows if bits.get((row.layer, row.tensor)) == row.bits]
     say(described(chosen))
     means = {MEANS[name]: round(mean) for name, mean in mean_bits(chosen).items()}
@@ -139,13 +138,25 @@ def measure_sensitivity(job: Job, model: Method, data: TensorData, num_samples: 
     if budget["mean_activation_bits"] is not None:
         row = channels_last(data.normalize(sets["val"].inputs[:1]))
         tensors += activation_tensors(calibrated.net, row)
+    rows = unmeasured(calibrated, tensors, budget["widths"])
+    choose(rows, {**budget, "measure": "nll"})  # refuses a limit that cannot be reached
     device = find_device(job.config["trainer"])
     measure = measures(sets, data.normalize, num_samples)
-    rows = [*sensitivity(calibrated.to(device), tensors, spec, budget["widths"], measure)]
-    found = measure(model.to(device))
+    models = model.to(device), calibrated.to(device)
+    measured = [*sensitivity(*models, tensors, rows, spec, measure)]
     model.cpu()
-    stored = sizes(calibrated.net)["float_bytes"]
-    return [*rows, Row("", "float", 32, rows[-1].values, stored, **found)]
+    return measured
+
+
+def choose(rows: Sequence[Row], budget: Mapping[str, Any]) -> Bits:
+    """Choose the bits within the group `quant.budget` of a configuration.
+
+    Raises:
+        ValueError: A limit cannot be reached.
+    """
+    given = {name: budget[name] for name in (*LIMITS, "measure")}
+    with prefixed("quant.budget"):
+        return choose_bits(rows, Budget(**given, widths=tuple(budget["widths"])))
 
 
 def check_measure(measure: str, model: Method, num_samples: int) -> None:

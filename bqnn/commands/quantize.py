@@ -100,38 +100,42 @@ def quantize(job: Job) -> None:
     data = make_data(job.config, model.recipe)
     loggers, timer = make_loggers(job), EpochTimer(job)
     num_samples = model.check_samples(job.config["num_samples"])
-    predictions = {"float": predict_test(job, "float", model, data, num_samples)}
+    predictions = {"float": predict_splits(job, "float", model, data, num_samples)}
     quant = within_budget(job, loggers, model, data, num_samples)
     if quant["mode"] == "qat":
         control = deepcopy(model) if quant["control"] else None
         start = fine_tune(job, quant, loggers, timer, model, data)
         if control is not None:
             tuned = fine_tune_control(job, quant, control, data)
-            predictions[CONTROL] = predict_test(job, CONTROL, tuned, data, num_samples)
+            predictions[CONTROL] = predict_splits(job, CONTROL, tuned, data, num_samples)
     else:
         start = calibrate(job, quant, loggers, model, data)
     path, trust = job.folder / "checkpoint.ckpt", job.config["trust"]
     models = {numeric: load(path, numeric, trust=trust) for numeric in NUMERICS}
     for numeric, quantized in models.items():
-        predictions[numeric] = predict_test(job, numeric, quantized, data, num_samples)
-    tests = {f"{numeric}/test": of["test"] for numeric, of in predictions.items()}
-    metrics = score_sets(tests)
+        predictions[numeric] = predict_splits(job, numeric, quantized, data, num_samples)
+    scored = {f"{num}/{name}": each for num, of in predictions.items() for name, each in of.items()}
+    metrics = score_sets(scored)
     metrics |= {"num_samples": num_samples, **timer.metrics()}
 
-    files = write_results(job, loggers, data, start, models, tests["int8/test"], metrics)
+    files = write_results(job, loggers, data, start, models, scored["int8/test"], metrics)
     say(comparison_table(metrics))
     say(f"\n{timer}\nresults in {job.folder}")
     require_results(job.folder, metrics, files)
     log_checkpoint(loggers, job)
 
 
-def predict_test(
+def predict_splits(
     job: Job, numeric: str, model: Method, data: TensorData, num_samples: int
 ) -> dict[str, Prediction]:
-    """Predict the test rows on the accelerator of the job; int8 runs on the CPU only."""
+    """Predict the test rows on the accelerator of the job; int8 runs on the CPU only.
+
+    If an objective of a search is a metric of validation rows, predict them, too.
+    """
+    names = ["test", *(["val"] if any("/val/" in name for name in job.config["objective"]) else [])]
     if numeric != "int8":
         model.to(find_device(job.config["trainer"]))
-    found = predict(job, numeric, model, split_sets(data, ["test"]), data.normalize, num_samples)
+    found = predict(job, numeric, model, split_sets(data, names), data.normalize, num_samples)
     model.cpu()  # layers are compared there
     return found
 

@@ -3,7 +3,7 @@
 import csv
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,36 +51,59 @@ def measures(
     return measure
 
 
-def sensitivity(
-    calibrated: Method,
-    tensors: Sequence[QuantizedTensor],
-    spec: QuantSpec,
-    widths: Sequence[int],
-    measure: Measure,
-) -> Iterator[Row]:
-    """Measure a calibrated model with each tensor at each width.
+def unmeasured(
+    calibrated: Method, tensors: Sequence[QuantizedTensor], widths: Sequence[int]
+) -> list[Row]:
+    """Return the rows of `sensitivity` with an NLL of 0, and that of the float network.
 
     Args:
-        calibrated: The model, calibrated with 8 bits for each of these tensors.
-        tensors: The tensors of its network.
-        spec: The spec of its calibration.
+        calibrated: The model.
+        tensors: Tensors of its network.
         widths: The widths.
+    """
+    rows = [
+        Row(each.layer, each.tensor, bits, each.values, each.packed_bytes(bits), 0.0)
+        for each in tensors
+        for bits in sorted({FULL, *widths}, reverse=True)
+    ]
+    values, size = sum(each.values for each in tensors), sizes(calibrated.net)
+    rows.append(Row("", "all", FULL, values, size["packed_bytes"], 0.0))
+    return [*rows, Row("", "float", 32, values, size["float_bytes"], 0.0)]
+
+
+def sensitivity(
+    original: Method,
+    calibrated: Method,
+    tensors: Sequence[QuantizedTensor],
+    rows: Sequence[Row],
+    spec: QuantSpec,
+    measure: Measure,
+) -> Iterator[Row]:
+    """Measure a model with each tensor at each width and all others at 8 bits.
+
+    Args:
+        original: The float model.
+        calibrated: The model, calibrated with 8 bits for each of these tensors.
+        tensors: The tensors.
+        rows: The rows from `unmeasured`.
+        spec: The spec of the calibration.
         measure: The function from `measures`.
 
     Yields:
-        Rows of each tensor by falling width, then a row with all tensors at 8 bits, which also
-        stands for each tensor at 8 bits.
+        The rows with their measurements. That with all tensors at 8 bits is also that of each
+        tensor at 8 bits.
     """
+    by_key = {(each.layer, each.tensor): each for each in tensors}
     full = measure(calibrated)
-    for number, each in enumerate(tensors, start=1):
-        log.info("sensitivity %d/%d: %s %s", number, len(tensors), each.layer, each.tensor)
-        for bits in sorted({FULL, *widths}, reverse=True):
-            with each.at(bits, spec):
-                found = full if bits == FULL else measure(calibrated)
-            size = each.packed_bytes(bits)
-            yield Row(each.layer, each.tensor, bits, each.values, size, **found)
-    values = sum(each.values for each in tensors)
-    yield Row("", "all", FULL, values, sizes(calibrated.net)["packed_bytes"], **full)
+    for number, row in enumerate(rows, start=1):
+        found = full
+        if row.tensor == "float":
+            found = measure(original)
+        elif row.bits != FULL:
+            log.info("sensitivity %d/%d: %s %s", number, len(rows), row.layer, row.tensor)
+            with by_key[row.layer, row.tensor].at(row.bits, spec):
+                found = measure(calibrated)
+        yield replace(row, **found)
 
 
 def write_sensitivity(path: Path, rows: Sequence[Row]) -> None:

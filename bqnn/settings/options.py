@@ -61,6 +61,7 @@ JOB: Table = {
     "plots": flag(),
     "resume": flag(),
     "trust": flag(),
+    "objective": many(text(), 8),
     "convergence": flag(),
     "calibrate": maybe(one_of("temperature", "vector")),
     "save_calibrated": flag(),

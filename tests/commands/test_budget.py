@@ -14,12 +14,19 @@ from bqnn.methods import METHODS
 
 ScriptHere = Callable[..., tuple[int, str]]
 QUICK = ["logger=none", "plots=false", "num_samples=2", "quant.fine_tuning.max_epochs=1"]
-QUICK += ["quant.fine_tuning.calibration_batches=2", "quant.budget.widths=[2,4,8]"]
+QUICK += ["quant.fine_tuning.calibration_batches=1", "quant.budget.widths=[2,4,8]"]
+QUICK += ["quant.budget.rows=20"]
 
 
 def read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def _float_parameters(trained: Path, method: str) -> list[Any]:
+    net: Any = load(trained / f"{method}_0" / "checkpoint.ckpt").net
+    members = net.members if hasattr(net, "members") else [net]
+    return [parameter for member in members for parameter in member.parameters()]
 
 
 def mean_bits(run: Path) -> float:
@@ -38,36 +45,43 @@ def test_every_method_keeps_within_a_budget(
 ) -> None:
     arguments = [f"checkpoint={trained}/{method}_0/checkpoint.ckpt", "quant.mode=ptq", *QUICK]
     arguments = [each for each in arguments if method != "pointwise" or "samples" not in each]
-    code, errors = script_here(
-        "quantize", *arguments, "quant.budget.mean_bits=3.5", "hydra.run.dir=mean"
-    )
+    arguments += ["quant.budget.mean_bits=3.5", "hydra.run.dir=run"]
+    code, errors = script_here("quantize", *arguments)
     assert code == 0, errors
-    assert 2 < mean_bits(tmp_path / "mean") <= 3.5
-    size = json.loads((tmp_path / "mean" / "size.json").read_text())["packed_bytes"]
-    code, errors = script_here(
-        "quantize", *arguments, f"quant.budget.bytes={size - 1}", "hydra.run.dir=bytes"
-    )
-    assert code == 0, errors
-    smaller = json.loads((tmp_path / "bytes" / "size.json").read_text())["packed_bytes"]
-    assert smaller < size
-    recipe = load(tmp_path / "mean" / "checkpoint.ckpt", "int8").recipe
+    assert 2 < mean_bits(tmp_path / "run") <= 3.5
+    recipe = load(tmp_path / "run" / "checkpoint.ckpt", "int8").recipe
     assert recipe is not None
     bits = {entry["layer"]: entry["weight_bits"] for entry in recipe["quant"]["overrides"]}
-    rows = [row for row in read(tmp_path / "mean" / "quantization.csv") if row["tensor"] != "sigma"]
-    for row in rows:
+    for row in read(tmp_path / "run" / "quantization.csv"):
         layer = row["layer"]
         layer = layer.split(".", 2)[2] if layer.startswith("members.") else layer
-        assert int(row["weight_bits"]) == bits[layer]
+        assert row["tensor"] == "sigma" or int(row["weight_bits"]) == bits[layer]
 
 
-@pytest.mark.parametrize("measure", ["nll", "mi", "auroc"])
+@pytest.mark.parametrize("method", ["pointwise", "sghmc"])
+@pytest.mark.parametrize("share", [0.3, 0.55])
+def test_the_packed_size_is_within_a_budget_of_bytes(
+    method: str, share: float, trained: Path, script_here: ScriptHere, tmp_path: Path
+) -> None:
+    arguments = [f"checkpoint={trained}/{method}_0/checkpoint.ckpt", "quant.mode=ptq", *QUICK]
+    arguments = [each for each in arguments if method != "pointwise" or "samples" not in each]
+    size = 4 * sum(parameter.numel() for parameter in _float_parameters(trained, method))
+    most = int(share * size / 4)
+    run = [f"quant.budget.bytes={most}", "hydra.run.dir=run"]
+    code, errors = script_here("quantize", *arguments, *run)
+    assert code == 0, errors
+    packed = json.loads((tmp_path / "run" / "size.json").read_text())["packed_bytes"]
+    assert 0.8 * most < packed <= most
+
+
+@pytest.mark.parametrize("measure", ["mi", "auroc"])
 def test_a_fine_tuning_has_the_chosen_bits_of_weights_and_activations(
     measure: str, trained: Path, script_here: ScriptHere, tmp_path: Path
 ) -> None:
     arguments = [f"checkpoint={trained}/bbb_0/checkpoint.ckpt", *QUICK, "plots=true"]
     limits = ["quant.budget.mean_bits=4", "quant.budget.mean_activation_bits=6"]
-    chosen = [f"quant.budget.measure={measure}", *(["quant.budget.rows=50"] * (measure != "nll"))]
-    code, errors = script_here("quantize", *arguments, *limits, *chosen, "hydra.run.dir=run")
+    limits += [f"quant.budget.measure={measure}", "hydra.run.dir=run"]
+    code, errors = script_here("quantize", *arguments, *limits)
     assert code == 0, errors
     run = tmp_path / "run"
     assert (run / "sensitivity.png").exists()
@@ -143,7 +157,7 @@ def test_mistakes_are_answered_in_one_line(
 ) -> None:
     given = [options] if isinstance(options, str) else [f"quant.budget.{each}" for each in options]
     checkpoint = f"checkpoint={trained}/pointwise_0/checkpoint.ckpt"
-    quick = ["logger=none", "plots=false", "quant.mode=ptq"]
+    quick = ["logger=none", "plots=false", "quant.mode=ptq", "quant.budget.rows=5"]
     code, errors = script_here("quantize", checkpoint, *quick, *given, "hydra.run.dir=run")
     assert code == 1
     assert any(said in line for line in errors.splitlines()), errors
