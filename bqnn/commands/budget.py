@@ -26,7 +26,7 @@ from bqnn.jobs.job import Job
 from bqnn.jobs.terminal import say
 from bqnn.methods import Method
 from bqnn.methods.base import channels_last
-from bqnn.quant.budget import FULL, OUTPUT, Budget, Row, choose_bits, overrides
+from bqnn.quant.budget import FULL, OUTPUT, Bits, Budget, Row, choose_bits, overrides
 from bqnn.quant.callback import calibrate_module
 from bqnn.quant.sensitivity import activation_tensors, stored_tensors
 from bqnn.quant.spec import QuantSpec
