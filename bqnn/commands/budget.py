@@ -141,9 +141,9 @@ def measure_sensitivity(job: Job, model: Method, data: TensorData, num_samples: 
     rows = unmeasured(calibrated, tensors, budget["widths"])
     choose(rows, {**budget, "measure": "nll"})  # refuses a limit that cannot be reached
     device = find_device(job.config["trainer"])
-    measure = measures(sets, data.normalize, num_samples)
-    models = model.to(device), calibrated.to(device)
-    measured = [*sensitivity(*models, tensors, rows, spec, measure)]
+    model.to(device), calibrated.to(device)
+    measure = measures(model, sets, data.normalize, num_samples)
+    measured = [*sensitivity(model, calibrated, tensors, rows, spec, measure)]
     model.cpu()
     return measured
 

@@ -91,8 +91,9 @@ def draw_sensitivity(folder: Path, rows: Sequence[Row], bits: Bits, measure: str
     found = {f"{layer} {tensor}": of for (layer, tensor), of in losses(rows, measure).items()}
     chosen = {f"{layer} {tensor}": width for (layer, tensor), width in bits.items()}
     words = {
-        "nll": "NLL - NLL at 8 bits, nats",
-        "mi": "distance of MI, nats",
+        "nll": "added NLL, nats",
+        "kl": "added divergence from float, nats",
+        "mi": "added distance of MI from float, nats",
         "auroc": "lost AUROC",
     }
     return _save(folder, {"sensitivity": plots.sensitivity(found, chosen, words[measure])})

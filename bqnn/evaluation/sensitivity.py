@@ -28,27 +28,55 @@ Measure = Callable[[Method], Mapping[str, Any]]
 
 
 def measures(
+    original: Method,
     sets: Mapping[str, EvaluationSet],
     normalize: Callable[[Tensor], Tensor],
     num_samples: int,
 ) -> Measure:
-    """Return a function that measures a model: `nll`, and `mi` and `auroc` if there are any.
+    """Return a function that measures a model: `nll`, `kl`, and `mi` and `auroc` if there are any.
 
     Args:
+        original: The float model, from whose predictions `kl` is the divergence.
         sets: The validation rows as `val`, and another set as `other` if AUROC is measured.
         normalize: Converts raw inputs to inputs of the network.
         num_samples: The number of draws, which are the same for every model.
     """
 
+    reference = predict_sets(original, {"val": sets["val"]}, normalize, num_samples)["val"]
+
     def measure(model: Method) -> dict[str, float]:
         predictions = predict_sets(model, sets, normalize, num_samples)
         found = with_non_finite(score, predictions["val"])
         metrics = {name: value for name, value in found.items() if name in ("nll", "mi")}
+        metrics["kl"] = divergence(reference, predictions["val"])
         if OTHER in predictions:
             metrics["auroc"] = _auroc(predictions["val"], predictions[OTHER])
         return metrics
 
     return measure
+
+
+def divergence(reference: Prediction, prediction: Prediction) -> float:
+    """Return the mean KL divergence of a prediction from a reference, in nats per row.
+
+    In a regression, it is that of Gaussians with the mean and the variance of the prediction.
+
+    Examples:
+        >>> from bqnn.inference.likelihoods import Classification
+        >>> both = [
+        ...     Prediction(Classification(["cat", "dog"]), torch.tensor([[[0.0, logit]]]))
+        ...     for logit in (0.0, 1.0)
+        ... ]
+        >>> divergence(both[0], both[0]), round(divergence(*both), 4)
+        (0.0, 0.1201)
+    """
+    p, q = reference.summary, prediction.summary
+    if "probabilities" in p:
+        known, found = p["probabilities"].double(), q["probabilities"].double().clamp_min(1e-300)
+        return (torch.xlogy(known, known) - torch.xlogy(known, found)).sum(-1).mean().item()
+    ratio = p["std"] / q["std"]
+    shift = (p["mean"] - q["mean"]) / q["std"]
+    return ((ratio.square() + shift.square() - 1) / 2 - ratio.log()).mean().item()
 
 
 def unmeasured(
@@ -139,7 +167,9 @@ def _row(cells: Mapping[str, str]) -> Row:
     bits, values, size = (int(cells[name]) for name in ("bits", "values", "bytes"))
     mi, auroc = (float(cells[name]) if cells[name] else None for name in ("mi", "auroc"))
     nll = float(cells["nll"])
-    return Row(cells["layer"], cells["tensor"], bits, values, size, nll, mi, auroc)
+    return Row(
+        cells["layer"], cells["tensor"], bits, values, size, nll, mi, auroc, float(cells["kl"])
+    )
 
 
 def _auroc(familiar: Prediction, unfamiliar: Prediction) -> float:

@@ -15,7 +15,6 @@ from bqnn.arguments import ArgumentError
 
 FULL = 8  # the width of all other tensors while one is measured
 WIDTHS = tuple(range(2, FULL + 1))
-MEASURES = ("nll", "mi", "auroc")
 OUTPUT = "output"  # the tensor of activations; `weight`, `mean` and `sigma` are stored
 
 
@@ -33,6 +32,8 @@ class Row:
         nll: The negative log-likelihood, in nats per row.
         mi: The mutual information in nats per row; None for a regression.
         auroc: The AUROC on the other set; None if it was not measured.
+        kl: The divergence of the predictive distribution from that of the float network, in nats
+            per row.
     """
 
     layer: str
@@ -43,6 +44,7 @@ class Row:
     nll: float
     mi: float | None = None
     auroc: float | None = None
+    kl: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class Budget:
         bytes: Of the packed parameters, as in size.json.
         mean_bits: Mean over all stored weights; mu and sigma count as two.
         mean_activation_bits: Mean over the activations of one row, except for the outputs.
-        measure: The loss: `nll`, the distance of `mi` from that of the float network, or the loss
-            of `auroc`.
+        measure: The loss: `nll`, `kl`, the distance of `mi` from that of the float network, or
+            the loss of `auroc`.
         widths: The widths to choose from.
 
     Examples:
@@ -118,13 +120,13 @@ def losses(rows: Iterable[Row], measure: str) -> dict[tuple[str, str], dict[int,
 
     Args:
         rows: The measurements, with those of the whole network.
-        measure: `nll`, `mi` or `auroc`.
+        measure: `nll`, `kl`, `mi` or `auroc`.
     """
     tensors, reference, _ = _by_tensor(rows)
 
     def loss(row: Row) -> float:
-        if measure == "nll":
-            return row.nll
+        if measure in ("nll", "kl"):
+            return row.nll if measure == "nll" else row.kl
         if measure == "auroc":
             assert row.auroc is not None
             return -row.auroc

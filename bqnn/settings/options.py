@@ -188,7 +188,7 @@ BUDGET: Table = {
     "mean_bits": maybe(real(2, 8)),
     "bytes": maybe(whole(1)),
     "mean_activation_bits": maybe(real(2, 8)),
-    "measure": one_of("nll", "mi", "auroc"),
+    "measure": one_of("nll", "kl", "mi", "auroc"),
     "other": maybe(one_of(*UNFAMILIAR)),
     "widths": Rule(
         "at least one whole number from 2 to 8, as in [2,4,8]",

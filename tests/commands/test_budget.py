@@ -138,7 +138,10 @@ def test_a_resumed_job_has_the_same_bits(
         (["mean_bits=3", "widths=[9]"], "quant.budget.widths=[9]: choose at least one"),
         (["mean_bits=3", "widths=[4,8]"], "quant.budget.mean_bits=3: the smallest that"),
         (["mean_bits=3", "rows=0"], "quant.budget.rows=0: choose"),
-        (["mean_bits=3", "measure=error"], "quant.budget.measure=error: choose nll or mi or auroc"),
+        (
+            ["mean_bits=3", "measure=error"],
+            "quant.budget.measure=error: choose nll or kl or mi",
+        ),
         (["mean_bits=3", "measure=mi"], "quant.budget.measure=mi: one draw has no mutual"),
         (
             ["mean_bits=3", "other=mnist"],
