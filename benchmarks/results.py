@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 from pandas import DataFrame, Series
+from scipy.stats import ttest_1samp
 
 from bqnn.files import write_text
 from bqnn.plots.style import COLORS, GREY, new_figure, save_small, style
@@ -90,8 +91,23 @@ def tables(metric: str) -> str:
     return _table(["", "", "n", *methods], lines)
 
 
+def budget() -> str:
+    """Compare budgets of bits with uniform widths of the same size, paired by seed."""
+    lines = []
+    for (_, method, mode), of_method in _read("budget").groupby(["task", "method", "mode"]):
+        by_seed = {name: own.set_index("seed") for name, own in of_method.groupby("measure")}
+        for name in ("uniform", *sorted(by_seed.keys() - {"uniform"})):
+            own = by_seed[name]
+            line = [str(method), str(mode), name, str(len(own)), _mean(own["nll"], 4)]
+            line += [_mean(own["mi"], 4), f"{own['bytes'].max() / 1000:.1f}"]
+            lines.append([*line, *_paired(own["nll"], by_seed["uniform"]["nll"])])
+    header = ["", "", "bits", "n", "NLL", "MI", "kB", "NLL - uniform", "p"]
+    return _table(header, lines)
+
+
 TABLES: Mapping[str, Callable[..., str]] = {
-    function.__name__: function for function in (comparison, conformal, conformal_errors, tables)
+    function.__name__: function
+    for function in (budget, comparison, conformal, conformal_errors, tables)
 }
 
 
@@ -236,6 +252,14 @@ def _error(values: "Series[float]") -> str:
         return ""
     spread = f" ± {values.sem():.2f}" if len(values) > 1 else ""
     return f"{values.mean():.2f}{spread}"
+
+
+def _paired(values: "Series[float]", baseline: "Series[float]") -> list[str]:
+    """Format the mean of differences by seed, its standard deviation and p of the paired t test."""
+    differences = (values - baseline).dropna()
+    if (differences == 0).all():
+        return ["", ""]
+    return [_mean(differences, 4), f"{ttest_1samp(differences, 0).pvalue:.3f}"]
 
 
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
