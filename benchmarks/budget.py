@@ -1,8 +1,9 @@
 """Compare budgets of bits with uniform widths: python benchmarks/budget.py --tasks digits
 
 For each task, method and seed, a network is trained, then quantized at each of `--widths`
-uniformly, and with each of `--means` as `quant.budget.mean_bits`. The results are rows of a CSV
-file. The same command resumes an interrupted comparison.
+uniformly (`4,2`: 4 bits for mu and 2 for sigma), and with each of `--means` as
+`quant.budget.mean_bits`. The results are rows of a CSV file. The same command resumes an
+interrupted comparison.
 
     python benchmarks/budget.py --methods bbb pointwise --seeds 0 1 2 3 4 --modes ptq qat
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 from bqnn.commands import main as run
 from bqnn.files import write_csv
+from bqnn.text import valid_name
 
 KEY = ("task", "method", "seed", "mode", "bits", "measure")
 COLUMNS = {name: f"int8/test/{name}" for name in ("error", "nll", "mi", "ece")}
@@ -34,7 +36,7 @@ def main() -> None:
         chosen = [f"task={task}", f"method={method}", f"seed={seed}", *given.train]
         _run("train", network / "float", chosen)
         for mode, (bits, measure, options) in product(given.modes, _forms(given)):
-            folder = network / f"{mode}_{bits}_{measure}"
+            folder = network / valid_name(f"{mode}_{bits}_{measure}")
             source = f"checkpoint={network}/float/checkpoint.ckpt"
             _run("quantize", folder, [source, f"quant.mode={mode}", *options, *given.quantize])
             row = {"task": task, "method": method, "seed": seed, "mode": mode}
@@ -46,8 +48,10 @@ def main() -> None:
 
 def _forms(given: argparse.Namespace) -> Iterator[tuple[str, str, list[str]]]:
     """Yield the bits, the measure (or `uniform`) and the options of each quantization."""
-    for bits in given.widths:
-        yield str(bits), "uniform", [f"quant.weight_bits={bits}"]
+    for width in given.widths:
+        bits, _, sigma = width.partition(",")
+        options = [f"quant.weight_bits={bits}", *([f"quant.sigma_bits={sigma}"] if sigma else [])]
+        yield f"{(int(bits) + int(sigma or bits)) / 2:g}", f"uniform {width}", options
     for bits, measure in product(given.means, given.measures):
         options = [f"quant.budget.mean_bits={bits}", f"quant.budget.measure={measure}"]
         yield f"{bits:g}", measure, options
@@ -80,7 +84,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["bbb", "pointwise"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--modes", nargs="+", choices=("ptq", "qat"), default=["ptq", "qat"])
-    parser.add_argument("--widths", nargs="*", type=int, default=[3])
+    parser.add_argument("--widths", nargs="*", default=["3"])
     parser.add_argument("--means", nargs="*", type=float, default=[3.0])
     parser.add_argument("--measures", nargs="+", default=["nll"])
     parser.add_argument("--train", nargs="*", default=[], help="more options of train")
