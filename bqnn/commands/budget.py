@@ -62,8 +62,9 @@ def check_budget(quant: Mapping[str, Any]) -> None:
             f"quant.budget.other={budget['other']}: quant.budget.measure={budget['measure']} needs "
             "no other set; leave it out, or set quant.budget.measure=auroc"
         )
-    for key in ("overrides", "sigma_bits"):
-        if quant[key]:
+    has_weights = budget["bytes"] is not None or budget["mean_bits"] is not None
+    for key, is_chosen in (("overrides", True), ("sigma_bits", has_weights)):
+        if quant[key] and is_chosen:
             raise ValueError(
                 f"quant.{key}: quant.budget chooses the bits of each layer; leave out one of the "
                 "two"

@@ -48,7 +48,7 @@ def front(runs: "DataFrame") -> "DataFrame | None":
     lines = []
     for key, own in rows.groupby(["method", "mode", "setting", "kind", "bits"]):
         line = dict(zip(("method", "mode", "setting", "kind", "bits"), key, strict=True))
-        line |= {"bytes": own[SIZE].mean(), "n": len(own)}
+        line |= {"bytes": round(own[SIZE].mean()), "n": len(own)}
         for name in names:
             values = own[f"int8/{name}"]
             line |= {name: values.mean(), f"{name} std": values.std()}
