@@ -39,7 +39,13 @@ def mean_bits(run: Path) -> float:
     return sum(b * n for b, n in zip(bits, sizes, strict=True)) / sum(sizes)
 
 
-@pytest.mark.parametrize("method", METHODS)
+FAST = ("bbb", "mcdropout")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in METHODS],
+)
 def test_every_method_keeps_within_a_budget(
     method: str, trained: Path, script_here: ScriptHere, tmp_path: Path
 ) -> None:
@@ -58,8 +64,7 @@ def test_every_method_keeps_within_a_budget(
         assert row["tensor"] == "sigma" or int(row["weight_bits"]) == bits[layer]
 
 
-@pytest.mark.parametrize("method", ["pointwise", "sghmc"])
-@pytest.mark.parametrize("share", [0.3, 0.55])
+@pytest.mark.parametrize(("method", "share"), [("pointwise", 0.3), ("sghmc", 0.55)])
 def test_the_packed_size_is_within_a_budget_of_bytes(
     method: str, share: float, trained: Path, script_here: ScriptHere, tmp_path: Path
 ) -> None:
@@ -74,7 +79,7 @@ def test_the_packed_size_is_within_a_budget_of_bytes(
     assert 0.8 * most < packed <= most
 
 
-@pytest.mark.parametrize("measure", ["mi", "auroc"])
+@pytest.mark.parametrize("measure", ["mi", pytest.param("auroc", marks=pytest.mark.slow)])
 def test_a_fine_tuning_has_the_chosen_bits_of_weights_and_activations(
     measure: str, trained: Path, script_here: ScriptHere, tmp_path: Path
 ) -> None:
@@ -101,7 +106,7 @@ def test_a_resumed_job_has_the_same_bits(
     trained: Path, script_here: ScriptHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = [f"checkpoint={trained}/bbb_0/checkpoint.ckpt", *QUICK]
-    arguments += ["quant.budget.mean_bits=3", "hydra.run.dir=run"]
+    arguments += ["quant.budget.mean_bits=3", "quant.mode=ptq", "hydra.run.dir=run"]
     assert script_here("quantize", *arguments)[0] == 0
     run = tmp_path / "run"
     names = ("sensitivity.csv", "metrics.json", "quantization.csv")
