@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from comparison import CLASSES, OTHER, OTHER_ROWS, VALUES
 from pandas import DataFrame, Series
+from scipy.stats import ttest_1samp
 
 from bqnn.files import write_text
 from bqnn.plots.style import COLORS, GREY, new_figure, save_small, style
@@ -201,10 +202,24 @@ def trained_ranges(split: str, observers: str) -> str:
     return _table(["", "bits", "n", *names], lines)
 
 
+def budget() -> str:
+    """Compare budgets of bits with uniform widths of the same size, paired by seed."""
+    lines = []
+    for (_, method, mode), of_method in _read("budget").groupby(["task", "method", "mode"]):
+        by_seed = {name: own.set_index("seed") for name, own in of_method.groupby("measure")}
+        baseline = by_seed["uniform 3"]["nll"]
+        for name, own in sorted(by_seed.items(), key=lambda item: (item[0][0] != "u", item[0])):
+            line = [str(method), str(mode), name, str(len(own)), _mean(own["nll"], 4)]
+            line += [_mean(own["mi"], 4), f"{own['bytes'].max() / 1000:.1f}"]
+            lines.append([*line, *_paired(own["nll"], baseline)])
+    header = ["", "", "bits", "n", "NLL", "MI", "kB", "NLL - that of uniform 3", "p"]
+    return _table(header, lines)
+
+
 TABLES: Mapping[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
-        *(comparison, conformal, conformal_errors, tables),
+        *(comparison, conformal, conformal_errors, tables, budget),
         *(few_bits, few_bits_goals, few_bits_ablation, ranges, trained_ranges),
     )
 }
@@ -464,6 +479,14 @@ def _error(values: "Series[float]") -> str:
         return ""
     spread = f" ± {values.sem():.2f}" if len(values) > 1 else ""
     return f"{values.mean():.2f}{spread}"
+
+
+def _paired(values: "Series[float]", baseline: "Series[float]") -> list[str]:
+    """Format the mean of differences by seed, its standard deviation and p of the paired t test."""
+    differences = (values - baseline).dropna()
+    if (differences == 0).all():
+        return ["", ""]
+    return [_mean(differences, 4), f"{ttest_1samp(differences, 0).pvalue:.3f}"]
 
 
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

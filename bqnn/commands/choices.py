@@ -12,6 +12,7 @@ from torch import nn
 from bqnn.arguments import keywords, required, takes_any
 from bqnn.checkpoints.recipe import start_keys
 from bqnn.checkpoints.schema import check_recipe
+from bqnn.commands.budget import has_budget
 from bqnn.data import DATASETS, TensorData
 from bqnn.data.task import TRAINING_KEYS
 from bqnn.methods import METHODS, Method, PostHocGaussian
@@ -52,6 +53,11 @@ def check_training(config: Mapping[str, Any]) -> None:
         _check_options("net", config["net"], net, ("name", "_target_"))
     _check_options("task", config["task"], data, TRAINING_KEYS)
     check_optimizer("method.optimizer", config["method"].get("optimizer", {}))
+    if has_budget(config["quant"]):
+        raise ValueError(
+            "quant.budget: it needs a trained network; train with quant=none, then quantize the "
+            "checkpoint with quantize.py"
+        )
     quantization_callbacks(config["quant"])
     if isinstance(method, type) and issubclass(method, PostHocGaussian):
         _check_post_hoc(config)

@@ -11,6 +11,7 @@ from pytorch_lightning.loggers import Logger
 from bqnn.arguments import prefixed
 from bqnn.checkpoints.file import find_checkpoints
 from bqnn.checkpoints.recipe import NUMERICS, described, load
+from bqnn.commands.budget import check_budget, has_budget, within_budget
 from bqnn.commands.choices import check_optimizer
 from bqnn.commands.predictions import predict
 from bqnn.data import TensorData
@@ -69,6 +70,7 @@ def check(config: dict[str, Any], is_sweep: bool) -> None:
             f"quant.control=true: quant.mode={quant['mode']} trains nothing; leave it out, or set "
             "quant.mode=qat"
         )
+    check_budget(quant)
     refuse_devices(config["trainer"], allow_several=False)
     check_optimizer("quant.fine_tuning.optimizer", tuning["optimizer"])
 
@@ -91,26 +93,27 @@ def quantize(job: Job) -> None:
     data = make_data(job.config, model.recipe)
     loggers, timer = make_loggers(job), EpochTimer(job)
     num_samples = model.check_samples(job.config["num_samples"])
-    predictions = {"float": predict_test(job, "float", model, data, num_samples)}
+    predictions = {"float": predict_splits(job, "float", model, data, num_samples)}
+    quant = within_budget(job, loggers, model, data, num_samples)
     timers = {"": timer}
-    if job.config["quant"]["mode"] == "qat":
-        control = deepcopy(model) if job.config["quant"]["control"] else None
-        start = fine_tune(job, loggers, timer, model, data)
+    if quant["mode"] == "qat":
+        control = deepcopy(model) if quant["control"] else None
+        start = fine_tune(job, quant, loggers, timer, model, data)
         if control is not None:
             timers["without rounding: "] = EpochTimer(job)
-            tuned = fine_tune_control(job, timers["without rounding: "], control, data)
-            predictions[CONTROL] = predict_test(job, CONTROL, tuned, data, num_samples)
+            tuned = fine_tune_control(job, quant, timers["without rounding: "], control, data)
+            predictions[CONTROL] = predict_splits(job, CONTROL, tuned, data, num_samples)
     else:
-        start = calibrate(job, loggers, model, data)
+        start = calibrate(job, quant, loggers, model, data)
     path, trust = job.folder / "checkpoint.ckpt", job.config["trust"]
     models = {numeric: load(path, numeric, trust=trust) for numeric in NUMERICS}
     for numeric, quantized in models.items():
-        predictions[numeric] = predict_test(job, numeric, quantized, data, num_samples)
-    tests = {f"{numeric}/test": of["test"] for numeric, of in predictions.items()}
-    metrics = score_sets(tests)
+        predictions[numeric] = predict_splits(job, numeric, quantized, data, num_samples)
+    scored = {f"{num}/{name}": each for num, of in predictions.items() for name, each in of.items()}
+    metrics = score_sets(scored)
     metrics |= {"num_samples": num_samples, "test_share": data.tested_share, **timer.metrics()}
 
-    files = write_results(job, loggers, data, start, models, tests["int8/test"], metrics)
+    files = write_results(job, loggers, data, start, models, scored["int8/test"], metrics)
     say(comparison_table(metrics))
     times = "\n".join(f"{what}{each}" for what, each in timers.items())
     say(f"\n{times}\nresults in {job.folder}")
@@ -118,13 +121,17 @@ def quantize(job: Job) -> None:
     log_checkpoint(loggers, job)
 
 
-def predict_test(
+def predict_splits(
     job: Job, numeric: str, model: Method, data: TensorData, num_samples: int
 ) -> dict[str, Prediction]:
-    """Predict the test rows on the accelerator of the job; int8 runs on the CPU only."""
+    """Predict the test rows on the accelerator of the job; int8 runs on the CPU only.
+
+    If an objective of a search is a metric of validation rows, predict them, too.
+    """
+    names = ["test", *(["val"] if any("/val/" in name for name in job.config["objective"]) else [])]
     if numeric != "int8":
         model.to(find_device(job.config["trainer"]))
-    found = predict(job, numeric, model, split_sets(data, ["test"]), data.normalize, num_samples)
+    found = predict(job, numeric, model, split_sets(data, names), data.normalize, num_samples)
     model.cpu()  # layers are compared there
     return found
 
@@ -143,14 +150,18 @@ def drop_calibration(model: Method) -> None:
 
 
 def fine_tune(
-    job: Job, loggers: list[Logger], timer: EpochTimer, model: Method, data: TensorData
+    job: Job,
+    options: Mapping[str, Any],
+    loggers: list[Logger],
+    timer: EpochTimer,
+    model: Method,
+    data: TensorData,
 ) -> Method:
     """Fine-tune the network with fake quantization.
 
     Returns:
         The quantized model before the fine-tuning.
     """
-    options = job.config["quant"]
     callbacks = [timer, *quantization_callbacks(options)]
     trainer = make_trainer(job, loggers, callbacks, validate=data.val is not None)
     model = prepare_fine_tuning(options, model, data)
@@ -161,7 +172,9 @@ def fine_tune(
     return start
 
 
-def fine_tune_control(job: Job, timer: EpochTimer, model: Method, data: TensorData) -> Method:
+def fine_tune_control(
+    job: Job, options: Mapping[str, Any], timer: EpochTimer, model: Method, data: TensorData
+) -> Method:
     """Fine-tune the network alike but without rounding, in the folder `finetuned` of the job.
 
     Its difference from the float network is due to the training alone, and that of int8 from it is
@@ -170,7 +183,7 @@ def fine_tune_control(job: Job, timer: EpochTimer, model: Method, data: TensorDa
     Returns:
         The fine-tuned model, in float.
     """
-    options, folder = job.config["quant"], job.folder / CONTROL
+    folder = job.folder / CONTROL
     folder.mkdir(exist_ok=True)
     path = folder / "control.ckpt"
     if not path.exists():  # otherwise a resumed job has trained it before
@@ -197,13 +210,15 @@ def prepare_fine_tuning(options: Mapping[str, Any], model: Method, data: TensorD
     return model
 
 
-def calibrate(job: Job, loggers: list[Logger], model: Method, data: TensorData) -> Method:
+def calibrate(
+    job: Job, options: Mapping[str, Any], loggers: list[Logger], model: Method, data: TensorData
+) -> Method:
     """Quantize the network by calibration on a few batches, without training.
 
     Returns:
         The quantized model before weights and biases are changed.
     """
-    options, start = job.config["quant"], deepcopy(model)
+    start = deepcopy(model)
     trainer = make_trainer(job, loggers, [], validate=data.val is not None)
     batches = options["fine_tuning"]["calibration_batches"]
     with prefixed("quant"):
@@ -233,6 +248,8 @@ def write_results(
     expected: list[str | Path] = [*FILES]
     if job.config["quant"]["mode"] == "qat" and job.config["trainer"]["save_best"]:
         expected.append("best.ckpt")
+    if has_budget(job.config["quant"]):
+        expected.append("sensitivity.csv")
     if job.config["plots"]:
         figures = draw_results(job.folder, models["int8"], data, test)
         figures += draw_weights(job.folder, models["simulated"])

@@ -1,6 +1,6 @@
 """Figures of results in a job's folder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from bqnn.inference.predictions import Prediction
 from bqnn.layers.ensemble import Ensemble
 from bqnn.methods import Method
 from bqnn.plots import figures as plots
+from bqnn.quant.budget import Bits, Row, losses
 from bqnn.quant.summary import simulated_layers, weight_integers
 
 if TYPE_CHECKING:
@@ -73,6 +74,29 @@ def draw_weights(folder: Path, simulated: Method) -> list[Path]:
         for weights in weight_integers(layer)
     ]
     return _save(folder, {"weights": plots.weight_grids(panels)})
+
+
+def draw_sensitivity(folder: Path, rows: Sequence[Row], bits: Bits, measure: str) -> list[Path]:
+    """Draw the loss of each tensor at each width, and the chosen widths.
+
+    Args:
+        folder: The folder of the job.
+        rows: The rows of sensitivity.csv.
+        bits: The chosen widths.
+        measure: The measure of the budget.
+
+    Returns:
+        The path of sensitivity.png.
+    """
+    found = {f"{layer} {tensor}": of for (layer, tensor), of in losses(rows, measure).items()}
+    chosen = {f"{layer} {tensor}": width for (layer, tensor), width in bits.items()}
+    words = {
+        "nll": "added NLL, nats",
+        "kl": "added divergence from float, nats",
+        "mi": "added distance of MI from float, nats",
+        "auroc": "lost AUROC",
+    }
+    return _save(folder, {"sensitivity": plots.sensitivity(found, chosen, words[measure])})
 
 
 def draw_suite(folder: Path, findings: Findings) -> list[Path]:

@@ -16,7 +16,15 @@ WITHOUT_EFFECT = (
     *("trainer.threads", "trainer.progress_bar", "trainer.data_on_device"),
 )
 # Keys that older Runs lack. With these values they have no effect, and are left out of the hash.
-NEWER = {"trainer.compile": False, "trainer.matmul_precision": None}
+NEWER: dict[str, Any] = {
+    "trainer.compile": False,
+    "trainer.matmul_precision": None,
+    "objective": [],
+    "quant.budget": {
+        **dict.fromkeys(("mean_bits", "bytes", "mean_activation_bits", "other")),
+        **{"measure": "nll", "widths": [2, 3, 4, 5, 6, 7, 8], "rows": 2000},
+    },
+}
 LENGTH = ("trainer.max_epochs", "task.max_epochs")  # a training can be resumed with more epochs
 
 

@@ -21,6 +21,7 @@ from bqnn.jobs.command_line.refusals import Check
 from bqnn.jobs.command_line.resuming import folder_to_resume, log_into, resume_command
 from bqnn.jobs.interruption import sigterm_as_interrupt
 from bqnn.jobs.job import Job
+from bqnn.jobs.objective import objective_values
 from bqnn.jobs.secrets import refuse_secrets
 from bqnn.jobs.terminal import protect_output, say, say_once
 from bqnn.jobs.typed import program
@@ -51,10 +52,13 @@ def launch(task: Callable[[Job], None], verb: str, check: Check | None = None) -
     os.environ["HYDRA_FULL_ERROR"] = "1"
     states = []
 
-    def run(cfg: DictConfig) -> float | None:
-        states.append(run_job(cfg, task, verb, check))
+    def run(cfg: DictConfig) -> float | list[float] | None:
+        state, values = run_job(cfg, task, verb, check)
+        states.append(state)
         # Return NaN instead of raising: Hydra would not launch the remaining Jobs.
-        return None if states[-1] == "DONE" else float("nan")
+        if state != "DONE":
+            values = [float("nan")] * len(OmegaConf.select(cfg, "objective") or [0])
+        return values if len(values) > 1 else next(iter(values), None)
 
     with launching(check) as launched, sigterm_as_interrupt():
         try:
@@ -81,7 +85,7 @@ def launch(task: Callable[[Job], None], verb: str, check: Check | None = None) -
 
 def run_job(
     cfg: DictConfig, task: Callable[[Job], None], verb: str, check: Check | None = None
-) -> str:
+) -> tuple[str, list[float]]:
     """Run one Job in the folder that Hydra chose, or in the folder of the Run that it resumes.
 
     Args:
@@ -91,13 +95,13 @@ def run_job(
         check: Called for a Job of a multirun; a single Job is checked before it has a folder.
 
     Returns:
-        The state of the Job, one of `bqnn.jobs.status.STATES`.
+        The state of the Job, one of `bqnn.jobs.status.STATES`, and the objectives of a sweep.
     """
     protect_output()  # this may be a process of a launcher
     hydra_config = HydraConfig.get()
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
     sweep = Path(hydra_config.sweep.dir).name if is_sweep else None
-    resume = bool(OmegaConf.select(cfg, "resume"))
+    resume, values = bool(OmegaConf.select(cfg, "resume")), []
     with Job(Path(hydra_config.runtime.output_dir), verb, sweep) as job:
         try:
             config = located(cfg)
@@ -117,7 +121,9 @@ def run_job(
             task(job)
         else:
             say(f"done before: {job.folder}")
-    return job.state
+        if is_sweep:
+            values = objective_values(job.folder, config.get("objective", []))
+    return job.state, values
 
 
 def _fail(error: Exception, verb: str, launched: Launch) -> NoReturn:

@@ -236,6 +236,38 @@ def weight_grids(panels: Sequence[tuple[str, Tensor, Tensor]]) -> "Figure":
     return figure
 
 
+def sensitivity(
+    losses: Mapping[str, Mapping[int, float]], chosen: Mapping[str, int], loss: str
+) -> "Figure":
+    """Draw the loss of each tensor at each width as a table in colour, with the chosen widths.
+
+    Args:
+        losses: The loss at each width by tensor; 0 or less counts as no loss.
+        chosen: The chosen width of each tensor.
+        loss: The label of the colour.
+    """
+    from matplotlib.colors import LogNorm
+
+    widths = sorted({bits for of in losses.values() for bits in of})
+    values = torch.tensor([[of.get(bits, math.nan) for bits in widths] for of in losses.values()])
+    positive = values[values > 0]
+    low, high = (positive.min().item(), positive.max().item()) if len(positive) else (1e-6, 1.0)
+    with style():
+        figure = new_figure(2.6 + 0.5 * len(widths), 1.2 + 0.24 * len(losses))
+        axes = figure.subplots()
+        norm = LogNorm(low, max(high, 1.01 * low))
+        shown = _array(values.clamp(min=low))
+        image = axes.imshow(shown, norm=norm, cmap="cividis_r", aspect="auto")
+        for row, name in enumerate(losses):
+            axes.plot(widths.index(chosen[name]), row, marker="o", color=VERMILION, markersize=5)
+        axes.set_xticks(range(len(widths)), map(str, widths))
+        axes.set_yticks(range(len(losses)), list(losses))
+        axes.grid(visible=False)
+        axes.set(xlabel="bits (dots: chosen)")
+        figure.colorbar(image, label=loss)
+    return figure
+
+
 def interval_calibration(mean: Tensor, std: Tensor, targets: Tensor) -> "Figure":
     """Draw the empirical coverage of central intervals against the nominal one, 5 to 95 percent.
 

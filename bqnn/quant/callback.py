@@ -18,6 +18,7 @@ from bqnn.quant.mark import Keep, entries, mark
 from bqnn.quant.reconstruction import calibrate_by
 from bqnn.quant.simulated import enable, freeze, is_prepared, prepare, renew
 from bqnn.quant.spec import QuantSpec
+from bqnn.quant.stochastic import check_rounding
 from bqnn.seeds import Stream, stream_seed
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class QuantizationCallback(pl.Callback):
                 "precision",
             )
         guard_backward()
+        check_rounding(_net(pl_module), self.spec)
         quantize_module(pl_module, self.spec, keep=self.keep)
         enable(_net(pl_module), self.rounds)
 
@@ -191,6 +193,7 @@ def calibrate_module(
         TypeError: The network cannot run in integers.
     """
     num_batches = whole_number("num_batches", num_batches, "1 or more", 1)
+    check_rounding(_net(model), spec)
     quantize_module(model, spec, stage="ptq")
     batches = islice(data.train_dataloader(), num_batches)
     # Stochastic layers draw during calibration.

@@ -19,6 +19,7 @@ from bqnn.quant.mark import Keep, entries, mark
 from bqnn.quant.reconstruction import calibrate_by
 from bqnn.quant.simulated import prepare
 from bqnn.quant.spec import QuantSpec
+from bqnn.quant.stochastic import check_rounding
 from bqnn.seeds import Stream, stream_seed
 from bqnn.text import short, type_of
 
@@ -128,6 +129,7 @@ def _prepared(net: nn.Module, spec: QuantSpec, keep: Keep, trains: bool) -> nn.M
     if trains:
         spec.check_trainable()
     check_no_loose_tensors(net)
+    check_rounding(net, spec)
     kept = [*spec.keep, *entries(keep)]
     return prepare(fuse(mark(deepcopy(net), keep=kept, trains=trains)), spec)
 

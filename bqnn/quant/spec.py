@@ -236,7 +236,7 @@ class QuantSpec:
 FEW_BITS = 3  # of weights: most of the noise is smaller than half a step
 RETIRED = ("allow_saturation",)  # in recipes of older versions; without effect
 BEFORE = {"rounding": "nearest"}  # what recipes of older versions do not say
-PROCEDURE = ("name", "mode", "control", "freeze_epochs", "fine_tuning")
+PROCEDURE = ("name", "mode", "control", "freeze_epochs", "budget", "fine_tuning")
 OBSERVERS = {"qat": "moving_average", "ptq": "histogram"}
 LAYER_BITS = ("weight_bits", "activation_bits", "sigma_bits", "noise_bits")
 BITS = (*LAYER_BITS, "output_bits")
@@ -270,9 +270,16 @@ def _checked_override(override: object) -> dict[str, Any]:
             "'overrides=[{layer: output.*, weight_bits: 8}]'",
             "overrides",
         )
-    layer, unknown = override.get("layer"), override.keys() - {"layer", *LAYER_BITS}
-    if type(layer) is not str or len(layer) > 200 or unknown or len(override) < 2:
-        keys = ", ".join(sorted(_shown(key) for key in override)[:8])
+    for key in override:
+        if key not in ("layer", *LAYER_BITS):
+            raise ArgumentError(
+                f"overrides: {_shown(key)} cannot be set for single layers; an entry has the key "
+                f"layer (a glob) and at least one of {', '.join(LAYER_BITS)}",
+                "overrides",
+            )
+    layer = override.get("layer")
+    if type(layer) is not str or len(layer) > 200 or len(override) < 2:
+        keys = ", ".join(sorted(_shown(key) for key in override))
         raise ArgumentError(
             f"overrides: an entry with {keys or 'no keys'} needs the key layer (a glob) and at "
             f"least one of {', '.join(LAYER_BITS)}",

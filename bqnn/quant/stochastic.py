@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from bqnn.arguments import ArgumentError
+from bqnn.layers.bayes import GaussianWeight
 from bqnn.layers.draws import evaluation_uniform
 from bqnn.quant.fake_quant import FakeQuant, make_fake_quant, make_fixed_fake_quant
 from bqnn.quant.spec import QuantSpec
@@ -188,6 +190,17 @@ def round_noise(noise: Tensor, uniform: Tensor) -> Tensor:
     low = magnitude.floor()
     is_up = uniform * (2 * low + 1) < magnitude.square() - low.square()
     return torch.copysign(low + is_up, noise)
+
+
+def check_rounding(net: nn.Module, spec: QuantSpec) -> None:
+    """Raise an ArgumentError for stochastic rounding of a network without Gaussian weights."""
+    is_gaussian = any(isinstance(module, GaussianWeight) for module in net.modules())
+    if spec.rounding == "stochastic" and not is_gaussian:
+        raise ArgumentError(
+            "rounding=stochastic: it rounds the noise of Gaussian weights, and this network has "
+            "none; leave it out",
+            "rounding",
+        )
 
 
 def weight_fake_quant(spec: QuantSpec, num_channels: int, bits: int | None = None) -> FakeQuant:

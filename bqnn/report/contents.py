@@ -14,6 +14,7 @@ from bqnn.report.figures import (
     size_figure,
     sweeps,
 )
+from bqnn.report.front import front, front_figure
 from bqnn.report.page import Section
 from bqnn.report.paired import paired_differences
 from bqnn.report.runs import CELL, UNIT, Runs
@@ -68,6 +69,12 @@ PAIRS = (
     "data set share rows: p_corrected is a t test that allows for that, and the other two are too "
     "small there. No p value is corrected for multiple tests. differences.csv has every metric "
     "and every pair of methods."
+)
+FRONT = (
+    "int8 networks whose bits of each layer a budget chooses (dashed lines), beside uniform widths "
+    "(solid), against the size of the packed parameters. Filled marks: fine-tuned; empty: "
+    "calibrated. Bars: plus and minus one standard deviation over seeds and splits. Dotted lines: "
+    "the same networks in float."
 )
 CHAINS = (
     "rhat: the rank-normalized split R-hat of the validation NLL of the members; near 1, the "
@@ -128,6 +135,7 @@ def contents(runs: Runs, plots: Path) -> "tuple[Section, dict[str, DataFrame]]":
             *(_sweep(sweep, colors, plots) for sweep in found if sweep.task == task),
             *(_suite(each, colors, plots) for each in suites if each.task == task),
             _size(task, own["results"], colors, plots),
+            _front(task, own["results"], colors, plots),
             _pairs(own["differences"]),
             _convergence(own["summary"]),
             Section("Summary", 3, SUMMARY, table=_shown(main_metrics(own["summary"])), folded=True),
@@ -198,6 +206,15 @@ def _size(task: str, runs: "DataFrame", colors: Mapping[str, str], plots: Path) 
         return None
     path = save_small(figure, plots / f"{file_name(task, 'size')}.png")
     return Section("Against size", 3, figures=[("quality against the packed size", path)])
+
+
+def _front(task: str, runs: "DataFrame", colors: Mapping[str, str], plots: Path) -> Section | None:
+    table = front(runs)
+    if table is None:
+        return None
+    path = save_small(front_figure(table, colors), plots / f"{file_name(task, 'front')}.png")
+    figures = [("NLL and mutual information against the packed size", path)]
+    return Section("Budgets of bits", 3, FRONT, figures, table=_shown(table))
 
 
 def _pairs(differences: "DataFrame") -> Section | None:

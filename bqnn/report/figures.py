@@ -154,6 +154,7 @@ def size_figure(runs: "DataFrame", colors: Mapping[str, str]) -> "Figure | None"
         The figure, or None without quantized runs.
     """
     rows = runs[(runs["verb"] == "quantize") & runs["activation_bits"].notna()]
+    rows = rows[rows["weight_bits"].notna()]  # `front_figure` draws budgets
     sizes = ["size/packed_bytes", "size/float_bytes"]
     qualities = [name for name in ("int8/test/error", "int8/test/rmse") if name in rows]
     if not qualities or not {*sizes} <= {*rows}:

@@ -100,12 +100,15 @@ class Run:
     def row(self) -> dict[str, Any]:
         """Return the columns that identify the run.
 
-        The bits are None for a float network, and the split is None without one. The seed is that
-        of the fine-tuning if it has its own.
+        The bits are None for a float network and if a budget chooses them, and the split is None
+        without one. The seed is that of the fine-tuning if it has its own.
         """
         tuned = self.fine_tuning_seed
         quant, task = _group(self.config, "quant"), _group(self.config, "task")
         is_float = _name(self.config, "quant") == "none"
+        budget = {name for name, limit in _group(quant, "budget").items() if limit is not None}
+        has_bits = not is_float and not budget & {"bytes", "mean_bits"}
+        has_activation_bits = not is_float and "mean_activation_bits" not in budget
         own = _whole(self.config, "seed")
         return {
             "run": printable(str(self.folder)),
@@ -115,8 +118,8 @@ class Run:
             "verb": self.verb,
             "mode": "float" if is_float else _text(quant, "mode"),
             "method": _name(self.config, "method"),
-            "weight_bits": None if is_float else _whole(quant, "weight_bits"),
-            "activation_bits": None if is_float else _whole(quant, "activation_bits"),
+            "weight_bits": _whole(quant, "weight_bits") if has_bits else None,
+            "activation_bits": _whole(quant, "activation_bits") if has_activation_bits else None,
             "seed": own if tuned is None else tuned,
             "split": None if task.get("split") is None else _whole(task, "split"),
         }

@@ -90,7 +90,7 @@ def missing_cells(runs: "DataFrame") -> list[Problem]:
     """Find missing runs: seeds, splits or bit widths that only some methods have.
 
     Methods are compared within a task, script and mode. A single run is ignored as a trial if its
-    method has more runs of another setting.
+    method has more runs of another setting. So are runs whose bits a budget chooses.
 
     Args:
         runs: The runs of `Runs`.
@@ -100,6 +100,7 @@ def missing_cells(runs: "DataFrame") -> list[Problem]:
     """
     problems = []
     bits = ["weight_bits", "activation_bits"]
+    runs = runs[(runs["mode"] == "float") | runs[bits].notna().all(axis=1)]
     for (task, verb, mode), group in runs.groupby(["task", "verb", "mode"]):
         sizes = group.groupby(["method", "setting"])["run"].transform("size")
         most = sizes.groupby(group["method"]).transform("max")

@@ -61,6 +61,7 @@ JOB: Table = {
     "plots": flag(),
     "resume": flag(),
     "trust": flag(),
+    "objective": many(text(), 8),
     "convergence": flag(),
     "calibrate": maybe(one_of("temperature", "vector")),
     "save_calibrated": flag(),
@@ -186,6 +187,19 @@ QUANT: Table = {
     "freeze_epochs": COUNT,
 }
 
+BUDGET: Table = {
+    "mean_bits": maybe(real(2, 8)),
+    "bytes": maybe(whole(1)),
+    "mean_activation_bits": maybe(real(2, 8)),
+    "measure": one_of("nll", "kl", "mi", "auroc"),
+    "other": maybe(one_of(*UNFAMILIAR)),
+    "widths": Rule(
+        "at least one whole number from 2 to 8, as in [2,4,8]",
+        lambda value: many(WIDTH, 7).holds(value) and len(value) > 0,
+    ),
+    "rows": maybe(EVERY),
+}
+
 FINE_TUNING: Table = {
     "max_epochs": EVERY,
     "seed": maybe(SEED),
@@ -255,6 +269,7 @@ TABLES: dict[str, Table] = {
     "method": METHOD,
     "method.optimizer": OPTIMIZER,
     "quant": QUANT,
+    "quant.budget": BUDGET,
     "quant.fine_tuning": FINE_TUNING,
     "quant.fine_tuning.optimizer": {**OPTIMIZER, "lr": maybe(POSITIVE)},
     "trainer": TRAINER,

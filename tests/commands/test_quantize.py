@@ -153,6 +153,8 @@ def test_a_broken_match_of_a_pattern_fails_alone(
         (["quant.weight_rounding=adaptive"], "only calibration"),
         (["quant.bias_correction=true"], "only calibration"),
         (["select=worst"], "select=worst: choose all or best"),
+        (["quant.rounding=stochastic"], "quant.rounding=stochastic: it rounds"),
+        (["quant.mode=ptq", "quant.rounding=stochastic"], "quant.rounding=stochastic: it rounds"),
         (["trainer.precision=bf16-mixed"], "choose 32-true"),
     ],
 )

@@ -1,6 +1,7 @@
 """Every combination of groups composes, with the values that the scripts need."""
 
 import math
+from copy import deepcopy
 from inspect import signature
 from itertools import cycle
 from pathlib import Path
@@ -14,6 +15,7 @@ from bqnn.data import DATASETS
 from bqnn.data.distortions import DISTORTIONS
 from bqnn.data.synthetic import _FUNCTIONS
 from bqnn.jobs.command_line.configuration import plain
+from bqnn.jobs.identity import config_hash
 from bqnn.methods import METHODS
 from bqnn.methods.schedules import SCHEDULES
 from bqnn.nets import NETS
@@ -169,6 +171,10 @@ NULL = {
     "trainer.threads": "null leaves it to torch",
     "quant.output_bits": "null: activation_bits",
     "quant.sigma_bits": "weight_bits",
+    "quant.budget.mean_bits": "mu and sigma; null: no limit",
+    "quant.budget.bytes": "as packed_bytes in size.json; null: no limit",
+    "quant.budget.mean_activation_bits": "except for the outputs; null: no limit",
+    "quant.budget.rows": "null: all rows of the validation set",
     "quant.fine_tuning.seed": "null for that of the float training",
     "quant.fine_tuning.prior_weight": "null: 0 with imitate, else 1",
     "quant.fine_tuning.optimizer.lr": "lr_at_8_bits and its rule",
@@ -275,6 +281,15 @@ def test_a_sweep_over_bits_that_was_resumed_is_one_setting_to_the_report() -> No
         for resume in ("true", "false")
     ]
     assert tell_apart(swept) == []
+
+
+def test_newer_options_that_do_nothing_leave_a_run_the_same() -> None:
+    config = composed("checkpoint=x", verb="quantize")
+    older = deepcopy(config)
+    del older["objective"], older["quant"]["budget"]
+    assert config_hash(config) == config_hash(older)
+    limited = composed("checkpoint=x", "quant.budget.mean_bits=3", verb="quantize")
+    assert config_hash(limited) != config_hash(older)
 
 
 @pytest.mark.parametrize("task", ["boston", "concrete", "energy", "power", "wine", "yacht"])

@@ -30,6 +30,8 @@ def explain(error: Exception, verb: str) -> str:
     Returns:
         The line, without secrets.
     """
+    if re.search("Could not (find|load) 'hydra/sweeper/optuna'", str(error)):
+        return 'hydra/sweeper: it needs more packages; pip install "bqnn[optuna]"'
     if isinstance(error, OverrideParseException):
         return _in_quotes(error.override) or _line(str(error))
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:

@@ -14,7 +14,7 @@ from bqnn.jobs.ranks import find_place, hide_launcher
 from bqnn.jobs.secrets import is_secret_name, refuse_secrets
 from bqnn.settings.conf import leaves
 from bqnn.settings.options import LEFT_OUT, OPTIMIZER, RULES
-from bqnn.text import one_line, valid_name
+from bqnn.text import counted, one_line, valid_name
 
 # Raises ValueError for an invalid configuration. It gets the plain configuration, and whether it
 # is that of a multirun.
@@ -66,6 +66,7 @@ def refuse_sweep(config: DictConfig, jobs: list[list[str]] | None, check: Check 
     """
     _refuse_folders(config)
     _refuse_hydra_secrets(config)
+    _refuse_objectives(config)
     if jobs is not None:
         _refuse_invalid_jobs(config, jobs, check)
         _refuse_shared_folder(config, len(jobs))
@@ -122,6 +123,20 @@ def _refuse_shared_folder(config: DictConfig, num_jobs: int) -> None:
         raise ValueError(
             f"hydra.sweep.subdir={one_line(name)}: {num_jobs} jobs would share a folder; leave it "
             "out, or put ${hydra.job.num} in it"
+        )
+
+
+def _refuse_objectives(config: DictConfig) -> None:
+    """Raise ValueError if a sweeper that optimizes does not get one metric for each direction."""
+    if "direction" not in config.hydra.sweeper:
+        return
+    directions, names = config.hydra.sweeper.direction, config.get("objective")
+    wanted = 1 if isinstance(directions, str) else len(directions)
+    if names is None or len(names) != wanted:
+        shown = one_line(str(names))[:60]
+        raise ValueError(
+            f"objective={shown}: hydra.sweeper.direction names {counted(wanted, 'direction')}; "
+            "name as many metrics, such as objective=[int8/val/nll,size/packed_bytes]"
         )
 
 
