@@ -63,6 +63,11 @@ class SkipIdleHooks(pl.Callback):
         if vars(pl_module).get("optimizer_zero_grad") is _drop_gradients:
             del pl_module.optimizer_zero_grad
 
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
 
 def _skip(instance: object, base: type, names: tuple[str, ...]) -> None:
     for name in names:

@@ -1,5 +1,6 @@
 """Hooks that do nothing are not called, and the others still are."""
 
+import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.trainer.states import RunningStage
@@ -16,10 +17,13 @@ class Module(pl.LightningModule):
         super().__init__()
         self.layer = nn.Linear(1, 1)
         self.calls: list[str] = []
+        self.fails = False
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         self.hooks = {name: getattr(self, name) for name in HOOKS}
         self.clips = self.configure_gradient_clipping
+        if self.fails:
+            raise RuntimeError("stopped")
         return self.layer(batch[0]).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -39,10 +43,8 @@ class Recorder(pl.Callback):
         self.gradients.append(pl_module.layer.weight.grad.item())
 
 
-def _fit(*callbacks: pl.Callback, **options: float) -> Module:
-    torch.manual_seed(0)
-    module = Module()
-    trainer = Trainer(
+def _trainer(*callbacks: pl.Callback, **options: float) -> Trainer:
+    return Trainer(
         max_epochs=2,
         accelerator="cpu",
         callbacks=list(callbacks),
@@ -52,7 +54,12 @@ def _fit(*callbacks: pl.Callback, **options: float) -> Module:
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(module, DataLoader(TensorDataset(torch.ones(2, 1))))
+
+
+def _fit(*callbacks: pl.Callback, **options: float) -> Module:
+    torch.manual_seed(0)
+    module = Module()
+    _trainer(*callbacks, **options).fit(module, DataLoader(TensorDataset(torch.ones(2, 1))))
     return module
 
 
@@ -61,6 +68,15 @@ def test_idle_hooks_are_none_in_a_training_and_back_afterwards():
     called = {name for name, hook in module.hooks.items() if hook is not None}
     assert called == {"on_after_backward"}
     assert len(module.calls) == 4
+    assert module.clips is None
+    assert not {*HOOKS, "configure_gradient_clipping", "optimizer_zero_grad"} & vars(module).keys()
+
+
+def test_hooks_are_back_after_an_error() -> None:
+    module = Module()
+    module.fails = True
+    with pytest.raises(RuntimeError, match="stopped"):
+        _trainer(SkipIdleHooks()).fit(module, DataLoader(TensorDataset(torch.ones(2, 1))))
     assert module.clips is None
     assert not {*HOOKS, "configure_gradient_clipping", "optimizer_zero_grad"} & vars(module).keys()
 
