@@ -194,6 +194,7 @@ class Plan:
             yield {
                 **dict(zip(KEY, place, strict=True)),
                 "draws": int(found["num_samples"]),
+                "test_share": found.get("test_share"),
                 **_columns(cell.task, form, found),
                 "training_seconds": _rounded(made.get("time/training_seconds", 0.0)),
                 "bytes": _read(network / "size.json").get("packed_bytes", float_bytes),

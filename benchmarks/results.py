@@ -2,26 +2,33 @@
 
 A document has tables between the comments `<!-- table: <name> <options> -->` and
 `<!-- end of table -->`. The name is a key of `TABLES`, and the options are `key=value`. `FIGURES`
-has the figures. comparison.py writes the CSV files.
+has the figures. docs/results/index.html is the report of `bqnn report` about the same results.
+comparison.py writes the CSV files.
 """
 
 import argparse
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from comparison import CLASSES, OTHER, OTHER_ROWS, VALUES
 from pandas import DataFrame, Series
 from scipy.stats import ttest_1samp
 
 from bqnn.files import write_text
 from bqnn.plots.style import COLORS, GREY, new_figure, save_small, style
+from bqnn.report.contents import contents
+from bqnn.report.page import page
+from bqnn.report.runs import CELL, UNIT, Runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -111,30 +118,61 @@ TABLES: Mapping[str, Callable[..., str]] = {
 }
 
 
-def draw_conformal(path: Path) -> None:
-    """Draw coverage and size of conformal sets against the bits of weights."""
-    of_tasks = list(_by_task(_bit_rows()))
-    with style():
-        figure = new_figure(7.0, 2.7 * len(of_tasks) + 0.5)
-        grid = figure.subplots(len(of_tasks), 2, squeeze=False)
-        for (task, own), (left, right) in zip(of_tasks, grid, strict=True):
-            _curves(left, own, "coverage_aps")
-            _curves(right, own, "size_aps")
-            deviation = coverage_deviation(task, len(set(own["seed"])))
-            left.axhspan(
-                1 - ALPHA - 2 * deviation, 1 - ALPHA + 2 * deviation, color=GREY, alpha=0.2
-            )
-            left.set_title(f"{task}: coverage")
-            right.set_title(f"{task}: mean number of classes")
-            right.set_yscale("log")
-            right.yaxis.set_major_formatter("{x:g}")
-            right.yaxis.set_minor_formatter("{x:g}")
-        handles, names = grid[0][0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", ncols=4)
+def draw_bit_widths(path: Path) -> None:
+    """Draw the NLL and the mutual information against the bits of weights."""
+    figure, of_tasks = _panels({"nll": "NLL", "mi": "mutual information, nats"})
+    for _, _, nll, information in of_tasks:
+        nll.set_yscale("log")
+        information.set_yscale("log")
+        information.set_ylim(bottom=1e-4)
     save_small(figure, path)
 
 
-FIGURES: Mapping[str, Callable[[Path], None]] = {"docs/conformal.png": draw_conformal}
+def draw_conformal(path: Path) -> None:
+    """Draw coverage and size of conformal sets against the bits of weights."""
+    figure, of_tasks = _panels({"coverage_aps": "coverage", "size_aps": "mean number of classes"})
+    for task, own, left, right in of_tasks:
+        deviation = coverage_deviation(task, len(set(own["seed"])))
+        left.axhspan(1 - ALPHA - 2 * deviation, 1 - ALPHA + 2 * deviation, color=GREY, alpha=0.2)
+        right.set_yscale("log")
+        right.yaxis.set_major_formatter("{x:g}")
+        right.yaxis.set_minor_formatter("{x:g}")
+    save_small(figure, path)
+
+
+FIGURES: Mapping[str, Callable[[Path], None]] = {
+    "docs/bit_widths.png": draw_bit_widths,
+    "docs/conformal.png": draw_conformal,
+}
+
+
+def study() -> Runs:
+    """Return the results as the runs of a report."""
+    columns = {"images": CLASSES, "tables": VALUES}
+    runs = [
+        _as_run(row, columns[name])
+        for name in columns
+        for row in _read(name).astype(object).to_dict("records")
+    ]
+    table = pd.DataFrame([run for run, _, _ in runs])
+    scores = [
+        {**{key: run[key] for key in (*CELL, *UNIT, "test_share")}, **score}
+        for run, numeric, metrics in runs
+        for score in (
+            {"numeric": numeric, "metric": metric, "value": value}
+            for metric, value in metrics.items()
+        )
+    ]
+    whole = ["weight_bits", "activation_bits", *UNIT]
+    types = dict.fromkeys(whole, "Int64")
+    return Runs(table.astype(types), pd.DataFrame(scores).astype(types), [])
+
+
+def write_page(path: Path) -> None:
+    """Write the report of the study as one page."""
+    with tempfile.TemporaryDirectory() as folder:
+        report, _ = contents(study(), Path(folder))
+        write_text(path, page(report))
 
 
 def coverage_deviation(task: str, num_seeds: int) -> float:
@@ -174,10 +212,39 @@ def main() -> None:
         sys.exit(bool(differing))
     for name, draw in FIGURES.items():
         draw(ROOT / name)
+    write_page(RESULTS / "index.html")
 
 
 def _read(name: str) -> DataFrame:
     return pd.read_csv(RESULTS / f"{name}.csv")
+
+
+def _as_run(
+    row: Mapping[str, Any], columns: Mapping[str, str]
+) -> tuple[dict[str, Any], str, dict[str, float]]:
+    """Return a row as a run of a report, with its numeric and its metrics."""
+    is_float = row["form"] == "float"
+    numeric, verb = ("float", "train") if is_float else ("int8", "quantize")
+    other = OTHER.get(row["task"], OTHER_ROWS)
+    metrics = {
+        key.format(other=other): float(row[name])
+        for name, key in columns.items()
+        if pd.notna(row[name])
+    }
+    names = ("task", "method", *UNIT, "weight_bits", "activation_bits")
+    place = {name: None if pd.isna(row[name]) else row[name] for name in names}
+    words = (str(value) for value in (*place.values(), row["form"]) if value is not None)
+    prefix = "" if is_float else "int8/"
+    run = {
+        "run": " ".join(words),
+        **place,
+        **{"verb": verb, "mode": row["form"], "setting": "", "started": ""},
+        "test_share": row.get("test_share", float("nan")),
+        **{f"{prefix}{key}": value for key, value in metrics.items()},
+    }
+    if not is_float:
+        run["size/packed_bytes"] = float(row["bytes"])
+    return run, numeric, metrics
 
 
 def _bit_rows() -> DataFrame:
@@ -267,8 +334,26 @@ def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def _panels(columns: Mapping[str, str]) -> "tuple[Figure, list[tuple[str, DataFrame, Axes, Axes]]]":
+    """Draw two columns of results against the bits of weights, a row of panels per task."""
+    of_tasks = list(_by_task(_bit_rows()))
+    with style():
+        figure = new_figure(7.0, 2.7 * len(of_tasks) + 0.5)
+        grid = figure.subplots(len(of_tasks), 2, squeeze=False)
+        for (task, own), row in zip(of_tasks, grid, strict=True):
+            for axes, (column, title) in zip(row, columns.items(), strict=True):
+                _curves(axes, own, column)
+                axes.set_title(f"{task}: {title}")
+        handles, names = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=4)
+    return figure, [(*found, *row) for found, row in zip(of_tasks, grid, strict=True)]
+
+
 def _curves(axes: "Axes", rows: DataFrame, column: str) -> None:
+    """Draw means and deviations over seeds; float is dashed. All zeros are left out."""
     for color, (method, own) in zip((*COLORS, GREY), _by_method(rows), strict=False):
+        if not own[column].any():
+            continue
         bits = own[own["form"] == "ptq"].groupby("weight_bits")[column].agg(["mean", "std"])
         axes.plot(bits.index, bits["mean"], color=color, marker="o", markersize=3, label=method)
         low, high = bits["mean"] - bits["std"], bits["mean"] + bits["std"]

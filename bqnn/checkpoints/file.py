@@ -87,7 +87,7 @@ def _best_of_each(found: dict[Path, dict[str, Any] | None]) -> dict[Path, dict[s
         if len(nll) > 1 and isinf(min(nll.values())):
             raise ValueError(
                 f"select=best: no run of {method} on {task} has a val/nll to choose by; train with "
-                "task.validation_share above 0, or use select=all"
+                "task.validation_share above 0 and task.refit=false, or use select=all"
             )
     chosen = {min(nll, key=nll.__getitem__) for nll in candidates.values()}
     return {path: r for path, r in found.items() if r is None or path in chosen}

@@ -144,7 +144,7 @@ def evaluate(job: Job) -> None:
     prefix = "" if numeric is None else f"{numeric}/"
     found_metrics = {**all_metrics(job, judged), **factor}
     metrics = {f"{prefix}{name}": value for name, value in found_metrics.items()}
-    metrics["num_samples"] = num_samples
+    metrics |= {"num_samples": num_samples, "test_share": data.tested_share}
 
     files = write_results(job, loggers, data, judged, metrics)
     say(suite_table(judged[""].findings.metrics))

@@ -61,7 +61,8 @@ def run(job: Job) -> None:
         return
     num_samples = model.check_samples(None)
     predictions = predict_splits(job, trainer, model, data, num_samples)
-    metrics = {"num_samples": num_samples, **score_sets(predictions)}
+    counts = {"num_samples": num_samples, "test_share": data.tested_share}
+    metrics = {**counts, **score_sets(predictions)}
     if "val" in predictions:
         found = model.diagnostics(predictions["val"])
         metrics |= {f"val/{name}": value for name, value in found.items()}

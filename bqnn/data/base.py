@@ -122,6 +122,12 @@ class TensorData(LightningDataModule):
         self.train, self.val, self.test = self._arrange(*self._read())
         self.is_set_up = True
 
+    @property
+    def tested_share(self) -> float:
+        """The share of all rows that are test rows, after `setup`."""
+        num_val = 0 if self.val is None else len(self.val)
+        return len(self.test) / (len(self.train) + num_val + len(self.test))
+
     def facts(self) -> dict[str, object]:
         """Return the facts from which a model is rebuilt without the data, in JSON types.
 

@@ -12,7 +12,15 @@ from bqnn.text import printable, short
 
 # The keys of a task that configure training; all others are options of its data set.
 TRAINING_KEYS = (
-    *("name", "dataset", "_target_", "max_epochs", "check_val_every_n_epoch", "save_every"),
+    *(
+        "name",
+        "dataset",
+        "_target_",
+        "max_epochs",
+        "check_val_every_n_epoch",
+        "save_every",
+        "refit",
+    ),
 )
 
 # The facts of data that are the same in every job with one checkpoint.
@@ -85,11 +93,14 @@ def check_data(config: Mapping[str, Any]) -> None:
 
 def _built(config: Mapping[str, Any]) -> TensorData:
     task = config["task"]
+    options = {key: value for key, value in task.items() if key not in TRAINING_KEYS}
+    if task.get("refit"):
+        options["validation_share"] = 0
     return build_data(
         task["dataset"],
         data_dir=config["data_dir"],
         seed=config["seed"],
-        options={key: value for key, value in task.items() if key not in TRAINING_KEYS},
+        options=options,
         target=task.get("_target_"),
     )
 

@@ -83,7 +83,7 @@ def validation_set(data: TensorData, wanted: str) -> EvaluationSet:
     if data.val is None:
         raise ValueError(
             f"{wanted}: it is fitted on validation rows, and the training kept none; train again "
-            "with task.validation_share above 0, such as 0.1"
+            "with task.validation_share above 0, such as 0.1, and task.refit=false"
         )
     return EvaluationSet(data.val.inputs, data.val.targets)
 

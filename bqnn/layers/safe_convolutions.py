@@ -7,7 +7,7 @@ from types import EllipsisType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 SAFE_CHANNELS = 16  # convolutions with this many channels are safe on every CPU
 
@@ -161,17 +161,19 @@ _lock = threading.Lock()
 
 
 @functools.cache
-def _guard() -> torch.library.Library:
+def _guard() -> library.Library:
     """Register the kernel; the registration lasts as long as the returned object."""
     operator = torch.ops.aten.convolution_backward.default
-    kernel = torch.library.get_kernel(operator, "CPU")
-    library = torch.library.Library("aten", "IMPL")
+    kernel = library.get_kernel(operator, "CPU")
+    registration = library.Library("aten", "IMPL")
 
     def backward(keys: Any, *arguments: Any) -> Gradients:
         return safe_convolution_backward(functools.partial(kernel.call_boxed, keys), *arguments)
 
-    library.impl("convolution_backward", backward, "CPU", with_keyset=True, allow_override=True)
-    return library
+    registration.impl(
+        "convolution_backward", backward, "CPU", with_keyset=True, allow_override=True
+    )
+    return registration
 
 
 def _strided(stride: Sequence[int]) -> Index:

@@ -65,9 +65,10 @@ CONFORMAL = (
 )
 PAIRS = (
     "Differences a - b, paired by seed and split: mean and standard deviation over n pairs, and "
-    "two-sided p values of the paired t test and of Wilcoxon's signed-rank test. The p values are "
-    "not corrected for multiple tests. They are too small for splits of one data set, which share "
-    "rows. differences.csv has every metric and every pair of methods."
+    "two-sided p values of the paired t test and of Wilcoxon's signed-rank test. Splits of one "
+    "data set share rows: p_corrected is a t test that allows for that, and the other two are too "
+    "small there. No p value is corrected for multiple tests. differences.csv has every metric "
+    "and every pair of methods."
 )
 FRONT = (
     "int8 networks whose bits of each layer a budget chooses (dashed lines), beside uniform widths "

@@ -25,8 +25,8 @@ def paired_differences(scores: "DataFrame") -> "DataFrame":
 
     Returns:
         A row for each comparison and metric. It has the mean and the standard deviation of a - b
-        over the n seeds and splits that both sides have, the p values of `paired_test` (not
-        corrected for multiple tests), and its remark.
+        over the n seeds and splits that both sides have, the p values of `paired_test` and
+        `corrected_test` (not corrected for multiple tests), and the remark.
     """
     import pandas as pd
 
@@ -103,6 +103,52 @@ def paired_test(a: Any, b: Any) -> dict[str, Any]:
             result["p_wilcoxon"][column] = _signed_rank_p(differences[:, column])
     each = zip(differing, varies, is_finite, strict=True)
     return result | {"remark": [remark(n, *of_column) for of_column in each]}
+
+
+def corrected_test(a: Any, b: Any, splits: Any, test_share: float) -> Any:
+    """Test paired values over random splits of one data set, whose training rows overlap.
+
+    It is the corrected resampled t test of Nadeau and Bengio (*Inference for the Generalization
+    Error*, 2003). Differences d_j are first averaged over the seeds of a split. For J splits,
+
+        t = mean d / sqrt((1 / J + n_test / n_train) var d)
+
+    has J - 1 degrees of freedom. The plain t test has 1 / J only, as if the splits were
+    independent data sets.
+
+    Args:
+        a: Real numbers [n, M]: n pairs of M metrics.
+        b: Real numbers [n, M].
+        splits: The split of each pair [n].
+        test_share: The share of all rows that a split tests, in (0, 1).
+
+    Returns:
+        The two-sided p values [M]. NaN with fewer than two splits, without a share, where all
+        differences are equal, and where a value is not finite.
+
+    Examples:
+        >>> values = [[0.5], [0.6], [0.8], [0.7]]
+        >>> corrected_test(values, [[0.4]] * 4, [0, 1, 2, 3], 0.1).round(3)
+        array([0.048])
+    """
+    import numpy as np
+    from scipy import stats
+
+    a, b = _table("a", a), _table("b", b)
+    names = np.unique(np.asarray(splits))
+    p_values = np.full(a.shape[1], np.nan)
+    if len(names) < 2 or not 0 < test_share < 1:
+        return p_values
+    with np.errstate(all="ignore"):  # an overflow gives infinity or NaN, which is checked below
+        differences, varies = _differences(a, b)
+        scale = np.abs(differences).max(0)
+        differences = differences / np.where(scale > 0, scale, 1)
+        means = np.stack([differences[np.asarray(splits) == name].mean(0) for name in names])
+        variance = (1 / len(names) + test_share / (1 - test_share)) * means.var(0, ddof=1)
+        t = np.abs(means.mean(0)) / np.sqrt(variance)
+    tested = varies & np.isfinite(t)
+    p_values[tested] = 2 * stats.t.sf(t[tested], len(names) - 1)
+    return p_values
 
 
 def remark(
@@ -212,8 +258,9 @@ def _methods(scores: "DataFrame") -> Iterator[Comparison]:
     for at, group in kept.groupby([*place, "numeric"], dropna=False):
         methods = sorted(set(group["method"]), key=lambda name: (name != BASELINE, name))
         table = group.pivot(index=UNIT, columns=["method", "metric"], values="value")
+        where = dict(zip([*place, "numeric"], at, strict=True)) | _test_share(group)
         for b, a in combinations(methods, 2):
-            yield "methods", dict(zip([*place, "numeric"], at, strict=True)), a, b, table
+            yield "methods", where, a, b, table
 
 
 def _against_float(scores: "DataFrame") -> Iterator[Comparison]:
@@ -221,7 +268,7 @@ def _against_float(scores: "DataFrame") -> Iterator[Comparison]:
     quantized = scores[(scores["verb"] == "quantize") & scores["numeric"].isin(["float", "int8"])]
     for at, group in quantized.groupby(CELL, dropna=False):
         table = group.pivot(index=UNIT, columns=["numeric", "metric"], values="value")
-        where = dict(zip(CELL, at, strict=True)) | {"numeric": "int8"}
+        where = dict(zip(CELL, at, strict=True)) | {"numeric": "int8"} | _test_share(group)
         yield "bits", where, "int8", "float", table
 
 
@@ -233,10 +280,15 @@ def _widths(scores: "DataFrame") -> Iterator[Comparison]:
             table = group.pivot(index=UNIT, columns=[axis, "metric"], values="value")
             most = group[axis].max()
             for fewer in sorted(set(group[axis]) - {most}):
-                where = dict(zip(place, at, strict=True)) | {axis: fewer}
+                where = dict(zip(place, at, strict=True)) | {axis: fewer} | _test_share(group)
                 names = {bits: _width(axis, bits, where[fixed]) for bits in (fewer, most)}
                 pair = table[[fewer, most]].rename(columns=names, level=0)
                 yield "bits", where, names[fewer], names[most], pair
+
+
+def _test_share(scores: "DataFrame") -> dict[str, float]:
+    """Return the share of test rows, the same for all splits of a task; NaN if no run has it."""
+    return {"test_share": float(scores["test_share"].median())}
 
 
 def _width(axis: str, bits: int, fixed: int) -> str:
@@ -259,6 +311,10 @@ def _compare(
     for shared in _by_value(columns, lambda column: there[:, column].tobytes()).values():
         at = np.ix_(there[:, shared[0]], shared)
         result = paired_test(left[at], right[at])
+        splits = table.index.get_level_values("split")[there[:, shared[0]]]
+        if splits.notna().all():
+            share = place["test_share"]
+            result["p_corrected"] = corrected_test(left[at], right[at], splits, share)
         names = [metrics[column] for column in shared]
         n = result.pop("n")
         for number, name in enumerate(names):

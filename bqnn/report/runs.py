@@ -172,7 +172,8 @@ class Runs:
     Attributes:
         runs: A row per run, with the columns run, `CELL`, `UNIT`, started, and all metrics and
             sizes.
-        scores: A row per run and metric, with the columns numeric, metric, value, CELL and UNIT.
+        scores: A row per run and metric, with the columns numeric, metric, value, CELL, UNIT, and
+            test_share, the share of the rows of its data that are test rows.
         problems: The runs that are excluded.
     """
 
@@ -328,7 +329,9 @@ def _tables(finished: list[Run], problems: list[Problem]) -> Runs:
         ],
         columns=["row", "numeric", "metric", "value"],
     )
-    scores = scores.join(runs[[*CELL, *UNIT]], on="row").drop(columns="row")
+    if "test_share" not in runs:  # of older runs only
+        runs["test_share"] = math.nan
+    scores = scores.join(runs[[*CELL, *UNIT, "test_share"]], on="row").drop(columns="row")
     return Runs(runs, scores, [*problems, *repeated])
 
 

@@ -87,6 +87,7 @@ TASK: Table = {
     "save_every": NOT_NEGATIVE,
     "batch_size": whole(1),
     "validation_share": SHARE,
+    "refit": flag(),
     "split": COUNT,
     "source": one_of("torchvision", "folder"),
     "root": maybe(PATH),
@@ -286,7 +287,7 @@ COMMON: dict[str, tuple[str, ...]] = {
     "net": ("_target_",),
     "task": (
         *("_target_", "name", "max_epochs", "check_val_every_n_epoch", "save_every"),
-        *("batch_size", "validation_share", "split"),
+        *("batch_size", "validation_share", "refit", "split"),
     ),
 }
 PLAIN = plain()

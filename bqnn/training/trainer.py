@@ -72,7 +72,7 @@ def make_trainer(
     if options["save_best"] and not validate:
         raise ValueError(
             "trainer.save_best=true: there are no validation rows to choose by; set "
-            "task.validation_share above 0"
+            "task.validation_share above 0 and task.refit=false"
         )
     for name in ("threads", "matmul_precision", "data_on_device"):
         options.pop(name, None)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bqnn.report.paired import paired_differences, paired_test, remark
+from bqnn.report.paired import corrected_test, paired_differences, paired_test, remark
 from bqnn.report.runs import read_runs
 from bqnn.report.summary import beside_pointwise, missing_cells, summarize
 
@@ -90,6 +90,45 @@ def test_a_paired_test_by_hand() -> None:
     assert (result["difference"][0], result["std"][0]) == (2.0, 1.0)
     assert result["p_t"][0] == pytest.approx(1 - t / math.sqrt(2 + t**2))
     assert result["p_wilcoxon"][0] == 0.25  # all of one sign: 2 of 8 orders
+
+
+def test_a_corrected_test_by_hand() -> None:
+    # As above, with t = 2 / sqrt(1/3 + 1/9) = 3. Two seeds of a split count as their mean.
+    a, splits = [[2.0], [3.0], [3.5], [4.5]], [0, 1, 2, 2]
+    p = corrected_test(a, [[1.0]] * 4, splits, test_share=0.1)
+    assert p[0] == pytest.approx(1 - 3 / math.sqrt(2 + 9))
+    scaled = corrected_test([[1e200 * value] for (value,) in a], [[1e200]] * 4, splits, 0.1)
+    assert scaled[0] == pytest.approx(p[0])
+
+
+@pytest.mark.parametrize(
+    ("values", "splits", "share"),
+    [
+        ([1.0, 2.0], [0, 0], 0.1),
+        ([1.0, 2.0], [0, 1], math.nan),
+        ([1.0, 1.0], [0, 1], 0.1),
+        ([1.0, math.inf], [0, 1], 0.1),
+    ],
+)
+def test_a_corrected_test_that_is_impossible_is_nan(
+    values: list[float], splits: list[int], share: float
+) -> None:
+    p = corrected_test([[value] for value in values], [[0.0]] * 2, splits, share)
+    assert math.isnan(p[0])
+
+
+def test_splits_have_a_corrected_p_value_and_seeds_have_none(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    for number, nll in enumerate((2.0, 3.0, 4.0)):
+        for method, value in (("bbb", nll), ("pointwise", 1.0)):
+            metrics = {"test/nll": value, "test_share": 0.1}
+            write_run(f"s{method}{number}", metrics, method=method, split=number)
+            write_run(f"d{method}{number}", metrics, method=method, task="seeds", seed=number)
+    table = paired_differences(read_runs([tmp_path]).scores)
+    found = table[table["metric"] == "test/nll"].set_index("task")["p_corrected"].to_dict()
+    assert math.isnan(found["seeds"])
+    assert found["digits"] == pytest.approx(1 - 3 / math.sqrt(11))
 
 
 def test_too_few_pairs_have_a_remark() -> None:
