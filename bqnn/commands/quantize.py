@@ -113,17 +113,10 @@ def quantize(job: Job) -> None:
     path, trust = job.folder / "checkpoint.ckpt", job.config["trust"]
     models = {numeric: load(path, numeric, trust=trust) for numeric in NUMERICS}
     for numeric, quantized in models.items():
-<<<<<<< HEAD
         predictions[numeric] = predict_splits(job, numeric, quantized, data, num_samples)
     scored = {f"{num}/{name}": each for num, of in predictions.items() for name, each in of.items()}
     metrics = score_sets(scored)
-    metrics |= {"num_samples": num_samples, **timer.metrics()}
-=======
-        predictions[numeric] = predict_test(job, numeric, quantized, data, num_samples)
-    tests = {f"{numeric}/test": of["test"] for numeric, of in predictions.items()}
-    metrics = score_sets(tests)
     metrics |= {"num_samples": num_samples, "test_share": data.tested_share, **timer.metrics()}
->>>>>>> main
 
     files = write_results(job, loggers, data, start, models, scored["int8/test"], metrics)
     say(comparison_table(metrics))

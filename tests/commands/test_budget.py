@@ -107,7 +107,6 @@ def test_a_resumed_job_has_the_same_bits(
 ) -> None:
     arguments = [f"checkpoint={trained}/bbb_0/checkpoint.ckpt", *QUICK]
     arguments += ["quant.budget.mean_bits=3", "quant.mode=ptq", "hydra.run.dir=run"]
-    arguments += ["quant.budget.widths=[2,8]"]
     assert script_here("quantize", *arguments)[0] == 0
     run = tmp_path / "run"
     names = ("sensitivity.csv", "metrics.json", "quantization.csv")
