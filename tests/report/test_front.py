@@ -15,7 +15,7 @@ WriteRun = Callable[..., Path]
 def write_runs(write_run: WriteRun, budgets: bool = True) -> None:
     """Write uniform widths 2, 4 and 8, and budgets of 3 and 5 mean bits, of two seeds."""
     for seed in (0, 1):
-        forms = [(bits, None, bits) for bits in (2, 4, 8)]
+        forms: list[tuple[int, float | None, float]] = [(bits, None, bits) for bits in (2, 4, 8)]
         forms += [(8, mean, mean) for mean in (3.0, 5.0)] if budgets else []
         for bits, mean, size in forms:
             metrics = {"float/test/nll": 0.5, "int8/test/nll": 0.5 + 1 / size + 0.02 * seed}
