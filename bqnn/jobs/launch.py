@@ -55,9 +55,9 @@ def launch(task: Callable[[Job], None], verb: str, check: Check | None = None) -
     def run(cfg: DictConfig) -> float | list[float] | None:
         state, values = run_job(cfg, task, verb, check)
         states.append(state)
-        # Return NaN instead of raising: Hydra would not launch the remaining Jobs.
+        # Return None instead of raising: Hydra would not launch the remaining Jobs.
         if state != "DONE":
-            values = [float("nan")] * len(OmegaConf.select(cfg, "objective") or [0])
+            return None
         return values if len(values) > 1 else next(iter(values), None)
 
     with launching(check) as launched, sigterm_as_interrupt():
