@@ -153,8 +153,8 @@ class QuantSpec:
     def from_config(cls, options: Mapping[str, Any]) -> QuantSpec:
         """Create a spec from the group `quant` of a configuration.
 
-        The options of the procedure, such as `mode`, are ignored, except that `mode` selects the
-        default observer.
+        The options of the procedure, such as `mode`, are ignored, except that the default observer
+        of a training is `moving_average` above 4 activation bits.
 
         Args:
             options: The group.
@@ -171,8 +171,12 @@ class QuantSpec:
                 )
             spec = {key: value for key, value in options.items() if key not in PROCEDURE}
             if spec.get("activation_observer") is None:
-                spec["activation_observer"] = OBSERVERS[options["mode"]]
-            made = cls.from_dict(spec)
+                spec["activation_observer"] = "histogram"
+                made = cls.from_dict(spec)
+                if options["mode"] == "qat" and made.activation_bits > FEW_ACTIVATION_BITS:
+                    made = replace(made, activation_observer="moving_average")
+            else:
+                made = cls.from_dict(spec)
             if options["mode"] == "qat":
                 made.check_trainable()
             return made
@@ -233,11 +237,11 @@ class QuantSpec:
                 )
 
 
+FEW_ACTIVATION_BITS = 4  # a training takes ranges with the least squared error there
 FEW_BITS = 3  # of weights: most of the noise is smaller than half a step
 RETIRED = ("allow_saturation",)  # in recipes of older versions; without effect
 BEFORE = {"rounding": "nearest"}  # what recipes of older versions do not say
 PROCEDURE = ("name", "mode", "control", "freeze_epochs", "budget", "fine_tuning")
-OBSERVERS = {"qat": "moving_average", "ptq": "histogram"}
 LAYER_BITS = ("weight_bits", "activation_bits", "sigma_bits", "noise_bits")
 BITS = (*LAYER_BITS, "output_bits")
 

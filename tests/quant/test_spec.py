@@ -56,10 +56,15 @@ def test_later_overrides_win() -> None:
     assert (spec.for_layer("b").weight_bits, spec.for_layer("b").activation_bits) == (3, 7)
 
 
-def test_the_observer_follows_the_mode() -> None:
+def test_the_observer_follows_the_mode_and_the_bits() -> None:
     options = {"name": "default", "mode": "ptq", "activation_observer": None}
     assert QuantSpec.from_config(options).activation_observer == "histogram"
-    assert QuantSpec.from_config({**options, "mode": "qat"}).activation_observer == "moving_average"
+    options["mode"] = "qat"
+    for bits, observer in ((8, "moving_average"), (5, "moving_average"), (4, "histogram")):
+        spec = QuantSpec.from_config({**options, "activation_bits": bits})
+        assert spec.activation_observer == observer
+    chosen = {**options, "activation_bits": 3, "activation_observer": "minmax"}
+    assert QuantSpec.from_config(chosen).activation_observer == "minmax"
     with pytest.raises(ValueError, match=r"^quant\.mode=both: choose qat"):
         QuantSpec.from_config({**options, "mode": "both"})
 
