@@ -20,6 +20,10 @@ NEWER: dict[str, Any] = {
     "trainer.compile": False,
     "trainer.matmul_precision": None,
     "objective": [],
+    "task.refit": False,
+    "quant.weight_rounding": "nearest",
+    "quant.bias_correction": False,
+    **{"max_samples": None, "tolerance": None, "predictive": "draws"},
     "quant.budget": {
         **dict.fromkeys(("mean_bits", "bytes", "mean_activation_bits", "other")),
         **{"measure": "nll", "widths": [2, 3, 4, 5, 6, 7, 8], "rows": 2000},

@@ -292,6 +292,32 @@ def test_newer_options_that_do_nothing_leave_a_run_the_same() -> None:
     assert config_hash(limited) != config_hash(older)
 
 
+@pytest.mark.parametrize(
+    ("verb", "given", "newer", "effect"),
+    [
+        ("train", "task=digits", ["task.refit"], "task.refit=true"),
+        (
+            "quantize",
+            "quant.mode=ptq",
+            ["quant.weight_rounding", "quant.bias_correction"],
+            "quant.bias_correction=true",
+        ),
+        ("evaluate", "suite=test", ["max_samples", "tolerance", "predictive"], "tolerance=0.1"),
+    ],
+)
+def test_each_newer_option_leaves_an_older_run_the_same(
+    verb: str, given: str, newer: list[str], effect: str
+) -> None:
+    options = [given, *([] if verb == "train" else ["checkpoint=x"])]
+    config = composed(*options, verb=verb)
+    older = deepcopy(config)
+    for key in newer:
+        group, _, last = key.rpartition(".")
+        del (older[group] if group else older)[last]
+    assert config_hash(config) == config_hash(older)
+    assert config_hash(composed(*options, effect, verb=verb)) != config_hash(older)
+
+
 @pytest.mark.parametrize("task", ["boston", "concrete", "energy", "power", "wine", "yacht"])
 def test_the_six_tables_are_short_files_on_top_of_uci(task: str) -> None:
     config = composed(f"task={task}", "task.split=3")
