@@ -249,6 +249,6 @@ def _key(verb: str, name: str) -> str:
         return f"trainer.{name}"
     if name in {field.name for field in fields(QuantSpec)}:
         return f"quant.{name}"
-    if verb == "quantize" and name.startswith("optimizer."):
+    if verb == "quantize" and (name == "imitate" or name.startswith("optimizer.")):
         return f"quant.fine_tuning.{name}"
     return f"method.{name}"

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from bqnn.checkpoints.file import read_checkpoint
+from bqnn.methods.pointwise import Pointwise
 
 ScriptHere = Callable[..., tuple[int, str]]
 QUICK = ["task=synthetic", "task.num_train=200", "logger=none", "plots=false", "net=mlp"]
@@ -110,3 +112,19 @@ def test_a_fine_tuning_has_an_optimizer_of_its_own(script_here: ScriptHere) -> N
     code, errors = script_here("quantize", *arguments)
     assert code == 1
     assert "likely causes: quant.fine_tuning.optimizer.lr is too high" in errors
+
+
+def test_an_own_loss_that_cannot_imitate_names_the_key_of_quantize(
+    script_here: ScriptHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ["method=pointwise", "trainer.max_epochs=1", "hydra.run.dir=p"]
+    assert script_here("train", *QUICK, *run)[0] == 0
+    monkeypatch.setattr(Pointwise, "loss_terms", learns_the_targets)
+    code, errors = script_here("quantize", "checkpoint=p", "logger=none", "plots=false")
+    assert code == 1
+    assert "quant.fine_tuning.imitate=true: loss_terms of Pointwise learns the targets" in errors
+
+
+def learns_the_targets(method: Pointwise, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    nll = method.net(inputs).square().mean() + targets.square().mean()
+    return {"loss": nll, "nll": nll}
